@@ -1,0 +1,23 @@
+"""The one error a user's mistake raises."""
+
+from __future__ import annotations
+
+
+class Refused(ValueError):
+    """Input that holdfast will not work with: one line saying what, where and the remedy.
+
+    The command line prints it and exits with 2; nothing has been trained or overwritten.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        line = what if where is None else f"{where}: {what}"
+        super().__init__(line if remedy is None else f"{line}; {remedy}")
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """A remedy naming the nearest of `known`, or all of them."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
