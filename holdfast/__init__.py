@@ -1,3 +1,72 @@
-"""Fine-tune pre-trained transformers without overfitting and without forgetting."""
+"""Fine-tune pre-trained transformers without overfitting and without forgetting, and measure it.
+
+The public names, loaded when they are first used: importing holdfast imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "parts": "holdfast.parts",
+    "Parts": "holdfast.parts",
+    "Rates": "holdfast.rates",
+    "Recipe": "holdfast.recipe",
+    "Bound": "holdfast.bound",
+    "Method": "holdfast.method",
+    "View": "holdfast.method",
+    "Range": "holdfast.method",
+    "DPS": "holdfast.methods",
+    "EWC": "holdfast.methods",
+    "L2SP": "holdfast.methods",
+    "Replay": "holdfast.methods",
+    "Refused": "holdfast.errors",
+    "with_recipe": "holdfast.training.trainer",
+    "Trainer": "holdfast.training.trainer",
+    "Task": "holdfast.tasks",
+    "load_task": "holdfast.tasks",
+    "run_sequence": "holdfast.experiments.sequence",
+    "compare": "holdfast.experiments.compare",
+    "Record": "holdfast.experiments.record",
+    "write_report": "holdfast.report",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+if TYPE_CHECKING:
+    from holdfast.bound import Bound as Bound
+    from holdfast.errors import Refused as Refused
+    from holdfast.experiments.compare import compare as compare
+    from holdfast.experiments.record import Record as Record
+    from holdfast.experiments.sequence import run_sequence as run_sequence
+    from holdfast.method import Method as Method
+    from holdfast.method import Range as Range
+    from holdfast.method import View as View
+    from holdfast.methods import DPS as DPS
+    from holdfast.methods import EWC as EWC
+    from holdfast.methods import L2SP as L2SP
+    from holdfast.methods import Replay as Replay
+    from holdfast.parts import Parts as Parts
+    from holdfast.parts import parts as parts
+    from holdfast.rates import Rates as Rates
+    from holdfast.recipe import Recipe as Recipe
+    from holdfast.report import write_report as write_report
+    from holdfast.tasks import Task as Task
+    from holdfast.tasks import load_task as load_task
+    from holdfast.training.trainer import Trainer as Trainer
+    from holdfast.training.trainer import with_recipe as with_recipe

@@ -1,0 +1,444 @@
+"""A recipe at work on a model and an optimizer: the engine, and the one place that holds state.
+
+The work hangs on the optimizer's own step hooks, so that any loop, Accelerate and any Trainer is
+served alike. Per step, in this order:
+
+    unscaled gradients → finite? → penalty_grad_ of each → before_step of each → clip
+                       → optimizer → after_step of each
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast import mixing
+from holdfast.errors import Refused
+from holdfast.method import Gradients, Method, State, View
+from holdfast.parts import named_parameters, parts
+
+Batches = Iterable[Mapping[str, Any]]
+_MARK = "_holdfast_bound"  # set on an optimizer while a Bound holds it
+
+
+def default_shared(model: nn.Module) -> nn.Module | None:
+    """What tasks share: the encoder below a task head, or all of a model without one (None).
+
+    A language model's head belongs to the pre-trained model; a classifier's does not. The two
+    are told apart by whether the model names output embeddings.
+    """
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return None
+    outputs = getattr(model, "get_output_embeddings", None)
+    return base if callable(outputs) and outputs() is None else None
+
+
+class Bound:
+    """Methods bound to a model and an optimizer, for a whole sequence of tasks.
+
+    Made by `Recipe.bind`. `skipped` counts the steps left out for non-finite gradients;
+    `norm` is the gradient norm of the last step, before clipping.
+    """
+
+    def __init__(
+        self, methods: Sequence[Method], *, max_grad_norm: float | None = None, seed: int = 0
+    ) -> None:
+        self.methods = tuple(methods)
+        self.max_grad_norm = max_grad_norm
+        self.generator = torch.Generator().manual_seed(seed)
+        self.states = {m.name: State() for m in self.methods}
+        self.views = {m.name: View(self, self.states[m.name]) for m in self.methods}
+        self.models: dict[str, nn.Module] = {}
+        self.finished: list[str] = []
+        self.task, self.step, self.total_steps, self.skipped = "", 0, 0, 0
+        self.norm: Tensor | None = None
+        self.inputs: Mapping[str, Any] | None = None
+        self.outputs: Any = None
+        self.previous: dict[str, Tensor] = {}
+        self.evaluate: Callable[[], Mapping[str, float]] = _nothing_to_evaluate
+        self.data: Callable[[], Batches] = list
+        self._undo: list[Callable[[], None]] = []
+        self._wrapper: Any = None  # an AcceleratedOptimizer around ours
+        self._asked = self._skip = False
+        self._signature: dict[str, list[Any]] = {}
+
+    # --- tasks ------------------------------------------------------------------------------
+
+    def begin_task(
+        self,
+        task: str,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        model: nn.Module | None = None,
+        shared: nn.Module | None = None,
+    ) -> None:
+        """Attach to a task's optimizer (and model, where each task has its own head).
+
+        `shared` is the module that all tasks share (default: `default_shared`). Parameters
+        outside of it are named `task/name` and never anchored across tasks. Raises `Refused`
+        for what cannot be served: sparse gradients, an optimizer that runs its closure more than
+        once, parameters that belong to no module of the model, an optimizer already bound.
+        """
+        model = model if model is not None else self.models.get(self.task)
+        if model is None:
+            raise Refused("no model to bind", remedy="pass model=")
+        if "/" in task or not task:
+            raise Refused(f"{task!r} is no task name", remedy="use a name without '/'")
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise Refused(f"total_steps must be a whole number above 0, not {total_steps!r}")
+        optimizer, wrapper = _unwrap(optimizer)
+        self.unbind()
+        _check_served(model, optimizer)
+        self.task, self.step, self.total_steps = task, 0, total_steps
+        self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
+        self._name_parameters(task, model, shared or default_shared(model))
+        self._attach()
+        for method in self._defining("begin_task"):
+            method.begin_task(self.views[method.name])
+        self._install_mixing()
+
+    def _name_parameters(self, task: str, model: nn.Module, shared: nn.Module | None) -> None:
+        named = named_parameters(model)
+        common = {id(p) for p in (shared or model).parameters()}
+        key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
+        group_of = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
+        strangers = group_of.keys() - {id(p) for p in named.values()}
+        if strangers:
+            raise Refused(
+                f"the optimizer holds {len(strangers)} parameters that are not in the model",
+                remedy="build it with recipe.param_groups(model, ...)",
+            )
+        part_of = parts(model).names
+        self.weights = {key_of[n]: p for n, p in named.items() if id(p) in group_of}
+        self.shared = {k: p for k, p in self.weights.items() if id(p) in common}
+        self.part_of = {key_of[n]: part_of[n] for n in named}
+        self.group_of = {k: group_of[id(p)] for k, p in self.weights.items()}
+        self.grads = Gradients(self.weights)
+        owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    owners.setdefault(id(p), []).append(module)
+        self.owners = {k: tuple(owners[id(p)]) for k, p in self.weights.items()}
+        changed = [
+            f"{k} was {self._signature[k]}, is {now}"
+            for k, now in self._describe(self.shared).items()
+            if self._signature.get(k, now) != now
+        ]
+        if changed:
+            raise Refused("shared parameters changed between tasks: " + ", ".join(changed[:5]))
+        self._signature |= self._describe(self.shared)
+        for state in self.states.values():
+            for slot in state.weights.values():
+                for name in slot.keys() & self.weights.keys():
+                    slot[name] = slot[name].to(self.weights[name].device)
+
+    @staticmethod
+    def _describe(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+        return {k: [list(w.shape), str(w.dtype).removeprefix("torch.")] for k, w in weights.items()}
+
+    def _install_mixing(self) -> None:
+        mixers: dict[str, list[Method]] = {}
+        for method in self._defining("weights"):
+            for name in method.mixed(self.views[method.name]):
+                mixers.setdefault(name, []).append(method)
+        if not mixers:
+            return
+
+        def mix(name: str, w: Tensor) -> Tensor:
+            for method in mixers[name]:
+                w = method.weights(self.views[method.name], name, w)
+            return w
+
+        chosen = {name: self.weights[name] for name in mixers}
+        self._undo.append(mixing.install(chosen, self.owners, mix))
+
+    def end_task(self, data: Batches | Callable[[], Batches] | None = None) -> None:
+        """The task is learned: let methods estimate importance and keep rows.
+
+        `data` are the task's training rows in batches as the model takes them, re-iterable or a
+        function that returns them. Runs in evaluation mode, without touching the global
+        random state.
+        """
+        needing = [m.name for m in self.methods if m.needs_data]
+        if needing and data is None:
+            raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
+                          where="end_task", remedy="pass data=")  # fmt: skip
+        if data is not None:
+            batches = data
+            self.data = batches if callable(batches) else lambda: batches
+        model = self.models[self.task]
+        training = model.training
+        model.eval()
+        try:
+            with self._own_randomness():
+                for method in self._defining("end_task"):
+                    method.end_task(self.views[method.name])
+        finally:
+            model.train(training)
+            self.data = list
+        self.finished.append(self.task)
+
+    def unbind(self) -> None:
+        """Take every hook off the optimizer and the model; state stays."""
+        while self._undo:
+            self._undo.pop()()
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        optimizer = self.optimizer
+        hooks = (
+            optimizer.register_step_pre_hook(self._pre_step),
+            optimizer.register_step_post_hook(self._post_step),
+        )
+        setattr(optimizer, _MARK, True)
+        self._undo += [h.remove for h in hooks] + [lambda: delattr(optimizer, _MARK)]
+
+    def _defining(self, hook: str) -> list[Method]:
+        return [m for m in self.methods if m.defines(hook)]
+
+    def _pre_step(self, _: Any, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._before_step()
+            return None
+
+        def wrapped() -> Any:
+            loss = closure()
+            self._before_step()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        norm = self.gradient_norm()
+        self.norm, self._unscaled = norm, None
+        found = getattr(self.optimizer, "found_inf", None)
+        self._skip = not bool(torch.isfinite(norm)) or (found is not None and bool(found.item()))
+        self._tell_wrapper()
+        if self._skip:
+            for w in self.weights.values():
+                w.grad = None  # the optimizer passes over tensors without a gradient
+            return
+        if self._defining("penalty") and not self._asked:
+            raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
+        changing = self._defining("penalty_grad_"), self._defining("before_step")
+        for method in changing[0]:
+            method.penalty_grad_(self.views[method.name])
+        for method in changing[1]:
+            method.before_step(self.views[method.name])
+        if self.max_grad_norm is not None:
+            if any(changing):
+                norm = _total_norm(self._gradients())
+            if norm > self.max_grad_norm:
+                torch._foreach_mul_(self._gradients(), self.max_grad_norm / (norm + 1e-6))
+        if any(m.needs_previous for m in self.methods):
+            self.previous = {n: w.detach().clone() for n, w in self.weights.items()}
+
+    @torch.no_grad()
+    def _post_step(self, *_: Any) -> None:
+        if self._skip:
+            self.skipped += 1
+        else:
+            for method in self._defining("after_step"):
+                method.after_step(self.views[method.name])
+            self.step += 1
+        self._asked = False
+        self.inputs = self.outputs = None
+        self.previous = {}
+        for view in self.views.values():
+            view.scratch.clear()
+
+    _unscaled: Tensor | None = None  # the norm, once gradients of this step are unscaled
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The global norm of this step's gradients, after undoing a GradScaler's scale."""
+        if self._unscaled is None:
+            grads = self._gradients()
+            scale = getattr(self.optimizer, "grad_scale", None)
+            if scale is not None:
+                torch._foreach_mul_(grads, scale.double().reciprocal().float())
+                self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self._unscaled = _total_norm(grads)
+        return self._unscaled
+
+    def _gradients(self) -> list[Tensor]:
+        return [w.grad for w in self.weights.values() if w.grad is not None]
+
+    def _tell_wrapper(self) -> None:
+        # Accelerate judges by whether step() was called; tell it what really happened.
+        if self._wrapper is not None:
+            self._wrapper._is_overflow = self._skip
+            if self._skip:
+                self._wrapper._accelerate_step_called = False
+
+    # --- what hooks and loops call ------------------------------------------------------------
+
+    def penalty(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> Tensor:
+        """The methods' penalties for a micro-batch: add them to its loss."""
+        self._asked, self.inputs, self.outputs = True, inputs, outputs
+        device = next(iter(self.weights.values())).device
+        total = torch.zeros((), device=device)
+        for method in self._defining("penalty"):
+            total = total + method.penalty(self.views[method.name])
+        return total
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a loop must add `penalty` to its loss."""
+        return bool(self._defining("penalty"))
+
+    def forward(
+        self,
+        inputs: Mapping[str, Any] | None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        task: str | None = None,
+    ) -> Any:
+        """See `View.forward`."""
+        model = self.models[task or self.task]
+        batch = inputs if inputs is not None else self.inputs
+        if batch is None:
+            raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
+        with self._own_randomness(), self._replaced(weights or {}), self._untrained(model):
+            return model(**batch)
+
+    @contextlib.contextmanager
+    def _untrained(self, model: nn.Module) -> Iterator[None]:
+        """Keep gradients off what the optimizer does not hold: the heads of other tasks."""
+        held = {id(w) for w in self.weights.values()}
+        foreign = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+        for p in foreign:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in foreign:
+                p.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        if weights and torch.is_grad_enabled():
+            raise RuntimeError("view.forward(weights=...) works only under torch.no_grad()")
+        kept = {name: self.weights[name].data for name in weights}
+        try:
+            for name, w in weights.items():
+                self.weights[name].data = w
+            yield
+        finally:
+            for name, w in kept.items():
+                self.weights[name].data = w
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, as ``{"tensors": {key: tensor}, "meta": JSON}``.
+
+        Tensors are not copied. Keys are ``method/kind/slot/name``.
+        """
+        tensors = {"generator": self.generator.get_state()}
+        for method, state in self.states.items():
+            for kind, slots in (("weights", state.weights), ("tensors", state.tensors)):
+                for slot, entries in slots.items():
+                    tensors |= {f"{method}/{kind}/{slot}/{k}": t for k, t in entries.items()}
+        meta = {
+            "schema": 1,
+            "methods": {m.name: m.to_dict() for m in self.methods},
+            "numbers": {name: dict(s.numbers) for name, s in self.states.items()},
+            "task": self.task,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "skipped": self.skipped,
+            "finished": list(self.finished),
+            "parameters": self._signature | self._describe(getattr(self, "weights", {})),
+        }
+        return {"tensors": tensors, "meta": meta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state; nothing is captured anew.
+
+        Call it after `begin_task` of the same task, or before any. Raises `Refused` where the
+        methods, or the names, shapes or types of the parameters differ.
+        """
+        meta, tensors = state["meta"], state["tensors"]
+        ours = {m.name: m.to_dict() for m in self.methods}
+        if meta["methods"] != ours:
+            raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
+        attached = bool(self.task)
+        weights: Mapping[str, Tensor] = self.weights if attached else {}
+        self._check_parameters(meta["parameters"], weights)
+        if attached and meta["task"] != self.task:
+            raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
+        for name, own in self.states.items():
+            own.weights, own.tensors = {}, {}
+            own.numbers = dict(meta["numbers"][name])
+        for key, tensor in tensors.items():
+            if key == "generator":
+                self.generator.set_state(tensor)
+                continue
+            method, kind, slot, name = key.split("/", 3)
+            home = getattr(self.states[method], kind).setdefault(slot, {})
+            device = weights[name].device if name in weights else tensor.device
+            home[name] = tensor.to(device, copy=True)
+        self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
+        if attached:
+            self.step, self.total_steps = meta["step"], meta["total_steps"]
+        self._signature = {k: v for k, v in meta["parameters"].items() if "/" not in k}
+
+    def _check_parameters(self, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        now = self._describe(weights)
+        wrong = [f"{k} is new" for k in now if k not in saved]
+        wrong += [f"{k} was {saved[k]}, is {v}" for k, v in now.items() if saved.get(k, v) != v]
+        if now:
+            wrong += [f"{k} is gone" for k in saved if k not in now and "/" not in k]
+        if wrong:
+            shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
+            raise Refused(f"the saved state does not fit the model: {shown}")
+
+
+def _nothing_to_evaluate() -> Mapping[str, float]:
+    raise RuntimeError("no evaluation was offered: set bound.evaluate")
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    if any(g.is_sparse for g in grads):
+        raise Refused("a gradient is sparse", remedy="build the embedding with sparse=False")
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+def _unwrap(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """The torch optimizer, and the Accelerate wrapper around it if there is one."""
+    wrapper = None
+    while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "step_was_skipped"):
+        wrapper, optimizer = optimizer, getattr(optimizer, "optimizer", None)
+        if optimizer is None:
+            raise Refused(f"{type(wrapper).__name__} is no torch optimizer and wraps none")
+    return optimizer, wrapper
+
+
+def _check_served(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise Refused("LBFGS runs its closure several times a step", remedy="use AdamW")
+    if getattr(optimizer, _MARK, False):
+        raise Refused("this optimizer is bound already", remedy="call unbind() of the other first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise Refused("sparse gradients are not served", where=name, remedy="use sparse=False")

@@ -1,0 +1,78 @@
+"""Recipes beside each other on the same tasks and seeds: each run is a sequence of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import Refused
+from holdfast.experiments.record import Record
+from holdfast.experiments.sequence import run_sequence
+from holdfast.recipe import Recipe
+from holdfast.tasks.task import slug
+
+
+def compare(
+    model: str,
+    tasks: Sequence[str | Path],
+    recipes: Mapping[str, tuple[Recipe, Mapping[str, Any]]],
+    *,
+    seeds: Sequence[int],
+    out: str | Path,
+    workers: int = 1,
+    progress: bool = True,
+    **settings: Any,
+) -> list[Record]:
+    """Every recipe with every seed; finished runs are only read, killed ones go on.
+
+    recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs
+    land in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each, and
+    then shows one bar of runs. Returns the records by label, then by seed.
+    """
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")
+    folders = {label: Path(out) / slug(label) for label in recipes}
+    if len(set(folders.values())) != len(folders):
+        raise Refused(f"labels that name one folder: {sorted(recipes)}", where="--recipes")
+    jobs = [
+        {
+            "model": model,
+            "tasks": list(tasks),
+            "recipe": replace(recipe, name=label),
+            "seed": seed,
+            "out": folders[label] / f"seed-{seed}",
+            "label": f"{label} · seed {seed}",
+            "progress": progress and workers == 1,
+            **settings,
+            **own,
+        }
+        for label, (recipe, own) in recipes.items()
+        for seed in seeds
+    ]
+    if workers == 1:
+        return [run_sequence(**job) for job in jobs]
+    return _in_processes(jobs, workers, progress)
+
+
+def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) -> list[Record]:
+    from tqdm.auto import tqdm
+
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone) as pool:
+        futures = {pool.submit(run_sequence, **job): i for i, job in enumerate(jobs)}
+        records: dict[int, Record] = {}
+        bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
+        for future in bar:
+            records[futures[future]] = future.result()
+            bar.set_postfix_str(jobs[futures[future]]["label"])
+    return [records[i] for i in range(len(jobs))]
+
+
+def _alone() -> None:
+    """One thread for each process: two with two threads each would crawl."""
+    import torch
+
+    torch.set_num_threads(1)

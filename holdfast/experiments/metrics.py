@@ -1,0 +1,183 @@
+"""What was learned and what was lost, as pure functions of the score matrix.
+
+`R[i][j]` is the score on task j after learning task i, for T tasks learned in order: row T-1 is
+the end of the sequence, the diagonal is each task just after it was learned. A cell that was not
+measured is None (NaN and infinity count as not measured). Whatever needs a missing cell is None
+itself, never 0. Higher scores are better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from holdfast.errors import Refused, nearest
+
+Cell = float | None
+Matrix = Sequence[Sequence[Cell]]
+
+METRICS = ("accuracy", "f1", "matthews", "spearman")
+
+
+def square(scores: Matrix) -> list[list[Cell]]:
+    """A copy of the T x T matrix with every unmeasured cell as None; ValueError if not square."""
+    rows = [[_cell(value) for value in row] for row in scores]
+    if not rows:
+        raise ValueError("a score matrix has at least one task")
+    for i, row in enumerate(rows):
+        if len(row) != len(rows):
+            raise ValueError(f"score matrix is not square: row {i} has {len(row)} of {len(rows)}")
+    return rows
+
+
+def forgetting_of(scores: Matrix, task: int) -> Cell:
+    """`F_j = max_{i < T-1} R[i][j] - R[T-1][j]` of one task j (Chaudhry et al. 2018).
+
+    Positive: worse than the best it ever was; negative: the end is its best. The maximum takes in
+    every measured earlier row; rows from j on must be measured. None for the last task.
+    """
+    rows = square(scores)
+    last = len(rows) - 1
+    if not 0 <= task <= last:
+        raise ValueError(f"no task {task} in a sequence of {last + 1}")
+    earlier = [rows[i][task] for i in range(last)]
+    end = rows[last][task]
+    if task == last or end is None or None in earlier[task:]:
+        return None
+    return max(value for value in earlier if value is not None) - end
+
+
+def forgetting(scores: Matrix) -> Cell:
+    """`mean_{j < T-1} F_j`, see `forgetting_of`. Positive: worse. None for a single task."""
+    return _mean([forgetting_of(scores, j) for j in range(len(square(scores)) - 1)])
+
+
+def backward_transfer(scores: Matrix) -> Cell:
+    """`mean_{j < T-1} (R[T-1][j] - R[j][j])` (Lopez-Paz & Ranzato 2017). Negative: forgetting."""
+    rows = square(scores)
+    last = len(rows) - 1
+    return _mean([_minus(rows[last][j], rows[j][j]) for j in range(last)])
+
+
+def forward_transfer(scores: Matrix, alone: Sequence[Cell] | None) -> Cell:
+    """`mean_{j > 0} (R[j][j] - alone[j])`, alone[j] being task j trained by itself.
+
+    Positive: the tasks before helped. None unless every later task was also trained alone.
+    """
+    rows = square(scores)
+    if alone is None:
+        return None
+    if len(alone) != len(rows):
+        raise ValueError(f"{len(alone)} scores of tasks alone for {len(rows)} tasks")
+    return _mean([_minus(rows[j][j], _cell(alone[j])) for j in range(1, len(rows))])
+
+
+def average(scores: Matrix) -> Cell:
+    """`mean_j R[T-1][j]`: every task at the end of the sequence."""
+    return _mean(square(scores)[-1])
+
+
+def plasticity(scores: Matrix) -> Cell:
+    """`mean_j R[j][j]`: every task just after it was learned."""
+    rows = square(scores)
+    return _mean([rows[j][j] for j in range(len(rows))])
+
+
+def old_before(scores: Matrix) -> Cell:
+    """`mean_{j < T-1} R[j][j]`: the old tasks, each just after it was learned."""
+    rows = square(scores)
+    return _mean([rows[j][j] for j in range(len(rows) - 1)])
+
+
+def old_after(scores: Matrix) -> Cell:
+    """`mean_{j < T-1} R[T-1][j]`: the old tasks at the end; minus `old_before` = backward transfer.
+
+    None for a single task.
+    """
+    return _mean(square(scores)[-1][:-1])
+
+
+def new_plus_old(scores: Matrix) -> Cell:
+    """`R[T-1][T-1] + mean_{j < T-1} R[T-1][j]`: the reward of the learning-rate search papers.
+
+    The new task is the last one. For two tasks it is `R[1][1] + R[1][0]`; 2.0 is perfect for
+    metrics that end at 1. None for a single task.
+    """
+    rows = square(scores)
+    new, old = rows[-1][-1], old_after(rows)
+    return None if new is None or old is None else new + old
+
+
+def summary(scores: Matrix, alone: Sequence[Cell] | None = None) -> dict[str, Cell]:
+    """Every metric by name, as a record stores them."""
+    return {
+        "forgetting": forgetting(scores),
+        "backward_transfer": backward_transfer(scores),
+        "forward_transfer": forward_transfer(scores, alone),
+        "average": average(scores),
+        "plasticity": plasticity(scores),
+        "new_plus_old": new_plus_old(scores),
+    }
+
+
+def score(
+    metric: str, truth: Sequence[float], predicted: Sequence[float], *, classes: int | None = None
+) -> float:
+    """One score of `predicted` (n,) against `truth` (n,): a metric of METRICS.
+
+    accuracy: share of equal labels. f1: of class 1 where there are two classes (0 and 1), else
+    the unweighted mean over the classes that occur (macro). matthews: Matthews correlation of the
+    labels. spearman: rank correlation of the values. `classes` is the task's number of classes,
+    for an evaluation set that lacks some; by default it is read off the labels present.
+
+    Constant predictions (or truth) carry no ranking, and their correlation is 0/0: matthews and
+    spearman are 0.0 there, never NaN.
+    """
+    if metric not in METRICS:
+        raise Refused(f"no metric {metric!r}", remedy=nearest(metric, METRICS))
+    if len(truth) != len(predicted):
+        raise ValueError(f"{len(predicted)} predictions for {len(truth)} rows")
+    if not len(truth):
+        raise ValueError("no rows to score")
+    import numpy as np
+
+    wanted, given = np.asarray(truth), np.asarray(predicted)
+    if wanted.ndim != 1 or given.ndim != 1:
+        raise ValueError(f"expected one value a row, got {wanted.shape} and {given.shape}")
+    for values in (wanted, given):
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError("cannot score values that are not finite")
+    if metric == "accuracy":
+        return float(np.mean(wanted == given))
+    if metric == "f1":
+        from sklearn.metrics import f1_score
+
+        present = set(np.unique(wanted).tolist()) | set(np.unique(given).tolist())
+        binary = present <= {0, 1} and classes in (None, 2)
+        average_ = "binary" if binary else "macro"
+        return float(f1_score(wanted, given, average=average_, zero_division=0.0))
+    if len(np.unique(wanted)) == 1 or len(np.unique(given)) == 1:
+        return 0.0
+    if metric == "matthews":
+        from sklearn.metrics import matthews_corrcoef
+
+        return float(matthews_corrcoef(wanted, given))
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(wanted, given).statistic)
+
+
+def _cell(value: Cell) -> Cell:
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _minus(left: Cell, right: Cell) -> Cell:
+    return None if left is None or right is None else left - right
+
+
+def _mean(values: Sequence[Cell]) -> Cell:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,0 +1,342 @@
+"""Everything about one run, as JSON: what a report draws from and a reader repeats a run from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import holdfast
+from holdfast.errors import Refused
+from holdfast.experiments import metrics
+from holdfast.experiments.metrics import Cell
+from holdfast.files import write_text_atomic
+
+SCHEMA = 1
+KINDS = ("sequence", "train")
+STATUSES = ("done", "running")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "scipy")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Python, holdfast and installed packages, without importing any of them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "holdfast": holdfast.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: str | Path = ".") -> str | None:
+    """The git commit checked out in `folder`, with `+changes` if files differ; None elsewhere."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        return head + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@dataclass(kw_only=True)
+class Record:
+    """One run: a sequence of tasks (`kind="sequence"`) or a single task (`kind="train"`).
+
+    `scores[i][j]` is the evaluation score on task j after learning task i, None where it was not
+    measured; left out, it is all None. The metrics are computed from it whenever they are read,
+    and stored in the file for other readers.
+
+    Example:
+        >>> tasks = [{"name": "trec6"}, {"name": "snli"}]
+        >>> record = Record(tasks=tasks, scores=[[0.95, None], [0.75, 0.80]])
+        >>> round(record.forgetting, 2), round(record.new_plus_old, 2)
+        (0.2, 1.55)
+    """
+
+    tasks: list[dict[str, Any]]  # name, metric, labels, rows {train, selection, evaluation}, hash,
+    # source, synthetic, warnings
+    scores: list[list[Cell]] = field(default_factory=list)  # T x T, evaluation rows
+    kind: str = "sequence"
+    holdfast: str = holdfast.__version__
+    created: str = field(default_factory=_now)
+    model: dict[str, Any] = field(default_factory=dict)  # name, architecture, parameters, layers, …
+    selection_scores: list[list[Cell]] | None = None  # T x T, selection rows
+    alone: dict[str, Cell] = field(default_factory=dict)  # task name -> score trained alone
+    history: list[dict[str, Any]] = field(default_factory=list)  # learning, step, epoch, loss,
+    # scores (T,) on selection rows
+    recipe: dict[str, Any] = field(default_factory=dict)  # name, and what its YAML says
+    rates: dict[str, Any] | None = None  # order, multiplier, depth, parameters: (parts,) each
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    commit: str | None = None
+    command: list[str] | None = None
+    seconds: list[Cell] = field(default_factory=list)  # (T,)
+    steps: list[int | None] = field(default_factory=list)  # (T,)
+    skipped_steps: list[int | None] = field(default_factory=list)  # (T,)
+    methods_state: dict[str, Any] = field(default_factory=dict)
+    status: str = "done"
+    exposure: str | None = None  # what the model saw in pre-training, as far as its card says
+    warnings: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)  # keys of a newer holdfast, kept
+
+    def __post_init__(self) -> None:
+        size = len(self.tasks)
+        if not self.scores:
+            self.scores = [[None] * size for _ in range(size)]
+        for scores in (self.scores, self.selection_scores):
+            if scores is not None and len(metrics.square(scores)) != size:
+                raise ValueError(f"a matrix of {len(scores)} rows for {size} tasks")
+        for known, value in ((KINDS, self.kind), (STATUSES, self.status)):
+            if value not in known:
+                raise ValueError(f"{value!r} is not one of {', '.join(known)}")
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks in the order they were learned."""
+        return [str(task["name"]) for task in self.tasks]
+
+    @property
+    def metrics(self) -> dict[str, Cell]:
+        """Every metric of `holdfast.experiments.metrics` by name, None where not measured."""
+        return metrics.summary(self.scores, [self.alone.get(name) for name in self.names])
+
+    @property
+    def forgetting(self) -> Cell:
+        return metrics.forgetting(self.scores)
+
+    @property
+    def backward_transfer(self) -> Cell:
+        return metrics.backward_transfer(self.scores)
+
+    @property
+    def forward_transfer(self) -> Cell:
+        return self.metrics["forward_transfer"]
+
+    @property
+    def average(self) -> Cell:
+        return metrics.average(self.scores)
+
+    @property
+    def plasticity(self) -> Cell:
+        return metrics.plasticity(self.scores)
+
+    @property
+    def new_plus_old(self) -> Cell:
+        return metrics.new_plus_old(self.scores)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values in the file's order: no NaN, no credentials."""
+        body = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        extra = body.pop("extra")
+        body["command"] = None if self.command is None else without_secrets(self.command)
+        layout = {"schema": SCHEMA, "kind": body.pop("kind"), **body}
+        layout["metrics"] = self.metrics
+        return _plain({**extra, **layout})
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any], *, where: str | None = None) -> Record:
+        """The record of a parsed file; Refused if it is not one. The metrics are computed anew."""
+        if not isinstance(body, Mapping) or "schema" not in body:
+            raise Refused("not a holdfast record", where=where, remedy="pass a record.json")
+        if body["schema"] != SCHEMA:
+            raise Refused(
+                f"record schema {body['schema']!r}, this holdfast reads {SCHEMA}",
+                where=where,
+                remedy=f"use the holdfast that wrote it ({body.get('holdfast', 'unknown')})",
+            )
+        known = {item.name for item in dataclasses.fields(cls)} - {"extra"}
+        try:
+            plain = _plain(body)
+        except RecursionError as error:
+            raise Refused("nested too deeply", where=where, remedy=REPEAT) from error
+        ours = known | {"schema", "metrics"}
+        given = {key: value for key, value in plain.items() if key in known}
+        given["extra"] = {key: value for key, value in plain.items() if key not in ours}
+        _check(given, where)
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise Refused(f"damaged record: {error}", where=where, remedy=REPEAT) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read a record, or the `record.json` of a run folder."""
+        path = Path(path)
+        path = path / "record.json" if path.is_dir() else path
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        except FileNotFoundError:
+            raise Refused("no such file", where=str(path), remedy="pass a record.json") from None
+        except OSError as error:
+            raise Refused(f"cannot be read ({error.strerror})", where=str(path)) from error
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"not JSON: {error}", where=str(path), remedy=REPEAT) from error
+        return cls.from_dict(body, where=str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(self.to_dict(), **STRICT) + "\n")
+
+
+REPEAT = "run it again, or leave this file out"
+STRICT: dict[str, Any] = {"ensure_ascii": False, "indent": 1, "allow_nan": False}
+
+
+def replace_text(path: Path, text: str) -> None:
+    """`write_text_atomic`, but a link planted at `path` is replaced, never followed (S14)."""
+    if path.is_symlink():
+        path.unlink()
+    write_text_atomic(path, text)
+
+
+_LISTS = ("tasks", "scores", "history", "seconds", "steps", "skipped_steps", "warnings")
+_DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state")
+
+
+def _check(body: Mapping[str, Any], where: str | None) -> None:
+    """The shapes a report relies on, so that a damaged file is named instead of half drawn."""
+
+    def fault(key: str, wanted: str) -> Refused:
+        return Refused(f"damaged record: {key} is not {wanted}", where=where, remedy=REPEAT)
+
+    for key in _LISTS:
+        if key in body and not isinstance(body[key], list):
+            raise fault(key, "a list")
+    for key in _DICTS:
+        if key in body and not isinstance(body[key], dict):
+            raise fault(key, "a mapping")
+    tasks = body.get("tasks")
+    if not tasks or not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in tasks):
+        raise fault("tasks", "a list of named tasks")
+    for task in tasks:
+        rows = task.get("rows") or {}
+        if not isinstance(rows, dict) or not all(map(_number, rows.values())):
+            raise fault(f"rows of task {task['name']!r}", "a count for each split")
+    for key in ("scores", "selection_scores"):
+        matrix = body.get(key)
+        if matrix is not None and not (isinstance(matrix, list) and all(map(_cells, matrix))):
+            raise fault(key, "a matrix of numbers")
+    if not all(_number(value) for value in body.get("alone", {}).values()):
+        raise fault("alone", "a number for each task")
+    for key in ("seconds", "steps", "skipped_steps"):
+        if not _cells(body.get(key, [])):
+            raise fault(key, "a list of numbers")
+    for point in body.get("history", []):
+        good = isinstance(point, dict) and _cells(point.get("scores") or [])
+        if not good or not all(_number(point.get(k)) for k in ("learning", "step", "loss")):
+            raise fault("history", "a list of scores by step")
+    rates = body.get("rates")
+    if rates is not None:
+        curves = isinstance(rates, dict) and isinstance(rates.get("order"), list)
+        if not curves or not _cells(rates.get("multiplier")):
+            raise fault("rates", "multipliers by part")
+        if len(rates["order"]) != len(rates["multiplier"]):
+            raise fault("rates", "one multiplier a part")
+    if not _number(body.get("seed")):
+        raise fault("seed", "a number")
+
+
+def _number(value: object) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, float)
+
+
+def _cells(values: object) -> bool:
+    return isinstance(values, list) and all(map(_number, values))
+
+
+_SECRET = (
+    r"(?:(?:[\w-]*[_-])?(?:secret|passwd|password|pwd|credential|(?:api|access|private)[_-]?key)s?"
+    r"|(?:(?:[\w-]*[_-])?(?:hub|hf|auth|access|api|bearer|session)[_-])?token)"
+)
+_SECRET_NAME = re.compile(rf"{_SECRET}\Z", re.IGNORECASE)
+_SECRET_FLAG = re.compile(rf"--?{_SECRET}(?P<value>=.*)?\Z", re.IGNORECASE | re.DOTALL)
+# up to the last @ of the authority, or, for a password with a slash in it, of the word
+_USER = re.compile(r"://[^\s/]{0,512}@|://[^\s/:@]{0,256}:(?!\d{1,5}(?:/|\Z))\S{0,512}@")
+_QUERY = re.compile(
+    r"(?i)([?&;][\w.-]{0,64}(?:token|secret|passw|pwd|key|sig|signature|credential|auth)"
+    r"[\w.-]{0,64}=)[^&;#\s\"']+"
+)
+_TOKEN = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
+
+
+def scrub(text: str) -> str:
+    """`text` without URL credentials, secret query values and well-known access tokens (S11).
+
+    Example:
+        >>> scrub("postgresql://ann:pw@db/x?sslkey=1&user=ann")
+        'postgresql://***@db/x?sslkey=***&user=ann'
+    """
+    if "://" in text or "=" in text:
+        text = _QUERY.sub(r"\1***", _USER.sub("://***@", text))
+    return _TOKEN.sub("***", text)
+
+
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """A command line without the values of `--password`, `--hub-token=…` and kin."""
+    words: list[str] = []
+    hide = False
+    for word in map(str, command):
+        flag = _SECRET_FLAG.match(word)
+        if hide and not word.startswith("--"):
+            words.append("***")
+        elif flag and flag["value"]:
+            words.append(word.split("=", 1)[0] + "=***")
+        else:
+            words.append(scrub(word))
+        hide = flag is not None and not flag["value"]
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """JSON values only: numpy scalars and arrays, tuples and paths become plain, NaN is null."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, str):
+        # a lone surrogate cannot be written as UTF-8
+        return scrub(str(value)).encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _hidden(key, item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return _plain(os.fspath(value))
+    if hasattr(value, "tolist"):  # a numpy scalar or array
+        return _plain(value.tolist())
+    raise TypeError(f"a record cannot hold a {type(value).__name__}")
+
+
+def _hidden(key: object, value: Any) -> Any:
+    secret = isinstance(value, str) and value and _SECRET_NAME.match(str(key))
+    return "***" if secret else _plain(value)

@@ -1,0 +1,217 @@
+"""Small text files: strict YAML in, plain YAML out, and writes that are whole or absent.
+
+Recipes and rates are read from files that strangers send each other, so the reader takes the YAML
+1.2 core schema and nothing more: no tags, no aliases, no merge keys, no duplicate keys, and every
+key a string. `1e-5` is a float, `no` and `2024-01-01` are text, `010` is ten.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.events import AliasEvent
+
+from holdfast.errors import Refused, nearest
+
+LARGEST = 4 << 20  # bytes; a recipe is a few hundred
+
+_FLOAT = re.compile(
+    r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
+    r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
+)
+_INT = re.compile(r"^[-+]?[0-9]+$")
+
+
+class _Reader(yaml.SafeLoader):
+    """SafeLoader with the core schema's scalars only, refusing what a plain file never needs."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        line = event.start_mark.line + 1
+        if isinstance(event, AliasEvent):
+            raise Refused(f"line {line}: alias *{event.anchor}", remedy="write the value out")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise Refused(f"line {line}: tag {tag!r}", remedy="plain YAML needs no tags")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise Refused(f"line {line}: key {key!r} is not text", remedy="quote it")
+            if key in seen:
+                raise Refused(f"line {line}: key {key!r} given twice", remedy="keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node), 10)
+
+
+class _Writer(yaml.SafeDumper):
+    """SafeDumper that repeats shared values instead of aliasing, so that `_Reader` takes it."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+# Order matters: the first pattern that fits names the type, so integers come before floats.
+for _tag, _pattern in (
+    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")),
+    ("null", re.compile(r"^(?:~|null|Null|NULL|)$")),
+    ("int", _INT),
+    ("float", _FLOAT),
+):
+    _Reader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, None)
+_Reader.add_constructor("tag:yaml.org,2002:int", _Reader.construct_decimal)
+# Text such as "1e-5" must be quoted on the way out, or it would come back as a number.
+_Writer.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+
+
+def read_text(path: Path, *, where: str | None = None) -> str:
+    """The UTF-8 text of a small file; Refused when it cannot be read."""
+    where = str(path) if where is None else where
+    try:
+        if path.stat().st_size > LARGEST:
+            raise Refused(f"larger than {LARGEST >> 20} MiB", where=where)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Refused(error.strerror or str(error), where=where) from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"not UTF-8 text (byte {error.start})", where=where) from None
+
+
+def read_yaml(source: Path | str, *, where: str | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file (`source` is a Path) or text (`source` is a str).
+
+    Anything but one mapping with distinct text keys is Refused, with the line where possible.
+    `where` names the source in errors; by default the path.
+    """
+    if isinstance(source, Path):
+        where = str(source) if where is None else where
+        source = read_text(source, where=where)
+    try:
+        data = yaml.load(source, Loader=_Reader)  # noqa: S506 - a stricter SafeLoader
+    except Refused as error:
+        raise Refused(error.what, where=where, remedy=error.remedy) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        raise Refused(f"{line}{error.problem or error.context}", where=where) from None
+    except yaml.YAMLError as error:
+        raise Refused(f"not YAML: {str(error).splitlines()[0]}", where=where) from None
+    except RecursionError:
+        raise Refused("nested too deeply", where=where) from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise Refused(f"not a number Python can read: {error}", where=where) from None
+    if not isinstance(data, dict):
+        kind = "nothing" if data is None else type(data).__name__
+        raise Refused(f"expected a mapping of keys to values, found {kind}", where=where)
+    return data
+
+
+def only_keys(
+    data: Mapping[str, Any],
+    known: Collection[str],
+    *,
+    required: Collection[str] = (),
+    where: str | None = None,
+) -> None:
+    """Refuse a key outside `known`, naming the nearest, and a missing `required` one."""
+    for key in data:
+        if key not in known:
+            raise Refused(f"unknown key {key!r}", where=where, remedy=nearest(key, list(known)))
+    for key in required:
+        if key not in data:
+            raise Refused(f"missing key {key!r}", where=where, remedy=f"add `{key}: …`")
+
+
+def dump_yaml(data: Mapping[str, Any]) -> str:
+    """`data` as YAML text that `read_yaml` returns unchanged, tuples as lists.
+
+    Refused unless it is plain data: text, numbers, true, false, null, lists, mappings by text.
+    """
+    try:
+        data = _plain(data, "")
+        text = _dump(data, readable=True)
+        # PyYAML writes a few control characters that no YAML reader takes back; escape those.
+        with suppress(Refused):
+            if read_yaml(text) == data:
+                return text
+        return _dump(data, readable=False)
+    except RecursionError:
+        raise Refused("the data contains itself or is nested too deeply") from None
+
+
+def _dump(data: Mapping[str, Any], *, readable: bool) -> str:
+    """One call of PyYAML; `readable` keeps letters beyond ASCII as they are."""
+    text = yaml.dump(data, Dumper=_Writer, sort_keys=False, allow_unicode=readable, width=100)
+    return str(text)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of plain data, subclasses of its types (NumPy's float64, enums of text) made plain."""
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise Refused(f"key {odd[0]!r} is not text and cannot be saved", where=where or None)
+        return {str(k): _plain(v, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    raise Refused(f"a {type(value).__name__} cannot be saved", where=where or None)
+
+
+def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write `data` as YAML, atomically."""
+    write_text_atomic(path, dump_yaml(data))
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Replace `path` by `text` (UTF-8) so that a reader or a crash sees the old or the new file.
+
+    Temporary file in the same folder, fsync, rename. A symbolic link keeps pointing where it did.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise Refused("no such folder", where=str(target.parent), remedy="create it first")
+    if target.is_dir():
+        raise Refused("is a folder", where=str(target), remedy="give a file name")
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise Refused(error.strerror or str(error), where=str(target)) from None
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable where folders can be opened (not on Windows)."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

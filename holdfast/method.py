@@ -1,0 +1,251 @@
+"""The contract: what a fine-tuning method is, which hooks it may define, what a hook can see.
+
+A `Method` is a frozen configuration. All that it remembers lives in the `Bound`, as a `State`
+keyed by canonical parameter names, so that it is saved, resumed and counted in one place.
+
+Hooks run in fixed phases; the order of methods in a recipe counts only within a phase::
+
+    prepare → begin_task → (weights → penalty → penalty_grad_ → before_step → after_step)* → end_task
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.config import Checked
+
+if TYPE_CHECKING:
+    from holdfast.bound import Bound
+
+HOOKS = (
+    "prepare",
+    "begin_task",
+    "weights",
+    "penalty",
+    "penalty_grad_",
+    "before_step",
+    "after_step",
+    "end_task",
+)
+
+class Range(NamedTuple):
+    """Where a search may look for a parameter: inclusive bounds, on a log scale or not."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Checked):
+    """One paper's idea: a frozen configuration with up to eight optional hooks.
+
+    Subclasses are frozen dataclasses whose fields are checked against their annotations
+    (`Refused` names the field). A hook that no method of a recipe defines costs nothing.
+    """
+
+    name: ClassVar[str]  # one name everywhere: file, YAML, command line, test, docs page
+    summary: ClassVar[str]  # one line
+    paper: ClassVar[str]
+    bytes_per_weight: ClassVar[str]  # what the method adds to memory, in words and numbers
+    ranges: ClassVar[Mapping[str, Range]] = {}
+    needs_previous: ClassVar[bool] = False  # after_step reads the weights before the step
+
+    @classmethod
+    def where(cls, name: str) -> str:
+        return f"{cls.name}.{name}"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `end_task` reads the rows of the finished task."""
+        return False
+
+    @classmethod
+    def defines(cls, hook: str) -> bool:
+        """Whether this method overrides `hook`."""
+        return getattr(cls, hook) is not getattr(Method, hook)
+
+    # --- the hooks -------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Change the network itself, once, before the optimizer and any checkpoint (PEFT)."""
+        return model
+
+    def begin_task(self, view: View) -> None:
+        """A task starts: make state, remember anchors."""
+
+    def mixed(self, view: View) -> Collection[str]:
+        """Names of the parameters that `weights` replaces; asked once a task."""
+        return ()
+
+    def weights(self, view: View, name: str, w: Tensor) -> Tensor:
+        """The weight that the forward pass sees while training, in place of `w`."""
+        return w
+
+    def penalty(self, view: View) -> Tensor:
+        """A scalar added to the loss of one micro-batch."""
+        raise NotImplementedError
+
+    def penalty_grad_(self, view: View) -> None:
+        """Add a penalty's exact gradient to `view.grads` in place, once a step."""
+
+    def before_step(self, view: View) -> None:
+        """Read or change gradients in place; `view.grads[name] = None` leaves a tensor out."""
+
+    def after_step(self, view: View) -> None:
+        """Read or change weights after the optimizer's step."""
+
+    def end_task(self, view: View) -> None:
+        """A task is learned: estimate importance, keep rows."""
+
+
+class State:
+    """What one method remembers.
+
+    `weights[slot][name]` are tensors shaped like the parameter `name` or broadcast to it;
+    `tensors[slot][key]` are any other tensors; `numbers` is JSON.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, dict[str, Tensor]] = {}
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        self.numbers: dict[str, Any] = {}
+
+    def slot(self, name: str) -> dict[str, Tensor]:
+        """The per-parameter tensors called `name`, made empty on first use."""
+        return self.weights.setdefault(name, {})
+
+    def bytes(self) -> int:
+        """The memory held, in bytes."""
+        every = [*self.weights.values(), *self.tensors.values()]
+        return sum(t.numel() * t.element_size() for slot in every for t in slot.values())
+
+
+class Gradients(MutableMapping[str, Tensor | None]):
+    """The gradients of this step by name; assigning None leaves a tensor out of the step."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        return self._weights[name].grad
+
+    def __setitem__(self, name: str, grad: Tensor | None) -> None:
+        self._weights[name].grad = grad
+
+    def __delitem__(self, name: str) -> None:
+        self._weights[name].grad = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+@dataclass
+class View:
+    """What a hook can see and do. New fields never change a hook's signature.
+
+    Names are canonical parameter names; those of a task's own head are `task/name`.
+    """
+
+    bound: Bound
+    state: State  # this method's own
+    scratch: dict[str, Any] = field(default_factory=dict)  # forgotten after every step
+
+    @property
+    def task(self) -> str:
+        """The task being learned."""
+        return self.bound.task
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed in this task: 0 throughout the first step."""
+        return self.bound.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps planned for this task."""
+        return self.bound.total_steps
+
+    @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that the optimizer holds, by name."""
+        return self.bound.weights
+
+    @property
+    def shared(self) -> Mapping[str, nn.Parameter]:
+        """Those of `weights` that all tasks share: without the task's own head."""
+        return self.bound.shared
+
+    @property
+    def grads(self) -> Gradients:
+        """The gradients by name: accumulated, reduced and unscaled."""
+        return self.bound.grads
+
+    @property
+    def previous(self) -> Mapping[str, Tensor]:
+        """The weights before this step, for methods that declare `needs_previous`."""
+        return self.bound.previous
+
+    @property
+    def parts(self) -> Mapping[str, str]:
+        """The part of each name."""
+        return self.bound.part_of
+
+    @property
+    def modules(self) -> Mapping[str, tuple[nn.Module, ...]]:
+        """The modules that own each name; several where weights are tied."""
+        return self.bound.owners
+
+    @property
+    def inputs(self) -> Mapping[str, Any] | None:
+        """The micro-batch, inside `penalty`."""
+        return self.bound.inputs
+
+    @property
+    def outputs(self) -> Any:
+        """What the model returned for the micro-batch, inside `penalty`."""
+        return self.bound.outputs
+
+    @property
+    def data(self) -> Callable[[], Iterable[Mapping[str, Any]]]:
+        """The finished task's training rows in batches, inside `end_task`."""
+        return self.bound.data
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The only source of randomness for methods: saved, and equal on all ranks."""
+        return self.bound.generator
+
+    def lr(self, name: str) -> float:
+        """The learning rate of a parameter at this step."""
+        return float(self.bound.group_of[name]["lr"])
+
+    def moments(self, name: str) -> Mapping[str, Any]:
+        """The optimizer's own state of a parameter (`exp_avg`, …); empty before its first step."""
+        return self.bound.optimizer.state.get(self.weights[name], {})
+
+    def forward(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        task: str | None = None,
+    ) -> Any:
+        """Run a task's model (default: this one) on a batch (default: this micro-batch).
+
+        Dropout draws from `generator`, so that a method never changes what the training
+        forward draws. `weights` replaces parameters by name; only without gradients.
+        """
+        return self.bound.forward(inputs, weights=weights, task=task)
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Scores of the task on rows kept for selection, where the caller offers them."""
+        return self.bound.evaluate()

@@ -1,0 +1,333 @@
+"""DPS: fine-tune by dynamic parameter selection (Zhang et al., NeurIPS 2022, arXiv 2211.01642).
+
+Training alternates between stages of equal length. An accumulating stage sums squared gradients;
+a masking stage moves only the subnetwork they point at:
+
+    GAM ← Σ_t g_t²                                         over the accumulating stage
+    M   = GAM ≥ τ,   τ the value of rank ⌈n(1 − drop)⌉     fixed for the masking stage
+
+**Dense** (`mix=False`) trains every weight while accumulating. **Mix** swaps weights in the
+forward pass for an anchor W*, with N ~ Bernoulli(1 − drop) and W* the weights at the start of the
+task; while masking, N = M and W* are the weights at the start of the stage:
+
+    W̃ = W* + N (W − W*) / (1 − drop)          ∂L/∂W := N ∂L/∂W̃   (published: without 1/(1−drop))
+    FAM ← Σ_t N_t,   score = GAM / max(FAM, 1) · exp(−FAM / stage)   the exp from `stage` ≥ 50 on
+
+**Retention** (`score="retention"`, our own) joins DPS to remembered tasks: with F the Fisher
+information of the finished tasks, every stage moves the entries of highest
+
+    score = Σ_t g_t² / (F + mean F)            per tensor, g from the stage before
+
+and in the first stage of a new task nothing that the method covers moves. The first task of all
+trains as if the method were not there. No row of an old task is kept.
+
+Deviations from the published code: a stage counts optimizer steps, not forward passes (equal
+without accumulation), and Mix draws its noise once a step, so that accumulation equals a large
+batch; stages are at least one step long; `freeze="exact"` restores masked weights after the step,
+because a zeroed gradient does not stop momentum and weight decay (`"gradient"` is as published);
+the head is initialised by its own model, and Mix may leave it out through `modules`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from holdfast.errors import Refused
+from holdfast.importance import Labels, diagonal_fisher
+from holdfast.config import Share, count
+from holdfast.method import Method, Range, View
+
+PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPS(Method):
+    """Dynamic parameter selection: Dense, Mix, or by retention.
+
+    drop: share of each covered tensor that a masking stage keeps still, 0 < drop < 1.
+    stage: length of a stage, a share of the task's steps or a number of steps.
+    mix: DPS Mix rather than Dense.
+    freeze: "exact" keeps masked weights bit for bit; "gradient" zeroes their gradient only.
+    select: the threshold is found per "tensor" or over all covered tensors ("global").
+    score: "gradient" (published) or "retention".
+    modules: "linear" (weights of every linear layer, HF Conv1D included), "all" parameters, or
+        globs of parameter names, of which each must match.
+    noise: Mix draws it per input "column" (published) or per "weight".
+    frequency_penalty: whether Mix applies it; null: from stages of 50 steps on, as published.
+    fisher_labels, fisher_rows: how retention estimates F; see `holdfast.importance`.
+    """
+
+    name: ClassVar[str] = "dps"
+    summary: ClassVar[str] = "trains the subnetwork that recent gradients point at"
+    paper: ClassVar[str] = "Zhang et al., NeurIPS 2022, arXiv 2211.01642"
+    bytes_per_weight: ClassVar[str] = (
+        "Dense 4 (the sum of squares turns into the values to keep); Mix 9 with column noise, "
+        "10 with weight noise (13 where a stage is longer than 255 steps); retention 12"
+    )
+    shares: ClassVar[tuple[str, ...]] = ("stage",)
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "drop": Range(0.1, 0.9),
+        "stage": Range(0.01, 0.25, log=True),
+    }
+
+    drop: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    stage: Share = 0.05
+    mix: bool = False
+    freeze: Literal["exact", "gradient"] = "exact"
+    select: Literal["tensor", "global"] = "tensor"
+    score: Literal["gradient", "retention"] = "gradient"
+    modules: Literal["linear", "all"] | tuple[str, ...] = "linear"
+    noise: Literal["column", "weight"] = "column"
+    frequency_penalty: bool | None = None
+    fisher_labels: Labels = "sampled"
+    fisher_rows: Annotated[int, Field(gt=0)] = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score == "retention" and (self.mix or self.freeze != "exact"):
+            raise Refused("retention works with mix=False and freeze='exact'", where="dps.score")
+
+    @property
+    def needs_data(self) -> bool:
+        """Retention estimates the Fisher information of the task it has learned."""
+        return self.score == "retention"
+
+    # --- what takes part ----------------------------------------------------------------------
+
+    def covered(self, view: View) -> list[str]:
+        """The names that take part, in the model's order."""
+        candidates = view.weights
+        if self.score == "retention":
+            candidates = {n: w for n, w in view.shared.items() if view.parts[n] != "head"}
+        if self.modules == "all":
+            return list(candidates)
+        if self.modules == "linear":
+            return [n for n in candidates if _linear(view.weights[n], view.modules[n])]
+        for glob in self.modules:
+            if not any(fnmatchcase(n, glob) for n in view.weights):
+                raise Refused(f"{glob!r} matches no parameter", where="dps.modules")
+        return [n for n in candidates if any(fnmatchcase(n, glob) for glob in self.modules)]
+
+    # --- stages -------------------------------------------------------------------------------
+
+    def begin_task(self, view: View) -> None:
+        names, slots = self.covered(view), view.state.weights
+        if not names:
+            raise Refused("nothing to select from", where="dps.modules",
+                          remedy="name parameters that the optimizer holds")  # fmt: skip
+        for slot in ("sum", "held", "start", "mask", "count"):
+            slots.pop(slot, None)
+        view.state.numbers |= {"covered": names, "stage": count(self.stage, view.total_steps)}
+        if self.mix:
+            slots["start"] = {n: _wide(view.weights[n].detach()).clone() for n in names}
+        elif self.score == "retention" and "fisher" in slots:
+            slots["held"] = {n: _wide(view.weights[n].detach()).clone() for n in names}
+
+    def _masking(self, view: View) -> bool:
+        """Whether the current step belongs to a masking stage."""
+        if self.score == "retention":
+            return "held" in view.state.weights
+        return view.step // int(view.state.numbers["stage"]) % 2 == 1
+
+    def _idle(self, view: View) -> bool:
+        """Retention has nothing to retain in the first task."""
+        return self.score == "retention" and "fisher" not in view.state.weights
+
+    def before_step(self, view: View) -> None:
+        if self._idle(view):
+            return
+        masking = self._masking(view)
+        if not masking or self.score == "retention":
+            self._accumulate(view)
+        if masking:
+            for name, frozen in self._frozen(view).items():
+                grad = view.grads[name]
+                if grad is not None:
+                    # Everything is held in retention's first stage: leave the tensor out.
+                    out = self.score == "retention" and view.step < view.state.numbers["stage"]
+                    view.grads[name] = None if out else grad.masked_fill_(frozen, 0)
+
+    def after_step(self, view: View) -> None:
+        if self._idle(view):
+            return
+        if self._masking(view) and self.freeze == "exact":
+            held = view.state.slot("held")
+            for name, frozen in self._frozen(view).items():
+                w = view.weights[name].detach()
+                torch.where(frozen, held[name].to(w.dtype), w, out=w)
+        if (view.step + 1) % int(view.state.numbers["stage"]) == 0:
+            self._turn(view)
+
+    def _accumulate(self, view: View) -> None:
+        """GAM += g², FAM += N."""
+        sums, noise = view.state.slot("sum"), view.scratch.get("noise", {})
+        for name in view.state.numbers["covered"]:
+            grad = view.grads.get(name)
+            if grad is None:
+                continue
+            if name not in sums:
+                sums[name] = torch.zeros_like(_wide(grad))
+            wide = grad.to(sums[name].dtype)
+            sums[name].addcmul_(wide, wide)
+            if name in noise:
+                self._counts(view, name).add_(noise[name].to(torch.uint8))
+
+    def _counts(self, view: View, name: str) -> Tensor:
+        counts = view.state.slot("count")
+        if name not in counts:
+            dtype = torch.uint8 if view.state.numbers["stage"] <= 255 else torch.int32
+            shape = self._noise_shape(view, name)
+            counts[name] = torch.zeros(shape, dtype=dtype, device=view.weights[name].device)
+        return counts[name]
+
+    def _turn(self, view: View) -> None:
+        """The end of a stage: select a subnetwork from the sums, or start summing anew."""
+        slots = view.state.weights
+        if self._masking(view) and self.score != "retention":
+            # The buffer of held values becomes the next stage's sum: one tensor serves both.
+            slots["sum"] = {n: t.zero_() for n, t in slots.pop("held", {}).items()}
+            slots.pop("mask", None)
+            return
+        sums = slots.pop("sum", {})
+        masks = select({n: self._score(view, n, s) for n, s in sums.items()}, self.drop, self.select)
+        if self.score == "retention":
+            slots["sum"] = {n: t.zero_() for n, t in sums.items()}
+            for name, mask in masks.items():
+                held = slots["held"][name]
+                held.copy_(view.weights[name]).masked_fill_(mask, math.nan)
+            return
+        slots["held"] = {n: t.copy_(view.weights[n]) for n, t in sums.items()}
+        slots.pop("count", None)
+        if self.mix:
+            slots["mask"] = masks
+        else:
+            # NaN marks a weight that may move: the values to keep are their own mask.
+            for name, mask in masks.items():
+                slots["held"][name].masked_fill_(mask, math.nan)
+
+    def _score(self, view: View, name: str, total: Tensor) -> Tensor:
+        slots = view.state.weights
+        if self.score == "retention":
+            fisher = slots["fisher"].get(name)
+            return total if fisher is None else total / (fisher + fisher.mean()).clamp_min(1e-30)
+        if not self.mix or name not in slots.get("count", {}):
+            return total
+        seen = slots["count"][name].to(total.dtype)
+        score = total / seen.clamp(min=1)
+        length = int(view.state.numbers["stage"])
+        penalised = self.frequency_penalty
+        if penalised if penalised is not None else length >= PENALTY_FROM:
+            score = score * torch.exp(-seen / length)
+        return score
+
+    def _frozen(self, view: View) -> dict[str, Tensor]:
+        """Where each covered tensor must not move (True), in a masking stage."""
+        masks = view.state.weights.get("mask")
+        if masks is not None:
+            return {n: ~mask for n, mask in masks.items()}
+        held = view.state.slot("held")
+        return {n: held[n] == held[n] for n in held}
+
+    # --- Mix ----------------------------------------------------------------------------------
+
+    def mixed(self, view: View) -> Collection[str]:
+        return view.state.numbers["covered"] if self.mix else ()
+
+    def weights(self, view: View, name: str, w: Tensor) -> Tensor:
+        slots, scale = view.state.weights, 1 / (1 - self.drop)
+        if self._masking(view):
+            if name not in slots.get("held", {}):
+                return w
+            base, keep = slots["held"][name], slots["mask"][name]
+        else:
+            if "noise" not in view.scratch:
+                names = view.state.numbers["covered"]
+                view.scratch["noise"] = {n: self.draw(view, n) for n in names}
+            base, keep = slots["start"][name], view.scratch["noise"][name]
+        mixed: Tensor = _Mix.apply(w, base, keep, scale)
+        return mixed
+
+    def draw(self, view: View, name: str) -> Tensor:
+        """N ~ Bernoulli(1 − drop), True where the trained weight is used."""
+        shape = self._noise_shape(view, name)
+        uniform = torch.rand(shape, generator=view.generator)
+        return (uniform >= self.drop).to(view.weights[name].device)
+
+    def _noise_shape(self, view: View, name: str) -> list[int]:
+        w = view.weights[name]
+        if self.noise == "weight" or w.ndim < 2:
+            return list(w.shape)
+        axis = 0 if _conv1d(view.modules[name]) else 1  # the axis of a layer's inputs
+        return [w.shape[axis] if i == axis else 1 for i in range(w.ndim)]
+
+    # --- retention ----------------------------------------------------------------------------
+
+    def end_task(self, view: View) -> None:
+        if self.score != "retention":
+            return
+        fisher = diagonal_fisher(
+            view.forward,
+            view.data(),
+            {n: view.weights[n] for n in view.state.numbers["covered"]},
+            labels=self.fisher_labels,
+            rows=self.fisher_rows,
+            generator=view.generator,
+        )
+        old = view.state.slot("fisher")
+        for name, f in fisher.items():
+            old[name] = old[name] + f if name in old else f
+
+
+class _Mix(torch.autograd.Function):
+    """W̃ = W* + N (W − W*) scale, whose gradient with respect to W is taken as N g."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, base: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        return torch.sub(w, base).mul_(keep).mul_(scale).add_(base).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (keep,) = ctx.saved_tensors
+        return grads[0] * keep, None, None, None
+
+
+def select(
+    scores: Mapping[str, Tensor], drop: float, scope: Literal["tensor", "global"] = "tensor"
+) -> dict[str, Tensor]:
+    """True where an entry's score is at least that of rank ⌈n (1 − drop)⌉, counted from the top.
+
+    Entries that tie with the threshold are all kept, so equal scores keep everything.
+    """
+    if scope == "global" and scores:
+        tau = threshold(torch.cat([s.flatten() for s in scores.values()]), drop)
+        return {n: s >= tau for n, s in scores.items()}
+    return {n: s >= threshold(s.flatten(), drop) for n, s in scores.items()}
+
+
+def threshold(scores: Tensor, drop: float) -> Tensor:
+    """The score of rank ⌈n (1 − drop)⌉ from the top, of n ≥ 1 scores in one dimension."""
+    n = scores.numel()
+    rank = min(max(math.ceil(n * (1 - drop)), 1), n)
+    return scores.kthvalue(n - rank + 1).values
+
+
+def _wide(w: Tensor) -> Tensor:
+    return w.to(torch.promote_types(w.dtype, torch.float32))
+
+
+def _conv1d(owners: tuple[nn.Module, ...]) -> bool:
+    """Whether a module is Hugging Face's Conv1D: a linear layer with its weight transposed."""
+    return any(type(m).__name__ == "Conv1D" for m in owners)
+
+
+def _linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
+    return w.ndim == 2 and (any(isinstance(m, nn.Linear) for m in owners) or _conv1d(owners))

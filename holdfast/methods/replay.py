@@ -1,0 +1,122 @@
+"""Replay: a few kept rows of every old task stand beside the new ones.
+
+    L(new micro-batch) + weight · mean over replayed rows of their own task's loss
+
+Each finished task leaves a uniform sample of its rows (reservoir sampling, Vitter 1985, algorithm
+R), so replay needs to be *allowed* to keep old rows; where it is, it is the bar to beat (Chaudhry
+et al. 2019, arXiv 1902.10486). The old task's head serves its loss and is not trained further.
+Dropout in the replayed forward pass draws from the methods' own generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from holdfast.importance import rows_of
+from holdfast.config import Share, count
+from holdfast.method import Method, Range, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Method):
+    """Rehearse kept rows of old tasks.
+
+    memory: rows kept of each task, a share of its rows or a number.
+    share: rows replayed per row of the micro-batch, 0 < share ≤ 1 (rounded up to whole rows).
+    every: replay in every n-th optimizer step only.
+    weight: of the replayed loss, ≥ 0.
+    """
+
+    name: ClassVar[str] = "replay"
+    summary: ClassVar[str] = "rehearses kept rows of old tasks"
+    paper: ClassVar[str] = "Chaudhry et al. 2019, arXiv 1902.10486"
+    bytes_per_weight: ClassVar[str] = "0 (the kept rows: 8 bytes a token and field)"
+    shares: ClassVar[tuple[str, ...]] = ("memory",)
+    ranges: ClassVar[Mapping[str, Range]] = {
+        "share": Range(0.05, 1.0, log=True),
+        "weight": Range(0.1, 10.0, log=True),
+    }
+
+    memory: Share = 0.05
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    every: Annotated[int, Field(gt=0)] = 1
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def penalty(self, view: View) -> Tensor:
+        sizes: dict[str, int] = view.state.numbers.get("rows", {})
+        first = next(iter(view.weights.values()))
+        if not sizes or view.step % self.every or view.inputs is None:
+            return torch.zeros((), device=first.device)
+        wanted = math.ceil(self.share * _rows(view.inputs))
+        picked = torch.randint(sum(sizes.values()), (wanted,), generator=view.generator)
+        total, start = torch.zeros((), device=first.device), 0
+        for task, size in sizes.items():
+            mine = picked[(picked >= start) & (picked < start + size)] - start
+            start += size
+            if len(mine):
+                batch = _trim({k: t[mine] for k, t in view.state.tensors[task].items()})
+                batch = {k: t.to(first.device) for k, t in batch.items()}
+                total = total + view.forward(batch, task=task).loss * (len(mine) / wanted)
+        return self.weight * total
+
+    def end_task(self, view: View) -> None:
+        kept: list[dict[str, Tensor]] = []
+        size = self.memory
+        if isinstance(size, float):
+            size = count(size, sum(1 for _ in rows_of(view.data())))
+        for i, row in enumerate(rows_of(view.data())):
+            # Algorithm R: row i displaces a kept one with probability size / (i + 1).
+            place = i if i < size else int(torch.randint(i + 1, (), generator=view.generator))
+            if place < size:
+                tensors = {k: v.cpu() for k, v in row.items() if isinstance(v, Tensor)}
+                kept[place : place + 1] = [tensors]
+        view.state.tensors[view.task] = _stack(kept, _padding(view))
+        view.state.numbers.setdefault("rows", {})[view.task] = len(kept)
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
+
+
+def _padding(view: View) -> dict[str, float]:
+    """What stands behind the end of a shorter row, by field; 0 for any other."""
+    config = getattr(view.bound.models[view.task], "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    return {"input_ids": pad if pad is not None else 0, "labels": -100}
+
+
+def _stack(rows: list[dict[str, Tensor]], padding: Mapping[str, float]) -> dict[str, Tensor]:
+    """Rows of one each, padded at the end of their second dimension to one length."""
+    return {key: _pad([row[key] for row in rows], padding.get(key, 0)) for key in rows[0]}
+
+
+def _pad(tensors: Iterable[Tensor], value: float) -> Tensor:
+    tensors = list(tensors)
+    if tensors[0].ndim < 2:
+        return torch.cat(tensors)
+    longest = max(t.shape[1] for t in tensors)
+    padded = [t.new_full((t.shape[0], longest, *t.shape[2:]), value) for t in tensors]
+    for target, t in zip(padded, tensors, strict=True):
+        target[:, : t.shape[1]] = t
+    return torch.cat(padded)
+
+
+def _trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut columns that the attention mask blanks in every row."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    width = mask.shape[1]
+    used = int(mask.bool().any(0).nonzero().max()) + 1
+    return {k: t[:, :used] if t.ndim > 1 and t.shape[1] == width else t for k, t in batch.items()}

@@ -1,0 +1,163 @@
+"""A recipe: learning rates by part, methods, clipping. It is what a user writes, saves and shares.
+
+    recipe = Recipe(rates=Rates.bertcl(), methods=[EWC(strength=1e3)], max_grad_norm=1.0)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.bound import Bound
+from holdfast.errors import Refused, nearest
+from holdfast.files import read_yaml, write_yaml
+from holdfast.method import Method
+from holdfast.methods import DPS, EWC, L2SP, METHODS, Replay
+from holdfast.rates import Rates, param_groups
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune: rates, methods (at most one of each name) and gradient clipping.
+
+    `max_grad_norm=None` clips nothing in a plain loop and inherits
+    `TrainingArguments.max_grad_norm` in a Trainer. `name` names the recipe in tables.
+    """
+
+    rates: Rates = field(default_factory=Rates.flat)
+    methods: Sequence[Method] = ()
+    max_grad_norm: float | None = None
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
+        names = [m.name for m in self.methods if isinstance(m, Method)]
+        for m in self.methods:
+            if not isinstance(m, Method):
+                raise Refused(f"{m!r} is no method", where="recipe.methods")
+            if names.count(m.name) > 1:
+                raise Refused(f"{m.name} stands twice", where="recipe.methods")
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+            raise Refused(f"must be above 0, not {norm!r}", where="recipe.max_grad_norm")
+
+    # --- files --------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """The recipe in a YAML file."""
+        return cls.from_dict(read_yaml(Path(path)), where=str(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+        """The recipe in plain values; unknown keys are refused with the nearest known one."""
+        known = ["name", "rates", "methods", "max_grad_norm", "kind", "schema"]
+        for key in values:
+            if key not in known:
+                raise Refused(f"a recipe has no {key!r}", where=where, remedy=nearest(key, known))
+        if values.get("kind", "recipe") != "recipe" or values.get("schema", 1) != 1:
+            raise Refused("is not a recipe of schema 1", where=where)
+        methods = values.get("methods") or {}
+        if not isinstance(methods, Mapping):
+            raise Refused("methods must map names to settings", where=where)
+        return cls(
+            rates=_rates(values.get("rates"), where),
+            methods=[_method(name, settings, where) for name, settings in methods.items()],
+            max_grad_norm=values.get("max_grad_norm"),
+            name=str(values.get("name", "custom")),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in a recipe file."""
+        return {
+            "kind": "recipe",
+            "schema": 1,
+            "name": self.name,
+            "rates": self.rates.to_dict(),
+            "methods": {m.name: m.to_dict() for m in self.methods},
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe as YAML."""
+        write_yaml(Path(path), self.to_dict())
+
+    @classmethod
+    def named(cls, spec: str | Path) -> Recipe:
+        """The recipe of a name in `PRESETS`, or in a file."""
+        if str(spec) in PRESETS:
+            return PRESETS[str(spec)]()
+        if Path(spec).suffix in {".yaml", ".yml"} or Path(spec).exists():
+            return cls.load(spec)
+        remedy = nearest(str(spec), list(PRESETS)) + ", or name a .yaml file"
+        raise Refused(f"no recipe called {str(spec)!r}", where="--recipe", remedy=remedy)
+
+    # --- at work ------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Let methods change the network: once, before the optimizer is built."""
+        return functools.reduce(lambda net, method: method.prepare(net), self.methods, model)
+
+    def param_groups(
+        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups with this recipe's rates; see `holdfast.rates.param_groups`."""
+        return param_groups(model, self.rates, lr=lr, weight_decay=weight_decay)
+
+    def bind(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        total_steps: int,
+        task: str = "task",
+        shared: nn.Module | None = None,
+        seed: int = 0,
+    ) -> Bound:
+        """Attach to a model and an optimizer and begin the first task; see `Bound.begin_task`."""
+        bound = self.unbound(seed=seed)
+        bound.begin_task(task, optimizer, total_steps, model=model, shared=shared)
+        return bound
+
+    def unbound(self, *, seed: int = 0) -> Bound:
+        """The state holder of a whole sequence, before its first task."""
+        return Bound(self.methods, max_grad_norm=self.max_grad_norm, seed=seed)
+
+
+def _rates(values: Any, where: str) -> Rates:
+    if values is None:
+        return Rates.flat()
+    if isinstance(values, str):
+        return Rates.preset(values)
+    if isinstance(values, Mapping):
+        return Rates.from_dict(values, where=f"{where}: rates")
+    raise Refused("rates must be a name or a mapping", where=where)
+
+
+def _method(name: str, settings: Any, where: str) -> Method:
+    if name not in METHODS:
+        raise Refused(f"no method {name!r}", where=where, remedy=nearest(name, list(METHODS)))
+    if not isinstance(settings, Mapping | None):
+        raise Refused(f"the settings of {name} must be a mapping", where=where)
+    return METHODS[name].from_dict(settings or {}, where=where)
+
+
+PRESETS: dict[str, Callable[[], Recipe]] = {
+    "plain": lambda: Recipe(name="plain"),
+    "dps": lambda: Recipe(methods=[DPS()], name="dps"),
+    "dps_mix": lambda: Recipe(methods=[DPS(mix=True)], name="dps_mix"),
+    "dps_retention": lambda: Recipe(
+        methods=[DPS(score="retention", drop=0.9)], name="dps_retention"
+    ),
+    "bertcl": lambda: Recipe(rates=Rates.bertcl(), name="bertcl"),
+    "ewc": lambda: Recipe(methods=[EWC()], name="ewc"),
+    "l2sp": lambda: Recipe(methods=[L2SP()], name="l2sp"),
+    "replay": lambda: Recipe(methods=[Replay()], name="replay"),
+}

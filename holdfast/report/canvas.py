@@ -1,0 +1,161 @@
+"""One picture as SVG by matplotlib, once for light and once for dark pages.
+
+No picture holds anything but shapes and text, and a page shows them as images, where nothing
+runs. Names are text, never mathematics: `$` is a dollar.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from holdfast.report.facts import clean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    muted: str
+    grid: str
+    empty: str
+    plain: str
+    colours: tuple[str, ...]  # Okabe and Ito's, which colour-blind readers tell apart
+    ramp: tuple[str, str]
+
+
+LIGHT = Theme(
+    ink="#1c2430",
+    muted="#5b6675",
+    grid="#e3e7ec",
+    empty="#f1f3f6",
+    plain="#6b7684",
+    colours=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00"),
+    ramp=("#eef5fb", "#0b5a8f"),
+)
+DARK = Theme(
+    ink="#e8ecf2",
+    muted="#a3adba",
+    grid="#323a46",
+    empty="#262d37",
+    plain="#9aa5b3",
+    colours=("#56b4e9", "#f0883e", "#2fc49a", "#e59ac2", "#f0c04a", "#8fb8ff", "#d9cf6a"),
+    ramp=("#1d2836", "#56b4e9"),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One image: its own title where a picture has several, and what it says in words."""
+
+    title: str | None
+    alt: str
+    light: str  # data URI
+    dark: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    caption: str
+    panels: list[Panel]
+
+
+def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Names below the picture, in as many columns as their length allows."""
+    longest = max((len(label) for label in labels), default=0)
+    columns = max(1, min(len(labels), 60 // (longest + 6)))
+    figure: Any = axes.figure
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=columns,
+        frameon=False, borderaxespad=0, handletextpad=0.5, columnspacing=1.4,
+    )  # fmt: skip
+
+
+def label(text: str, width: int) -> str:
+    """A name in a picture: short, and never taken for a hidden label (a leading underscore)."""
+    text = clean(text, width=width)
+    return " " + text if text.startswith("_") else text
+
+
+def panel(
+    draw: Callable[[Axes, Theme], None], shape: tuple[float, float], title: str | None, alt: str
+) -> Panel:
+    light, dark = (_svg(draw, shape, theme) for theme in (LIGHT, DARK))
+    return Panel(title, clean(alt), light, dark)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Letters that the measuring font lacks are the reader's browser's business."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float], theme: Theme) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "holdfast",
+        "text.parse_math": False,
+        "text.usetex": False,
+        "font.family": ["DejaVu Sans"],
+        "font.size": 9.5,
+        "text.color": theme.ink,
+        "axes.edgecolor": theme.grid,
+        "axes.labelcolor": theme.muted,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.unicode_minus": True,
+        "axes.formatter.use_mathtext": False,
+        "grid.color": theme.grid,
+        "grid.linewidth": 0.8,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "xtick.minor.size": 0,
+        "ytick.minor.size": 0,
+        "legend.fontsize": 9,
+        "legend.labelcolor": theme.ink,
+    }
+    out = io.StringIO()
+    with _quiet(), matplotlib.rc_context(settings):
+        figure = Figure(figsize=shape, layout="constrained")
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        draw(axes, theme)
+        figure.savefig(
+            out, format="svg", bbox_inches="tight", pad_inches=0.04,
+            metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
+        )  # fmt: skip
+    text = out.getvalue()
+    text = re.sub(
+        r"('DejaVu Sans'|DejaVu Sans)(, ?[^;\"<]*)?(?=[;\"])", FONT, text[text.index("<svg") :]
+    )
+    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode("ascii")

@@ -1,0 +1,500 @@
+"""Records -> numbers: everything the terminal and the page show, computed once, drawn nowhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.experiments import metrics
+from holdfast.experiments.metrics import Cell
+from holdfast.experiments.record import Record
+from holdfast.experiments.statistics import (
+    Difference,
+    Spread,
+    mean_spread,
+    noise,
+    paired_difference,
+)
+
+CONTROL = "plain"
+DASH = "–"
+# settings in which runs of one configuration may differ
+PER_RUN = frozenset({"seed", "data_seed", "output", "output_dir", "out", "device", "resume"})
+# what a comparison shows of each run: name -> function of the score matrix
+COLUMNS = {
+    "new": lambda scores: metrics.square(scores)[-1][-1],
+    "old_before": metrics.old_before,
+    "old_after": metrics.old_after,
+    "forgetting": metrics.forgetting,
+    "new_plus_old": metrics.new_plus_old,
+}
+PAIRED = ("new", "old_after", "new_plus_old")
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """One task of one run: a column of its matrix."""
+
+    name: str
+    metric: str
+    rows: dict[str, int | None]  # train, selection, evaluation
+    labels: list[str] | None
+    synthetic: bool
+    source: str | None
+    hash: str | None
+    learned: Cell  # just after learning it
+    final: Cell  # at the end of the sequence
+    forgetting: Cell
+    noise: Cell  # standard error of the final score
+    alone: Cell
+    seconds: Cell
+    steps: Cell
+    skipped: Cell
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One record: its matrix with the noise of every cell, and what repeats it."""
+
+    label: str
+    tasks: list[TaskFacts]
+    scores: list[list[Cell]]
+    noise: list[list[Cell]]
+    metrics: dict[str, Cell]
+    sentences: list[str]
+    warnings: list[str]
+    starts: list[float]  # global step at which each task began, as far as known
+    body: dict[str, Any]  # the record, cleaned of credentials
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """Runs that differ only in their seed."""
+
+    label: str
+    recipe: str
+    settings: dict[str, Any]
+    control: bool  # the one that differences are taken against
+    plain: bool  # the control's recipe, at whatever rate
+    runs: list[RunFacts]
+    seeds: list[int | None]
+    spread: dict[str, Spread]  # by COLUMNS
+    points: dict[str, list[Cell]]  # by COLUMNS, one value a run
+    difference: dict[str, Difference]  # to the control, by PAIRED; empty where there is none
+    mean_scores: list[list[Cell]]
+    sd_scores: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups that learned the same tasks with the same model."""
+
+    model: str
+    tasks: list[TaskFacts]
+    groups: list[GroupFacts]
+    control: str | None
+    sentences: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[RunFacts]:
+        return [run for group in self.groups for run in group.runs]
+
+
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+
+
+def clean(text: object, *, width: int | None = None) -> str:
+    """A name on one line: no terminal codes, control characters or bidi overrides (S9)."""
+    line = _BIDI.sub("", _ANSI.sub("", str(text)))
+    line = "".join(
+        (" " if char in "\n\r\t\v\f\x85\u2028\u2029" else "")
+        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
+        else char
+        for char in line
+    )
+    line = " ".join(line.split()) or "(no name)"
+    return line if width is None or len(line) <= width else line[: width - 1] + "…"
+
+
+def short(text: object) -> str:
+    """A name that fits a sentence or a table's head; pages give the whole one beside it."""
+    return clean(text, width=48)
+
+
+def number(value: Cell, *, sign: bool = False, digits: int = 3) -> str:
+    """A score as text; a dash where nothing was measured."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    value = round(value, digits) + 0.0  # no -0.000
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "\u2212")
+
+
+def spread_text(spread: Spread, *, sign: bool = False) -> str:
+    """`0.741 ± 0.012`, without the spread below two runs."""
+    text = number(spread.mean, sign=sign)
+    return text if spread.sd is None else f"{text} ± {number(spread.sd)}"
+
+
+def points(value: Cell) -> str:
+    """A difference of scores in points: `−21.1 points`."""
+    return DASH if value is None else f"{number(100 * value, sign=True, digits=1)} points"
+
+
+def run_facts(record: Record, label: str | None = None) -> RunFacts:
+    body = record.to_dict()
+    scores = metrics.square(body["scores"])
+    size = len(scores)
+    tasks = [_task(body, scores, j) for j in range(size)]
+    return RunFacts(
+        label=label or run_label(body),
+        tasks=tasks,
+        scores=scores,
+        noise=[
+            [noise(task.metric, row[j], task.rows["evaluation"]) for j, task in enumerate(tasks)]
+            for row in scores
+        ],
+        metrics=body["metrics"],
+        sentences=_run_sentences(tasks),
+        warnings=_run_warnings(body, tasks),
+        starts=_starts(body),
+        body=body,
+    )
+
+
+def comparisons(records: Sequence[Record], *, control: str = CONTROL) -> list[Comparison]:
+    """Records grouped by what they learned, then by configuration, over seeds.
+
+    A configuration is a recipe and every setting but the seed. The control is the configuration
+    whose recipe is named `control`; of several (a flat rate each) the one with the best
+    new_plus_old on the selection rows, or on the evaluation rows where those are all there is:
+    that favours the control, never the recipe beside it.
+    """
+    studies: dict[str, list[Record]] = {}
+    for record in records:
+        studies.setdefault(_study_key(record.to_dict()), []).append(record)
+    return [_comparison(group, control) for group in studies.values()]
+
+
+def run_label(body: dict[str, Any]) -> str:
+    """`dps, seed 0`."""
+    seed = body.get("seed")
+    return recipe_name(body) + ("" if seed is None else f", seed {seed}")
+
+
+def recipe_name(body: dict[str, Any]) -> str:
+    return clean(body["recipe"].get("name") or "no recipe")
+
+
+def _task(body: dict[str, Any], scores: list[list[Cell]], j: int) -> TaskFacts:
+    task = body["tasks"][j]
+    rows = {key: _count(task.get("rows"), key) for key in ("train", "selection", "evaluation")}
+    metric = clean(task.get("metric") or "score")
+    final = scores[-1][j]
+    labels = task.get("labels")
+
+    def at(key: str) -> Cell:
+        values = body[key]
+        return values[j] if j < len(values) else None
+
+    return TaskFacts(
+        name=clean(task["name"]),
+        metric=metric,
+        rows=rows,
+        labels=[clean(label) for label in labels] if isinstance(labels, list) else None,
+        synthetic=bool(task.get("synthetic")),
+        source=clean(task["source"]) if task.get("source") else None,
+        hash=clean(task["hash"]) if task.get("hash") else None,
+        learned=scores[j][j],
+        final=final,
+        forgetting=metrics.forgetting_of(scores, j),
+        noise=noise(metric, final, rows["evaluation"]),
+        alone=body["alone"].get(task["name"]),
+        seconds=at("seconds"),
+        steps=at("steps"),
+        skipped=at("skipped_steps"),
+    )
+
+
+def _count(rows: dict[str, Any] | None, key: str) -> int | None:
+    value = (rows or {}).get(key)
+    return None if value is None else int(value)
+
+
+def _run_sentences(tasks: list[TaskFacts]) -> list[str]:
+    """Plain words: what each old task lost, and by how much one score may be off."""
+    new = tasks[-1]
+    if new.final is None:
+        done = sum(task.learned is not None for task in tasks)
+        return [f"Unfinished: {done} of {len(tasks)} tasks learned so far."]
+    said = []
+    if len(tasks) == 1:
+        off = "" if new.noise is None else f", ± {number(new.noise)} on {_rows(new)}"
+        said.append(f"{short(new.name)} reached {number(new.final)} ({new.metric}{off}).")
+    for task in tasks[:-1]:
+        if task.learned is None or task.final is None:
+            said.append(f"What {short(task.name)} lost was not measured.")
+            continue
+        change = task.final - task.learned
+        before = noise(task.metric, task.learned, task.rows["evaluation"])
+        sure = (
+            before is None or task.noise is None or abs(change) > 2 * math.hypot(before, task.noise)
+        )
+        verb = "stayed at" if round(change, 3) == 0 else "fell" if change < 0 else "rose"
+        moved = (
+            f"{short(task.name)} {verb} {number(task.final)}"
+            if verb == "stayed at"
+            else f"{short(task.name)} {verb} from {number(task.learned)} to {number(task.final)}"
+        )
+        off = (
+            ""
+            if task.noise is None
+            else f"noise of a {_rows(task, 'row')} score ± " + number(100 * task.noise, digits=1)
+        )
+        inside = "; " + off if off else ""
+        unsure = "" if sure else ": within noise"
+        said.append(
+            f"After learning {short(new.name)}, {moved} ({points(change)}{inside}){unsure}."
+        )
+    if len(tasks) > 1:
+        said.append(f"{short(new.name)} reached {number(new.final)}.")
+    return said
+
+
+def _rows(task: TaskFacts, unit: str = " rows") -> str:
+    count = task.rows["evaluation"]
+    return f"{count}-{unit}" if unit == "row" else f"{count}{unit}"
+
+
+def _run_warnings(body: dict[str, Any], tasks: list[TaskFacts]) -> list[str]:
+    said = [clean(line) for line in body["warnings"]]
+    if body["status"] != "done":
+        said.append("This run has not ended: what it has not measured is a dash.")
+    for task, raw in zip(tasks, body["tasks"], strict=True):
+        name = short(task.name)
+        if task.synthetic:
+            said.append(f"{name} is synthetic: generated rows, not text that people wrote.")
+        if task.skipped:
+            said.append(f"{name}: {task.skipped:g} steps skipped for non-finite gradients.")
+        said += [f"{name}: {clean(line)}" for line in raw.get("warnings") or []]
+    return said
+
+
+def _starts(body: dict[str, Any]) -> list[float]:
+    """Global step at which each task began: from the step counts, else from the history."""
+    size, counts = len(body["tasks"]), body["steps"]
+    if len(counts) == size and None not in counts:
+        return [float(sum(counts[:j])) for j in range(size)]
+    first: dict[int, float] = {}
+    for point in body["history"]:
+        if point.get("learning") is not None and point.get("step") is not None:
+            first.setdefault(int(point["learning"]), float(point["step"]))
+    return sorted(first.values())
+
+
+def _study_key(body: dict[str, Any]) -> str:
+    tasks = [[task["name"], task.get("hash"), task.get("metric")] for task in body["tasks"]]
+    return json.dumps([body["model"].get("name"), body["model"].get("hash"), tasks])
+
+
+def _configuration(body: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in body["settings"].items() if key not in PER_RUN}
+
+
+def _comparison(records: list[Record], control: str) -> Comparison:
+    by_key: dict[str, list[Record]] = {}
+    warnings = []
+    for record in records:
+        body = record.to_dict()
+        key = json.dumps([body["recipe"], _configuration(body)], sort_keys=True)
+        by_key.setdefault(key, []).append(record)
+    labels = _labels([group[0].to_dict() for group in by_key.values()])
+    picked = {}
+    for label, group in zip(labels, by_key.values(), strict=True):
+        newest: dict[object, Record] = {}
+        for i, record in enumerate(sorted(group, key=lambda record: str(record.created))):
+            newest[i if record.seed is None else ("seed", record.seed)] = record
+        if len(newest) < len(group):
+            again = len(group) - len(newest)
+            warnings.append(f"{label}: {again} older runs of a seed that ran again are left out.")
+        picked[label] = sorted(newest.values(), key=lambda r: (r.seed is None, r.seed or 0))
+        open_ = sum(record.status != "done" for record in picked[label])
+        if open_ and len(records) > 1:
+            warnings.append(f"{label}: {open_} of {len(picked[label])} runs have not ended.")
+    chosen = _control(picked, control)
+    groups = [
+        _group(label, runs, picked.get(chosen or ""), control) for label, runs in picked.items()
+    ]
+    groups.sort(key=lambda group: (not group.control, not group.plain, _rate(group)))
+    if len(groups) > 1:
+        if chosen is None:
+            warnings.append(f"No control: no recipe here is named {control!r}.")
+        elif sum(g.plain for g in groups) > 1 and any(r.selection_scores is None for r in records):
+            warnings.append("The control's rate was chosen on evaluation rows, which favours it.")
+        few = min(len(group.seeds) for group in groups)
+        if few < 5:
+            seeds = "1 seed" if few == 1 else f"{few} seeds"
+            warnings.append(f"Only {seeds} for some recipes: differences need five or more.")
+    runs = [run for group in groups for run in group.runs]
+    warnings += _merged(runs)
+    chosen_label = next((group.label for group in groups if group.label == chosen), None)
+    name = runs[0].body["model"].get("name")
+    return Comparison(
+        model=clean(name) if name else DASH,
+        tasks=runs[0].tasks,
+        groups=groups,
+        control=chosen_label,
+        sentences=_sentences(groups, chosen_label),
+        warnings=list(dict.fromkeys(warnings)),
+    )
+
+
+def _labels(bodies: list[dict[str, Any]]) -> list[str]:
+    """Recipe names, with the settings in which recipes of one name differ."""
+    labels = []
+    for body in bodies:
+        name = recipe_name(body)
+        same = [_configuration(other) for other in bodies if recipe_name(other) == name]
+        mine = _configuration(body)
+        differing = [key for key in mine if any(other.get(key) != mine[key] for other in same)]
+        labels.append(", ".join([name, *(f"{clean(k)} {_short(mine[k])}" for k in differing)]))
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        labels[i] = label if seen[label] == 1 else f"{label} ({seen[label]})"
+    return labels
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else clean(value, width=30)
+
+
+def is_control(name: str, control: str = CONTROL) -> bool:
+    """`plain`, and `plain@2e-5`, `plain-2e-5` and kin: the control at another rate."""
+    return re.fullmatch(re.escape(control) + r"(?:[\s@:_,-]+[\d.e+-]+)?", name) is not None
+
+
+def _rate(group: GroupFacts) -> float:
+    rate = group.settings.get("lr")
+    return float(rate) if group.plain and isinstance(rate, int | float) else math.inf
+
+
+def _control(picked: dict[str, list[Record]], control: str) -> str | None:
+    names = [
+        label
+        for label, records in picked.items()
+        if is_control(recipe_name(records[0].to_dict()), control)
+    ]
+
+    def quality(label: str, which: str) -> Cell:
+        matrices = [getattr(record, which) for record in picked[label]]
+        if None in matrices:
+            return None
+        found = [metrics.new_plus_old(matrix) for matrix in matrices]
+        return mean_spread(found).mean
+
+    for which in ("selection_scores", "scores"):
+        quality_of = {label: quality(label, which) for label in names}
+        known = {label: value for label, value in quality_of.items() if value is not None}
+        if known and (len(known) == len(names) or which == "scores"):
+            return max(known, key=lambda label: known[label])
+    return names[0] if names else None
+
+
+def _group(
+    label: str, records: list[Record], control: list[Record] | None, name: str
+) -> GroupFacts:
+    runs = [run_facts(record) for record in records]
+    points_ = {name: [column(run.scores) for run in runs] for name, column in COLUMNS.items()}
+    size = len(runs[0].scores)
+    cells = [
+        [mean_spread(run.scores[i][j] for run in runs) for j in range(size)] for i in range(size)
+    ]
+    first = runs[0].body
+    mine = control is records
+    return GroupFacts(
+        label=label,
+        recipe=recipe_name(first),
+        settings=_configuration(first),
+        control=mine,
+        plain=is_control(recipe_name(first), name),
+        runs=runs,
+        seeds=[record.seed for record in records],
+        spread={name: mean_spread(values) for name, values in points_.items()},
+        points=points_,
+        difference={}
+        if mine or control is None
+        else {
+            key: paired_difference(_by_seed(records, key), _by_seed(control, key)) for key in PAIRED
+        },
+        mean_scores=[[cell.mean for cell in row] for row in cells],
+        sd_scores=[[cell.sd for cell in row] for row in cells],
+    )
+
+
+def _by_seed(records: Iterable[Record], column: str) -> dict[int, Cell]:
+    return {r.seed: COLUMNS[column](r.scores) for r in records if r.seed is not None}
+
+
+def _merged(runs: list[RunFacts]) -> list[str]:
+    """Each warning once, with the runs it is about unless that is all of them."""
+    about: dict[str, list[str]] = {}
+    for run in runs:
+        for line in dict.fromkeys(run.warnings):
+            about.setdefault(line, []).append(run.label)
+    return [
+        line if len(labels) == len(runs) else f"{line} ({'; '.join(labels)})"
+        for line, labels in about.items()
+    ]
+
+
+def _sentences(groups: list[GroupFacts], control: str | None) -> list[str]:
+    runs = [run for group in groups for run in group.runs]
+    if len(runs) == 1:
+        return runs[0].sentences
+    tasks = runs[0].tasks
+    everything = len(groups)
+    if everything > 4:
+        best = sorted(groups, key=lambda g: -(g.spread["new_plus_old"].mean or -math.inf))[:3]
+        groups = [group for group in groups if group.control or group in best]
+    new = short(tasks[-1].name)
+    old = short(tasks[0].name) if len(tasks) == 2 else f"the {len(tasks) - 1} tasks before"
+    said = []
+    for group in groups:
+        over = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
+        learned = f"{new} reached {spread_text(group.spread['new'])}"
+        if len(tasks) == 1:
+            said.append(f"{group.label} ({over}): {learned}.")
+            continue
+        before, after = group.spread["old_before"], group.spread["old_after"]
+        lost = before.mean is not None and after.mean is not None
+        change = (after.mean or 0.0) - (before.mean or 0.0) if lost else None
+        said.append(
+            f"{group.label} ({over}): after learning {new}, {old} went from {number(before.mean)} "
+            f"to {spread_text(after)} ({points(change)}); {learned}."
+        )
+    for group in groups:
+        gap = group.difference.get("new_plus_old")
+        if gap is None or gap.mean is None or len(tasks) == 1:
+            continue
+        sure = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
+        interval = (
+            ""
+            if gap.low is None
+            else f", 95 % interval {number(gap.low, sign=True)} to {number(gap.high, sign=True)}"
+        )
+        verdict = "" if sure else ": not a difference these seeds can show"
+        said.append(
+            f"{group.label} against {control}, paired over {gap.n} "
+            f"seed{'s' if gap.n != 1 else ''}: new plus old "
+            f"{number(gap.mean, sign=True)}{interval}{verdict}."
+        )
+    if len(groups) < everything:
+        said.append(f"Above: the control and the best of {everything}; the table has them all.")
+    return said

@@ -1,0 +1,81 @@
+"""The comparison as rows, and rows as CSV that a spreadsheet opens without running anything."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.experiments.record import Record, replace_text
+from holdfast.report.facts import COLUMNS, PAIRED, comparisons
+
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_FORMULA = "=+-@\t\r\n|%＝＋－＠"
+
+
+def cell(value: object) -> str:
+    """One CSV cell: empty for None; text a spreadsheet would run gets a leading quote (S8)."""
+    if value is None:
+        return ""
+    text = str(value)
+    if _NUMBER.fullmatch(text):
+        return text
+    risky = text.startswith(tuple(_FORMULA)) or text.lstrip()[:1] in tuple(_FORMULA)
+    return "'" + text if text and risky else text
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write rows under the keys of all of them, in order of first appearance."""
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([cell(key) for key in header])
+    writer.writerows([[cell(row.get(key)) for key in header] for row in rows])
+    replace_text(Path(path), out.getvalue())
+
+
+def comparison_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row a configuration: means, spreads, and differences to the control."""
+    rows = []
+    for study in comparisons(records):
+        for group in study.groups:
+            row: dict[str, Any] = {
+                "model": study.model,
+                "tasks": " > ".join(task.name for task in study.tasks),
+                "recipe": group.label,
+                "control": "yes" if group.control else "",
+                "seeds": " ".join(str(seed) for seed in group.seeds if seed is not None),
+                "runs": len(group.runs),
+            }
+            for name in COLUMNS:
+                spread = group.spread[name]
+                row |= {f"{name}_mean": spread.mean, f"{name}_sd": spread.sd, f"{name}_n": spread.n}
+            for name in PAIRED:
+                gap = group.difference.get(name)
+                for key in ("mean", "low", "high", "n", "p"):
+                    row[f"{name}_minus_control_{key}"] = getattr(gap, key, None)
+            rows.append(row)
+    return rows
+
+
+def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row a measured or unmeasured matrix cell: the whole of every score matrix."""
+    return [
+        {
+            "recipe": group.label,
+            "seed": run.body["seed"],
+            "learned": run.tasks[i].name,
+            "tested": run.tasks[j].name,
+            "metric": run.tasks[j].metric,
+            "score": run.scores[i][j],
+            "noise": run.noise[i][j],
+        }
+        for study in comparisons(records)
+        for group in study.groups
+        for run in group.runs
+        for i in range(len(run.tasks))
+        for j in range(len(run.tasks))
+    ]

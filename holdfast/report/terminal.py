@@ -1,0 +1,115 @@
+"""The tables a terminal prints: the matrix itself, and recipes side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from holdfast.experiments.record import Record
+from holdfast.report.facts import (
+    COLUMNS,
+    DASH,
+    Comparison,
+    GroupFacts,
+    clean,
+    comparisons,
+    number,
+    run_facts,
+    spread_text,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+NAME_WIDTH = 28
+
+
+def matrix_table(record: Record) -> Table:
+    """Scores by task learned (down) and task tested (across), with rows, noise and forgetting."""
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = run_facts(record)
+
+    def name(text: str) -> Text:
+        return Text(clean(text, width=NAME_WIDTH))
+
+    table = Table(title=name(facts.label), title_justify="left", title_style="bold")
+    table.add_column("after learning")
+    for task in facts.tasks:
+        mark = " (synthetic)" if task.synthetic else ""
+        table.add_column(name(task.name) + Text(mark), justify="right")
+    for i, row in enumerate(facts.scores):
+        cells = [Text(number(value), style="bold" if i == j else "") for j, value in enumerate(row)]
+        table.add_row(name(facts.tasks[i].name), *cells)
+    table.add_section()
+    table.add_row("metric", *(name(task.metric) for task in facts.tasks))
+    counts = [task.rows["evaluation"] for task in facts.tasks]
+    table.add_row("rows", *(DASH if count is None else str(count) for count in counts))
+    table.add_row(
+        "noise of the last score",
+        *(DASH if task.noise is None else f"± {number(task.noise)}" for task in facts.tasks),
+    )
+    if len(facts.tasks) > 1:
+        table.add_row("forgetting", *(number(t.forgetting, sign=True) for t in facts.tasks))
+        shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
+        words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
+        table.caption = Text("mean " + " · ".join(words) + "\nforgetting: positive is worse")
+        table.caption_justify = "left"
+    return table
+
+
+def comparison_table(records: Sequence[Record]) -> RenderableType:
+    """Recipes over seeds: one table for each sequence of tasks and model."""
+    from rich.console import Group
+
+    return Group(*[_comparison(study) for study in comparisons(records)])
+
+
+def _comparison(study: Comparison) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    order = " → ".join(clean(task.name, width=NAME_WIDTH) for task in study.tasks)
+    table = Table(title=Text(f"{study.model}: {order}"), title_justify="left", title_style="bold")
+    single = len(study.tasks) == 1
+    table.add_column("recipe")
+    heads = ["score"] if single else ["new", "old before", "old after", "forgetting", "new + old"]
+    for head in ("seeds", *heads, "vs control"):
+        table.add_column(head, justify="right")
+    for group in study.groups:
+        mark = " (control)" if group.control else ""
+        table.add_row(Text(clean(group.label, width=40) + mark), *_cells(group, single))
+    lines = ["± is the standard deviation over seeds", *study.warnings]
+    if not single:
+        lines.insert(1, "forgetting: positive is worse; vs control: new + old, paired by seed")
+    table.caption = Text("\n".join(lines))
+    table.caption_justify = "left"
+    return table
+
+
+def _cells(group: GroupFacts, single: bool) -> list[str]:
+    columns = ("new",) if single else COLUMNS
+    cells = [spread_text(group.spread[name], sign=name == "forgetting") for name in columns]
+    cells = [cell.replace(" ", "") for cell in cells]  # narrow, and never broken over two lines
+    gap = group.difference.get("new" if single else "new_plus_old")
+    if gap is None or gap.mean is None:
+        cells.append(DASH)
+    elif gap.low is None:
+        cells.append(number(gap.mean, sign=True))
+    else:
+        low, high = number(gap.low, sign=True), number(gap.high, sign=True)
+        cells.append(f"{number(gap.mean, sign=True)} [{low}, {high}]")
+    return [str(len(group.runs)), *cells]
+
+
+def as_text(table: RenderableType, *, width: int = 120) -> str:
+    """The table without colours, as a file or a pipe wants it."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]

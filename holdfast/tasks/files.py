@@ -1,0 +1,281 @@
+"""CSV, TSV, JSONL (each also gzipped) and Parquet files as tables.
+
+Nothing but `Refused` leaves these readers, whatever the bytes are.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from holdfast.errors import Refused, nearest
+from holdfast.tasks.table import (
+    MAX_CELL,
+    MAX_CHARACTERS,
+    MAX_RECORDS,
+    Table,
+    listed,
+    shown,
+)
+
+
+def read(
+    path: Path, wanted: frozenset[str], *, name: str | None = None, quotes: bool = True
+) -> Table:
+    """The records of one file; `name` is what messages call it."""
+    table = Table(name or label(path), wanted)
+    _READERS[kind(path)](path, table, quotes)
+    return table
+
+
+def kind(path: Path) -> str:
+    """The format, by the ending of the name."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    last = suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:]
+    found = last[0].removeprefix(".") if last else ""
+    if found not in _READERS or (found == "parquet" and suffixes[-1] == ".gz"):
+        raise Refused(
+            f"no reader for a file ending in {shown(''.join(path.suffixes[-2:]))}",
+            where=label(path),
+            remedy="known are .csv, .tsv, .jsonl (each also .gz) and .parquet",
+        )
+    return found
+
+
+def is_data_file(name: str) -> bool:
+    """Whether `name` ends like a file that we read."""
+    return name.lower().removesuffix(".gz").endswith(tuple(f".{known}" for known in _READERS))
+
+
+def must_exist(path: Path) -> Path:
+    """`path`, if it is an ordinary file; else refused with the nearest name beside it."""
+    try:
+        if path.is_file():
+            return path
+        there = path.exists()
+        beside = sorted(entry.name for entry in path.parent.iterdir())[:10_000]
+    except (OSError, ValueError):
+        there, beside = False, []
+    if there:
+        raise Refused("not an ordinary file", where=label(path))
+    raise Refused(
+        "no such file or folder",
+        where=label(path),
+        remedy=_near(path.name, beside),
+    )
+
+
+def _near(name: str, beside: list[str]) -> str | None:
+    remedy = nearest(name, beside) if beside else ""
+    return remedy if remedy.startswith("did you mean") else None
+
+
+def label(path: Path) -> str:
+    """The path as messages show it."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 300 else shown(text, 300)
+
+
+def _lines(path: Path, table: Table, newline: str) -> Iterator[str]:
+    """Decoded physical lines, BOM stripped, each checked and bounded."""
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    number = total = 0
+    try:
+        with (
+            opened(path, "rb") as raw,
+            io.TextIOWrapper(
+                raw,
+                encoding="utf-8-sig",
+                errors="surrogateescape",
+                newline=newline,
+            ) as text,
+        ):
+            while line := text.readline(MAX_CELL + 1):
+                number += 1
+                total += len(line)
+                if len(line) > MAX_CELL or total > MAX_CHARACTERS or number > MAX_RECORDS:
+                    raise Refused(
+                        f"too large: more than {MAX_CELL:,} characters in a line, "
+                        f"{MAX_CHARACTERS:,} in all or {MAX_RECORDS:,} lines",
+                        where=table.at(number),
+                    )
+                if not line.isascii():
+                    _refuse_bad_bytes(line, table.at(number))
+                yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Refused(
+            "a broken or truncated gzip file", where=table.name, remedy="fetch it again"
+        ) from error
+    except OSError as error:
+        raise Refused(f"cannot be read ({error.strerror or error})", where=table.name) from error
+
+
+def _refuse_bad_bytes(line: str, where: str) -> None:
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) - 0xDC00
+        raise Refused(
+            f"byte 0x{byte:02x} is not UTF-8", where=where, remedy="save the file as UTF-8"
+        ) from None
+
+
+def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
+    lines = _lines(path, table, newline="")
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+    )
+    limit = csv.field_size_limit(MAX_CELL)  # the csv module's own limit is one for the process
+    start = 1
+    try:
+        header = next(reader, None)
+        if not header:
+            raise Refused("an empty file: no header line", where=table.name)
+        for column in header:
+            if column and header.count(column) > 1:
+                raise Refused(f"column {shown(column)} stands twice", where=table.at(1))
+        table.columns = header
+        start = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                raise Refused(
+                    f"{len(cells)} cells where the header has {len(header)}",
+                    where=table.at(start),
+                    remedy="quote a text that holds the delimiter",
+                )
+            if cells:
+                table.add(start, dict(zip(header, cells, strict=True)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise Refused(
+            f"not proper {'TSV' if delimiter == chr(9) else 'CSV'} ({error})",
+            where=table.at(start),
+            remedy="if quotes are ordinary characters there, add quotes=none" if quotes else None,
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+        lines.close()  # type: ignore[attr-defined]
+
+
+def _csv(path: Path, table: Table, quotes: bool) -> None:
+    _delimited(path, table, quotes, ",")
+
+
+def _tsv(path: Path, table: Table, quotes: bool) -> None:
+    _delimited(path, table, quotes, "\t")
+
+
+def parse_json(line: str, where: str) -> Any:
+    """One JSON value; a repeated key, NaN and nesting without end are refused too."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise Refused(f"key {shown(twice)} stands twice", where=where)
+        return found
+
+    def refuse(constant: str) -> NoReturn:
+        raise Refused(f"{constant} is no JSON value", where=where)
+
+    try:
+        return json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
+    except Refused:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        raise Refused(f"not JSON ({reason})", where=where) from None
+
+
+def _jsonl(path: Path, table: Table, quotes: bool) -> None:
+    columns: dict[str, None] = {}
+    for number, line in enumerate(_lines(path, table, newline="\n"), start=1):
+        if not line.strip():
+            continue
+        cells = parse_json(line, table.at(number))
+        if not isinstance(cells, dict):
+            raise Refused(
+                f"a JSON object is wanted, not {shown(cells)}",
+                where=table.at(number),
+                remedy='one object a line, as {"text": "…", "label": 0}',
+            )
+        if len(columns) < 10_000:
+            columns.update(dict.fromkeys(cells))
+        table.add(number, cells)
+    table.columns = list(columns)
+
+
+def _parquet(path: Path, table: Table, quotes: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table.unit = "row"
+    try:
+        table.columns = list(pq.read_schema(path).names)
+        found = [name for name in table.columns if name in table.wanted]
+        # Dictionaries stay dictionaries: a text repeated a million times is held once.
+        with pq.ParquetFile(path, read_dictionary=found) as file:
+            _check_parquet(file.metadata, table)
+            for name in table.columns:
+                if table.columns.count(name) > 1:
+                    raise Refused(f"column {shown(name)} stands twice", where=table.name)
+            unread = [name for name in table.columns if name not in table.wanted]
+            table.wordy.update(
+                name for name in unread if pa.types.is_string(file.schema_arrow.field(name).type)
+            )
+            number = 0
+            for batch in file.iter_batches(batch_size=64, columns=found):
+                columns = [batch.column(name) for name in found]
+                for index in range(batch.num_rows):
+                    number += 1
+                    cells = zip(found, (column[index] for column in columns), strict=True)
+                    table.add(number, {name: _value(cell, table, number) for name, cell in cells})
+    except Refused:
+        raise
+    except Exception as error:  # pyarrow raises many kinds on broken bytes
+        raise Refused(
+            f"a broken or truncated Parquet file ({type(error).__name__})",
+            where=table.name,
+            remedy="fetch or write it again",
+        ) from error
+
+
+def _value(cell: Any, table: Table, number: int) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        raise Refused("bytes that are not UTF-8", where=table.at(number)) from None
+
+
+def _check_parquet(metadata: Any, table: Table) -> None:
+    """Refuse by the footer's own figures what would not fit, before reading it."""
+    size = sum(
+        metadata.row_group(group).column(column).total_uncompressed_size
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+        if metadata.row_group(group).column(column).path_in_schema in table.wanted
+    )
+    if metadata.num_rows > MAX_RECORDS or size > MAX_CHARACTERS:
+        raise Refused(
+            f"{metadata.num_rows:,} rows, {size:,} bytes unpacked: too large",
+            where=table.name,
+            remedy=f"the columns read are {listed(sorted(table.wanted))}; take a part of the rows",
+        )
+
+
+_READERS: dict[str, Callable[[Path, Table, bool], None]] = {
+    "csv": _csv,
+    "tsv": _tsv,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+}

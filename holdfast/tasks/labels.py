@@ -1,0 +1,156 @@
+"""From what a file says to a label: ids, names or numbers, one rule each.
+
+Every rule is a function `(cell, where) -> label`, None for a row to leave out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from holdfast.errors import Refused
+from holdfast.tasks.table import listed, shown
+
+MAX_CLASSES = 1000
+MAX_NAME = 200  # characters
+IGNORED = -100  # what the losses of PyTorch leave out
+
+Read = Callable[[Any, str], int | float | None]
+
+
+def by_id(names: tuple[str, ...]) -> Read:
+    """Labels that are positions in `names`."""
+
+    def read(cell: Any, where: str) -> int | None:
+        if _missing(cell):
+            raise Refused("no label", where=where)
+        if isinstance(cell, bool) or not isinstance(cell, int):
+            raise Refused(
+                f"label {shown(cell)} is a {type(cell).__name__}, not an id",
+                where=where,
+                remedy=f"write 0 to {len(names) - 1}",
+            )
+        if cell == IGNORED:
+            return None
+        if not 0 <= cell < len(names):
+            raise Refused(
+                f"label {shown(cell)} is outside 0 to {len(names) - 1}",
+                where=where,
+                remedy=f"the labels are {listed(names)}",
+            )
+        return cell
+
+    return read
+
+
+def by_name(names: tuple[str, ...]) -> Read:
+    """Labels that are spelled as in `names`."""
+    ids = {name: index for index, name in enumerate(names)}
+
+    def read(cell: Any, where: str) -> int | None:
+        name = spelled(cell, where)
+        if name == str(IGNORED):
+            return None
+        if name not in ids:
+            raise Refused(
+                f"label {shown(name)} is not among those of the training rows",
+                where=where,
+                remedy=f"they are {listed(names)}",
+            )
+        return ids[name]
+
+    return read
+
+
+def number(cell: Any, where: str) -> float:
+    """Labels of a regression: finite numbers."""
+    if _missing(cell):
+        raise Refused("no label", where=where)
+    try:
+        value = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise Refused(f"label {shown(cell)} is not a finite number", where=where)
+    return value
+
+
+def spelled(cell: Any, where: str) -> str:
+    """The label as text, exactly as it stands; a missing one is refused."""
+    if _missing(cell):
+        raise Refused("no label", where=where)
+    if not isinstance(cell, str | int | float):
+        raise Refused(f"label {shown(cell)} is a {type(cell).__name__}", where=where)
+    if isinstance(cell, int) and abs(cell) >= 10**MAX_NAME:
+        raise Refused("label is a huge number", where=where)
+    if len(name := str(cell)) > MAX_NAME:
+        raise Refused(f"label {shown(name)} is longer than {MAX_NAME} characters", where=where)
+    return name
+
+
+def _missing(cell: Any) -> bool:
+    """Null, nothing, or a real NaN. The texts "NA", "None", "null" and "nan" are labels."""
+    if isinstance(cell, str):
+        return not cell.strip()
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def names_of(
+    cells: Iterable[tuple[Any, str]], name: str, *, fractions: bool = False
+) -> tuple[str, ...]:
+    """The label map of the training rows: by number if all are numbers, else by letter.
+
+    Two spellings of one thing (`1`, `01`, `True`; a space more) are refused. So are numbers
+    with fractions, unless `fractions`, and more classes than anyone means: both ask for a
+    regression.
+    """
+    seen: dict[str, str] = {}  # spelling -> where first
+    meant: dict[Decimal | str, str] = {}  # meaning -> spelling
+    rows = 0
+    for cell, where in cells:
+        spelling = spelled(cell, where)
+        if spelling == str(IGNORED):
+            continue
+        rows += 1
+        if spelling in seen:
+            continue
+        seen[spelling] = where
+        meaning = _meaning(spelling)
+        if meaning in meant:
+            other = meant[meaning]
+            raise Refused(
+                f"one label spelled twice: {shown(other)} ({seen[other]}) and {shown(spelling)}",
+                where=where,
+                remedy="write it one way",
+            )
+        meant[meaning] = spelling
+    numbers = {spelling: value for value, spelling in meant.items() if isinstance(value, Decimal)}
+    numeric = len(numbers) == len(seen) > 0
+    if numeric and not fractions and any(value % 1 for value in numbers.values()):
+        raise Refused(
+            f"the labels are numbers with fractions ({listed(sorted(seen)[:3])} …)",
+            where=name,
+            remedy="say type=regression, or type=classification if each is a class",
+        )
+    if len(seen) > MAX_CLASSES or (len(seen) == rows > 1):
+        raise Refused(
+            f"{len(seen):,} different labels in {rows:,} rows",
+            where=name,
+            remedy="say type=regression if they are numbers; is the label column right?",
+        )
+    return tuple(sorted(seen, key=numbers.__getitem__ if numeric else None))
+
+
+def _meaning(spelling: str) -> Decimal | str:
+    word = spelling.strip()
+    if word.lower() in ("true", "false"):
+        return Decimal(word.lower() == "true")
+    if not re.fullmatch(r"[+-]?[\d.]+(?:[eE][+-]?\d{1,3})?", word):
+        return word
+    try:
+        return Decimal(word)
+    except InvalidOperation:
+        return word

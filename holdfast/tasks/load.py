@@ -1,0 +1,195 @@
+"""`load_task`: from a spec to a `Task` whose every row is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from holdfast.errors import Refused, nearest
+from holdfast.tasks import files, folder, generated, splits
+from holdfast.tasks.rows import Source, counted, source_of
+from holdfast.tasks.spec import Spec, parse
+from holdfast.tasks.table import Columns, listed, shown
+from holdfast.tasks.task import Row, Task, slug
+
+CARVED = 0.2  # of the training rows, where no evaluation rows are given
+
+
+def load_task(
+    spec: str | Path,
+    *,
+    seed: int = 0,
+    train_size: int | None = None,
+    selection: float | int = 0.1,
+    columns: Columns | None = None,
+    evaluation_size: int | None = None,
+) -> Task:
+    """Load, check and split a task.
+
+    `spec` is a folder, a CSV, TSV, JSONL or Parquet file, a Hub id or `builtin:NAME`, with
+    options after a `?`: `reviews.csv?text=body&label=stars&evaluation=held_out.csv`.
+
+    The seed chooses the selection rows and, with `train_size`, the training rows. The
+    evaluation rows are the same for every seed, also where they are carved from the
+    training rows (a fifth, if none are given) or cut to `evaluation_size`.
+    """
+    asked = parse(str(spec))
+    if columns is not None:
+        asked = _with_columns(asked, columns)
+    name, names, metric, pool, evaluation, warnings = _LOADERS[asked.kind](asked)
+    name = slug(asked.options.name or name)
+    _check_classes(pool, names, name, warnings)
+    if evaluation is None:
+        size = max(1, round(CARVED * len(pool)))
+        evaluation, pool = _chosen(pool, size, seed="evaluation", leave=1)
+        warnings.append(f"{len(evaluation)} evaluation rows carved from the training rows")
+        if not evaluation:
+            raise Refused(f"{len(pool)} rows are too few to keep any for evaluation", where=name)
+    if repeated := _repeated(evaluation, pool):
+        warnings.append(f"{counted(repeated, 'evaluation ')} also in the training rows")
+    if evaluation_size is not None:
+        if evaluation_size < 1:
+            raise Refused(f"evaluation_size {evaluation_size} leaves nothing", where=name)
+        evaluation, _ = _chosen(evaluation, evaluation_size, seed="evaluation size")
+    if len({row.label for row in evaluation}) < 2:
+        warnings.append("every evaluation row has the same label")
+
+    size = splits.count_of(selection, len(pool), "selection")
+    if isinstance(selection, float) and selection > 0:  # a share means a row a class, if it can
+        classes = len({row.label for row in pool}) if names is not None else 1
+        size = max(size, min(classes, len(pool) // 2))
+    if size >= len(pool):
+        raise Refused(f"selection {selection} leaves no row to train on", where=name)
+    chosen, train = _chosen(pool, size, seed=f"selection {seed}", leave=1)
+    if repeated := _repeated(chosen, train):
+        warnings.append(f"{counted(repeated, 'selection ')} also in the training rows")
+    if train_size is not None:
+        train = _subset(train, train_size, seed, names, name, warnings)
+    return Task(
+        name=name,
+        labels=names,
+        metric=metric,
+        train=tuple(train),
+        selection=tuple(chosen),
+        evaluation=tuple(evaluation),
+        source=str(spec),
+        synthetic=asked.kind == "builtin",
+        warnings=tuple(warnings),
+    )
+
+
+def _with_columns(asked: Spec, columns: Columns) -> Spec:
+    if asked.kind == "builtin":
+        raise Refused("a builtin task has no columns to name", where=asked.place)
+    given = {"text": columns.text, "pair": columns.pair, "label": columns.label}
+    for role, column in given.items():
+        other = getattr(asked.options, role)
+        if column is not None and other not in (None, column):
+            raise Refused(f"{role} is {shown(column)} and {shown(other)}", where=asked.place)
+    new = {role: column for role, column in given.items() if column is not None}
+    return replace(asked, options=replace(asked.options, **new))
+
+
+def _subset(
+    train: list[Row],
+    size: int,
+    seed: int,
+    names: tuple[str, ...] | None,
+    where: str,
+    warnings: list[str],
+) -> list[Row]:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise Refused(f"train_size {size!r} is no count of rows", where=where)
+    present = len({row.label for row in train}) if names is not None else 1
+    if size < present:
+        raise Refused(f"train_size {size} is below the {present} classes", where=where)
+    if size >= len(train):
+        warnings.append(f"train_size {size} takes all {len(train)} training rows")
+    return _chosen(train, size, seed=f"train {seed}")[0]
+
+
+def _chosen(
+    rows: list[Row], size: int, *, seed: str, leave: int = 0
+) -> tuple[list[Row], list[Row]]:
+    chosen, others = splits.stratified([row.label for row in rows], size, seed=seed, leave=leave)
+    return [rows[index] for index in chosen], [rows[index] for index in others]
+
+
+def _repeated(rows: list[Row], training: list[Row]) -> int:
+    """How many of `rows` also stand in `training`, apart from case and spacing."""
+
+    def plain(row: Row) -> tuple[str, ...]:
+        return tuple(" ".join(text.casefold().split()) for text in (row.text, row.pair or ""))
+
+    known = {plain(row) for row in training}
+    return sum(plain(row) in known for row in rows)
+
+
+def _check_classes(
+    pool: list[Row], names: tuple[str, ...] | None, where: str, warnings: list[str]
+) -> None:
+    present = {row.label for row in pool}
+    if len(present) < 2:
+        only = names[int(pool[0].label)] if names is not None else pool[0].label
+        raise Refused(f"every training row has the label {shown(only)}", where=where)
+    if names is not None:
+        absent = [name for index, name in enumerate(names) if index not in present]
+        if absent:
+            warnings.append(f"no training row has the label {listed(absent)}")
+
+
+def _folder(asked: Spec) -> Source:
+    path, options = Path(asked.place), asked.options
+    meta = folder.meta(path)
+    train = files.read(folder.split(path, "train"), options.columns.wanted)
+    held = folder.find(path, options.evaluation or "validation")
+    if held is None and options.evaluation is not None:
+        held = folder.split(path, options.evaluation)
+    return source_of(
+        meta.name,
+        train,
+        None if held is None else files.read(held, options.columns.wanted),
+        options if options.metric else replace(options, metric=meta.metric),
+        names=meta.labels,
+        regression=meta.labels is None,
+    )
+
+
+def _file(asked: Spec) -> Source:
+    path, options = files.must_exist(Path(asked.place)), asked.options
+    quotes = options.quotes is None
+    train = files.read(path, options.columns.wanted, quotes=quotes)
+    evaluation = None
+    if options.evaluation is not None:
+        held = files.must_exist(folder.inside(path.parent, options.evaluation))
+        evaluation = files.read(held, options.columns.wanted, quotes=quotes)
+    name = path.name.split(".")[0] or path.name
+    return source_of(name, train, evaluation, options, regression=options.type == "regression")
+
+
+def _hub(asked: Spec) -> Source:
+    from holdfast.tasks import hub
+
+    options = asked.options
+    train, evaluation, names, floats = hub.read(asked.place, options, options.columns.wanted)
+    regression = options.type == "regression" or (floats and options.type is None)
+    return source_of(asked.place, train, evaluation, options, names=names, regression=regression)
+
+
+def _builtin(asked: Spec) -> Source:
+    if asked.place not in generated.BUILTIN:
+        raise Refused(
+            f"no builtin task {shown(asked.place)}",
+            remedy=nearest(asked.place, generated.BUILTIN),
+        )
+    made = generated.make(asked.place)
+    return Source(asked.place, made.labels, "accuracy", list(made.train), list(made.evaluation), [])
+
+
+_LOADERS: dict[str, Callable[[Spec], Source]] = {
+    "folder": _folder,
+    "file": _file,
+    "hub": _hub,
+    "builtin": _builtin,
+}

@@ -1,0 +1,143 @@
+"""From the records of a table to the rows of a task, under one label map."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from holdfast.errors import Refused, nearest
+from holdfast.tasks import labels
+from holdfast.tasks.spec import Options
+from holdfast.tasks.table import MAX_TEXT, Columns, Table, listed, shown
+from holdfast.tasks.task import METRICS, Row
+
+
+class Source(NamedTuple):
+    """What a kind of source yields before rows are chosen by seed."""
+
+    name: str
+    labels: tuple[str, ...] | None
+    metric: str
+    pool: list[Row]
+    evaluation: list[Row] | None
+    warnings: list[str]
+
+
+def source_of(
+    name: str,
+    train: Table,
+    evaluation: Table | None,
+    options: Options,
+    *,
+    names: tuple[str, ...] | None = None,
+    regression: bool = False,
+) -> Source:
+    """The rows of both tables under one label map."""
+    warnings: list[str] = []
+    columns = options.columns.among(train)
+    if columns.pair is None and train.wordy:
+        warnings.append(f"text not read in the column {listed(sorted(train.wordy))}")
+    first = _Texts(train, columns)
+    read: labels.Read
+    if regression:
+        names, read = None, labels.number
+    elif names is not None:
+        read = labels.by_id(names)
+    else:
+        fractions = options.type == "classification"
+        names = labels.names_of(first.cells(), train.name, fractions=fractions)
+        read = labels.by_name(names)
+        if clash := _differ_by_case(names):
+            warnings.append(f"labels that differ only by case: {listed(clash)}")
+    if names is not None and len(names) < 2:
+        raise Refused(
+            f"one class only: {listed(names)}" if names else "no rows",
+            where=train.name,
+            remedy="a classification needs two",
+        )
+    pool = first.rows(read, warnings)
+    held = None
+    if evaluation is not None:
+        columns.check(evaluation)
+        held = _Texts(evaluation, columns, paired=first.paired).rows(read, warnings)
+    metric = options.metric or ("spearman" if names is None else "accuracy")
+    _check_metric(metric, names, name)
+    return Source(name, names, metric, pool, held, warnings)
+
+
+def _differ_by_case(names: tuple[str, ...]) -> list[str]:
+    folded = [name.casefold() for name in names]
+    return [name for name in names if folded.count(name.casefold()) > 1]
+
+
+def _check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> None:
+    remedy = None
+    if metric not in METRICS:
+        remedy = nearest(metric, METRICS)
+    elif (metric == "spearman") != (names is None):
+        remedy = "spearman is for regression, the others for classes"
+    elif metric == "f1" and names is not None and len(names) != 2:
+        remedy = "f1 is that of the second of two labels; take accuracy or matthews"
+    if remedy:
+        raise Refused(f"metric {shown(metric)} does not suit", where=where, remedy=remedy)
+
+
+def counted(count: int, kind: str = "") -> str:
+    return f"{count} {kind}row{'' if count == 1 else 's'}"
+
+
+class _Texts:
+    """The records of a table that have their texts."""
+
+    def __init__(self, table: Table, columns: Columns, *, paired: bool | None = None) -> None:
+        assert columns.text is not None and columns.label is not None
+        self.table, self.label = table, columns.label
+        texts = [_text(table, number, cells, columns.text) for number, cells in table.records]
+        pairs: list[str | None] = [None] * len(texts)
+        if columns.pair is not None:
+            pairs = [_text(table, number, cells, columns.pair) for number, cells in table.records]
+        found = next((index for index, pair in enumerate(pairs) if pair is not None), None)
+        self.paired = found is not None if paired is None else paired
+        if found is not None and not self.paired:
+            raise Refused(
+                "a second text, which no training row has",
+                where=table.at(table.records[found][0]),
+            )
+        self.kept = [
+            (number, text, pair, cells.get(self.label))
+            for (number, cells), text, pair in zip(table.records, texts, pairs, strict=True)
+            if text is not None and (pair is not None or not self.paired)
+        ]
+
+    def cells(self) -> list[tuple[Any, str]]:
+        return [(label, self.table.at(number)) for number, _, _, label in self.kept]
+
+    def rows(self, read: labels.Read, warnings: list[str]) -> list[Row]:
+        found = [
+            Row(text, pair, label)
+            for number, text, pair, cell in self.kept
+            if (label := read(cell, self.table.at(number))) is not None
+        ]
+        missing, ignored = len(self.table.records) - len(self.kept), len(self.kept) - len(found)
+        for count, why in (
+            (missing, "without text skipped"),
+            (ignored, f"labelled {labels.IGNORED} skipped"),
+            (self.table.cut, f"with a text above {MAX_TEXT:,} characters cut"),
+        ):
+            if count:
+                warnings.append(f"{self.table.name}: {counted(count)} {why}")
+        if not found:
+            raise Refused(
+                "no rows" + (f" ({counted(missing)} without text)" if missing else ""),
+                where=self.table.name,
+            )
+        return found
+
+
+def _text(table: Table, number: int, cells: dict[str, Any], column: str) -> str | None:
+    value = cells.get(column)
+    if value is not None and not isinstance(value, str):
+        raise Refused(
+            f"{shown(column)} is {shown(value)}, a {type(value).__name__} and not a text",
+            where=table.at(number),
+        )
+    return value if value is not None and value.strip() else None

@@ -1,0 +1,136 @@
+"""What every reader makes of a file: numbered records of the columns that matter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.errors import Refused, nearest
+
+MAX_TEXT = 20_000  # characters; a longer text is cut and counted
+MAX_CELL = 32 * 2**20  # characters in one line or cell; more is no text of ours
+MAX_CHARACTERS = 2**31  # in one file after decompression
+MAX_RECORDS = 20_000_000
+
+TEXT = ("text", "sentence", "sentence1")
+PAIR = ("pair", "sentence2")
+LABEL = ("label",)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns to read. Without `text` the usual names are looked for, its pair's too."""
+
+    text: str | None = None
+    pair: str | None = None
+    label: str | None = None
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Every column that may turn out to be needed."""
+        text = (*TEXT, *PAIR) if self.text is None else (self.text,)
+        label = LABEL if self.label is None else (self.label,)
+        return frozenset((*text, *label, *([] if self.pair is None else [self.pair])))
+
+    def among(self, table: Table) -> Columns:
+        """These columns with every name settled; refuses a name that `table` lacks."""
+        if not table.records and not table.columns:
+            raise Refused("no rows", where=table.name)
+        text = self.text or _only(TEXT, table, "text")
+        pair = self.pair
+        if self.text is None and pair is None:
+            pair = _only(PAIR, table, "pair", required=False)
+        label = self.label or _only(LABEL, table, "label")
+        assert text is not None and label is not None
+        settled = Columns(text, pair, label)
+        settled.check(table)
+        return settled
+
+    def check(self, table: Table) -> None:
+        names = [name for name in (self.text, self.pair, self.label) if name is not None]
+        for name in names:
+            if name not in table.columns and table.columns:
+                raise Refused(
+                    f"no column {shown(name)}; the columns are {listed(table.columns)}",
+                    where=table.name,
+                    remedy=nearest(name, table.columns) if table.columns else None,
+                )
+        if len(set(names)) < len(names):
+            raise Refused(f"one column cannot serve twice: {listed(names)}", where=table.name)
+
+
+def _only(
+    candidates: tuple[str, ...], table: Table, role: str, *, required: bool = True
+) -> str | None:
+    found = [name for name in candidates if name in table.columns]
+    if len(found) == 1 or (not found and not required):
+        return found[0] if found else None
+    if found:
+        what = f"{listed(found)} could each be the {role}"
+    else:
+        what = f"no column {listed(candidates)}; the columns are {listed(table.columns)}"
+    raise Refused(what, where=table.name, remedy=f"name it: {role}=COLUMN")
+
+
+@dataclass
+class Table:
+    """Records of one file. `name` and `unit` say where a record stands, for messages."""
+
+    name: str
+    wanted: frozenset[str]
+    unit: str = "line"
+    columns: list[str] = field(default_factory=list)
+    records: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    cut: int = 0  # records with a text above MAX_TEXT
+    wordy: set[str] = field(default_factory=set)  # unread columns that hold running text
+    characters: int = 0
+
+    def at(self, number: int) -> str:
+        return f"{self.name}, {self.unit} {number}"
+
+    def add(self, number: int, cells: dict[str, Any]) -> None:
+        """Keep the wanted cells of one record, long texts cut."""
+        kept, cut = {}, False
+        for name, value in cells.items():
+            if name not in self.wanted:
+                if len(self.records) < 100 and isinstance(value, str) and value.count(" ") > 1:
+                    self.wordy.add(name)
+                continue
+            if isinstance(value, str):
+                if _SURROGATE.search(value):
+                    raise Refused(
+                        f"{shown(name)} holds half a character (a lone surrogate)",
+                        where=self.at(number),
+                        remedy="write the file again as UTF-8",
+                    )
+                if len(value) > MAX_TEXT:
+                    value, cut = value[:MAX_TEXT], True
+                self.characters += len(value)
+            kept[name] = value
+        self.cut += cut
+        self.records.append((number, kept))
+        if len(self.records) > MAX_RECORDS or self.characters > MAX_CHARACTERS:
+            raise Refused(
+                f"more than {MAX_RECORDS:,} rows or {MAX_CHARACTERS:,} characters",
+                where=self.name,
+                remedy="take a part of it",
+            )
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as it may stand in a message: quoted, on one line, short."""
+    if isinstance(value, str) and len(value) > limit:
+        return repr(value[:limit]) + "…"
+    try:
+        text = repr(value)
+    except ValueError:  # an int with more digits than Python prints
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= limit + 2 else text[:limit] + "…"
+
+
+def listed(names: list[str] | tuple[str, ...], limit: int = 20) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(shown(name) for name in names[:limit]) or "none") + more

@@ -1,0 +1,83 @@
+"""What a task is: rows in three splits, the names of its labels, and one metric."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+METRICS = ("accuracy", "f1", "matthews", "spearman")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example; `pair` is the second text of a task about two texts."""
+
+    text: str
+    pair: str | None
+    label: int | float
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task whose every row was checked when it was loaded.
+
+    `selection` serves choosing (early stopping, search); `evaluation` serves reporting only.
+    """
+
+    name: str  # safe as a file name
+    labels: tuple[str, ...] | None  # in id order; None means regression
+    metric: str  # one of METRICS
+    train: tuple[Row, ...]
+    selection: tuple[Row, ...]
+    evaluation: tuple[Row, ...]
+    source: str  # the words it was asked for with
+    synthetic: bool = False
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def regression(self) -> bool:
+        return self.labels is None
+
+    @property
+    def pairs(self) -> bool:
+        """Whether every row has a second text."""
+        return bool(self.train) and self.train[0].pair is not None
+
+    @property
+    def rows(self) -> dict[str, int]:
+        return {
+            "train": len(self.train),
+            "selection": len(self.selection),
+            "evaluation": len(self.evaluation),
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over labels, metric and all rows in order: what a checkpoint remembers."""
+        digest = hashlib.sha256()
+        for line in self._lines():
+            digest.update(json.dumps(line).encode() + b"\n")
+        return digest.hexdigest()
+
+    def _lines(self) -> Iterable[object]:
+        yield [self.labels, self.metric]
+        for split in ("train", "selection", "evaluation"):
+            yield split
+            for row in getattr(self, split):
+                yield [row.text, row.pair, row.label]
+
+
+def slug(name: str) -> str:
+    """`name` as a short name that is safe in a path, a log and a page.
+
+    >>> slug("../../Amazon Reviews (5)")
+    'amazon-reviews-5'
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+    safe = re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")[:64].rstrip("-")
+    return safe or "task-" + hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]

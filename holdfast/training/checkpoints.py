@@ -1,0 +1,52 @@
+"""The state of a `Bound` beside a checkpoint: safetensors for tensors, JSON for the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from holdfast.bound import Bound
+from holdfast.errors import Refused
+from holdfast.files import write_text_atomic
+
+TENSORS, META = "holdfast.safetensors", "holdfast.json"
+
+
+def save_state(bound: Bound, folder: str | Path) -> None:
+    """Write the state into a folder; the JSON comes last and marks it complete."""
+    state = bound.state_dict()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two names may share memory (an anchor that has not moved): safetensors wants them apart.
+    tensors = {k: t.detach().cpu().clone().contiguous() for k, t in state["tensors"].items()}
+    save_file(tensors, folder / TENSORS)
+    write_text_atomic(folder / META, json.dumps(state["meta"], indent=1))
+
+
+def load_state(bound: Bound, folder: str | Path) -> None:
+    """Take up the state in a folder; `Refused` where there is none or it does not fit."""
+    folder = Path(folder)
+    if not (folder / META).is_file() or not (folder / TENSORS).is_file():
+        raise Refused(
+            f"{META} or {TENSORS} is missing",
+            where=str(folder),
+            remedy="resume from a checkpoint that was saved with a recipe",
+        )
+    bound.load_state_dict(read_state(folder))
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The saved state as `Bound.load_state_dict` takes it."""
+    meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    return {"tensors": load_file(folder / TENSORS), "meta": meta}
+
+
+def newest_complete(folder: str | Path) -> Path | None:
+    """The latest checkpoint in a Trainer's output folder that was saved to its end."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    # Trainer writes trainer_state.json last, after ours.
+    complete = [p for p in found if all((p / f).is_file() for f in (META, "trainer_state.json"))]
+    return complete[-1] if complete else None

@@ -1,0 +1,250 @@
+"""Any Hugging Face Trainer class with a recipe: `with_recipe(SFTTrainer)(…, recipe=recipe)`.
+
+Trainer stays the training engine. The mixin builds the optimizer's groups from the recipe's rates,
+binds when the number of steps is known, moves clipping behind the methods' work on gradients, and
+saves the methods' state beside Trainer's checkpoints. It also mends two things of Trainer: the
+weighting of micro-batches where a model's loss ignores `num_items_in_batch`, and the scheduler's
+advance over a step that was skipped.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from holdfast.bound import Bound
+from holdfast.errors import Refused
+from holdfast.rates import Rates
+from holdfast.recipe import Recipe
+from holdfast.training.checkpoints import load_state, save_state
+
+DEFAULT_CLIP = TrainingArguments.max_grad_norm  # counts as "not set"
+
+
+class RecipeMixin:
+    """What `with_recipe` puts in front of a Trainer class.
+
+    recipe: the `Recipe` (default: plain).
+    bound: the `Bound` of earlier tasks, to go on with a sequence.
+    task: this task's name; shared: the module that tasks share (default: see `bound`).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        recipe: Recipe | None = None,
+        bound: Bound | None = None,
+        task: str = "task",
+        shared: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.recipe = recipe or Recipe(name="plain")
+        self.bound = bound
+        self.task, self._shared = task, shared
+        self._window = 0.0
+        self._ignores_items: bool | None = None
+        super().__init__(*args, **kwargs)
+        self._check_arguments()
+        if bound is None and any(m.defines("prepare") for m in self.recipe.methods):
+            self.model = self.model_wrapped = self.recipe.prepare(self.model)
+
+    def _check_arguments(self) -> None:
+        ours, theirs = self.recipe.max_grad_norm, self.args.max_grad_norm
+        if ours is not None and theirs not in (ours, DEFAULT_CLIP):
+            raise Refused(
+                f"the recipe clips at {ours}, TrainingArguments at {theirs}",
+                where="max_grad_norm",
+                remedy="set one of them",
+            )
+        if self.optimizer is not None and self.recipe.rates != Rates.flat():
+            raise Refused(
+                "the recipe's rates need an optimizer of their own",
+                where="optimizers",
+                remedy="drop optimizers=, or build it with recipe.param_groups(model, ...)",
+            )
+
+    # --- optimizer and binding ------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer of choice over the recipe's groups."""
+        if self.optimizer is None:
+            net = self.model if model is None else model
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, net
+            )
+            own = {"params", "model", "optimizer_dict"} & kwargs.keys()
+            if own or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+                raise Refused(
+                    f"{self.args.optim} builds its own parameter groups",
+                    where="optim",
+                    remedy="use adamw_torch_fused",
+                )
+            groups = self.recipe.param_groups(
+                net, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Trainer's scheduler; then the recipe is bound, for the number of steps is known."""
+        scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        if self.bound is None:
+            self.bound = self.recipe.unbound(seed=self.args.seed)
+        clip = self.recipe.max_grad_norm
+        self.bound.max_grad_norm = self.args.max_grad_norm or None if clip is None else clip
+        self.bound.evaluate = self.evaluate
+        self.bound.begin_task(
+            self.task,
+            self.optimizer,
+            num_training_steps,
+            model=self.accelerator.unwrap_model(self.model),
+            shared=self._shared,
+        )
+        return scheduler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the recipe is bound only while it runs."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.bound is not None:
+                self.bound.unbind()
+
+    def end_task(self) -> None:
+        """Close the task after `train()`: methods estimate importance and keep rows."""
+        if self.bound is None:
+            raise Refused("nothing was trained yet", where="end_task", remedy="call train() first")
+
+        def batches() -> Iterator[Mapping[str, Any]]:
+            for batch in self.get_eval_dataloader(self.train_dataset):
+                yield self._prepare_inputs(batch)
+
+        self.bound.end_task(batches)
+
+    # --- loss -------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's window of micro-batches, weighed."""
+        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self._window = sum(_weight(batch) for batch in samples)
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Trainer's loss, weighted within its accumulation window, plus the methods' penalties."""
+        batch, weight = dict(inputs), _weight(inputs)
+        loss, outputs = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        )
+        if model.training and torch.is_grad_enabled() and self.bound is not None:
+            divides = not self._scaled(num_items_in_batch)
+            steps = self.current_gradient_accumulation_steps
+            if steps > 1 and (divides or self._ignores(model, batch, num_items_in_batch)):
+                # Σ over the window must be the mean over its rows, whatever their division.
+                share = weight / (self._window if divides else float(num_items_in_batch))
+                loss = loss * share * (steps if divides else 1)
+            if self.bound.has_penalty:
+                penalty = self.bound.penalty(batch, outputs)
+                loss = loss + (penalty if divides else penalty / steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def _scaled(self, items: Any) -> bool:
+        """Whether Trainer takes the loss as scaled for accumulation already."""
+        declared = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return bool(declared)
+        return (self.model_accepts_loss_kwargs and items is not None) or bool(
+            self.compute_loss_func
+        )
+
+    def _ignores(self, model: nn.Module, batch: dict[str, Any], items: Any) -> bool:
+        """Whether the model's loss ignores `num_items_in_batch`: asked of the model, once.
+
+        Every sequence-classification head of Transformers does, so that Trainer's accumulated
+        gradient is too large by the number of micro-batches.
+        """
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return False
+        if self._ignores_items is None:
+            net = self.accelerator.unwrap_model(model)
+            net.eval()
+            with torch.no_grad():
+                one, two = (net(**batch, num_items_in_batch=items * k)["loss"] for k in (1, 2))
+            net.train()
+            self._ignores_items = bool(one == two)
+        return self._ignores_items
+
+    # --- clipping, logs, checkpoints ----------------------------------------------------------------
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Unscale and measure; the clipping itself follows the methods, inside the step."""
+        self.accelerator.unscale_gradients()
+        assert self.bound is not None
+        return self.bound.gradient_norm()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's logs, with `lr/<part>` where parts learn at different rates."""
+        if self.bound is not None and "learning_rate" in logs:
+            rates = {self.bound.part_of[k]: g["lr"] for k, g in self.bound.group_of.items()}
+            if len(set(rates.values())) > 1:
+                logs |= {f"lr/{part}": float(lr) for part, lr in rates.items()}
+            if self.bound.skipped:
+                logs["skipped_steps"] = self.bound.skipped
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        if self.bound is not None and self.args.should_save:
+            save_state(self.bound, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self.bound is not None:
+            load_state(self.bound, checkpoint)
+
+
+class _Recipied(type):
+    """The type of classes that `with_recipe` makes: they pickle by the class they extend."""
+
+
+def _rebuild(cls: type) -> tuple[Any, tuple[type]]:
+    return with_recipe, (cls.__mro__[2],)
+
+
+copyreg.pickle(_Recipied, _rebuild)  # type: ignore[arg-type]
+
+
+@functools.cache
+def with_recipe(trainer_class: type) -> Any:
+    """`trainer_class` with the keywords `recipe`, `bound`, `task` and `shared`; made once."""
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
+        raise Refused(f"{trainer_class!r} is no Trainer class", where="with_recipe")
+    if issubclass(trainer_class, RecipeMixin):
+        return trainer_class
+    name = f"{trainer_class.__name__}WithRecipe"
+    body = {"__module__": __name__, "__doc__": trainer_class.__doc__}
+    return _Recipied(name, (RecipeMixin, trainer_class), body)
+
+
+Trainer = with_recipe(transformers.Trainer)
+
+
+def _weight(batch: Mapping[str, Any]) -> float:
+    """How much of a mean a micro-batch carries: its labels that count, or else its rows."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor):
+        return float(labels.ne(-100).sum())
+    return float(next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0))

@@ -1,0 +1,20 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("holdfast", deadline=None)  # shared machines stall
+settings.load_profile("holdfast")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folders of real tasks beside the repository; they may not be committed into it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no shared/data beside the repository: real data is not committed")
+    return folder

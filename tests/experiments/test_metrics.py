@@ -1,0 +1,168 @@
+"""Every metric against a number worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.errors import Refused
+from holdfast.experiments import metrics
+
+TWO = [[0.9, None], [0.7, 0.8]]
+# task 0: 0.9, 0.95 (rose), 0.6; task 1: 0.8, 0.85 (rose); task 2 just learned
+THREE = [[0.9, None, None], [0.95, 0.8, None], [0.6, 0.85, 0.7]]
+EVERY = [
+    metrics.forgetting,
+    metrics.backward_transfer,
+    metrics.average,
+    metrics.plasticity,
+    metrics.new_plus_old,
+    metrics.old_before,
+    metrics.old_after,
+]
+
+
+def test_two_tasks_by_hand() -> None:
+    assert metrics.forgetting(TWO) == pytest.approx(0.2)
+    assert metrics.backward_transfer(TWO) == pytest.approx(-0.2)
+    assert metrics.average(TWO) == pytest.approx(0.75)
+    assert metrics.plasticity(TWO) == pytest.approx(0.85)
+    assert metrics.new_plus_old(TWO) == pytest.approx(1.5)
+    assert metrics.old_before(TWO) == 0.9
+    assert metrics.old_after(TWO) == 0.7
+
+
+def test_three_tasks_by_hand() -> None:
+    # the best of task 0 was 0.95, not its just-learned 0.9; task 1 ended at its best
+    assert metrics.forgetting_of(THREE, 0) == pytest.approx(0.35)
+    assert metrics.forgetting_of(THREE, 1) == pytest.approx(-0.05)
+    assert metrics.forgetting_of(THREE, 2) is None
+    assert metrics.forgetting(THREE) == pytest.approx(0.15)
+    assert metrics.backward_transfer(THREE) == pytest.approx((-0.3 + 0.05) / 2)
+    assert metrics.average(THREE) == pytest.approx(2.15 / 3)
+    assert metrics.plasticity(THREE) == pytest.approx(0.8)
+    assert metrics.new_plus_old(THREE) == pytest.approx(0.7 + 1.45 / 2)
+
+
+def test_a_row_before_the_task_was_learned_counts_as_earlier() -> None:
+    zero_shot = [[0.9, 0.99], [0.7, 0.8]]
+    assert metrics.forgetting(zero_shot) == pytest.approx(0.2)  # the last task has no forgetting
+    zero_shot = [[0.9, 0.99, None], [0.9, 0.8, None], [0.9, 0.8, 0.7]]
+    assert metrics.forgetting_of(zero_shot, 1) == pytest.approx(0.19)
+
+
+def test_forward_transfer_needs_every_later_task_alone() -> None:
+    assert metrics.forward_transfer(TWO, None) is None
+    assert metrics.forward_transfer(TWO, [None, 0.75]) == pytest.approx(0.05)
+    assert metrics.forward_transfer(THREE, [0.9, 0.7, 0.9]) == pytest.approx(-0.05)
+    assert metrics.forward_transfer(THREE, [0.9, 0.7, None]) is None
+    with pytest.raises(ValueError, match="1 scores"):
+        metrics.forward_transfer(TWO, [0.5])
+
+
+def test_one_task_forgets_nothing_measurable() -> None:
+    one = [[0.8]]
+    assert metrics.average(one) == metrics.plasticity(one) == 0.8
+    for value in (metrics.forgetting, metrics.backward_transfer, metrics.new_plus_old):
+        assert value(one) is None
+    assert metrics.forward_transfer(one, [0.7]) is None
+    assert metrics.summary(one, [0.7])["forward_transfer"] is None
+
+
+def test_a_missing_cell_makes_none_of_what_needs_it() -> None:
+    unfinished = [[0.9, None], [None, None]]
+    assert [metric(unfinished) for metric in EVERY] == [None, None, None, None, None, 0.9, None]
+    hole = [[0.9, None, None], [None, 0.8, None], [0.6, 0.8, 0.7]]
+    assert metrics.forgetting(hole) is None
+    assert metrics.backward_transfer(hole) == pytest.approx(-0.15)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_was_not_measured(bad: float) -> None:
+    assert metrics.forgetting([[bad, None], [0.7, 0.8]]) is None
+    assert metrics.average([[0.9, None], [bad, 0.8]]) is None
+
+
+@pytest.mark.parametrize("ragged", [[], [[0.1, 0.2]], [[0.1], [0.2, 0.3]], [[0.1, 0.2], [0.3]]])
+def test_a_matrix_that_is_not_square_is_an_error(ragged: list[list[float]]) -> None:
+    for metric in EVERY:
+        with pytest.raises(ValueError, match="score matrix"):
+            metric(ragged)
+
+
+def test_no_such_task() -> None:
+    with pytest.raises(ValueError, match="no task 2"):
+        metrics.forgetting_of(TWO, 2)
+
+
+matrices = st.integers(1, 4).flatmap(
+    lambda n: st.lists(
+        st.lists(st.none() | st.floats(-1, 1), min_size=n, max_size=n), min_size=n, max_size=n
+    )
+)
+
+
+@given(matrices)
+def test_the_argument_is_never_touched(scores: list[list[float | None]]) -> None:
+    before = copy.deepcopy(scores)
+    metrics.summary(scores, [0.5] * len(scores))
+    assert scores == before
+
+
+@given(matrices)
+def test_the_metrics_agree_with_each_other(scores: list[list[float | None]]) -> None:
+    found = metrics.summary(scores)
+    before, after = metrics.old_before(scores), metrics.old_after(scores)
+    if before is not None and after is not None:
+        assert found["backward_transfer"] == pytest.approx(after - before, abs=1e-12)
+    if found["forgetting"] is not None and found["backward_transfer"] is not None:
+        assert found["forgetting"] >= -found["backward_transfer"] - 1e-12
+
+
+def test_scores_by_hand() -> None:
+    truth, given_ = [1, 1, 0, 0, 1], [1, 0, 0, 1, 1]  # tp 2, fp 1, fn 1, tn 1
+    assert metrics.score("accuracy", truth, given_) == pytest.approx(0.6)
+    assert metrics.score("f1", truth, given_) == pytest.approx(2 / 3)
+    # (2*1 - 1*1) / sqrt(3*3*2*2)
+    assert metrics.score("matthews", truth, given_) == pytest.approx(1 / 6)
+    assert metrics.score("spearman", [1, 2, 3], [10.0, 30.0, 20.0]) == pytest.approx(0.5)
+
+
+def test_f1_is_macro_above_two_classes() -> None:
+    # class 0: f1 1; class 1: precision 1, recall 1/2; class 2: precision 1/2, recall 1
+    macro = (1 + 2 / 3 + 2 / 3) / 3
+    assert metrics.score("f1", [0, 1, 1, 2], [0, 1, 2, 2]) == pytest.approx(macro)
+    # three classes of which the evaluation rows have two: still macro
+    assert metrics.score("f1", [0, 0, 1], [0, 1, 1], classes=3) == pytest.approx(2 / 3)
+    assert metrics.score("f1", [0, 0, 1], [0, 1, 1]) == pytest.approx(2 / 3)
+    assert metrics.score("f1", [0, 0, 0, 1], [0, 0, 1, 1], classes=3) == pytest.approx(
+        0.8 / 2 + 1 / 3
+    )
+
+
+def test_constant_predictions_score_zero_and_warn_of_nothing() -> None:
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metrics.score("spearman", [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0.0
+        assert metrics.score("matthews", [0, 1, 1], [1, 1, 1]) == 0.0
+        assert metrics.score("matthews", [1, 1, 1], [1, 1, 1]) == 0.0
+        assert metrics.score("f1", [1, 1], [0, 0]) == 0.0
+
+
+def test_what_cannot_be_scored_says_so() -> None:
+    with pytest.raises(Refused, match="did you mean 'accuracy'"):
+        metrics.score("acuracy", [1], [1])
+    with pytest.raises(ValueError, match="2 predictions for 1 rows"):
+        metrics.score("accuracy", [1], [1, 0])
+    with pytest.raises(ValueError, match="no rows"):
+        metrics.score("accuracy", [], [])
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.score("spearman", [1.0, 2.0], [math.nan, 1.0])
+    with pytest.raises(ValueError, match="one value a row"):
+        metrics.score("accuracy", [[1], [0]], [[1], [0]])  # type: ignore[list-item]

@@ -1,0 +1,162 @@
+"""The numbers of a report, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from made_records import record, study, two
+
+from holdfast.report import facts
+from holdfast.report.facts import clean, comparisons, number, run_facts
+
+
+def test_one_run() -> None:
+    run = run_facts(two(0.8, 0.952, 0.741))
+    first, last = run.tasks
+    assert (first.learned, first.final) == (0.952, 0.741)
+    assert first.forgetting == pytest.approx(0.211)
+    assert first.noise == pytest.approx(0.01959, abs=1e-5)
+    assert last.forgetting is None
+    assert run.noise[0][1] is None and run.noise[1][1] == pytest.approx((0.16 / 500) ** 0.5)
+    assert run.starts == [0.0, 50.0]
+    assert run.sentences == [
+        "After learning snli, trec6 fell from 0.952 to 0.741 "
+        "(−21.1 points; noise of a 500-row score ± 2.0).",
+        "snli reached 0.800.",
+    ]
+
+
+def test_a_small_change_is_called_noise() -> None:
+    (sentence, _) = run_facts(two(0.8, 0.90, 0.89)).sentences
+    assert sentence.endswith("± 1.4): within noise.")
+    (sentence, _) = run_facts(two(0.8, 0.90, 0.90)).sentences
+    assert "trec6 stayed at 0.900 (+0.0 points" in sentence
+    (sentence, _) = run_facts(two(0.8, 0.80, 0.90)).sentences
+    assert "rose from 0.800 to 0.900 (+10.0 points" in sentence and "within" not in sentence
+
+
+def test_what_was_not_measured_is_not_told() -> None:
+    assert run_facts(record([[0.9, None], [None, 0.8]])).sentences == [
+        "What trec6 lost was not measured.",
+        "snli reached 0.800.",
+    ]
+    unfinished = run_facts(record([[0.9, None], [None, None]], status="running"))
+    assert unfinished.sentences == ["Unfinished: 1 of 2 tasks learned so far."]
+    assert any("has not ended" in line for line in unfinished.warnings)
+    assert run_facts(record([[0.9]], kind="train")).sentences == [
+        "trec6 reached 0.900 (accuracy, ± 0.013 on 500 rows)."
+    ]
+
+
+def test_starts_come_from_the_history_where_steps_are_unknown() -> None:
+    assert run_facts(two(0.8, 0.9, 0.7, steps=[])).starts == [10.0, 60.0]
+
+
+def test_recipes_over_seeds() -> None:
+    (found,) = comparisons(study())
+    plain, dps = found.groups
+    assert found.control == plain.label == "plain" and plain.control and not dps.control
+    assert plain.seeds == [0, 1, 2]
+    assert plain.spread["old_after"].mean == pytest.approx(0.71)
+    assert plain.spread["old_after"].sd == pytest.approx(0.01)
+    assert dps.spread["forgetting"].mean == pytest.approx(0.13)
+    assert dps.spread["new_plus_old"].mean == pytest.approx(1.61)
+    assert dps.spread["old_before"] == pytest.approx((0.95, 0, 3, 0.95, 0.95))
+    gap = dps.difference["old_after"]  # 0.10, 0.11, 0.12
+    assert gap.mean == pytest.approx(0.11) and gap.n == 3
+    assert gap.high == pytest.approx(0.11 + 4.302653 * 0.01 / 3**0.5)
+    assert dps.difference["new"].mean == pytest.approx(-0.01)
+    assert plain.difference == {}
+    assert plain.mean_scores[1] == pytest.approx([0.71, 0.8]) and plain.mean_scores[0][1] is None
+    assert found.sentences[-1] == (
+        "dps against plain, paired over 3 seeds: new plus old +0.100, "
+        "95 % interval +0.075 to +0.125."
+    )
+    assert "Only 3 seeds for some recipes: differences need five or more." in found.warnings
+
+
+def test_configurations_are_never_pooled() -> None:
+    slow = [two(0.7, 0.9, 0.9, seed=s, lr=1e-5) for s in range(3)]
+    (found,) = comparisons(study() + slow)
+    assert [g.label for g in found.groups] == ["plain, lr 1e-05", "plain, lr 2e-05", "dps"]
+    # 0.7 + 0.9 beats 0.8 + 0.71: the best flat rate is the control
+    assert found.control == "plain, lr 1e-05"
+    assert any("chosen on evaluation rows" in line for line in found.warnings)
+    changed = study()[0]
+    changed.recipe = changed.recipe | {"methods": []}
+    (found,) = comparisons([*study(), changed])
+    assert [g.label for g in found.groups] == ["plain", "dps", "dps (2)"]
+
+
+def test_the_control_is_chosen_on_selection_rows() -> None:
+    def with_selection(one: object, reward: float) -> object:
+        return dataclasses.replace(one, selection_scores=[[0, None], [reward, 0]])  # type: ignore[type-var]
+
+    fast = [with_selection(two(0.1, 0.9, 0.1, seed=s, lr=5e-5), 0.9) for s in range(2)]
+    usual = [with_selection(two(0.8, 0.9, 0.7, seed=s), 0.5) for s in range(2)]
+    (found,) = comparisons([*usual, *fast])  # type: ignore[list-item]
+    assert found.control == "plain, lr 5e-05"
+    assert not any("chosen on evaluation" in line for line in found.warnings)
+
+
+def test_other_tasks_or_models_are_other_studies() -> None:
+    other = two(0.8, 0.9, 0.7)
+    other.tasks[0]["hash"] = "sha256:different"
+    model = two(0.8, 0.9, 0.7, model={"name": "bert"})
+    assert len(comparisons([two(0.8, 0.9, 0.7), other, model])) == 3
+
+
+def test_a_seed_that_ran_again_counts_once() -> None:
+    old = two(0.8, 0.9, 0.1, created="2026-01-01T00:00:00+00:00")
+    new = two(0.8, 0.9, 0.7, created="2026-01-02T00:00:00+00:00")
+    (found,) = comparisons([new, old])
+    assert found.groups[0].points["old_after"] == [0.7]
+    assert "plain: 1 older runs of a seed that ran again are left out." in found.warnings
+
+
+def test_missing_cells_leave_the_rest_standing() -> None:
+    records = study()
+    records[0].scores[1][0] = None
+    (found,) = comparisons(records)
+    dps = found.groups[1]
+    assert dps.spread["old_after"].n == 2 and dps.spread["new"].n == 3
+    assert dps.difference["old_after"].n == 2
+
+
+def test_no_control_is_said() -> None:
+    mine = [two(0.8, 0.9, 0.7, recipe="a"), two(0.8, 0.9, 0.7, recipe="b")]
+    (found,) = comparisons(mine)
+    assert found.control is None
+    assert "No control: no recipe here is named 'plain'." in found.warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "control"),
+    [("plain", True), ("plain@5e-5", True), ("plain-2e-05", True), ("plainer", False),
+     ("plain+dps", False), ("plain-dps", False)],
+)  # fmt: skip
+def test_which_names_are_controls(name: str, control: bool) -> None:
+    assert facts.is_control(name) is control
+
+
+def test_a_warning_of_every_run_is_said_once() -> None:
+    records = [two(0.8, 0.9, 0.7, seed=s, warnings=["slow disk"]) for s in range(2)]
+    records[1].warnings.append("hot")
+    (found,) = comparisons(records)
+    assert found.warnings.count("slow disk") == 1 and "hot (plain, seed 1)" in found.warnings
+
+
+def test_clean() -> None:
+    assert clean("a\x1b[31mred\x1b[0m b") == "ared b"
+    assert clean("\x1b]0;title\x07x\nline\ttab\r") == "x line tab"
+    assert clean("safe\u202egnp.exe\u0000\u0085") == "safegnp.exe"
+    assert clean("") == clean("\x07") == "(no name)"
+    assert clean("abcdef", width=4) == "abc…"
+    assert clean("\U0001f469\u200d\U0001f4bb") == "\U0001f469\u200d\U0001f4bb"
+
+
+def test_number() -> None:
+    assert number(None) == number(float("nan")) == "–"
+    assert number(0.0) == number(-0.0001) == "0.000"
+    assert number(-0.25, sign=True) == "−0.250" and number(0.25, sign=True) == "+0.250"

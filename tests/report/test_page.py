@@ -1,0 +1,231 @@
+"""The page parsed: pictures, tables, and nothing that runs or reaches out."""
+
+from __future__ import annotations
+
+import base64
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import EXPOSURE, HOSTILE, record, study, two
+
+from holdfast.errors import Refused
+from holdfast.experiments.record import Record
+from holdfast.report import find_records, write_report
+from holdfast.report.page import render
+
+VOID = {"meta", "img", "source", "br"}
+LINKS = {"href", "src", "srcset", "action", "formaction", "data", "poster", "background", "cite"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text; fails on a tag left open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.raw: list[list[str]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.raw.append([])
+        elif tag in ("td", "th"):
+            self.raw[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if {"td", "th"} & set(self.open):
+            self.raw[-1][-1] += data
+
+    @property
+    def cells(self) -> list[list[str]]:
+        return [[" ".join(cell.split()) for cell in row] for row in self.raw]
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    @property
+    def pictures(self) -> list[str]:
+        uris = [a[k] for tag, a in self.tags for k in ("src", "srcset") if a.get(k)]
+        return [base64.b64decode(str(uri).split(",", 1)[1]).decode() for uri in uris]
+
+
+def inert(html: str) -> Page:
+    """Nothing on the page runs, loads or points anywhere."""
+    page = Page(html)
+    kinds = {tag for tag, _ in page.tags}
+    assert not kinds & {"script", "iframe", "object", "embed", "link", "base", "form", "svg", "a"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in LINKS & set(attributes):
+            assert str(attributes[name]).startswith("data:image/svg+xml;base64,"), (tag, name)
+    assert not re.search(r"(?:https?:)?//", re.sub(r"data:[^\"]*", "", html)), "an address"
+    style = "".join(re.findall(r"<style>(.*?)</style>", html, re.S))
+    assert html.count("<style>") == 1 and "url(" not in style and "@import" not in style
+    assert html.index("Content-Security-Policy") < html.index("<style>")
+    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv"))
+    assert "default-src 'none'" in str(policy) and "script" not in str(policy)
+    assert "img-src data:" in str(policy) and "style-src 'unsafe-inline'" in str(policy)
+    for svg in page.pictures:
+        root = ElementTree.fromstring(svg)
+        names = {element.tag.split("}")[-1] for element in root.iter()}
+        assert names <= {"svg", "defs", "style", "g", "path", "text", "tspan", "clipPath", "rect",
+                         "use"}, names  # fmt: skip
+        for element in root.iter():
+            for key, value in element.attrib.items():
+                assert not key.lower().startswith("on")
+                assert not key.endswith("href") or value.startswith("#")
+    return page
+
+
+def test_one_run() -> None:
+    page = inert(render([two(0.8, 0.952, 0.741)]))
+    assert "trec6 fell from 0.952 to 0.741 (−21.1 points" in page.text
+    assert EXPOSURE in page.text
+    assert ["trec6", "0.952± 0.010", "–"] in page.cells
+    assert ["snli", "0.741± 0.020", "0.800± 0.018"] in page.cells
+    assert ["forgetting", "+0.211", "–"] in page.cells
+    assert ["trained alone", "–", "–"] in page.cells
+    titles = [
+        "What each task scored",
+        "Scores while training",
+        "Forgetting by task",
+        "Learning rates",
+    ]
+    positions = [page.text.index(title) for title in titles]
+    assert max(positions) < page.text.index("Numbers"), "pictures come first"
+    for word in (
+        "holdfast sequence --recipe plain",
+        "drop: 0.3",
+        "0123abcd",
+        "sha256:00ff",
+        "2e-05",
+    ):
+        assert word in page.text[page.text.index("To repeat this run") :]
+    assert len(page.pictures) == 8  # four, light and dark
+    assert any("trec6" in svg and "0.741" in svg for svg in page.pictures)
+
+
+def test_recipes_over_seeds() -> None:
+    page = inert(render(study(), title="Mine"))
+    assert page.text.startswith("Mine · holdfast")
+    assert "Learned against kept" in page.text and "control: plain" in page.text
+    assert ["plain control", "3", "0.800 ± 0.000", "0.950 ± 0.000", "0.710 ± 0.010",
+            "+0.240 ± 0.010", "1.510 ± 0.010"] in page.cells  # fmt: skip
+    assert ["dps", "3", "−0.010 [−0.010, −0.010]", "+0.110 [+0.085, +0.135]",
+            "+0.100 [+0.075, +0.125]", "0.250[0.250]"] in page.cells  # fmt: skip
+    assert page.text.count("dps, seed 2") == 1
+
+
+def test_hostile_names_are_text() -> None:
+    size = len(HOSTILE)
+    scores: list[list[Any]] = [[0.5 if j <= i else None for j in range(size)] for i in range(size)]
+    hostile = record(
+        scores, names=HOSTILE, recipe=HOSTILE[0], warnings=HOSTILE[1:2], exposure=HOSTILE[2],
+        commit=HOSTILE[0], command=[HOSTILE[1], "\x1b[31m"], synthetic=True,
+        settings={HOSTILE[0]: HOSTILE[1]}, versions={HOSTILE[1]: HOSTILE[0]},
+        rates={"order": HOSTILE, "multiplier": [1.0] * size}, created=HOSTILE[0],
+        model={"name": HOSTILE[0], "hash": HOSTILE[1]},
+    )  # fmt: skip
+    page = inert(render([hostile], title=HOSTILE[1]))
+    for name in HOSTILE:
+        assert " ".join(name.split()) in page.text, name
+    assert "\x1b" not in page.text and "49" not in page.text.split("{{")[0][-3:]
+    many = [
+        two(0.8, 0.9, 0.7, seed=s, recipe=r, names=HOSTILE[:2]) for s in (0, 1) for r in HOSTILE
+    ]
+    inert(render(many))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        record([[None, None], [None, None]], history=[], rates=None, status="running"),
+        record([[0.9]], kind="train"),
+        record([[0.9, None], [None, 0.8]], history=[{"step": 3}, {"step": None, "scores": [1, 2]}]),
+        Record(tasks=[{"name": "a"}, {"name": "b"}]),
+        Record(tasks=[{"name": "a", "metric": None, "rows": None, "labels": None}]),
+        two(0.5, 0.5, 0.5, rates={"order": ["a", "b"], "multiplier": [0, 1]}),
+        two(0.5, 0.5, 0.5, rates={"order": ["a", "b"], "multiplier": [0, None]}),
+        two(0.5, 0.5, 0.5, rates={"order": [], "multiplier": []}),
+        two(-0.5, 0.0, -1.0, seed=None),
+    ],
+)
+def test_whatever_is_missing_the_page_stands(made: Record) -> None:
+    page = inert(render([made]))
+    assert "None" not in page.text.replace("None.", "") and "nan" not in page.text.lower().split()
+    inert(render([made, made, two(0.5, 0.6, 0.7, recipe="b")]))
+
+
+def test_unmeasured_is_a_dash() -> None:
+    page = inert(render([record([[0.9, None], [None, 0.8]])]))
+    assert ["snli", "–", "0.800± 0.018"] in page.cells
+    assert ["forgetting", "–", "–"] in page.cells
+    assert any(cells[:2] == ["new plus old", "–"] for cells in page.cells)
+
+
+def test_synthetic_and_warnings_are_loud() -> None:
+    page = inert(render([two(0.8, 0.9, 0.7, synthetic=True, skipped_steps=[0, 4])]))
+    assert "trec6 is synthetic" in page.text and "2 tasks" in page.text
+    assert "snli: 4 steps skipped" in page.text
+    assert "Warnings None." in inert(render([two(0.8, 0.9, 0.7)])).text
+
+
+def test_other_tasks_get_their_own_section() -> None:
+    page = inert(render([two(0.8, 0.9, 0.7), record([[0.9]])]))
+    assert "2 experiments" in page.text and "1. trec6 → snli" in page.text
+
+
+def test_credentials_stay_out() -> None:
+    leaky = two(0.8, 0.9, 0.7, command=["x", "--token", "hunter2", "db://me:hunter2@host"])
+    leaky.settings["storage"] = "db://me:hunter2@host"
+    assert "hunter2" not in render([leaky])
+
+
+def test_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    assert write_report([two(0.8, 0.9, 0.7)], path) == path
+    first = path.read_text(encoding="utf-8")
+    inert(first)
+    assert first.startswith("<!DOCTYPE html>")
+    assert write_report([Record.from_dict(two(0.8, 0.9, 0.7).to_dict())], path)
+    with pytest.raises(Refused, match="is a folder"):
+        write_report([two(0.8, 0.9, 0.7)], tmp_path)
+    with pytest.raises(Refused, match="no records"):
+        write_report([], path)
+
+
+def test_the_same_records_give_the_same_page() -> None:
+    made = study()
+    assert render(made) == render(made)
+
+
+def test_find_records(tmp_path: Path) -> None:
+    for i in range(3):
+        two(0.8, 0.9, 0.7, seed=i).save(tmp_path / "runs" / str(i) / "record.json")
+    (tmp_path / "runs" / "2" / "other.json").write_text("{}", encoding="utf-8")
+    one = tmp_path / "runs" / "1" / "record.json"
+    assert [r.seed for r in find_records([tmp_path, one])] == [0, 1, 2]
+    assert [r.seed for r in find_records([one])] == [1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Refused, match=r"no record\.json"):
+        find_records([tmp_path / "empty"])
+    with pytest.raises(Refused, match="no such file"):
+        find_records([tmp_path / "nothing"])
