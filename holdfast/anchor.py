@@ -39,7 +39,7 @@ def pull_(
         if importance is None:
             grad.add_(offset, alpha=strength)
         else:
-            grad.addcmul_(importance[name].to(grad.dtype), offset, value=strength)
+            grad.addcmul_(importance[name], offset, value=strength)
 
 
 def potential(

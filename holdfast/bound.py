@@ -10,6 +10,7 @@ served alike. Per step, in this order:
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,11 +98,16 @@ class Bound:
         _check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
-        self._name_parameters(task, model, shared or default_shared(model))
-        self._attach()
-        for method in self._defining("begin_task"):
-            method.begin_task(self.views[method.name])
-        self._install_mixing()
+        self._forget_step()
+        try:
+            self._name_parameters(task, model, shared or default_shared(model))
+            self._attach()
+            for method in self._defining("begin_task"):
+                method.begin_task(self.views[method.name])
+            self._install_mixing()
+        except BaseException:
+            self.unbind()
+            raise
 
     def _name_parameters(self, task: str, model: nn.Module, shared: nn.Module | None) -> None:
         named = named_parameters(model)
@@ -131,6 +137,7 @@ class Bound:
             for k, now in self._describe(self.shared).items()
             if self._signature.get(k, now) != now
         ]
+        changed += [f"{k} is gone" for k in self._signature if k not in self.part_of]
         if changed:
             raise Refused("shared parameters changed between tasks: " + ", ".join(changed[:5]))
         self._signature |= self._describe(self.shared)
@@ -174,14 +181,15 @@ class Bound:
             batches = data
             self.data = batches if callable(batches) else lambda: batches
         model = self.models[self.task]
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             with self._own_randomness():
                 for method in self._defining("end_task"):
                     method.end_task(self.views[method.name])
         finally:
-            model.train(training)
+            for module, training in modes:
+                module.training = training
             self.data = list
         self.finished.append(self.task)
 
@@ -210,7 +218,13 @@ class Bound:
             self._before_step()
             return None
 
+        ran = False
+
         def wrapped() -> Any:
+            nonlocal ran
+            if ran:
+                raise RuntimeError("this optimizer runs its closure more than once a step")
+            ran = True
             loss = closure()
             self._before_step()
             return loss
@@ -221,7 +235,7 @@ class Bound:
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        norm = self.gradient_norm()
+        norm = self.gradient_norm() if self._unscaled is None else self._unscaled
         self.norm, self._unscaled = norm, None
         found = getattr(self.optimizer, "found_inf", None)
         self._skip = not bool(torch.isfinite(norm)) or (found is not None and bool(found.item()))
@@ -253,6 +267,9 @@ class Bound:
             for method in self._defining("after_step"):
                 method.after_step(self.views[method.name])
             self.step += 1
+        self._forget_step()
+
+    def _forget_step(self) -> None:
         self._asked = False
         self.inputs = self.outputs = None
         self.previous = {}
@@ -263,14 +280,16 @@ class Bound:
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """The global norm of this step's gradients, after undoing a GradScaler's scale."""
-        if self._unscaled is None:
-            grads = self._gradients()
-            scale = getattr(self.optimizer, "grad_scale", None)
-            if scale is not None:
-                torch._foreach_mul_(grads, scale.double().reciprocal().float())
-                self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self._unscaled = _total_norm(grads)
+        """The global norm of this step's gradients, after undoing a GradScaler's scale.
+
+        Always measured anew: a GradScaler may have left out the step it was last measured for.
+        """
+        grads = self._gradients()
+        scale = getattr(self.optimizer, "grad_scale", None)
+        if scale is not None:
+            torch._foreach_mul_(grads, scale.double().reciprocal().float())
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self._unscaled = _total_norm(grads)
         return self._unscaled
 
     def _gradients(self) -> list[Tensor]:
@@ -307,7 +326,11 @@ class Bound:
         task: str | None = None,
     ) -> Any:
         """See `View.forward`."""
-        model = self.models[task or self.task]
+        task = task or self.task
+        if task not in self.models:
+            raise Refused(f"no model of task {task!r}", where="view.forward",
+                          remedy=f"set bound.models[{task!r}] after loading a state")  # fmt: skip
+        model = self.models[task]
         batch = inputs if inputs is not None else self.inputs
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
@@ -362,13 +385,14 @@ class Bound:
         meta = {
             "schema": 1,
             "methods": {m.name: m.to_dict() for m in self.methods},
-            "numbers": {name: dict(s.numbers) for name, s in self.states.items()},
+            "numbers": {name: copy.deepcopy(s.numbers) for name, s in self.states.items()},
             "task": self.task,
             "step": self.step,
             "total_steps": self.total_steps,
             "skipped": self.skipped,
             "finished": list(self.finished),
-            "parameters": self._signature | self._describe(getattr(self, "weights", {})),
+            "parameters": self._describe(getattr(self, "weights", {})),
+            "shared": dict(self._signature),
         }
         return {"tensors": tensors, "meta": meta}
 
@@ -389,7 +413,7 @@ class Bound:
             raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
         for name, own in self.states.items():
             own.weights, own.tensors = {}, {}
-            own.numbers = dict(meta["numbers"][name])
+            own.numbers = copy.deepcopy(meta["numbers"][name])
         for key, tensor in tensors.items():
             if key == "generator":
                 self.generator.set_state(tensor)
@@ -401,14 +425,15 @@ class Bound:
         self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
         if attached:
             self.step, self.total_steps = meta["step"], meta["total_steps"]
-        self._signature = {k: v for k, v in meta["parameters"].items() if "/" not in k}
+        self._signature = dict(meta["shared"])
+        self._forget_step()
 
     def _check_parameters(self, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         now = self._describe(weights)
         wrong = [f"{k} is new" for k in now if k not in saved]
         wrong += [f"{k} was {saved[k]}, is {v}" for k, v in now.items() if saved.get(k, v) != v]
         if now:
-            wrong += [f"{k} is gone" for k in saved if k not in now and "/" not in k]
+            wrong += [f"{k} is gone" for k in saved if k not in now]
         if wrong:
             shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
             raise Refused(f"the saved state does not fit the model: {shown}")
@@ -427,7 +452,9 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
 def _unwrap(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
     """The torch optimizer, and the Accelerate wrapper around it if there is one."""
     wrapper = None
-    while not hasattr(optimizer, "register_step_pre_hook") or hasattr(optimizer, "step_was_skipped"):
+    while not hasattr(optimizer, "register_step_pre_hook") or hasattr(
+        optimizer, "step_was_skipped"
+    ):
         wrapper, optimizer = optimizer, getattr(optimizer, "optimizer", None)
         if optimizer is None:
             raise Refused(f"{type(wrapper).__name__} is no torch optimizer and wraps none")

@@ -42,31 +42,34 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
+    def verb(name: str, run: Any, about: str, *example: str) -> argparse.ArgumentParser:
         made = verbs.add_parser(
             name,
             help=about,
             description=about[0].upper() + about[1:] + ".",
-            epilog=f"example:\n  {example}",
+            epilog="example:\n  " + " ".join(example),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.set_defaults(run=run)
         return made
 
     train = verb("train", _train, "fine-tune on one task",
-                 "holdfast train --task reviews.csv?text=body --recipe dps --out runs/reviews")  # fmt: skip
+                 "holdfast train --task reviews.csv?text=body --recipe dps",
+                 "--out runs/reviews")  # fmt: skip
     train.add_argument("--task", required=True, help=TASK_HELP)
     _add_training(train)
 
     sequence = verb("sequence", _sequence, "learn tasks one after another and show what was kept",
-                    "holdfast sequence --tasks data/trec6 data/snli --recipe ewc --lr 2e-4 --out runs/a")  # fmt: skip
+                    "holdfast sequence --tasks data/trec6 data/snli --recipe ewc",
+                    "--lr 2e-4 --out runs/a")  # fmt: skip
     sequence.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=TASK_HELP)
     sequence.add_argument("--alone", action="store_true",
                           help="train later tasks alone too: gives forward transfer")  # fmt: skip
     _add_training(sequence)
 
     comparing = verb("compare", _compare, "run several recipes over several seeds",
-                     "holdfast compare --tasks data/trec6 data/snli --recipes plain ewc --out runs/c")  # fmt: skip
+                     "holdfast compare --tasks data/trec6 data/snli",
+                     "--recipes plain ewc --out runs/c")  # fmt: skip
     comparing.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=TASK_HELP)
     comparing.add_argument("--recipes", required=True, nargs="+", help=RECIPE_HELP)
     comparing.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
@@ -157,7 +160,9 @@ def _compare(chosen: argparse.Namespace) -> None:
     from holdfast.recipe import Recipe
     from holdfast.report import comparison_table, write_report
 
-    recipes = {Path(name).stem: (Recipe.named(name), {}) for name in chosen.recipes}
+    recipes: dict[str, tuple[Recipe, dict[str, Any]]] = {
+        Path(name).stem: (Recipe.named(name), {}) for name in chosen.recipes
+    }
     if len(recipes) != len(chosen.recipes):
         raise Refused("two recipes have one name", where="--recipes")
     records = compare(
@@ -208,7 +213,9 @@ def _demo(chosen: argparse.Namespace) -> None:
     for record in records:
         _print(matrix_table(record))
     _print(comparison_table(records), write_report(records, chosen.out / "report.html"))
-    print("The tasks are synthetic: made by holdfast from templates, to show the work, not a claim.")
+    print(
+        "The tasks are synthetic: made by holdfast from templates, to show the work, not a claim."
+    )
 
 
 def _print(table: Any, *lines: object) -> None:

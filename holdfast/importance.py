@@ -48,10 +48,12 @@ def diagonal_fisher(
     tokens for the latter); ``sampled``, one drawn from the model's prediction (unbiased);
     ``expected``, every class weighted by its predicted probability (exact, one backward pass a
     class). `forward(batch)` must return an object with `logits` (rows × classes) and, for
-    ``true``, `loss`. At most the first `rows` rows are used. Raises `Refused` without any row.
+    ``true``, `loss`. At most the first `rows` rows are used. Frozen weights are left out. Raises
+    `Refused` without any row.
     """
-    names, parameters = list(weights), list(weights.values())
-    total = {n: torch.zeros_like(w, dtype=_wide(w.dtype)) for n, w in weights.items()}
+    learned = {n: w for n, w in weights.items() if w.requires_grad}
+    names, parameters = list(learned), list(learned.values())
+    total = {n: torch.zeros_like(w, dtype=_wide(w.dtype)) for n, w in learned.items()}
     seen = 0
     for row in islice(rows_of(batches), rows):
         output = forward(row)

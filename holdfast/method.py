@@ -5,7 +5,8 @@ keyed by canonical parameter names, so that it is saved, resumed and counted in 
 
 Hooks run in fixed phases; the order of methods in a recipe counts only within a phase::
 
-    prepare → begin_task → (weights → penalty → penalty_grad_ → before_step → after_step)* → end_task
+    prepare → begin_task → (weights → penalty → penalty_grad_ → before_step → after_step)*
+            → end_task
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ HOOKS = (
     "after_step",
     "end_task",
 )
+
 
 class Range(NamedTuple):
     """Where a search may look for a parameter: inclusive bounds, on a log scale or not."""

@@ -9,6 +9,7 @@ weight (`functional_call` gives wrong gradients there, without an error).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ def install(
     originals = {module: type(module) for module in attributes}
     for module, kind in originals.items():
         properties = {a: _stand_in(a, name, mix) for a, name in attributes[module].items()}
-        body = {**properties, "__module__": kind.__module__}
+        body = {**properties, "__module__": kind.__module__, "__reduce_ex__": _plain(kind)}
         module.__class__ = type(kind.__name__, (kind,), body)
 
     def remove() -> None:
@@ -48,6 +49,17 @@ def install(
             module.__class__ = kind
 
     return remove
+
+
+def _plain(kind: type) -> Callable[[nn.Module, Any], Any]:
+    """How a mixed module copies and pickles: as what it is without mixing."""
+
+    def reduce(module: nn.Module, protocol: Any) -> Any:
+        rebuild, arguments, *rest = kind.__reduce_ex__(module, protocol)  # type: ignore[arg-type]
+        mixed = type(module)
+        return rebuild, tuple(kind if a is mixed else a for a in arguments), *rest
+
+    return reduce
 
 
 def _stand_in(attribute: str, name: str, mix: Mix) -> property:

@@ -338,27 +338,35 @@ def _is_bias(name: str) -> bool:
 
 
 def plot(rates: Rates, path: str | os.PathLike[str], parts: Parts | None = None) -> None:
-    """Draw multiplier by part on a log axis; a frozen part is a cross at the foot."""
+    """Draw multiplier by part on a log axis; a frozen part is a cross at the foot.
+
+    Without `parts` the control points are drawn, each as a part of its own.
+    """
     from matplotlib.figure import Figure
 
     if parts is None:
-        labels = [EMBEDDINGS, *(str(j + 1) for j in range(len(rates.points))), HEAD]
-        values = rates.multipliers
+        k = len(rates.points)
+        depth = {EMBEDDINGS: 0.0, **{str(j + 1): (j + 0.5) / k for j in range(k)}, HEAD: 1.0}
+        below = [d < rates.freeze_below for d in depth.values()]
+        values = [0.0 if low else m for m, low in zip(rates.multipliers, below, strict=True)]
+        labels = list(depth)
     else:
         labels, values = list(parts.order), list(rates.of(parts).values())
-    positive = [m for m in values if m > 0] or [1.0]
-    low, high = min(*positive, 1.0) / 2, max(*positive, 1.0) * 2
+    trained = [(x, m) for x, m in enumerate(values) if m > 0]
+    low = min([1.0, *(m for _, m in trained)]) / 2
+    high = max([1.0, *(m for _, m in trained)]) * 2
     figure = Figure(figsize=(max(5.0, 0.35 * len(labels) + 2), 3.5), layout="constrained")
     axes = figure.add_subplot()
-    x = range(len(values))
-    axes.bar(x, [max(m - low, 0) for m in values], bottom=low, color="#4477aa", width=0.8)
-    frozen = [i for i, m in enumerate(values) if m == 0]
-    if frozen:
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    for x, m in trained:
+        axes.plot([x, x, x], [1.0, m, m], "o-", markevery=[1], color="#4477aa")
+    if frozen := [x for x, m in enumerate(values) if m == 0]:
         axes.plot(frozen, [low * 1.15] * len(frozen), "x", color="#aa3377", label="frozen")
         axes.legend()
-    axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(yscale="log", ylim=(low, high), ylabel="× base learning rate", title=rates.name)
-    axes.set_xticks(list(x), labels, rotation=90 if len(labels) > 12 else 45)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high / low < 30 else "")
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
     try:
         figure.savefig(path, dpi=150)
     except (ValueError, OSError) as error:

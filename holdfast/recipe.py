@@ -1,6 +1,6 @@
 """A recipe: learning rates by part, methods, clipping. It is what a user writes, saves and shares.
 
-    recipe = Recipe(rates=Rates.bertcl(), methods=[EWC(strength=1e3)], max_grad_norm=1.0)
+recipe = Recipe(rates=Rates.bertcl(), methods=[EWC(strength=1e3)], max_grad_norm=1.0)
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Recipe:
             if names.count(m.name) > 1:
                 raise Refused(f"{m.name} stands twice", where="recipe.methods")
         norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, int | float) and 0 < norm < math.inf):
+        number = isinstance(norm, int | float) and not isinstance(norm, bool)
+        if norm is not None and not (number and 0 < norm < math.inf):
             raise Refused(f"must be above 0, not {norm!r}", where="recipe.max_grad_norm")
 
     # --- files --------------------------------------------------------------------------------

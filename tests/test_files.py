@@ -44,7 +44,7 @@ def test_scalars_are_those_of_the_core_schema() -> None:
     ],
 )
 def test_what_a_plain_file_never_needs_is_refused(text: str, says: str) -> None:
-    with pytest.raises(Refused, match="recipe.yaml") as error:
+    with pytest.raises(Refused, match=r"recipe\.yaml") as error:
         read_yaml(text, where="recipe.yaml")
     assert says in str(error.value)
 
@@ -109,7 +109,9 @@ def test_only_plain_data_is_saved(value: object, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.yaml"
     write_text_atomic(path, "old\n")
 

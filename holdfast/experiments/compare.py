@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def compare(
         {
             "model": model,
             "tasks": list(tasks),
-            "recipe": replace(recipe, name=label),
+            "recipe": recipe,
             "seed": seed,
             "out": folders[label] / f"seed-{seed}",
             "label": f"{label} · seed {seed}",

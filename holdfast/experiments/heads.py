@@ -69,11 +69,14 @@ def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
     try:
         return AutoModelForSequenceClassification.from_pretrained(source, **_head(task))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Refused(f"cannot be loaded: {_first_line(error)}", where=source,
-                      remedy="name an encoder with a sequence-classification head") from None  # fmt: skip
+        raise Refused(
+            f"cannot be loaded: {_first_line(error)}",
+            where=source,
+            remedy="name an encoder with a sequence-classification head",
+        ) from None
 
 
-def add_head(model: nn.Module, task: Task, *, seed: int) -> nn.Module:
+def add_head(model: Any, task: Task, *, seed: int) -> nn.Module:
     """A fresh head for `task` around the very encoder of `model`: its weights are shared."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**{**model.config.to_dict(), **_head(task)})
@@ -82,7 +85,7 @@ def add_head(model: nn.Module, task: Task, *, seed: int) -> nn.Module:
     return fresh
 
 
-def share_encoder(model: nn.Module, other: nn.Module) -> None:
+def share_encoder(model: Any, other: Any) -> None:
     """Put `model`'s encoder, the same object, in place of `other`'s."""
     setattr(other, str(other.base_model_prefix), model.base_model)
 
@@ -114,9 +117,7 @@ def encode(
     pairs = [r.pair or "" for r in rows] if task.pairs else None
     fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     labels = [float(r.label) if task.regression else int(r.label) for r in rows]
-    return [
-        {**{k: v[i] for k, v in fields.items()}, "labels": labels[i]} for i in range(len(rows))
-    ]
+    return [{**{k: v[i] for k, v in fields.items()}, "labels": labels[i]} for i in range(len(rows))]
 
 
 def evaluate(

@@ -144,7 +144,7 @@ class Learner:
             self.record.selection_scores = [[None] * size for _ in range(size)]
         return self.record.selection_scores
 
-    def _keep(self, index: int, model: nn.Module) -> None:
+    def _keep(self, index: int, model: Any) -> None:
         assert self.bound is not None
         home = self.home(index)
         model.save_pretrained(home)

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import holdfast
 from holdfast.errors import Refused
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
@@ -24,7 +23,16 @@ from holdfast.files import write_text_atomic
 SCHEMA = 1
 KINDS = ("sequence", "train")
 STATUSES = ("done", "running")
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "scipy")
+PACKAGES = (
+    "holdfast",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "scipy",
+)
 
 
 def _now() -> str:
@@ -32,10 +40,10 @@ def _now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python, holdfast and installed packages, without importing any of them."""
+    """Python, holdfast and the packages below it, without importing any of them."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "holdfast": holdfast.__version__}
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -80,7 +88,7 @@ class Record:
     # source, synthetic, warnings
     scores: list[list[Cell]] = field(default_factory=list)  # T x T, evaluation rows
     kind: str = "sequence"
-    holdfast: str = holdfast.__version__
+    holdfast: str = field(default_factory=lambda: versions().get("holdfast", "not installed"))
     created: str = field(default_factory=_now)
     model: dict[str, Any] = field(default_factory=dict)  # name, architecture, parameters, layers, …
     selection_scores: list[list[Cell]] | None = None  # T x T, selection rows
@@ -235,6 +243,9 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
     if not tasks or not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in tasks):
         raise fault("tasks", "a list of named tasks")
     for task in tasks:
+        for key in ("labels", "warnings"):
+            if not isinstance(task.get(key) or [], list):
+                raise fault(f"{key} of task {task['name']!r}", "a list")
         rows = task.get("rows") or {}
         if not isinstance(rows, dict) or not all(map(_number, rows.values())):
             raise fault(f"rows of task {task['name']!r}", "a count for each split")
@@ -258,6 +269,8 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
             raise fault("rates", "multipliers by part")
         if len(rates["order"]) != len(rates["multiplier"]):
             raise fault("rates", "one multiplier a part")
+    if not isinstance(body.get("command", []), list | None):
+        raise fault("command", "a list of words")
     if not _number(body.get("seed")):
         raise fault("seed", "a number")
 

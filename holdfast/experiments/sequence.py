@@ -101,7 +101,12 @@ def run_sequence(
                 tasks=[describe(t) for t in loaded],
                 kind="sequence" if len(loaded) > 1 else "train",
                 recipe=chosen.to_dict(),
-                settings={**plan.to_dict(), "model": str(model), "optimizer": "adamw_torch_fused", "out": str(folder)},
+                settings={
+                    **plan.to_dict(),
+                    "model": str(model),
+                    "optimizer": "adamw_torch_fused",
+                    "out": str(folder),
+                },
                 seed=seed,
                 command=list(command or sys.argv),
                 commit=commit(Path(__file__).parent),
@@ -109,7 +114,14 @@ def run_sequence(
                 status="running",
             )
         learner = Learner(
-            folder, source, loaded, chosen, plan, seed, record, bar=(label or "") if progress else None
+            folder,
+            source,
+            loaded,
+            chosen,
+            plan,
+            seed,
+            record,
+            bar=(label or "") if progress else None,
         )
         for index in range(len(record.seconds), len(loaded)):
             began = time.monotonic()

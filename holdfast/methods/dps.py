@@ -40,9 +40,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from holdfast.config import Share, count
 from holdfast.errors import Refused
 from holdfast.importance import Labels, diagonal_fisher
-from holdfast.config import Share, count
 from holdfast.method import Method, Range, View
 
 PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
@@ -197,7 +197,9 @@ class DPS(Method):
             slots.pop("mask", None)
             return
         sums = slots.pop("sum", {})
-        masks = select({n: self._score(view, n, s) for n, s in sums.items()}, self.drop, self.select)
+        masks = select(
+            {n: self._score(view, n, s) for n, s in sums.items()}, self.drop, self.select
+        )
         if self.score == "retention":
             slots["sum"] = {n: t.zero_() for n, t in sums.items()}
             for name, mask in masks.items():

@@ -41,8 +41,12 @@ class EWC(Method):
     """
 
     name: ClassVar[str] = "ewc"
-    summary: ClassVar[str] = "pulls weights back to where old tasks need them, by Fisher information"
-    paper: ClassVar[str] = "Kirkpatrick et al., PNAS 2017, arXiv 1612.00796; online: arXiv 1805.06370"
+    summary: ClassVar[str] = (
+        "pulls weights back to where old tasks need them, by Fisher information"
+    )
+    paper: ClassVar[str] = (
+        "Kirkpatrick et al., PNAS 2017, arXiv 1612.00796; online: arXiv 1805.06370"
+    )
     bytes_per_weight: ClassVar[str] = "8 (Fisher information and anchor), for any number of tasks"
     ranges: ClassVar[Mapping[str, Range]] = {
         "strength": Range(1e1, 1e5, log=True),

@@ -19,8 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.importance import rows_of
 from holdfast.config import Share, count
+from holdfast.errors import Refused
+from holdfast.importance import rows_of
 from holdfast.method import Method, Range, View
 
 
@@ -56,8 +57,11 @@ class Replay(Method):
     def penalty(self, view: View) -> Tensor:
         sizes: dict[str, int] = view.state.numbers.get("rows", {})
         first = next(iter(view.weights.values()))
-        if not sizes or view.step % self.every or view.inputs is None:
+        if not sizes or view.step % self.every:
             return torch.zeros((), device=first.device)
+        if view.inputs is None:
+            raise Refused("replay counts the rows of the micro-batch", where="bound.penalty",
+                          remedy="call bound.penalty(batch, outputs)")  # fmt: skip
         wanted = math.ceil(self.share * _rows(view.inputs))
         picked = torch.randint(sum(sizes.values()), (wanted,), generator=view.generator)
         total, start = torch.zeros((), device=first.device), 0
@@ -81,6 +85,8 @@ class Replay(Method):
             if place < size:
                 tensors = {k: v.cpu() for k, v in row.items() if isinstance(v, Tensor)}
                 kept[place : place + 1] = [tensors]
+        if not kept:
+            raise Refused("no rows to keep", where="replay", remedy="pass the task's rows as data=")
         view.state.tensors[view.task] = _stack(kept, _padding(view))
         view.state.numbers.setdefault("rows", {})[view.task] = len(kept)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from holdfast.report.facts import clean
+from holdfast.report.words import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float], theme:
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "holdfast",
-        "text.parse_math": False,
+        "text.parse_math": True,
         "text.usetex": False,
         "font.family": ["DejaVu Sans"],
         "font.size": 9.5,
@@ -151,7 +151,7 @@ def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float], theme:
         axes.patch.set_alpha(0)
         draw(axes, theme)
         figure.savefig(
-            out, format="svg", bbox_inches="tight", pad_inches=0.04,
+            out, format="svg",
             metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
         )  # fmt: skip
     text = out.getvalue()

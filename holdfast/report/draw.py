@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.experiments.metrics import Cell
 from holdfast.report.canvas import Picture, Theme, label, legend, panel
-from holdfast.report.facts import Comparison, GroupFacts, RunFacts, clean, number, short
+from holdfast.report.facts import Comparison, GroupFacts, RunFacts
+from holdfast.report.words import clean, number, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,8 +120,8 @@ def _heat(
 
 def training(study: Comparison) -> Picture | None:
     """Scores on selection rows over training, a line a task, a panel a recipe."""
-    groups = [g for g in study.groups if any(run.body["history"] for run in g.runs)][:PANELS]
-    lines = {g.label: [_history(run) for run in g.runs] for g in groups}
+    groups = [g for g in study.groups if any(run.history for run in g.runs)][:PANELS]
+    lines = {g.label: [_lines(run) for run in g.runs] for g in groups}
     known = _known(v for runs in lines.values() for run in runs for ys in run[1] for v in ys)
     if not known:
         return None
@@ -162,11 +163,10 @@ def training(study: Comparison) -> Picture | None:
     )
 
 
-def _history(run: RunFacts) -> tuple[list[float], list[list[Cell]]]:
-    points = [p for p in run.body["history"] if p.get("step") is not None and p.get("scores")]
-    size = len(run.tasks)
-    columns = [[(p["scores"] + [None] * size)[j] for p in points] for j in range(size)]
-    return [p["step"] for p in points], columns
+def _lines(run: RunFacts) -> tuple[list[float], list[list[Cell]]]:
+    """The steps, and for each task its scores at them."""
+    steps = [step for step, _ in run.history]
+    return steps, [[scores[j] for _, scores in run.history] for j in range(len(run.tasks))]
 
 
 def rates(study: Comparison) -> Picture | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +19,13 @@ from holdfast.experiments.statistics import (
     noise,
     paired_difference,
 )
+from holdfast.report.words import DASH, clean, run_sentences, short, study_sentences
 
 CONTROL = "plain"
-DASH = "–"
 # settings in which runs of one configuration may differ
-PER_RUN = frozenset({"seed", "data_seed", "output", "output_dir", "out", "device", "resume"})
+PER_RUN = frozenset(
+    {"seed", "data_seed", "output", "output_dir", "out", "device", "resume", "alone", "save_steps"}
+)
 # what a comparison shows of each run: name -> function of the score matrix
 COLUMNS = {
     "new": lambda scores: metrics.square(scores)[-1][-1],
@@ -68,7 +69,8 @@ class RunFacts:
     metrics: dict[str, Cell]
     sentences: list[str]
     warnings: list[str]
-    starts: list[float]  # global step at which each task began, as far as known
+    starts: list[float]  # step, counted over the sequence, at which each task began, if known
+    history: list[tuple[float, list[Cell]]]  # step over the sequence; scores (T,)
     body: dict[str, Any]  # the record, cleaned of credentials
 
 
@@ -106,51 +108,11 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
 
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
-
-
-def clean(text: object, *, width: int | None = None) -> str:
-    """A name on one line: no terminal codes, control characters or bidi overrides (S9)."""
-    line = _BIDI.sub("", _ANSI.sub("", str(text)))
-    line = "".join(
-        (" " if char in "\n\r\t\v\f\x85\u2028\u2029" else "")
-        if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
-        else char
-        for char in line
-    )
-    line = " ".join(line.split()) or "(no name)"
-    return line if width is None or len(line) <= width else line[: width - 1] + "…"
-
-
-def short(text: object) -> str:
-    """A name that fits a sentence or a table's head; pages give the whole one beside it."""
-    return clean(text, width=48)
-
-
-def number(value: Cell, *, sign: bool = False, digits: int = 3) -> str:
-    """A score as text; a dash where nothing was measured."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    value = round(value, digits) + 0.0  # no -0.000
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "\u2212")
-
-
-def spread_text(spread: Spread, *, sign: bool = False) -> str:
-    """`0.741 ± 0.012`, without the spread below two runs."""
-    text = number(spread.mean, sign=sign)
-    return text if spread.sd is None else f"{text} ± {number(spread.sd)}"
-
-
-def points(value: Cell) -> str:
-    """A difference of scores in points: `−21.1 points`."""
-    return DASH if value is None else f"{number(100 * value, sign=True, digits=1)} points"
-
-
 def run_facts(record: Record, label: str | None = None) -> RunFacts:
     body = record.to_dict()
     scores = metrics.square(body["scores"])
     size = len(scores)
+    starts, history = _history(body)
     tasks = [_task(body, scores, j) for j in range(size)]
     return RunFacts(
         label=label or run_label(body),
@@ -161,9 +123,10 @@ def run_facts(record: Record, label: str | None = None) -> RunFacts:
             for row in scores
         ],
         metrics=body["metrics"],
-        sentences=_run_sentences(tasks),
+        sentences=run_sentences(tasks),
         warnings=_run_warnings(body, tasks),
-        starts=_starts(body),
+        starts=starts,
+        history=history,
         body=body,
     )
 
@@ -227,51 +190,6 @@ def _count(rows: dict[str, Any] | None, key: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _run_sentences(tasks: list[TaskFacts]) -> list[str]:
-    """Plain words: what each old task lost, and by how much one score may be off."""
-    new = tasks[-1]
-    if new.final is None:
-        done = sum(task.learned is not None for task in tasks)
-        return [f"Unfinished: {done} of {len(tasks)} tasks learned so far."]
-    said = []
-    if len(tasks) == 1:
-        off = "" if new.noise is None else f", ± {number(new.noise)} on {_rows(new)}"
-        said.append(f"{short(new.name)} reached {number(new.final)} ({new.metric}{off}).")
-    for task in tasks[:-1]:
-        if task.learned is None or task.final is None:
-            said.append(f"What {short(task.name)} lost was not measured.")
-            continue
-        change = task.final - task.learned
-        before = noise(task.metric, task.learned, task.rows["evaluation"])
-        sure = (
-            before is None or task.noise is None or abs(change) > 2 * math.hypot(before, task.noise)
-        )
-        verb = "stayed at" if round(change, 3) == 0 else "fell" if change < 0 else "rose"
-        moved = (
-            f"{short(task.name)} {verb} {number(task.final)}"
-            if verb == "stayed at"
-            else f"{short(task.name)} {verb} from {number(task.learned)} to {number(task.final)}"
-        )
-        off = (
-            ""
-            if task.noise is None
-            else f"noise of a {_rows(task, 'row')} score ± " + number(100 * task.noise, digits=1)
-        )
-        inside = "; " + off if off else ""
-        unsure = "" if sure else ": within noise"
-        said.append(
-            f"After learning {short(new.name)}, {moved} ({points(change)}{inside}){unsure}."
-        )
-    if len(tasks) > 1:
-        said.append(f"{short(new.name)} reached {number(new.final)}.")
-    return said
-
-
-def _rows(task: TaskFacts, unit: str = " rows") -> str:
-    count = task.rows["evaluation"]
-    return f"{count}-{unit}" if unit == "row" else f"{count}{unit}"
-
-
 def _run_warnings(body: dict[str, Any], tasks: list[TaskFacts]) -> list[str]:
     said = [clean(line) for line in body["warnings"]]
     if body["status"] != "done":
@@ -286,16 +204,31 @@ def _run_warnings(body: dict[str, Any], tasks: list[TaskFacts]) -> list[str]:
     return said
 
 
-def _starts(body: dict[str, Any]) -> list[float]:
-    """Global step at which each task began: from the step counts, else from the history."""
+def _history(body: dict[str, Any]) -> tuple[list[float], list[tuple[float, list[Cell]]]]:
+    """Where tasks begin and what was measured, in steps counted over the whole sequence.
+
+    A history whose steps begin again with every task is put end to end.
+    """
     size, counts = len(body["tasks"]), body["steps"]
-    if len(counts) == size and None not in counts:
-        return [float(sum(counts[:j])) for j in range(size)]
-    first: dict[int, float] = {}
+    by_task: dict[int, list[tuple[float, list[Cell]]]] = {}
     for point in body["history"]:
-        if point.get("learning") is not None and point.get("step") is not None:
-            first.setdefault(int(point["learning"]), float(point["step"]))
-    return sorted(first.values())
+        learning, step = point.get("learning"), point.get("step")
+        if learning is not None and step is not None:
+            scores = [*(point.get("scores") or []), *[None] * size][:size]
+            by_task.setdefault(int(learning), []).append((float(step), scores))
+    again = any(by_task[k][0][0] <= by_task[k - 1][-1][0] for k in by_task if k - 1 in by_task)
+    known = [] if None in counts else [float(sum(counts[:k])) for k in range(len(counts) + 1)]
+    starts: list[float] = []
+    points: list[tuple[float, list[Cell]]] = []
+    for k in range(size):
+        last = points[-1][0] if points else 0.0
+        found = by_task.get(k, [])
+        start = known[k] if k < len(known) else last
+        shift = start if again else 0.0
+        points += [(step + shift, scores) for step, scores in found]
+        if found or k < len(known):
+            starts.append(start)
+    return starts, points
 
 
 def _study_key(body: dict[str, Any]) -> str:
@@ -350,7 +283,7 @@ def _comparison(records: list[Record], control: str) -> Comparison:
         tasks=runs[0].tasks,
         groups=groups,
         control=chosen_label,
-        sentences=_sentences(groups, chosen_label),
+        sentences=study_sentences(groups, chosen_label),
         warnings=list(dict.fromkeys(warnings)),
     )
 
@@ -377,7 +310,10 @@ def _short(value: object) -> str:
 
 def is_control(name: str, control: str = CONTROL) -> bool:
     """`plain`, and `plain@2e-5`, `plain-2e-5` and kin: the control at another rate."""
-    return re.fullmatch(re.escape(control) + r"(?:[\s@:_,-]+[\d.e+-]+)?", name) is not None
+    return (
+        re.fullmatch(re.escape(control) + r"(?:[\s@:_,(=-]+(?:lr[\s=_:-]*)?[\d.e+-]+\)?)?", name)
+        is not None
+    )
 
 
 def _rate(group: GroupFacts) -> float:
@@ -452,49 +388,3 @@ def _merged(runs: list[RunFacts]) -> list[str]:
         line if len(labels) == len(runs) else f"{line} ({'; '.join(labels)})"
         for line, labels in about.items()
     ]
-
-
-def _sentences(groups: list[GroupFacts], control: str | None) -> list[str]:
-    runs = [run for group in groups for run in group.runs]
-    if len(runs) == 1:
-        return runs[0].sentences
-    tasks = runs[0].tasks
-    everything = len(groups)
-    if everything > 4:
-        best = sorted(groups, key=lambda g: -(g.spread["new_plus_old"].mean or -math.inf))[:3]
-        groups = [group for group in groups if group.control or group in best]
-    new = short(tasks[-1].name)
-    old = short(tasks[0].name) if len(tasks) == 2 else f"the {len(tasks) - 1} tasks before"
-    said = []
-    for group in groups:
-        over = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
-        learned = f"{new} reached {spread_text(group.spread['new'])}"
-        if len(tasks) == 1:
-            said.append(f"{group.label} ({over}): {learned}.")
-            continue
-        before, after = group.spread["old_before"], group.spread["old_after"]
-        lost = before.mean is not None and after.mean is not None
-        change = (after.mean or 0.0) - (before.mean or 0.0) if lost else None
-        said.append(
-            f"{group.label} ({over}): after learning {new}, {old} went from {number(before.mean)} "
-            f"to {spread_text(after)} ({points(change)}); {learned}."
-        )
-    for group in groups:
-        gap = group.difference.get("new_plus_old")
-        if gap is None or gap.mean is None or len(tasks) == 1:
-            continue
-        sure = gap.low is not None and gap.high is not None and (gap.low > 0 or gap.high < 0)
-        interval = (
-            ""
-            if gap.low is None
-            else f", 95 % interval {number(gap.low, sign=True)} to {number(gap.high, sign=True)}"
-        )
-        verdict = "" if sure else ": not a difference these seeds can show"
-        said.append(
-            f"{group.label} against {control}, paired over {gap.n} "
-            f"seed{'s' if gap.n != 1 else ''}: new plus old "
-            f"{number(gap.mean, sign=True)}{interval}{verdict}."
-        )
-    if len(groups) < everything:
-        said.append(f"Above: the control and the best of {everything}; the table has them all.")
-    return said

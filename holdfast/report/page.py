@@ -14,16 +14,8 @@ from holdfast.experiments.record import Record, replace_text
 from holdfast.experiments.statistics import Difference
 from holdfast.files import dump_yaml
 from holdfast.report.canvas import Picture
-from holdfast.report.facts import (
-    DASH,
-    Comparison,
-    clean,
-    comparisons,
-    number,
-    points,
-    short,
-    spread_text,
-)
+from holdfast.report.facts import Comparison, comparisons
+from holdfast.report.words import DASH, clean, number, points, short, spread_text
 
 # every metric a record stores, with its sign, for a reader who knows none of them
 MEANINGS = {

@@ -6,17 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from holdfast.experiments.record import Record
-from holdfast.report.facts import (
-    COLUMNS,
-    DASH,
-    Comparison,
-    GroupFacts,
-    clean,
-    comparisons,
-    number,
-    run_facts,
-    spread_text,
-)
+from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, run_facts
+from holdfast.report.words import DASH, clean, number, spread_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -92,7 +83,7 @@ def _comparison(study: Comparison) -> Table:
 def _cells(group: GroupFacts, single: bool) -> list[str]:
     columns = ("new",) if single else COLUMNS
     cells = [spread_text(group.spread[name], sign=name == "forgetting") for name in columns]
-    cells = [cell.replace(" ", "") for cell in cells]  # narrow, and never broken over two lines
+    cells = ["".join(cell.split()) for cell in cells]  # narrow, and never broken over two lines
     gap = group.difference.get("new" if single else "new_plus_old")
     if gap is None or gap.mean is None:
         cells.append(DASH)

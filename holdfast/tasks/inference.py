@@ -56,9 +56,12 @@ OPPOSITES = words(
     "broken/intact, bright/dark, hot/cold",
 )
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight")
-# The first gives, the second takes.
-GIVE = ("sold", "lent", "gave", "handed")
-TAKE = ("bought", "borrowed", "received", "took")
+# Ways to hand a thing over: done, left open, not done.
+DEALS = (
+    ("sold {t} to {o}", "gave {t} to {o}", "handed {t} to {o}", "lent {t} to {o}"),
+    ("offered {t} to {o}", "promised {t} to {o}", "showed {t} to {o}", "talked of {t} with {o}"),
+    ("refused {t} to {o}", "kept {t} from {o}", "gave {o} nothing but a look at {t}"),
+)
 
 
 def write(draw: Draw, label: int) -> tuple[str, str]:
@@ -71,36 +74,26 @@ def write(draw: Draw, label: int) -> tuple[str, str]:
 
 
 def deal(draw: Draw, label: int) -> tuple[str, str]:
-    """Who gave and who got."""
+    """Whether a thing changed hands."""
     one, two, three = draw.words(NAMES, 3)
-    thing, place = a(_adjective(draw)[0], _thing(draw)[0]), draw.word(PLACES)
-    giver, taker = (two, one) if label == 2 else (one, two)
-    other = three if label == 1 else taker
-    if draw.chance(0.5):
-        premise = f"{giver} {draw.of(GIVE)} {thing} to {other} {place}"
-    else:
-        premise = f"{other} {draw.of(TAKE)} {thing} from {giver} {place}"
-    premise += f" while {two if label == 1 else three} was talking to a {draw.word(PEOPLE)}"
-    noun = thing.split()[-1]
+    thing = _thing(draw)[0]
+    done = draw.of(DEALS[label]).format(t=a(_adjective(draw)[0], thing), o=two)
+    premise = f"{draw.word(PLACES)} {one} {done} while {three} was talking to a {draw.word(PEOPLE)}"
     return premise, draw.of(
-        (f"{two} got the {noun} from {one}", f"{one} let {two} have the {noun}")
+        (f"{two} got the {thing} from {one}", f"{one} let {two} have {a('', thing)}")
     )
 
 
 def state(draw: Draw, label: int) -> tuple[str, str]:
-    """What a thing is like: said, said of nothing, denied."""
+    """What a thing is like: said, left open, denied."""
     name, other = draw.words(NAMES, 2)
     adjective, opposite = _adjective(draw)
-    thing, kind = _thing(draw)
-    said = (f"{adjective} {thing}", f"{thing}", f"{opposite} {thing}")[label]
-    unlike = draw.other(tuple(_kinds(draw)), thing)
-    also = f"{draw.other(tuple(_pairs(draw)), adjective, opposite)} {unlike}"
-    things = [f"the {said} of {name}", f"the {also} of {other}"]
-    if draw.chance(0.5):
-        things.reverse()
-    premise = f"{draw.word(PLACES)} the {draw.word(PEOPLE)} looked at {things[0]} and {things[1]}"
+    thing, sort = _thing(draw)
+    denied = draw.of((f"{opposite} {thing}", f"{thing}, not {adjective} at all,"))
+    said = (f"{adjective} {thing}", thing, denied)[label]
+    premise = f"{draw.word(PLACES)} {other} and the {draw.word(PEOPLE)} saw the {said} of {name}"
     return premise, draw.of(
-        (f"the {thing} of {name} is {adjective}", f"{name} has {a(adjective, kind)}")
+        (f"the {thing} of {name} is {adjective}", f"{name} has {a(adjective, sort)}")
     )
 
 
@@ -132,8 +125,7 @@ def kind(draw: Draw, label: int) -> tuple[str, str]:
     return premise, f"{name} owns {a('', sort)}"
 
 
-# Who gave what to whom is the hardest to tell, so it is the rarest.
-_CASES = (deal, state, state, count, count, kind, kind)
+_CASES = (deal, state, count, kind)
 
 
 def _kinds(draw: Draw) -> dict[str, str]:
@@ -142,11 +134,6 @@ def _kinds(draw: Draw) -> dict[str, str]:
 
 def _thing(draw: Draw) -> tuple[str, str]:
     return draw.of(tuple(_kinds(draw).items()))
-
-
-def _pairs(draw: Draw) -> list[str]:
-    part = OPPOSITES.held if draw.held else OPPOSITES.seen
-    return [adjective for pair in part for adjective in pair.split("/")]
 
 
 def _adjective(draw: Draw) -> tuple[str, str]:

@@ -132,7 +132,11 @@ def _check_classes(
     present = {row.label for row in pool}
     if len(present) < 2:
         only = names[int(pool[0].label)] if names is not None else pool[0].label
-        raise Refused(f"every training row has the label {shown(only)}", where=where)
+        raise Refused(
+            f"every training row has the label {shown(only)}",
+            where=where,
+            remedy="nothing can be learned from that",
+        )
     if names is not None:
         absent = [name for index, name in enumerate(names) if index not in present]
         if absent:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from holdfast.tasks.draw import Draw, Words, words
 
 LABELS = ("negative", "neutral", "positive")
-PLAIN = 0.3  # share of the rows with a single judgement
+PLAIN = 0.5  # share of the rows with a single judgement
+DENIED_SHARE = 0.2  # of the others, those that deny the opposite
 
 ADJECTIVES: tuple[Words, Words, Words] = (
     words(
@@ -76,7 +77,7 @@ def write(draw: Draw, label: int) -> tuple[str, None]:
     c = ""
     if draw.chance(PLAIN):
         frame = draw.of(ONE)
-    elif draw.chance(0.3):
+    elif draw.chance(DENIED_SHARE):
         frame = draw.of(NEITHER if label == 1 else DENIED)
         loud = 2 - label if label != 1 else draw.of((0, 2))
         b, c = draw.word(ADJECTIVES[loud]), draw.word(ADJECTIVES[2 - loud])

@@ -1,6 +1,8 @@
-"""Replay recorded trajectories of the published DPS: `python -m holdfast.testing.trajectories FOLDER`.
+"""Replay recorded trajectories of the published DPS.
 
-A folder holds `index.json` and one safetensors file a run: a tanh MLP with its inputs, labels,
+    python -m holdfast.testing.trajectories FOLDER
+
+The folder holds `index.json` and one safetensors file a run: a tanh MLP with its inputs, labels,
 and for every step the gradients as the optimizer saw them, the weights after the step, and for Mix
 which entries were kept. `DPS(freeze="gradient")` must reproduce each within `TOLERANCE`, masks
 exactly. Prints one line a file and exits with 1 where one deviates.
@@ -9,6 +11,7 @@ exactly. Prints one line a file and exits with 1 where one deviates.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -29,7 +33,7 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far a replay strays: the largest absolute difference, and entries of masks that differ."""
+    """How far a replay strays: the largest absolute difference, and mask entries that differ."""
 
     largest: float
     where: str
@@ -87,10 +91,12 @@ def replay(run: Mapping[str, Any], recording: Mapping[str, Tensor]) -> Deviation
     bound = Recipe(methods=[method]).bind(model, optimizer, total_steps=run["max_steps"])
     worst, where, wrong = 0.0, "-", 0
 
-    def compare(key: str, ours: Tensor) -> None:
+    def compare(key: str, theirs: Tensor, ours: Tensor) -> None:
         nonlocal worst, where
-        distance = (recording[key].double() - ours.detach().double()).abs().max().item()
-        if not distance <= worst:  # NaN counts as the worst
+        distance = (theirs.double() - ours.detach().double()).abs().max().item()
+        if math.isnan(distance):
+            distance = math.inf
+        if distance > worst:
             worst, where = distance, key
 
     for t in range(run["steps"]):
@@ -101,29 +107,27 @@ def replay(run: Mapping[str, Any], recording: Mapping[str, Tensor]) -> Deviation
         masking = method._masking(view)
         frozen = {_layer(n): f.clone() for n, f in method._frozen(view).items()} if masking else {}
         optimizer.step()
-        compare_loss = torch.tensor(loss.item(), dtype=torch.float64)
-        distance = abs(recording["loss"][t].item() - compare_loss.item())
-        if not distance <= worst:
-            worst, where = distance, f"loss[{t}]"
+        compare(f"loss[{t}]", recording["loss"][t], loss)
         for name, p in model.named_parameters():
             prefix, kind = f"step{t}.{_layer(name)}", name.split(".")[1]
-            compare(f"{prefix}.{kind}", p)
+            compare(f"{prefix}.{kind}", recording[f"{prefix}.{kind}"], p)
             if kind == "weight":
                 assert p.grad is not None
-                compare(f"{prefix}.grad", p.grad)
-        for layer, f in frozen.items():
-            wrong += _mask_entries(f, recording, f"step{t}.{layer}")
+                compare(f"{prefix}.grad", recording[f"{prefix}.grad"], p.grad)
+                if _layer(name) in frozen:
+                    wrong += _mask_entries(frozen[_layer(name)], p.grad, recording, prefix)
     return Deviation(worst, where, wrong)
 
 
-def _mask_entries(frozen: Tensor, recording: Mapping[str, Tensor], prefix: str) -> int:
+def _mask_entries(
+    frozen: Tensor, ours: Tensor, recording: Mapping[str, Tensor], prefix: str
+) -> int:
     """Entries whose mask differs; Dense records show theirs as exact zeros of the gradient."""
     keep = recording.get(f"{prefix}.keep")
     if keep is not None:
         return int((frozen == keep.bool()).sum())
-    return int((frozen & (recording[f"{prefix}.grad"] != 0)).sum()) + int(
-        (~frozen & (recording[f"{prefix}.grad"] == 0)).sum()
-    )
+    moved = recording[f"{prefix}.grad"] != 0
+    return int((frozen & moved).sum() + (~frozen & ~moved & (ours != 0)).sum())
 
 
 def replay_folder(folder: Path) -> dict[str, Deviation]:
@@ -131,12 +135,19 @@ def replay_folder(folder: Path) -> dict[str, Deviation]:
     index = folder / "index.json"
     if not index.is_file():
         raise Refused("no index.json", where=str(folder), remedy="name a folder of trajectories")
-    runs = json.loads(index.read_text())
-    return {run["file"]: replay(run, load_file(folder / run["file"])) for run in runs}
+    results = {}
+    try:
+        for run in json.loads(index.read_text(encoding="utf-8")):
+            results[run["file"]] = replay(run, load_file(folder / run["file"]))
+    except (KeyError, TypeError, OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise Refused(f"not a recording: {error!r}", where=str(folder)) from error
+    if not results:
+        raise Refused("lists no runs", where=str(index))
+    return results
 
 
 def main(arguments: list[str]) -> int:
-    """0 where every file is reproduced, 1 where one deviates, 2 where there is nothing to replay."""
+    """0 where every file is reproduced, 1 where one deviates, 2 where there is none."""
     if len(arguments) != 1:
         print("usage: python -m holdfast.testing.trajectories FOLDER", file=sys.stderr)
         return 2

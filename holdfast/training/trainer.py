@@ -9,10 +9,12 @@ advance over a step that was skipped.
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -23,17 +25,23 @@ from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.checkpoints import differences, load_state, save_state
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
 
 DEFAULT_CLIP = TrainingArguments.max_grad_norm  # counts as "not set"
 
 
-class RecipeMixin:
+class RecipeMixin(_Base):
     """What `with_recipe` puts in front of a Trainer class.
 
     recipe: the `Recipe` (default: plain).
     bound: the `Bound` of earlier tasks, to go on with a sequence.
     task: this task's name; shared: the module that tasks share (default: see `bound`).
+    exact_resume: refuse a checkpoint of other optimizer settings; False goes on with a warning.
     """
 
     def __init__(
@@ -43,13 +51,16 @@ class RecipeMixin:
         bound: Bound | None = None,
         task: str = "task",
         shared: nn.Module | None = None,
+        exact_resume: bool = True,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe(name="plain")
         self.bound = bound
-        self.task, self._shared = task, shared
+        self.task, self._shared, self.exact_resume = task, shared, exact_resume
         self._window = 0.0
         self._ignores_items: bool | None = None
+        self._outputs: Any = None
+        self._watch: Any = None
         super().__init__(*args, **kwargs)
         self._check_arguments()
         if bound is None and any(m.defines("prepare") for m in self.recipe.methods):
@@ -94,7 +105,7 @@ class RecipeMixin:
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's scheduler; then the recipe is bound, for the number of steps is known."""
-        scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.bound is None:
             self.bound = self.recipe.unbound(seed=self.args.seed)
         clip = self.recipe.max_grad_norm
@@ -107,15 +118,24 @@ class RecipeMixin:
             model=self.accelerator.unwrap_model(self.model),
             shared=self._shared,
         )
+        if self.bound.has_penalty and self._watch is None:
+            self._watch = self.model.register_forward_hook(self._see)
         return scheduler
+
+    def _see(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        # Not through return_outputs: for that TRL runs the model once more, drawing dropout.
+        self._outputs = outputs
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs."""
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(*args, **kwargs)
         finally:
             if self.bound is not None:
                 self.bound.unbind()
+            if self._watch is not None:
+                self._watch.remove()
+            self._watch = self._outputs = None
 
     def end_task(self) -> None:
         """Close the task after `train()`: methods estimate importance and keep rows."""
@@ -132,8 +152,8 @@ class RecipeMixin:
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's window of micro-batches, weighed."""
-        samples, items = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self._window = sum(_weight(batch) for batch in samples)
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._window = sum(self._weight(batch) for batch in samples)
         return samples, items
 
     def compute_loss(
@@ -145,10 +165,11 @@ class RecipeMixin:
         **kwargs: Any,
     ) -> Any:
         """Trainer's loss, weighted within its accumulation window, plus the methods' penalties."""
-        batch, weight = dict(inputs), _weight(inputs)
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+        batch, weight = dict(inputs), self._weight(inputs)
+        result = super().compute_loss(
+            model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
+        loss, outputs = result if return_outputs else (result, None)
         if model.training and torch.is_grad_enabled() and self.bound is not None:
             divides = not self._scaled(num_items_in_batch)
             steps = self.current_gradient_accumulation_steps
@@ -157,7 +178,8 @@ class RecipeMixin:
                 share = weight / (self._window if divides else float(num_items_in_batch))
                 loss = loss * share * (steps if divides else 1)
             if self.bound.has_penalty:
-                penalty = self.bound.penalty(batch, outputs)
+                penalty = self.bound.penalty(batch, self._outputs)
+                self._outputs = None
                 loss = loss + (penalty if divides else penalty / steps)
         return (loss, outputs) if return_outputs else loss
 
@@ -171,7 +193,7 @@ class RecipeMixin:
         )
 
     def _ignores(self, model: nn.Module, batch: dict[str, Any], items: Any) -> bool:
-        """Whether the model's loss ignores `num_items_in_batch`: asked of the model, once.
+        """Whether the loss ignores `num_items_in_batch`: computed twice to find out, once a run.
 
         Every sequence-classification head of Transformers does, so that Trainer's accumulated
         gradient is too large by the number of micro-batches.
@@ -179,15 +201,27 @@ class RecipeMixin:
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return False
         if self._ignores_items is None:
-            net = self.accelerator.unwrap_model(model)
-            net.eval()
+            kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL averages over every call
+            model.eval()
             with torch.no_grad():
-                one, two = (net(**batch, num_items_in_batch=items * k)["loss"] for k in (1, 2))
-            net.train()
+                compute = functools.partial(super().compute_loss, model)
+                one = compute(dict(batch), num_items_in_batch=items)
+                two = compute(dict(batch), num_items_in_batch=items * 2)
+            model.train()
+            if kept is not None:
+                self._metrics = kept
             self._ignores_items = bool(one == two)
         return self._ignores_items
 
-    # --- clipping, logs, checkpoints ----------------------------------------------------------------
+    def _weight(self, batch: Mapping[str, Any]) -> float:
+        """How much of a mean a micro-batch carries: its labels that count, or else its rows."""
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor):
+            counted = labels[..., 1:] if self._loss_shifts_labels else labels
+            return float(counted.ne(-100).sum())
+        return float(next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0))
+
+    # --- clipping, logs, checkpoints --------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Unscale and measure; the clipping itself follows the methods, inside the step."""
@@ -203,33 +237,57 @@ class RecipeMixin:
                 logs |= {f"lr/{part}": float(lr) for part, lr in rates.items()}
             if self.bound.skipped:
                 logs["skipped_steps"] = self.bound.skipped
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+        super().log(logs, *args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.bound is not None and self.args.should_save:
-            save_state(self.bound, output_dir)
+            save_state(self.bound, output_dir, plan=self._plan())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and self.bound is not None:
+            changed = differences(checkpoint, self._plan())
+            if changed and self.exact_resume:
+                raise Refused(
+                    f"was saved with other settings: {', '.join(changed)}",
+                    where=checkpoint,
+                    remedy="set them back, or pass exact_resume=False",
+                )
+            if changed:
+                warnings.warn(f"resuming with other settings: {', '.join(changed)}", stacklevel=2)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.bound is not None:
             load_state(self.bound, checkpoint)
+
+    def _plan(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run it goes on with."""
+        assert self.bound is not None
+        groups = self.bound.optimizer.param_groups
+        return {
+            "optimizer": type(self.bound.optimizer).__name__,
+            "groups": [[len(g["params"]), g["initial_lr"], g["weight_decay"]] for g in groups],
+            "accumulation": self.args.gradient_accumulation_steps,
+            "batch": self.args.train_batch_size,
+            "steps": self.state.max_steps,
+            "max_grad_norm": self.bound.max_grad_norm,
+        }
 
 
 class _Recipied(type):
     """The type of classes that `with_recipe` makes: they pickle by the class they extend."""
 
 
-def _rebuild(cls: type) -> tuple[Any, tuple[type]]:
-    return with_recipe, (cls.__mro__[2],)
+def _rebuild(cls: type) -> Any:
+    # A class that extends one of ours has a name of its own and is found by it.
+    return (with_recipe, (cls.__mro__[2],)) if cls.__bases__[0] is RecipeMixin else cls.__qualname__
 
 
-copyreg.pickle(_Recipied, _rebuild)  # type: ignore[arg-type]
+copyreg.pickle(_Recipied, _rebuild)
 
 
 @functools.cache
 def with_recipe(trainer_class: type) -> Any:
-    """`trainer_class` with the keywords `recipe`, `bound`, `task` and `shared`; made once."""
+    """`trainer_class` with the keywords that `RecipeMixin` explains; made once."""
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
         raise Refused(f"{trainer_class!r} is no Trainer class", where="with_recipe")
     if issubclass(trainer_class, RecipeMixin):
@@ -240,11 +298,3 @@ def with_recipe(trainer_class: type) -> Any:
 
 
 Trainer = with_recipe(transformers.Trainer)
-
-
-def _weight(batch: Mapping[str, Any]) -> float:
-    """How much of a mean a micro-batch carries: its labels that count, or else its rows."""
-    labels = batch.get("labels")
-    if isinstance(labels, Tensor):
-        return float(labels.ne(-100).sum())
-    return float(next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0))

@@ -157,6 +157,8 @@ DAMAGE: dict[str, Any] = {
     "status": {"status": ["done"]},
     "seed": {"seed": "zero"},
     "recipe": {"recipe": "dps"},
+    "command": {"command": "holdfast sequence"},
+    "task warnings": {"tasks": [{"name": "a", "warnings": 3}, {"name": "b"}]},
 }
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_records import record, study, two
 
-from holdfast.report import facts
-from holdfast.report.facts import clean, comparisons, number, run_facts
+from holdfast.errors import Refused
+from holdfast.experiments.record import Record
+from holdfast.report import as_text, comparison_table, facts, matrix_table
+from holdfast.report.facts import comparisons, run_facts
 
 
 def test_one_run() -> None:
@@ -50,7 +55,35 @@ def test_what_was_not_measured_is_not_told() -> None:
 
 
 def test_starts_come_from_the_history_where_steps_are_unknown() -> None:
-    assert run_facts(two(0.8, 0.9, 0.7, steps=[])).starts == [10.0, 60.0]
+    assert run_facts(two(0.8, 0.9, 0.7, steps=[])).starts == [0.0, 50.0]
+
+
+def test_steps_that_begin_again_are_put_end_to_end() -> None:
+    made = two(0.8, 0.9, 0.7)
+    wanted = run_facts(made).history
+    assert [step for step, _ in wanted] == [10, 30, 50, 60, 80, 100]
+    for point in made.history:
+        point["step"] -= 50 * point["learning"]
+    for steps in ([50, 50], []):
+        made.steps = list(steps)
+        again = run_facts(made)
+        assert again.history == wanted and again.starts == [0.0, 50.0]
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40)
+@given(st.dictionaries(st.sampled_from(sorted(two(0.8, 0.9, 0.7).to_dict())), values, max_size=3))
+def test_whatever_loads_has_facts(change: dict[str, object]) -> None:
+    with suppress(Refused):
+        made = Record.from_dict(two(0.8, 0.9, 0.7).to_dict() | change)
+        as_text(matrix_table(made))
+        as_text(comparison_table([made, two(0.8, 0.9, 0.7)]))
 
 
 def test_recipes_over_seeds() -> None:
@@ -100,6 +133,19 @@ def test_the_control_is_chosen_on_selection_rows() -> None:
     assert not any("chosen on evaluation" in line for line in found.warnings)
 
 
+def test_many_recipes_are_summed_up_by_the_highest() -> None:
+    many = [
+        record([[0.1 * i]], recipe=name, kind="train", seed=seed)
+        for i, name in enumerate(["plain", "a", "b", "c", "d"])
+        for seed in range(2)
+    ]
+    many.append(record([[None]], recipe="e", kind="train"))
+    (found,) = comparisons(many)
+    assert [line.split(" ")[0] for line in found.sentences[:4]] == ["plain", "b", "c", "d"]
+    assert found.sentences[4].startswith("b against plain, paired over 2 seeds: score +0.200, 95 %")
+    assert found.sentences[-1].startswith("Above: the control and the three highest of 6")
+
+
 def test_other_tasks_or_models_are_other_studies() -> None:
     other = two(0.8, 0.9, 0.7)
     other.tasks[0]["hash"] = "sha256:different"
@@ -133,7 +179,8 @@ def test_no_control_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("name", "control"),
-    [("plain", True), ("plain@5e-5", True), ("plain-2e-05", True), ("plainer", False),
+    [("plain", True), ("plain@5e-5", True), ("plain-2e-05", True),
+     ("plain (lr 5e-5)", True), ("plain lr=5e-5", True), ("plainer", False),
      ("plain+dps", False), ("plain-dps", False)],
 )  # fmt: skip
 def test_which_names_are_controls(name: str, control: bool) -> None:
@@ -145,18 +192,3 @@ def test_a_warning_of_every_run_is_said_once() -> None:
     records[1].warnings.append("hot")
     (found,) = comparisons(records)
     assert found.warnings.count("slow disk") == 1 and "hot (plain, seed 1)" in found.warnings
-
-
-def test_clean() -> None:
-    assert clean("a\x1b[31mred\x1b[0m b") == "ared b"
-    assert clean("\x1b]0;title\x07x\nline\ttab\r") == "x line tab"
-    assert clean("safe\u202egnp.exe\u0000\u0085") == "safegnp.exe"
-    assert clean("") == clean("\x07") == "(no name)"
-    assert clean("abcdef", width=4) == "abc…"
-    assert clean("\U0001f469\u200d\U0001f4bb") == "\U0001f469\u200d\U0001f4bb"
-
-
-def test_number() -> None:
-    assert number(None) == number(float("nan")) == "–"
-    assert number(0.0) == number(-0.0001) == "0.000"
-    assert number(-0.25, sign=True) == "−0.250" and number(0.25, sign=True) == "+0.250"

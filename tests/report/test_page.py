@@ -171,7 +171,12 @@ def test_hostile_names_are_text() -> None:
 def test_whatever_is_missing_the_page_stands(made: Record) -> None:
     page = inert(render([made]))
     assert "None" not in page.text.replace("None.", "") and "nan" not in page.text.lower().split()
-    inert(render([made, made, two(0.5, 0.6, 0.7, recipe="b")]))
+
+
+def test_recipes_that_measured_nothing_stand_beside_one_that_did() -> None:
+    empty = record([[None, None], [None, None]], history=[], rates=None, recipe="empty")
+    page = inert(render([empty, two(0.5, 0.6, 0.7), two(0.5, 0.6, 0.7, recipe="b")]))
+    assert ["empty", "1", "–", "–", "–", "–", "–"] in page.cells
 
 
 def test_unmeasured_is_a_dash() -> None:
@@ -213,7 +218,7 @@ def test_the_file(tmp_path: Path) -> None:
 
 
 def test_the_same_records_give_the_same_page() -> None:
-    made = study()
+    made = [two(0.8, 0.9, 0.7)]
     assert render(made) == render(made)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from holdfast.errors import Refused
 from holdfast.tasks import Columns, Row, load_task, slug
@@ -426,6 +428,34 @@ def test_a_name_is_safe_anywhere(name: str) -> None:
     safe = slug(name)
     assert 0 < len(safe) <= 64 and safe.isascii()
     assert all(letter.isalnum() or letter in "-_" for letter in safe) and safe[0] != "-"
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+@given(data=st.data())
+def test_nothing_but_refused_leaves_load_task(
+    tmp_path_factory: pytest.TempPathFactory, ending: str, data: st.DataObject
+) -> None:
+    cell = st.sampled_from(
+        ["a", "b c", "1", "01", "-100", "nan", "", '"', "0.5", "True", "\r", "\0"]
+    )
+    if ending == "jsonl":
+        value = st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | cell
+        rows = st.dictionaries(st.sampled_from(["text", "pair", "label"]), value).map(json.dumps)
+        content = "\n".join(data.draw(st.lists(rows, max_size=12)))
+    else:
+        mark = "," if ending == "csv" else "\t"
+        lines = data.draw(st.lists(st.tuples(cell, cell), max_size=12))
+        content = "\n".join(mark.join(line) for line in [("text", "label"), *lines])
+    path = tmp_path_factory.getbasetemp() / f"any.{ending}"
+    path.write_text(content, newline="")
+    for query in ("", "?type=regression", "?type=classification"):
+        try:
+            task = load_task(f"{path}{query}")
+        except Refused as refusal:
+            assert str(refusal).isprintable()
+        else:
+            assert task.train and task.evaluation
+            assert all(math.isfinite(row.label) and row.text.strip() for row in task.train)
 
 
 def test_importing_tasks_is_light() -> None:

@@ -1,0 +1,41 @@
+# `make demo` and `make test` need only Python >= 3.11, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := holdfast tests benchmarks examples
+
+.PHONY: demo test test-slow check browser clean
+
+demo: .venv/demo.stamp
+	$(BIN)/holdfast demo --out runs/demo
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch first and exactly: any looser request fetches gigabytes of CUDA.
+.venv/torch.stamp: constraints.txt | .venv/bin/python
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+.venv/demo.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+.venv/dev.stamp: .venv/torch.stamp pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@ .venv/demo.stamp
+
+clean:
+	rm -rf .venv build *.egg-info
