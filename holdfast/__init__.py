@@ -39,9 +39,10 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    home = importlib.import_module(_HOMES[name])
+    # `parts` is a submodule too: the module itself answers as the function (see holdfast.parts).
+    globals()[name] = home if name == "parts" else getattr(home, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

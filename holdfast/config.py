@@ -29,7 +29,7 @@ def count(share: float | int, total: int) -> int:
 
 
 @functools.cache
-def _validators(cls: type) -> dict[str, TypeAdapter[Any]]:
+def _validators(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls, include_extras=True)
     strict = ConfigDict(strict=True, allow_inf_nan=False)
     return {f.name: TypeAdapter(hints[f.name], config=strict) for f in fields(cls)}
@@ -42,7 +42,7 @@ class Checked:
     shares: ClassVar[tuple[str, ...]] = ()  # fields in which 1.0 means neither a share nor a count
 
     def __post_init__(self) -> None:
-        for name, validator in _validators(type(self)).items():
+        for name, validator in _validators(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             try:
                 checked = validator.validate_python(value)

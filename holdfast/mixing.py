@@ -9,7 +9,7 @@ weight (`functional_call` gives wrong gradients there, without an error).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -55,9 +55,9 @@ def _plain(kind: type) -> Callable[[nn.Module, Any], Any]:
     """How a mixed module copies and pickles: as what it is without mixing."""
 
     def reduce(module: nn.Module, protocol: Any) -> Any:
-        rebuild, arguments, *rest = kind.__reduce_ex__(module, protocol)  # type: ignore[arg-type]
-        mixed = type(module)
-        return rebuild, tuple(kind if a is mixed else a for a in arguments), *rest
+        # The old protocol names the class as a plain argument; newer ones insist on type(module).
+        rebuild, (_, *rest), *state = cast(Any, object.__reduce_ex__(module, 1))
+        return rebuild, (kind, *rest), *state
 
     return reduce
 

@@ -19,10 +19,12 @@ A tied weight counts once, under the name that is registered first: GPT-2's outp
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import ModuleType
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -224,3 +226,13 @@ def _overridden(
         for name in matches:
             moved.setdefault(name, part)
     return moved
+
+
+class _CallableModule(ModuleType):
+    """`holdfast.parts` is this module once anything imports it: it answers as the function."""
+
+    def __call__(self, model: nn.Module, overrides: Mapping[str, str] | None = None) -> Parts:
+        return parts(model, overrides)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -118,7 +118,7 @@ def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float], theme:
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "holdfast",
-        "text.parse_math": True,
+        "text.parse_math": False,
         "text.usetex": False,
         "font.family": ["DejaVu Sans"],
         "font.size": 9.5,

@@ -257,7 +257,9 @@ class RecipeMixin(_Base):
                 warnings.warn(f"resuming with other settings: {', '.join(changed)}", stacklevel=2)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.bound is not None:
+            steps = self.bound.total_steps
             load_state(self.bound, checkpoint)
+            self.bound.total_steps = steps
 
     def _plan(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run it goes on with."""
@@ -268,7 +270,7 @@ class RecipeMixin(_Base):
             "groups": [[len(g["params"]), g["initial_lr"], g["weight_decay"]] for g in groups],
             "accumulation": self.args.gradient_accumulation_steps,
             "batch": self.args.train_batch_size,
-            "steps": self.state.max_steps,
+            "steps": self.bound.total_steps,
             "max_grad_norm": self.bound.max_grad_norm,
         }
 
