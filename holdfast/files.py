@@ -184,9 +184,10 @@ def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Replace `path` by `text` (UTF-8) so that a reader or a crash sees the old or the new file.
 
-    Temporary file in the same folder, fsync, rename. A symbolic link keeps pointing where it did.
+    Temporary file in the same folder, fsync, rename. A symbolic link at `path` is replaced, never
+    followed: it may have been planted there.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(path)
     if not target.parent.is_dir():
         raise Refused("no such folder", where=str(target.parent), remedy="create it first")
     if target.is_dir():

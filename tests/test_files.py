@@ -125,7 +125,7 @@ def test_a_failed_write_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["a.yaml"]
 
 
-def test_atomic_write_refuses_and_follows(tmp_path: Path) -> None:
+def test_atomic_write_refuses_and_replaces_links(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no such folder"):
         write_text_atomic(tmp_path / "none" / "a.txt", "x")
     with pytest.raises(Refused, match="is a folder"):
@@ -134,5 +134,5 @@ def test_atomic_write_refuses_and_follows(tmp_path: Path) -> None:
     write_text_atomic(real, "1")
     link.symlink_to(real)
     write_text_atomic(link, "2\né")
-    assert link.is_symlink()
-    assert real.read_text(encoding="utf-8") == "2\né"
+    assert not link.is_symlink() and real.read_text() == "1"
+    assert link.read_text(encoding="utf-8") == "2\né"

@@ -106,6 +106,15 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names and bytes of a model's parameters, in order."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 # --- rows -------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from holdfast.experiments.heads import (
     load_tokenizer,
     quiet,
     share_encoder,
+    weights_hash,
 )
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD
@@ -133,6 +134,10 @@ class Learner:
     def _bars(self, task: str) -> list[TrainerCallback]:
         return [] if self.bar is None else [_Bar(self.bar, task)]
 
+    def steps_before(self, index: int) -> int:
+        """Steps made in the tasks before this one."""
+        return sum(n or 0 for n in self.record.steps[:index])
+
     def score(self, index: int, split: str, *, most: int | None = None) -> float:
         """A task's metric on one of its splits, on the first `most` rows."""
         rows = self.rows(index, split)[:most]
@@ -150,11 +155,16 @@ class Learner:
         model.save_pretrained(home)
         self.tokenizer.save_pretrained(home)
         save_state(self.bound, home)
-        shutil.rmtree(home / "training", ignore_errors=True)
+        if (home / "training").exists():
+            # By another name first: half a checkpoint must not be taken for a whole one.
+            shutil.rmtree(home / "finished", ignore_errors=True)
+            (home / "training").rename(home / "finished")
+            shutil.rmtree(home / "finished", ignore_errors=True)
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
         """Drop what the record says of steps that will be made again."""
-        step = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        within = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        step = self.steps_before(index) + within
         self.record.history = [
             h for h in self.record.history if h["learning"] != index or h["step"] <= step
         ]
@@ -167,11 +177,13 @@ class Learner:
             "architecture": type(model.base_model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "layers": getattr(model.config, "num_hidden_layers", None),
+            "hash": weights_hash(model.base_model),
         }
         self.record.rates = {
             "order": list(named.order),
             "multiplier": [rates[p] for p in named.order],
             "depth": [named.depth[p] for p in named.order],
+            "parameters": [named.sizes[p] for p in named.order],
         }
 
     def _arguments(self, out: Path, seed: int) -> TrainingArguments:
@@ -221,7 +233,7 @@ class _History(TrainerCallback):
         learner.record.history.append(
             {
                 "learning": self.index,
-                "step": state.global_step,
+                "step": learner.steps_before(self.index) + state.global_step,
                 "epoch": state.epoch,
                 "loss": self.loss,
                 "scores": scores,

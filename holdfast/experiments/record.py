@@ -209,18 +209,11 @@ class Record:
         """Write the file whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(self.to_dict(), **STRICT) + "\n")
+        write_text_atomic(path, json.dumps(self.to_dict(), **STRICT) + "\n")
 
 
 REPEAT = "run it again, or leave this file out"
 STRICT: dict[str, Any] = {"ensure_ascii": False, "indent": 1, "allow_nan": False}
-
-
-def replace_text(path: Path, text: str) -> None:
-    """`write_text_atomic`, but a link planted at `path` is replaced, never followed (S14)."""
-    if path.is_symlink():
-        path.unlink()
-    write_text_atomic(path, text)
 
 
 _LISTS = ("tasks", "scores", "history", "seconds", "steps", "skipped_steps", "warnings")

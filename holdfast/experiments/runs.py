@@ -53,10 +53,15 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     path = folder / CONFIG
-    if not path.exists():
+    if not any((folder / name).exists() for name in (RECORD, "tasks")):
+        # Nothing was trained yet: a model that could not be loaded may be corrected.
         write_text_atomic(path, json.dumps(config, indent=1))
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Refused("its run.json is missing or damaged", where=str(folder),
+                      remedy="choose another --out") from None  # fmt: skip
     changed = [k for k in sorted({*before, *config}) if before.get(k) != config.get(k)]
     if changed:
         told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(config.get(k))}" for k in changed)
@@ -71,7 +76,9 @@ def _short(value: Any) -> str:
 
 def _take_lease(folder: Path) -> IO[str]:
     """Lock the lease file and sign it; the system lets go of it when this process ends."""
-    file = open(folder / LEASE, "a+", encoding="utf-8")  # noqa: SIM115
+    # A link planted here is not followed: what it names would be emptied.
+    handle = os.open(folder / LEASE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    file = open(handle, "r+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,11 @@ from holdfast.experiments.runs import RECORD, check_disk, digest, open_run
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 
+# Those of Transformers that need no settings of their own.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+]  # fmt: skip
 HISTORY_ROWS = 256  # selection rows of each task that are scored while training
 
 
@@ -38,7 +43,7 @@ class Settings(Checked):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[float | int, Field(ge=0)] = 0.1
-    schedule: str = "linear"
+    schedule: Schedule = "linear"
     max_length: Annotated[int, Field(gt=1)] = 128
     train_size: Annotated[int, Field(gt=0)] | None = None
     evaluation_size: Annotated[int, Field(gt=0)] | None = None
@@ -94,6 +99,8 @@ def run_sequence(
     check_disk(folder, _bytes_needed(source, len(loaded)))
     with open_run(folder, config):
         record = _resume(folder)
+        if record is not None:
+            record.settings["out"] = str(folder)  # it may have been moved
         if record is not None and record.status == "done":
             return record
         if record is None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import holdfast
 from holdfast.errors import Refused
-from holdfast.experiments.record import Record, replace_text
+from holdfast.experiments.record import Record
 from holdfast.experiments.statistics import Difference
-from holdfast.files import dump_yaml
+from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import Comparison, comparisons
 from holdfast.report.words import DASH, clean, number, points, short, spread_text
@@ -63,7 +63,7 @@ def write_report(records: Sequence[Record], path: str | Path, title: str | None 
     target = Path(path)
     if target.is_dir():
         raise Refused("is a folder", where=str(path), remedy="name a file, such as report.html")
-    replace_text(target, page)
+    write_text_atomic(target, page)
     return target
 
 

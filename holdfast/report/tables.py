@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.experiments.record import Record, replace_text
+from holdfast.experiments.record import Record
+from holdfast.files import write_text_atomic
 from holdfast.report.facts import COLUMNS, PAIRED, comparisons
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -34,7 +35,7 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([cell(key) for key in header])
     writer.writerows([[cell(row.get(key)) for key in header] for row in rows])
-    replace_text(Path(path), out.getvalue())
+    write_text_atomic(Path(path), out.getvalue())
 
 
 def comparison_rows(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from holdfast.tasks.draw import Draw, Words, words
 
 LABELS = ("negative", "neutral", "positive")
-PLAIN = 0.5  # share of the rows with a single judgement
-DENIED_SHARE = 0.2  # of the others, those that deny the opposite
+PLAIN = 0.65  # share of the rows with a single judgement
+DENIED_SHARE = 0.15  # of the others, those that deny the opposite
 
 ADJECTIVES: tuple[Words, Words, Words] = (
     words(

@@ -1,0 +1,22 @@
+"""What others can test their own methods with: the contract suite, replay of trajectories."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["MethodContract"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'holdfast.testing' has no attribute {name!r}")
+    import pytest
+
+    pytest.register_assert_rewrite("holdfast.testing.contract")
+    from holdfast.testing.contract import MethodContract
+
+    return MethodContract
+
+
+if TYPE_CHECKING:
+    from holdfast.testing.contract import MethodContract as MethodContract

@@ -62,6 +62,20 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 def newest_complete(folder: str | Path) -> Path | None:
     """The latest checkpoint in a Trainer's output folder that was saved to its end."""
     found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    # Trainer writes trainer_state.json last, after ours.
-    complete = [p for p in found if all((p / f).is_file() for f in (META, "trainer_state.json"))]
+    complete = [p for p in found if _complete(p)]
     return complete[-1] if complete else None
+
+
+def _complete(checkpoint: Path) -> bool:
+    """Whether Trainer wrote its last file, and none before it has gone since.
+
+    Without one of these Trainer would go on all the same, with other weights (faults P2).
+    """
+    needed = (TENSORS, META, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+    if not all((checkpoint / f).is_file() for f in needed) or not any(checkpoint.glob("*model*")):
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # killed while it was written
+        return False
+    return True

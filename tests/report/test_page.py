@@ -210,11 +210,15 @@ def test_the_file(tmp_path: Path) -> None:
     first = path.read_text(encoding="utf-8")
     inert(first)
     assert first.startswith("<!DOCTYPE html>")
-    assert write_report([Record.from_dict(two(0.8, 0.9, 0.7).to_dict())], path)
     with pytest.raises(Refused, match="is a folder"):
         write_report([two(0.8, 0.9, 0.7)], tmp_path)
     with pytest.raises(Refused, match="no records"):
         write_report([], path)
+
+
+def test_half_a_formula_is_still_a_name() -> None:
+    page = inert(render([record([[0.9]], names=["$\\frac{1$"], recipe="a_{$\\bad$", kind="train")]))
+    assert any("$\\frac{1$" in svg for svg in page.pictures)
 
 
 def test_the_same_records_give_the_same_page() -> None:

@@ -13,7 +13,7 @@ from holdfast.tasks.draw import Draw, Words
 HASHES = {
     "inference": "100ffa2955dc21312cc90c112324d597961ea205ceaff33b4932729684896147",
     "intents": "468b75a8ffb58e5e0cc063576848ffb29eefb0a6b84ccba42381922802af0a7d",
-    "sentiment": "2087fc69c20d18e116021cb136ce323b3ec72b7311729990286e6bd68b06024b",
+    "sentiment": "75659253fd59e85e164d527176b0a7c2725b0f02558b6a4b6c99772ec46a164e",
 }
 
 

@@ -100,7 +100,7 @@ def test_trainer_takes_every_recipe_through_two_tasks(name: str, tmp_path: Path)
 def test_seq2seq_trainer_generates_and_learns(name: str, tmp_path: Path) -> None:
     data = rows(8, labels="tokens")
     args = Seq2SeqTrainingArguments(**arguments(tmp_path).to_dict() | {
-        "predict_with_generate": True, "eval_strategy": "epoch", "generation_max_length": 5,
+        "predict_with_generate": True, "eval_strategy": "epoch",
         "logging_strategy": "no",
     })  # fmt: skip
     trainer = with_recipe(Seq2SeqTrainer)(
@@ -110,7 +110,7 @@ def test_seq2seq_trainer_generates_and_learns(name: str, tmp_path: Path) -> None
     )  # fmt: skip
     before = weights(trainer.model)
     trainer.train()
-    assert trainer.state.log_history[0]["eval_width"] <= 5
+    assert trainer.state.log_history[0]["eval_width"] > 1
     assert distance(before, weights(trainer.model)) > 1e-4
 
 
@@ -131,7 +131,9 @@ def sft(out: Path, recipe: Recipe | None, make: Callable[..., nn.Module] = model
     trainer = cls(
         model=more.pop("model", None) or make(),
         args=SFTConfig(output_dir=str(out), **plain | more),
-        train_dataset=Dataset.from_dict({"text": [f"{t} {w}" for w in "red blue".split() for t in texts]}),
+        train_dataset=Dataset.from_dict(
+            {"text": [f"{t} {w}" for w in "red blue".split() for t in texts]}
+        ),
         processing_class=models.tokenizer(template=False),
         callbacks=keep.get("callbacks"),
         **({} if recipe is None else {"recipe": recipe}),
@@ -279,7 +281,7 @@ class Widened(Method):
 
 def test_prepare_comes_before_the_optimizer(tmp_path: Path) -> None:
     trainer = trained(tmp_path, bert(), rows(4), recipe=Recipe(methods=[Widened()]))
-    assert "extra" in trainer.bound.weights
+    assert "task/extra" in trainer.bound.weights
 
 
 # --- Trainer's own features ----------------------------------------------------------------------
@@ -361,12 +363,17 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 }  # fmt: skip
 
 
-def by_hand(model: nn.Module, data: list[dict[str, Any]], kind: str, optim: str) -> None:
+EPSILON = 1e-3
+
+
+def by_hand(model: nn.Module, data: list[dict[str, Any]], optim: str) -> None:
     """The reference: full batches of eight in Trainer's order, loss = mean over what counts."""
     from transformers.trainer_utils import set_seed
 
     groups = param_groups(model, Rates.flat(), lr=1e-2)
-    optimizer = (torch.optim.SGD if optim == "sgd" else torch.optim.AdamW)(groups, lr=1e-2)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=1e-2)
+    if optim == "adamw_torch":
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=EPSILON)
     set_seed(0)
     order = list(transformers.Trainer(
         model=model, args=arguments("unused", per_device_train_batch_size=8, lr_scheduler_type="constant"),
@@ -390,17 +397,16 @@ def test_two_times_four_rows_equal_eight(head: str, optim: str, tmp_path: Path) 
     """22 rows: windows of 4+4, 4+4 and, at the end, 4+2."""
     make, labels = HEADS[head]
     data = rows(22, **labels)
-    args = {"optim": optim, "lr_scheduler_type": "constant"}
+    # Where a gradient is zero but for rounding (biases of keys), Adam would make steps of it.
+    args = {"optim": optim, "lr_scheduler_type": "constant", "adam_epsilon": EPSILON}
     split = trained(tmp_path, make(), data, args=args | {"gradient_accumulation_steps": 2})
     whole = trained(tmp_path, make(), data, args=args | {"per_device_train_batch_size": 8})
     assert split.state.global_step == whole.state.global_step == 3
-    # AdamW's first steps divide by √v ≈ |g|: rounding of tiny gradients shows at 1e-2 · 1e-4.
-    near = 1e-6 if optim == "sgd" else 2e-5
-    assert distance(weights(split.model), weights(whole.model)) < near
+    assert distance(weights(split.model), weights(whole.model)) < 1e-6
     reference = make()
-    by_hand(reference, data, head, optim)
-    assert distance(weights(whole.model), weights(reference)) < near
-    assert distance(weights(make()), weights(reference)) > 1e-3
+    by_hand(reference, data, optim)
+    assert distance(weights(whole.model), weights(reference)) < 1e-6
+    assert distance(weights(make()), weights(reference)) > 1e-4
 
 
 @pytest.mark.parametrize("head", ["classification", "token classification", "masked LM"])

@@ -1,0 +1,57 @@
+"""Every method in METHODS, in several configurations, keeps the contract."""
+
+from __future__ import annotations
+
+import pytest
+
+from holdfast.method import Method
+from holdfast.methods import DPS, EWC, L2SP, METHODS, Replay
+from holdfast.testing import MethodContract
+
+# name -> [(configuration, bytes a weight it may remember)]
+CONFIGURATIONS: dict[str, list[tuple[Method, float]]] = {
+    "dps": [
+        (DPS(stage=2), 4),
+        (DPS(stage=3, modules="all", select="global", drop=0.5), 4),
+        (DPS(stage=2, freeze="gradient"), 4),
+        (DPS(stage=2, mix=True), 9),
+        (DPS(stage=2, mix=True, noise="weight", modules=("*.up.weight", "*.down.*")), 9),
+        (DPS(stage=2, score="retention", drop=0.6, fisher_rows=5), 12),
+    ],
+    "ewc": [
+        (EWC(rows=5), 8),
+        (EWC(online=True, decay=0.5, labels="expected", rows=3), 8),
+        (EWC(strength=0.0, labels="true", rows=3), 8),
+    ],
+    "l2sp": [(L2SP(), 4), (L2SP(strength=1.0, head_strength=0.0), 4)],
+    "replay": [(Replay(memory=4), 0), (Replay(memory=0.3, share=1.0, every=2, weight=2.0), 0)],
+}
+CASES = [m for cases in CONFIGURATIONS.values() for m, _ in cases]
+LIMITS = {m: limit for cases in CONFIGURATIONS.values() for m, limit in cases}
+
+
+def test_no_method_escapes() -> None:
+    assert CONFIGURATIONS.keys() == METHODS.keys()
+    for name, cases in CONFIGURATIONS.items():
+        assert all(type(m) is METHODS[name] for m, _ in cases)
+
+
+class Every(MethodContract):
+    def limit(self, method: Method) -> float:
+        return LIMITS[method]
+
+
+class TestMethods(Every):
+    @pytest.fixture(params=[m for m in CASES if not isinstance(m, Replay)], ids=repr)
+    def method(self, request: pytest.FixtureRequest) -> Method:
+        method: Method = request.param
+        return method
+
+
+class TestReplay(Every):
+    accumulates = False  # it draws other rows for each micro-batch
+
+    @pytest.fixture(params=[m for m in CASES if isinstance(m, Replay)], ids=repr)
+    def method(self, request: pytest.FixtureRequest) -> Method:
+        method: Method = request.param
+        return method
