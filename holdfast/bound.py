@@ -331,6 +331,9 @@ class Bound:
             raise Refused(f"no model of task {task!r}", where="view.forward",
                           remedy=f"set bound.models[{task!r}] after loading a state")  # fmt: skip
         model = self.models[task]
+        now = self.models[self.task].training
+        if model.training != now:  # the head of another task; loaded ones are in evaluation mode
+            model.train(now)
         batch = inputs if inputs is not None else self.inputs
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")

@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = argparse.ArgumentParser(
         prog="holdfast",
+        allow_abbrev=False,
         description="Fine-tune pre-trained transformers without forgetting, and measure it.",
     )
     parser.add_argument("--version", action="version", version=f"holdfast {__version__}")
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Any, about: str, *example: str) -> argparse.ArgumentParser:
         made = verbs.add_parser(
             name,
+            allow_abbrev=False,
             help=about,
             description=about[0].upper() + about[1:] + ".",
             epilog="example:\n  " + " ".join(example),

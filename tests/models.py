@@ -17,10 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-WORDS = (
-    "a the film book plot cast was is and not very good great fine warm bad poor dull cold "
-    "red blue green who what where when city river man woman number year ?"
-).split()
+WORDS = ["a", "the", "film", "book", "plot", "cast", "was", "is", "and", "not", "very", "good", "great", "fine", "warm", "bad", "poor", "dull", "cold", "red", "blue", "green", "who", "what", "where", "when", "city", "river", "man", "woman", "number", "year", "?"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL, *WORDS]
 SIZE = len(VOCABULARY)
@@ -40,6 +37,7 @@ def tokenizer(*, template: bool = True) -> PreTrainedTokenizerFast:
         tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
         sep_token="[SEP]", mask_token="[MASK]", eos_token="[SEP]", bos_token="[CLS]",
         model_max_length=64,
+        model_input_names=["input_ids", *["token_type_ids"] * template, "attention_mask"],
     )  # fmt: skip
 
 
@@ -183,7 +181,7 @@ def write_task(folder: Path, topic: str, *, count: int = 40, seed: int = 0) -> P
     lines = []
     for i in range(count):
         label = list(TOPICS[topic])[i % len(TOPICS[topic])]
-        words = draw.choices("a the film book plot was is".split(), k=draw.randrange(3, 7))
+        words = draw.choices(["a", "the", "film", "book", "plot", "was", "is"], k=draw.randrange(3, 7))
         words.insert(draw.randrange(len(words)), draw.choice(TOPICS[topic][label].split()))
         lines.append(json.dumps({"text": " ".join(words) + f" {i}", "label": label}))
     folder.mkdir(parents=True, exist_ok=True)

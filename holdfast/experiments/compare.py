@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.experiments.sequence import run_sequence
+from holdfast.experiments.sequence import Settings, run_sequence
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
 
@@ -52,6 +53,8 @@ def compare(
         for label, (recipe, own) in recipes.items()
         for seed in seeds
     ]
+    for _, own in recipes.values():  # before the first run is trained, not before the last
+        Settings.from_dict({**settings, **own}, where="compare")
     if workers == 1:
         return [run_sequence(**job) for job in jobs]
     return _in_processes(jobs, workers, progress)
@@ -60,18 +63,30 @@ def compare(
 def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) -> list[Record]:
     from tqdm.auto import tqdm
 
+    before = {*active_children()}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone) as pool:
         futures = {pool.submit(run_sequence, **job): i for i, job in enumerate(jobs)}
         records: dict[int, Record] = {}
         bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
-        for future in bar:
-            records[futures[future]] = future.result()
-            bar.set_postfix_str(jobs[futures[future]]["label"])
+        try:
+            for future in bar:
+                records[futures[future]] = future.result()
+                bar.set_postfix_str(jobs[futures[future]]["label"])
+        except BaseException:
+            # One run was refused, or Ctrl-C: the others end too, and go on when asked again.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in {*active_children()} - before:
+                process.terminate()
+            raise
     return [records[i] for i in range(len(jobs))]
 
 
 def _alone() -> None:
-    """One thread for each process: two with two threads each would crawl."""
+    """One thread for each process: two with two threads each would crawl.
+
+    Ctrl-C reaches them too; it is the first process that ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch
 
     torch.set_num_threads(1)

@@ -64,9 +64,13 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
-    """The pre-trained encoder below a fresh head for `task`."""
+    """The pre-trained encoder below a fresh head for `task`; a classifier loses its old head."""
     torch.manual_seed(seed)
     try:
+        made = AutoConfig.from_pretrained(source).architectures or ()
+        if any(name.endswith("ForSequenceClassification") for name in made):
+            deployed = AutoModelForSequenceClassification.from_pretrained(source)
+            return add_head(deployed, task, seed=seed)
         return AutoModelForSequenceClassification.from_pretrained(source, **_head(task))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise Refused(
@@ -141,7 +145,7 @@ def evaluate(
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     predicted: list[float] = [0.0] * len(rows)
-    with torch.inference_mode():
+    with torch.no_grad():  # what a model caches in inference mode could not be trained with
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])

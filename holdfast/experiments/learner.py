@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -105,7 +107,7 @@ class Learner:
         training = self.home(index) / "training"
         trainer = Trainer(
             model=model,
-            args=self._arguments(training, seed),
+            args=self._arguments(training, seed, len(self.rows(index, "train"))),
             train_dataset=self.rows(index, "train"),
             data_collator=self.collate,
             processing_class=self.tokenizer,
@@ -186,8 +188,9 @@ class Learner:
             "parameters": [named.sizes[p] for p in named.order],
         }
 
-    def _arguments(self, out: Path, seed: int) -> TrainingArguments:
+    def _arguments(self, out: Path, seed: int, rows: int) -> TrainingArguments:
         plan = self.plan
+        steps = math.ceil(rows / (plan.batch_size * plan.accumulation))
         saving = {None: "epoch", 0: "no"}.get(plan.save_steps, "steps")
         return TrainingArguments(
             output_dir=str(out),
@@ -206,7 +209,8 @@ class Learner:
             save_steps=plan.save_steps or 500,
             save_total_limit=2,
             logging_strategy="steps",
-            logging_steps=10,
+            logging_steps=min(10, steps),  # at least once an epoch
+            use_cpu=not torch.accelerator.is_available(),
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
@@ -218,6 +222,10 @@ class _History(TrainerCallback):
 
     def __init__(self, learner: Learner, index: int) -> None:
         self.learner, self.index, self.loss = learner, index, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for logs in state.log_history:  # of the run that is resumed
+            self.loss = logs.get("loss", self.loss)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)

@@ -85,7 +85,7 @@ def run_sequence(
     loaded = load_tasks(tasks, seed=seed, plan=plan)
     config = {
         "model": str(model),
-        "tasks": {t.name: t.hash for t in loaded},
+        "tasks": [[t.name, t.hash] for t in loaded],  # in order: a mapping would lose it
         "recipe": chosen.to_dict(),
         "seed": seed,
         "settings": plan.to_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["MethodContract"]
@@ -12,7 +13,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'holdfast.testing' has no attribute {name!r}")
     import pytest
 
-    pytest.register_assert_rewrite("holdfast.testing.contract")
+    if "holdfast.testing.contract" not in sys.modules:
+        pytest.register_assert_rewrite("holdfast.testing.contract")
     from holdfast.testing.contract import MethodContract
 
     return MethodContract

@@ -105,7 +105,8 @@ class MethodContract:
         for task in TASKS:
             pupil.begin(task)
             weights = pupil.bound.weights
-            count = sum(w.numel() for w in weights.values())
+            learned = {id(p): p for m in pupil.models.values() for p in m.parameters()}
+            count = sum(p.numel() for p in learned.values())
             for step in range(pupil.steps):
                 pupil.learn(step, step + 1)
                 held = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from dps_twin import Twin
@@ -70,7 +69,7 @@ def run(
 
 def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Any], what: str) -> None:
     for n in theirs:
-        expected = torch.as_tensor(np.array(theirs[n]))
+        expected = torch.as_tensor(theirs[n])
         torch.testing.assert_close(ours[n], expected, atol=1e-11, rtol=0, msg=f"{what}: {n}")
 
 
@@ -106,7 +105,7 @@ def test_trajectory_equals_the_twins(
             n: noise_of(t, n, [w.shape[0] if more.get("noise") == "weight" else 1, w.shape[1]], p)
             for n, w in slow.w.items()
         }
-        drawn = {n: np.array(t) for n, t in noise.items()}
+        drawn = {n: t.numpy() for n, t in noise.items()}
         slow.begin_step()
         compare(seen[t], slow.seen(drawn), f"seen in step {t}")
         slow.step(
@@ -194,7 +193,7 @@ def test_zero_gradients_freeze_nothing() -> None:
 @pytest.mark.parametrize("mix", [False, True])
 def test_only_exact_freezing_keeps_masked_weights(freeze: Any, mix: bool) -> None:
     method = DPS(drop=0.5, stage=3, freeze=freeze, mix=mix)
-    model, bound, weights, _ = run(method, torch.optim.AdamW, steps=5, **ADAMW)
+    _, bound, weights, _ = run(method, torch.optim.AdamW, steps=5, **ADAMW)
     frozen = method._frozen(bound.views["dps"])  # steps 3 and 4 mask, the stage is not over
     for n, f in frozen.items():
         assert f.float().mean() == pytest.approx(0.5, abs=0.06)
@@ -231,7 +230,7 @@ def test_stage_is_a_share_or_a_number_of_steps(stage: float | int, total: int, l
 
 
 def test_a_stage_longer_than_the_task_never_masks() -> None:
-    plain = [w for _, _, w, _ in [run(DPS(stage=100), torch.optim.SGD, steps=4, lr=0.1)]][0]
+    _, _, plain, _ = run(DPS(stage=100), torch.optim.SGD, steps=4, lr=0.1)
     slow = {n: w.detach().clone() for n, w in linear(net()).items()}
     for t in range(4):
         for n, w in slow.items():

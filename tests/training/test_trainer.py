@@ -132,7 +132,7 @@ def sft(out: Path, recipe: Recipe | None, make: Callable[..., nn.Module] = model
         model=more.pop("model", None) or make(),
         args=SFTConfig(output_dir=str(out), **plain | more),
         train_dataset=Dataset.from_dict(
-            {"text": [f"{t} {w}" for w in "red blue".split() for t in texts]}
+            {"text": [f"{t} {w}" for w in ["red", "blue"] for t in texts]}
         ),
         processing_class=models.tokenizer(template=False),
         callbacks=keep.get("callbacks"),
@@ -185,30 +185,14 @@ def test_sft_replay_runs_the_model_no_more_than_it_must(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_sft_accumulates_and_its_own_averages_stay_its_own(tmp_path: Path) -> None:
     """How accumulation is weighed is found out without a trace in TRL's running averages."""
-    seen = []
-
-    class Looking(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            seen.append((len(trainers[0]._metrics["eval"]), trainers[0]._total_train_tokens))
-
-    trainers: list[Any] = []
-    for recipe in (Recipe(), None):
-        callback = Looking()
-        callback.on_init_end = lambda *_, **__: None  # type: ignore[method-assign]
-        trainers.clear()
-        seen.clear()
-
-        class First(TrainerCallback):
-            pass
-
-        trainers.append(sft(tmp_path, recipe, gradient_accumulation_steps=2, max_steps=2,
-                            per_device_train_batch_size=1))  # fmt: skip
-        totals = trainers[0]._total_train_tokens, dict(trainers[0]._metrics["eval"])
-        seen.append(totals)
-        if recipe is not None:
-            ours, kept = weights(trainers[0].model), totals
-    assert kept == totals
-    assert distance(ours, weights(trainers[0].model)) < 1e-6
+    ours, bare = (
+        sft(tmp_path, recipe, gradient_accumulation_steps=2, max_steps=2,
+            per_device_train_batch_size=1)
+        for recipe in (Recipe(), None)
+    )  # fmt: skip
+    assert distance(weights(ours.model), weights(bare.model)) < 1e-6
+    assert ours._total_train_tokens == bare._total_train_tokens
+    assert ours._metrics["eval"] == bare._metrics["eval"] == {}
 
 
 # --- rates, logs, keywords --------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""Models by name, one encoder between several heads, rows as batches, the metric of a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import same, weights
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+from holdfast.errors import Refused
+from holdfast.experiments import heads
+from holdfast.experiments.heads import (
+    add_head,
+    encode,
+    evaluate,
+    load_model,
+    load_tokenizer,
+    locate,
+)
+from holdfast.tasks import Row, Task
+
+
+def task(labels: tuple[str, ...] | None = ("no", "yes"), *, pairs: bool = False, **more: Any) -> Task:
+    words = ["the film was good", "a plot", "who is not cold ?", "red " * 30, "blue book"]
+    rows = tuple(
+        Row(w, "a river" if pairs else None, i % len(labels) if labels else i / 4)
+        for i, w in enumerate(words)
+    )
+    metric = "accuracy" if labels else "spearman"
+    plain = {"name": "t", "metric": metric, "source": "here", "selection": ()}
+    return Task(**plain | more, labels=labels, train=rows, evaluation=rows)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(models.save_bert(tmp_path_factory.mktemp("encoder")))
+
+
+# --- locate -----------------------------------------------------------------------------------
+
+
+def test_a_folder_and_a_hub_id_are_taken_as_they_are(encoder: str) -> None:
+    assert locate(encoder) == encoder
+    assert locate("owner/model") == "owner/model"
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="config.json"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "~/nowhere"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(Refused, match="no such folder"):
+        locate(name)
+
+
+def test_minilm_is_checked_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(locate("minilm"))
+    assert (folder / "config.json").is_file()
+    monkeypatch.setitem(heads.MINILM, "sha256", "0" * 64)
+    with pytest.raises(Refused, match="hash to 53aa51172d14"):
+        locate("minilm")
+
+
+def test_minilm_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(heads.MINILM, "package", "no_such_package_of_ours")
+    with pytest.raises(Refused, match=r"holdfast\[demo\]"):
+        locate("minilm")
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-type"}')
+    with pytest.raises(Refused, match=str(tmp_path)) as refusal:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(Refused, match="cannot be loaded") as refusal:
+        load_model(str(tmp_path), task(), seed=0)
+    assert "\n" not in str(refusal.value)
+
+
+# --- heads ------------------------------------------------------------------------------------
+
+
+def test_tasks_share_the_very_same_encoder(encoder: str) -> None:
+    first = load_model(encoder, task(), seed=0)
+    second = add_head(first, task(("a", "b", "c")), seed=1)
+    third = add_head(second, task(None), seed=2)
+    assert first.base_model is second.base_model is third.base_model
+    assert [m.config.num_labels for m in (first, second, third)] == [2, 3, 1]
+    assert second.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert third.config.problem_type == "regression"
+    assert first.config.id2label == {0: "no", 1: "yes"}  # not shared
+
+
+def test_heads_depend_on_the_seed_alone(encoder: str) -> None:
+    one, two, other = (load_model(encoder, task(), seed=s) for s in (3, 3, 4))
+    assert same(weights(one), weights(two))
+    assert not torch.equal(one.classifier.weight, other.classifier.weight)
+    assert torch.equal(one.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
+    assert not torch.equal(add_head(one, task(), seed=4).classifier.weight,
+                           add_head(one, task(), seed=5).classifier.weight)  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c")])
+def test_a_deployed_classifier_keeps_its_encoder_and_gets_a_fresh_head(
+    labels: tuple[str, ...], encoder: str, tmp_path: Path
+) -> None:
+    """The next task for a deployed model, with as many labels as its last one or not."""
+    old = load_model(encoder, task(("x", "y")), seed=0)
+    with torch.no_grad():
+        old.classifier.weight.fill_(7.0)
+    old.save_pretrained(tmp_path)
+    new = load_model(str(tmp_path), task(labels), seed=1)
+    assert same(weights(new.base_model), weights(old.base_model))
+    assert new.classifier.weight.shape == (len(labels), 16)
+    assert not (new.classifier.weight == 7.0).any()
+
+
+def test_a_checkpoint_of_a_task_gives_the_same_predictions(encoder: str, tmp_path: Path) -> None:
+    """Also after the shared encoder has moved on with another task."""
+    first = load_model(encoder, task(("a", "b", "c")), seed=0).eval()
+    rows = encode(task().train, task(), load_tokenizer(encoder), max_length=16)
+    collate = DataCollatorWithPadding(load_tokenizer(encoder))
+    batch = collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
+    with torch.no_grad():
+        before = first(**batch).logits
+        first.save_pretrained(tmp_path)
+        add_head(first, task(), seed=1).base_model.embeddings.word_embeddings.weight.add_(1)
+        assert not torch.equal(first(**batch).logits, before)
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+        assert torch.equal(again(**batch).logits, before)
+    assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def test_rows_are_cut_and_not_padded(encoder: str) -> None:
+    rows = encode(task().train, task(), load_tokenizer(encoder), max_length=8)
+    assert [len(r["input_ids"]) for r in rows] == [6, 4, 7, 8, 4]
+    assert rows[3]["input_ids"][-1] == 3  # [SEP] stands at the end of a cut row too
+    assert [r["labels"] for r in rows] == [0, 1, 0, 1, 0]
+    assert all(isinstance(r["labels"], int) for r in rows)
+
+
+def test_pairs_and_numbers(encoder: str) -> None:
+    asked = task(None, pairs=True)
+    rows = encode(asked.train, asked, load_tokenizer(encoder), max_length=64)
+    a, river = models.VOCABULARY.index("a"), models.VOCABULARY.index("river")
+    assert rows[1]["input_ids"][-4:] == [3, a, river, 3]
+    assert rows[1]["token_type_ids"][-3:] == [1, 1, 1]
+    assert [r["labels"] for r in rows] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+class Told(torch.nn.Module):
+    """Predicts from the first word after [CLS], and remembers how it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.calls: list[tuple[bool, bool]] = []
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> Any:
+        self.calls.append((self.training, torch.is_grad_enabled()))
+        first = input_ids[:, 1].float()
+        logits = torch.stack([20.0 - first, first - 20.0], 1)
+        return type("Out", (), {"logits": logits})
+
+
+def test_evaluation_pairs_each_prediction_with_its_row(encoder: str) -> None:
+    """Rows are scored by length; were results not put back in place, this would be 0.6."""
+    tokens = load_tokenizer(encoder)
+    asked = task()
+    rows = encode(asked.train, asked, tokens, max_length=64)
+    for row in rows:
+        row["labels"] = int(row["input_ids"][1] > 20)
+    model = Told().train()
+    state = torch.get_rng_state()
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 4, 1, 0, 2]):
+        got = evaluate(model, [rows[i] for i in order], asked, DataCollatorWithPadding(tokens), batch=2)
+        assert got == 1.0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training and set(model.calls) == {(False, False)}
+
+
+def test_evaluation_does_not_depend_on_order_or_batch(encoder: str) -> None:
+    model = load_model(encoder, task(), seed=0).train()
+    tokens = load_tokenizer(encoder)
+    rows = encode(task().train, task(), tokens, max_length=64)
+    collate = DataCollatorWithPadding(tokens)
+    state = torch.get_rng_state()
+    scores = {evaluate(model, r, task(), collate, batch=b) for r in (rows, rows[::-1]) for b in (1, 64)}
+    assert len(scores) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_goes_on_after_an_evaluation(encoder: str) -> None:
+    """No tensor of inference mode may be left behind in the model."""
+    model = load_model(encoder, task(), seed=0).train()
+    tokens = load_tokenizer(encoder)
+    rows = encode(task().train, task(), tokens, max_length=64)
+    collate = DataCollatorWithPadding(tokens)
+    evaluate(model, rows, task(), collate)
+    model(**collate(rows)).loss.backward()
+
+
+def test_regression_is_scored_by_rank(encoder: str) -> None:
+    asked = task(None)
+    model = load_model(encoder, asked, seed=0)
+    tokens = load_tokenizer(encoder)
+    rows = encode(asked.train, asked, tokens, max_length=64)
+    collate = DataCollatorWithPadding(tokens)
+    with torch.no_grad():
+        model.eval()
+        values = [float(model(**collate([{k: v for k, v in r.items() if k != "labels"}])).logits)
+                  for r in rows]  # fmt: skip
+    for row, value in zip(rows, values, strict=True):
+        row["labels"] = 3 * value + 1
+    assert evaluate(model, rows, asked, collate) == pytest.approx(1.0)

@@ -1,0 +1,130 @@
+"""One folder a run: its configuration, its lease, room on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from holdfast.errors import Refused
+from holdfast.experiments.runs import CONFIG, LEASE, RECORD, check_disk, digest, open_run
+
+HOLDER = """
+    import sys, time
+    from holdfast.experiments.runs import open_run
+    with open_run(sys.argv[1], {"a": 1}):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:
+    """A live process that holds `tmp_path/run`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "run")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process  # type: ignore[misc]
+    process.kill()
+    process.wait()
+
+
+def test_the_name_depends_on_content_and_not_on_order() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert len(digest({})) == 12
+
+
+def test_a_live_owner_is_named(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    with pytest.raises(Refused) as refusal, open_run(tmp_path / "run", {"a": 1}):
+        raise AssertionError("two processes hold one run")
+    assert f"process {holder.pid} on " in str(refusal.value) and "--out" in str(refusal.value)
+
+
+def test_a_dead_owners_lease_is_taken(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with open_run(tmp_path / "run", {"a": 1}) as folder:
+        assert f"process {os.getpid()} on " in (folder / LEASE).read_text()
+
+
+def test_a_process_may_come_back(tmp_path: Path) -> None:
+    for _ in range(2):
+        with open_run(tmp_path, {"a": 1}):
+            pass
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path, {"a": 1}):
+        raise KeyboardInterrupt
+    with open_run(tmp_path, {"a": 1}):
+        with pytest.raises(Refused, match=f"process {os.getpid()}"), open_run(tmp_path, {"a": 1}):
+            pass
+
+
+def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
+    with open_run(tmp_path, {"model": "a", "seed": 0, "tasks": {"x": "1"}}):
+        (tmp_path / RECORD).write_text("{}")
+    with pytest.raises(Refused) as refusal, open_run(
+        tmp_path, {"model": "a", "seed": 1, "tasks": {"x": "2" * 99}}
+    ):
+        pass
+    assert "seed: 0 → 1" in str(refusal.value) and 'tasks: {"x": "1"} → ' in str(refusal.value)
+    assert "model" not in str(refusal.value) and "2" * 80 not in str(refusal.value)
+    assert json.loads((tmp_path / CONFIG).read_text())["seed"] == 0
+
+
+def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
+    """Such as one whose model could not be loaded."""
+    with pytest.raises(OSError), open_run(tmp_path, {"model": "wrong"}):
+        raise OSError
+    with open_run(tmp_path, {"model": "right"}):
+        assert json.loads((tmp_path / CONFIG).read_text()) == {"model": "right"}
+    (tmp_path / "tasks").mkdir()
+    with pytest.raises(Refused, match="other settings"), open_run(tmp_path, {"model": "wrong"}):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", None])
+def test_a_damaged_configuration_is_refused(content: str | None, tmp_path: Path) -> None:
+    (tmp_path / RECORD).write_text("{}")
+    if content is not None:
+        (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(Refused, match=r"run\.json"), open_run(tmp_path, {}):
+        pass
+
+
+def test_tuples_and_numbers_of_like_value_are_no_difference(tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / CONFIG).write_text('{"a": [1, 2]}')
+    with open_run(tmp_path, {"a": (1, 2)}):
+        pass
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LEASE).symlink_to(target)
+    with pytest.raises(Refused, match="cannot be written"), open_run(tmp_path / "run", {}):
+        pass
+    assert target.read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refused, match="cannot be written"), open_run(tmp_path / "file" / "run", {}):
+        pass
+
+
+def test_too_little_room_is_refused(tmp_path: Path) -> None:
+    check_disk(tmp_path / "not" / "there", 1)
+    with pytest.raises(Refused, match="GB free") as refusal:
+        check_disk(tmp_path / "not" / "there", 2**60)
+    assert "--out" in str(refusal.value)
+    assert not (tmp_path / "not").exists()

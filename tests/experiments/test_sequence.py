@@ -1,0 +1,421 @@
+"""Sequences of tiny tasks: what a record holds, what is refused, what a kill changes (nothing)."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from holdfast import DPS, EWC, Rates, Recipe, Refused, Replay, run_sequence
+from holdfast.experiments import learner, sequence
+from holdfast.experiments.record import Record
+from holdfast.training import checkpoints
+
+# 8 steps an epoch, saved every 3: kills fall into the middle of epochs and stages.
+SETTINGS: dict[str, Any] = {
+    "epochs": 2.0, "batch_size": 2, "accumulation": 2, "lr": 5e-3, "save_steps": 3,
+    "max_length": 16, "progress": False,
+}  # fmt: skip
+RECIPE = Recipe(
+    rates=Rates.bertcl(),
+    methods=[EWC(strength=10.0, rows=8), Replay(memory=4), DPS(mix=True, stage=4)],
+    name="together",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model (`bert`) and three tasks as files."""
+    folder = tmp_path_factory.mktemp("place")
+    models.save_bert(folder / "bert")
+    for topic in models.TOPICS:
+        models.write_task(folder, topic)
+    return folder
+
+
+def run(place: Path, out: Path | None, topics: tuple[str, ...] = tuple(models.TOPICS), recipe: Any = RECIPE,
+        **more: Any) -> Record:  # fmt: skip
+    tasks = [place / f"{t}.jsonl" for t in topics]
+    return run_sequence(str(place / "bert"), tasks, recipe, out=out, **{**SETTINGS, **more})
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole")
+    run(place, out, seed=5)
+    return out
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What a record says, without what differs from one run to the next by nature."""
+    record = json.loads((folder / "record.json").read_text())
+    for key in ("seconds", "created", "command"):
+        record.pop(key)
+    record["settings"].pop("out")
+    for point in record["history"]:
+        point.pop("loss")  # a mean since the last log, and logs begin anew after a kill
+    return record  # type: ignore[no-any-return]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every weight and state that a run leaves."""
+    found = sorted((folder / "tasks").rglob("*.safetensors"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+
+
+# --- the record ---------------------------------------------------------------------------------
+
+
+def test_the_record_is_complete(place: Path, whole: Path) -> None:
+    record = json.loads((whole / "record.json").read_text())
+    assert record["status"] == "done" and record["kind"] == "sequence" and record["seed"] == 5
+    for name in ("scores", "selection_scores"):
+        for i, row in enumerate(record[name]):
+            assert [cell is None for cell in row] == [j > i for j in range(3)]
+            assert all(0 <= cell <= 1 for cell in row[: i + 1])
+    assert [t["name"] for t in record["tasks"]] == list(models.TOPICS)
+    assert record["tasks"][1]["labels"] == ["count", "person", "place"]
+    for task in record["tasks"]:
+        assert sum(task["rows"].values()) == 40 and len(task["hash"]) == 64
+        assert task["metric"] == "accuracy" and task["synthetic"] is False
+    assert record["steps"] == [16, 16, 16] and record["skipped_steps"] == [0, 0, 0]
+    assert len(record["seconds"]) == 3 and min(record["seconds"]) > 0
+    assert record["settings"]["lr"] == 5e-3 and record["settings"]["accumulation"] == 2
+    assert record["settings"]["model"] == str(place / "bert")
+    assert Recipe.from_dict(record["recipe"]) == RECIPE
+    assert record["versions"].keys() >= {"python", "torch", "transformers", "holdfast"}
+    assert record["model"]["architecture"] == "BertModel" and record["model"]["layers"] == 2
+    assert record["rates"]["order"] == ["embeddings", "layer.0", "layer.1", "head"]
+    assert record["exposure"] is None
+    last = [h for h in record["history"] if h["learning"] == 2]
+    assert [h["epoch"] for h in last] == [1.0, 2.0] and len(last[0]["scores"]) == 3
+    first = [h for h in record["history"] if h["learning"] == 0]
+    assert first[0]["scores"][1:] == [None, None]
+
+
+def test_metrics_follow_from_the_matrix(whole: Path) -> None:
+    record = Record.load(whole)
+    s = record.scores
+    assert record.metrics["forgetting"] == record.forgetting
+    assert record.new_plus_old is not None and record.forward_transfer is None
+    assert s[2][2] is not None
+
+
+def test_the_record_reads_what_the_checkpoints_predict(place: Path, whole: Path) -> None:
+    """scores[i][i] once more, from the saved folder alone, with nothing of ours but the metric."""
+    from transformers import AutoTokenizer
+
+    record = Record.load(whole)
+    tasks = sequence.load_tasks(
+        [place / f"{t}.jsonl" for t in models.TOPICS], seed=5, plan=sequence.Settings()
+    )
+    for i, task in enumerate(tasks):
+        home = whole / "tasks" / f"{i + 1}-{task.name}"
+        model = AutoModelForSequenceClassification.from_pretrained(home).eval()
+        tokens = AutoTokenizer.from_pretrained(home)
+        right = 0
+        for row in task.evaluation:
+            with torch.no_grad():
+                logits = model(**tokens(row.text, return_tensors="pt")).logits
+            right += int(logits.argmax()) == row.label
+        assert right / len(task.evaluation) == pytest.approx(record.scores[i][i])
+        assert model.config.id2label == dict(enumerate(task.labels or ()))
+
+
+def test_nothing_but_results_is_left(whole: Path) -> None:
+    assert sorted(p.name for p in whole.iterdir()) == ["lease", "record.json", "run.json", "tasks"]
+    for home in (whole / "tasks").iterdir():
+        assert not [p.name for p in home.iterdir() if p.is_dir()]
+
+
+def test_the_seed_alone_decides(place: Path, whole: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "same", seed=5)
+    torch.manual_seed(99)  # and no state of the process
+    assert files(tmp_path / "same") == files(whole)
+    assert told(tmp_path / "same") == told(whole)
+    run(place, tmp_path / "other", seed=6)
+    assert files(tmp_path / "other") != files(whole)
+
+
+def test_saving_more_often_changes_nothing(place: Path, whole: Path, tmp_path: Path) -> None:
+    for save_steps in (0, None):
+        run(place, tmp_path / str(save_steps), seed=5, save_steps=save_steps)
+        assert files(tmp_path / str(save_steps)) == files(whole)
+
+
+def test_methods_are_at_work(place: Path, whole: Path, tmp_path: Path) -> None:
+    run(place, tmp_path, recipe=Recipe(rates=Rates.bertcl()), seed=5)
+    names = [n for n in files(tmp_path) if n.endswith("model.safetensors")]
+    assert len(names) == 3
+    assert all(files(tmp_path)[n] != files(whole)[n] for n in names)
+
+
+def test_a_task_is_learned(place: Path, tmp_path: Path) -> None:
+    record = run(place, tmp_path, ("mood",), "plain", epochs=12.0, lr=1e-2, save_steps=0)
+    assert record.kind == "train" and record.scores[0][0] >= 0.75
+    assert record.history[-1]["loss"] < record.history[0]["loss"]
+
+
+def test_alone_gives_forward_transfer(place: Path, tmp_path: Path) -> None:
+    record = run(place, tmp_path, ("mood", "colour"), "plain", alone=True, epochs=1.0)
+    by_itself = Record.load(tmp_path / "alone" / "colour")
+    assert record.alone == {"colour": by_itself.scores[0][0]}
+    assert record.forward_transfer == pytest.approx(record.scores[1][1] - record.alone["colour"])
+    assert by_itself.settings["lr"] == record.settings["lr"] and by_itself.settings["alone"] is False
+    again = run(place, tmp_path, ("mood", "colour"), "plain", alone=True, epochs=1.0)
+    assert again.to_dict() == record.to_dict()
+
+
+def test_regression_bf16_and_epochs_in_part(tmp_path: Path, place: Path) -> None:
+    (tmp_path / "size.csv").write_text(
+        "text,label\n" + "".join(f"the film {'good ' * (i % 7)},{i % 7}.5\n" for i in range(40))
+    )
+    record = run_sequence(str(place / "bert"), [f"{tmp_path}/size.csv?type=regression"], "plain",
+                          out=tmp_path / "run", bf16=True, warmup=2, schedule="cosine",
+                          **{**SETTINGS, "epochs": 1.5})  # fmt: skip
+    assert record.tasks[0]["labels"] is None and record.tasks[0]["metric"] == "spearman"
+    assert record.steps == [12] and -1 <= record.scores[0][0] <= 1
+    saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/tasks/1-size")
+    assert saved.config.problem_type == "regression" and saved.dtype == torch.float32
+
+
+# --- a finished run is only read ------------------------------------------------------------------
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        def called(*_: Any, _name: str = name, **__: Any) -> None:
+            raise AssertionError(f"{_name} was called")
+
+        monkeypatch.setattr(learner, name, called)
+
+
+def test_a_finished_run_is_only_read(
+    place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, "load_model", "load_tokenizer", "Trainer")
+    before = (whole / "record.json").read_bytes()
+    record = run(place, whole, seed=5)
+    assert record.to_dict() == Record.load(whole).to_dict()
+    assert (whole / "record.json").read_bytes() == before
+
+
+def test_a_moved_run_knows_where_it_is(place: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "moved")
+    assert run(place, tmp_path / "moved", seed=5).settings["out"] == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"lr": 1e-3}, "settings"), ({"seed": 6}, "seed: 5 → 6"), ({"recipe": "plain"}, "recipe"),
+        ({"topics": ("question", "mood", "colour")}, "tasks"), ({"topics": ("mood",)}, "tasks"),
+    ],
+)  # fmt: skip
+def test_other_settings_in_its_folder_are_refused(
+    more: Any, named: str, place: Path, whole: Path
+) -> None:
+    with pytest.raises(Refused, match="run with other settings") as refusal:
+        run(place, whole, **{"seed": 5} | more)
+    assert named in str(refusal.value)
+
+
+def test_rows_that_changed_are_refused(place: Path, whole: Path, tmp_path: Path) -> None:
+    """The same files by name, one word of one row another (faults D13)."""
+    for topic in models.TOPICS:
+        text = (place / f"{topic}.jsonl").read_text()
+        (tmp_path / f"{topic}.jsonl").write_text(text.replace(" 7\"", " 7a\""))
+    tasks = [tmp_path / f"{t}.jsonl" for t in models.TOPICS]
+    with pytest.raises(Refused, match="tasks"):
+        run_sequence(str(place / "bert"), tasks, RECIPE, out=whole, seed=5, **SETTINGS)
+
+
+def test_without_a_folder_the_configuration_names_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for lr in (1e-3, 2e-3, 1e-3):
+        run(place, None, ("mood",), "plain", epochs=0.5, save_steps=0, lr=lr)
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_the_order_of_tasks_is_part_of_the_name(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for topics in (("mood", "colour"), ("colour", "mood")):
+        record = run(place, None, topics, "plain", epochs=0.5, save_steps=0)
+        assert record.names == list(topics)
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+# --- refused before anything is trained -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (None, "nowhere"),
+        ('{"text": "x", "label": "good"}', "one class"),
+        ('{"text": "x", "label": "good"}\n{"text": "y"}', "label"),
+        ('{"text": "x", "label": "good"}\nnot json', "line 2"),
+        ("", "bad.jsonl"),
+    ],
+)
+def test_a_bad_second_task_is_refused_before_weights_load(
+    line: str | None, says: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, "load_model", "load_tokenizer", "Learner")
+    bad = tmp_path / ("nowhere.jsonl" if line is None else "bad.jsonl")
+    if line is not None:
+        bad.write_text(line + "\n")
+    with pytest.raises(Refused, match=says):
+        run_sequence(str(place / "bert"), [place / "mood.jsonl", bad], "plain", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"lr": -1.0}, "--lr"), ({"lr": float("nan")}, "--lr"), ({"lr": float("inf")}, "--lr"),
+        ({"lr": "1e-4"}, "--lr"), ({"epochs": 0.0}, "--epochs"), ({"batch_size": 0}, "--batch-size"),
+        ({"warmup": 1.0}, "--warmup"), ({"selection": 1.0}, "--selection"),
+        ({"schedule": "liner"}, "--schedule"), ({"schedule": "reduce_lr_on_plateau"}, "--schedule"),
+        ({"seed": -1}, "--seed"), ({"seed": 1.0}, "--seed"), ({"seed": True}, "--seed"),
+        ({"max_length": 1}, "--max-length"), ({"save_steps": -1}, "--save-steps"),
+        ({"learning_rate": 1e-4}, "learning"), ({"epoch": 3}, "did you mean 'epochs'"),
+        ({"topics": ()}, "no tasks"), ({"topics": ("mood", "mood")}, "two tasks are called"),
+        ({"recipe": "dpss"}, "did you mean 'dps'"), ({"recipe": "no.yaml"}, "no.yaml"),
+        ({"train_size": 1}, "train_size"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_settings_are_refused(
+    more: Any, says: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch, "load_model", "load_tokenizer", "Learner")
+    with pytest.raises(Refused) as refusal:
+        run(place, tmp_path / "run", **more)
+    assert says in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_little_room_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(Refused, match="GB free"):
+        run(place, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_loaded_leaves_its_folder_free(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(Refused, match="broken"):
+        run_sequence(str(tmp_path / "broken"), [place / "mood.jsonl"], "plain",
+                     out=tmp_path / "run", **SETTINGS)  # fmt: skip
+    run(place, tmp_path / "run", ("mood",), "plain", epochs=0.5)
+
+
+# --- killed and started again ---------------------------------------------------------------------
+
+
+def kill_after(module: Any, name: str, call: int, *, before: bool = False) -> None:
+    """SIGKILL this process at the n-th call of a function: after it, or before."""
+    original, calls = getattr(module, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if before and len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, counted)
+
+
+def half_removed(*_: Any, **__: Any) -> None:
+    """Killed in the middle of removing a task's checkpoints: the newest has lost its moments."""
+    for folder in Path(os.environ["HALF"]).rglob("optimizer.pt"):
+        folder.unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_the_middle_of_removing(out: Path) -> None:
+    os.environ["HALF"] = str(out)
+    learner.shutil.rmtree = half_removed  # type: ignore[assignment]
+
+
+# States written: 6 a task (steps 3, 6, 9, 12, 15, 16), then one when the task is kept.
+KILLS: dict[str, Callable[[Path], None]] = {
+    "before the first checkpoint": lambda _: kill_after(
+        sequence.Record, "save", 1
+    ),
+    "mid-task, checkpoint half written": lambda _: kill_after(
+        checkpoints, "write_text_atomic", 3, before=True
+    ),
+    "mid-task, our state written and Trainer's not": lambda _: kill_after(
+        checkpoints, "write_text_atomic", 3
+    ),
+    "second task, mid-epoch": lambda _: kill_after(checkpoints, "write_text_atomic", 9),
+    "third task, learned and not kept": lambda _: kill_after(learner, "evaluate", 20, before=True),
+    "kept and not recorded": lambda _: kill_after(learner.Learner, "_keep", 2),
+    "while checkpoints are removed": in_the_middle_of_removing,
+    "between tasks": lambda _: kill_after(learner.Learner, "learn", 2, before=True),
+    "before it is marked as done": lambda _: kill_after(learner.Learner, "learn", 3),
+}  # fmt: skip
+
+
+def killed(point: str, place: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    KILLS[point](out)
+    run(place, out, seed=5)
+
+
+@pytest.fixture(scope="module")
+def fork() -> Iterator[Any]:
+    """Processes that start with torch imported, each a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_sequence", "holdfast.experiments.learner"])
+    yield context
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_killed_run_ends_as_if_nothing_had_happened(
+    point: str, place: Path, whole: Path, tmp_path: Path, fork: Any
+) -> None:
+    process = fork.Process(target=killed, args=(point, place, tmp_path))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    if (tmp_path / "record.json").exists():
+        assert Record.load(tmp_path).status == "running"
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole)
+    assert told(tmp_path) == told(whole)
+    assert not list((tmp_path / "tasks").rglob("checkpoint-*"))
+
+
+def test_killed_twice_while_recovering(place: Path, whole: Path, tmp_path: Path, fork: Any) -> None:
+    for point in ("second task, mid-epoch", "mid-task, checkpoint half written"):
+        process = fork.Process(target=killed, args=(point, place, tmp_path))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)

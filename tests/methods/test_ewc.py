@@ -1,0 +1,178 @@
+"""EWC against autograd of the explicit sum over tasks; L2-SP against autograd of its equation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from holdfast.bound import Bound
+from holdfast.method import Method
+from holdfast.methods import EWC, L2SP
+from holdfast.recipe import Recipe
+from holdfast.testing.pupil import Classifier, Pupil, make_batch
+
+
+def bind(method: Method, *, dtype: torch.dtype = torch.float64) -> Bound:
+    """A classifier of one encoder and head, bound to an optimizer that never steps far."""
+    torch.manual_seed(0)
+    model = Classifier().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound = Recipe(methods=[method]).bind(model, optimizer, total_steps=10, task="one")
+    return bound
+
+
+def wander(bound: Bound) -> None:
+    """Other weights, as training would leave them."""
+    with torch.no_grad():
+        for w in bound.weights.values():
+            w.add_(torch.randn_like(w))
+
+
+def pulled(bound: Bound) -> dict[str, Tensor]:
+    """What the method adds to gradients of zero."""
+    for w in bound.weights.values():
+        w.grad = torch.zeros_like(w)
+    for method in bound.methods:
+        with torch.no_grad():
+            method.penalty_grad_(bound.views[method.name])
+    return {n: w.grad for n, w in bound.weights.items() if w.grad is not None}
+
+
+def fishers(monkeypatch: pytest.MonkeyPatch, bound: Bound, tasks: int) -> list[dict[str, Tensor]]:
+    """Let `end_task` meet Fisher values of our choice, many of them zero."""
+    made = []
+    for _ in range(tasks):
+        f = {n: torch.rand_like(w).pow(4) * 10 for n, w in bound.shared.items()}
+        made.append({n: x.detach() * (torch.rand_like(x) > 0.4) for n, x in f.items()})
+    queue = iter(made)
+    monkeypatch.setattr(
+        "holdfast.methods.ewc.diagonal_fisher",
+        lambda *_, **__: {n: x.clone() for n, x in next(queue).items()},
+    )
+    return made
+
+
+def explicit(
+    bound: Bound, anchors: list[dict[str, Tensor]], fisher: list[dict[str, Tensor]], strength: float
+) -> dict[str, Tensor]:
+    """∂/∂θ Σ_t λ/2 Σ_i F_ti (θ_i − θ_ti)² by autograd."""
+    names = list(bound.shared)
+    total = torch.zeros((), dtype=torch.float64)
+    for anchor, f in zip(anchors, fisher, strict=True):
+        for n in names:
+            total = total + strength / 2 * (f[n] * (bound.shared[n] - anchor[n]) ** 2).sum()
+    grads = torch.autograd.grad(total, [bound.shared[n] for n in names])
+    return dict(zip(names, grads, strict=True))
+
+
+def learn_three(bound: Bound) -> list[dict[str, Tensor]]:
+    anchors = []
+    for _ in range(3):
+        wander(bound)
+        anchors.append({n: w.detach().clone() for n, w in bound.shared.items()})
+        bound.end_task([])
+    wander(bound)
+    return anchors
+
+
+def test_separate_anchors_are_the_sum_over_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = bind(EWC(strength=7.0))
+    fisher = fishers(monkeypatch, bound, 3)
+    anchors = learn_three(bound)
+    ours, theirs = pulled(bound), explicit(bound, anchors, fisher, 7.0)
+    for n, expected in theirs.items():
+        torch.testing.assert_close(ours[n], expected, atol=1e-10, rtol=1e-10)
+    # However many tasks there were, two tensors a weight remain.
+    assert bound.states["ewc"].bytes() == 2 * 8 * sum(w.numel() for w in bound.shared.values())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
+def test_online_decays_the_past_and_anchors_at_the_latest(
+    decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = bind(EWC(strength=2.0, online=True, decay=decay))
+    f = fishers(monkeypatch, bound, 3)
+    anchors = learn_three(bound)
+    # F ← decay·F + F_t, thrice
+    total = {n: decay**2 * f[0][n] + decay * f[1][n] + f[2][n] for n in f[0]}
+    ours, theirs = pulled(bound), explicit(bound, anchors[2:], [total], 2.0)
+    for n, expected in theirs.items():
+        torch.testing.assert_close(ours[n], expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("method", [EWC(rows=4), L2SP(head_strength=0.0)], ids=["ewc", "l2sp"])
+def test_heads_are_never_anchored(method: Method) -> None:
+    pupil = Pupil(method)
+    for task in ("one", "two"):
+        pupil.begin(task)
+        pupil.learn(0, 3)
+        pupil.end()
+        wander(pupil.bound)
+        grads = pulled(pupil.bound)
+        for n in (f"{task}/classifier.weight", f"{task}/classifier.bias"):
+            assert not grads[n].any()
+        assert grads["encoder.embeddings.weight"].any()
+    for slot in pupil.bound.states[method.name].weights.values():
+        assert not [n for n in slot if "classifier" in n]
+
+
+def test_fisher_of_the_finished_task_enters_with_its_weights() -> None:
+    """End to end on one task: F from its own rows, anchored where it ended."""
+    bound = bind(EWC(strength=3.0, labels="true", rows=8))
+    batch = make_batch("one", 0)
+    model = bound.models["one"].eval()
+    by_hand = {n: torch.zeros_like(w) for n, w in bound.shared.items()}
+    for i in range(8):
+        loss = model(**{k: v[i : i + 1] for k, v in batch.items()}).loss
+        grads = torch.autograd.grad(loss, list(bound.shared.values()))
+        for n, g in zip(by_hand, grads, strict=True):
+            by_hand[n] += g**2 / 8
+    anchor = {n: w.detach().clone() for n, w in bound.shared.items()}
+    bound.end_task([batch])
+    assert not any(g.any() for g in pulled(bound).values())  # nothing has moved yet
+    wander(bound)
+    ours = pulled(bound)
+    for n, f in by_hand.items():
+        expected = 3.0 * f * (bound.shared[n].detach() - anchor[n])
+        torch.testing.assert_close(ours[n], expected, atol=1e-12, rtol=1e-9)
+
+
+def test_rows_are_asked_for() -> None:
+    bound = bind(EWC())
+    with pytest.raises(ValueError, match=r"ewc reads the rows.*pass data="):
+        bound.end_task()
+
+
+def test_l2sp_equals_autograd_of_its_equation() -> None:
+    bound = bind(L2SP(strength=0.3, head_strength=0.07))
+    start = {n: w.detach().clone() for n, w in bound.weights.items()}
+    wander(bound)
+    total = torch.zeros((), dtype=torch.float64)
+    for n, w in bound.weights.items():
+        square = (w - start[n]) if n in bound.shared else w
+        total = total + (0.3 if n in bound.shared else 0.07) / 2 * (square**2).sum()
+    theirs = torch.autograd.grad(total, list(bound.weights.values()))
+    ours = pulled(bound)
+    for n, expected in zip(bound.weights, theirs, strict=True):
+        torch.testing.assert_close(ours[n], expected)
+
+
+def test_l2sp_starts_anew_with_each_task() -> None:
+    bound = bind(L2SP())
+    wander(bound)
+    model, optimizer = bound.models["one"], bound.optimizer
+    bound.begin_task("one", optimizer, 10, model=model)
+    grads = pulled(bound)
+    assert not any(grads[n].any() for n in bound.shared)
+
+
+def test_no_penalty_in_a_step_touches_tensors_without_gradient() -> None:
+    bound = bind(L2SP(strength=1.0))
+    wander(bound)
+    left_out: nn.Parameter = bound.weights["encoder.layers.0.up.weight"]
+    before = left_out.detach().clone()
+    for w in bound.weights.values():
+        w.grad = None if w is left_out else torch.zeros_like(w)
+    bound.optimizer.step()
+    assert torch.equal(left_out, before)

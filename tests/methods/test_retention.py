@@ -1,0 +1,144 @@
+"""DPS by retention: which entries move, from which score, and that the first task is plain."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.bound import Bound
+from holdfast.methods.dps import DPS
+from holdfast.recipe import Recipe
+from holdfast.testing.pupil import Classifier, Pupil, make_batch
+
+STAGE, DROP = 3, 0.6
+METHOD = DPS(score="retention", drop=DROP, stage=STAGE, fisher_labels="expected", fisher_rows=6)
+
+
+def after_first_task() -> Pupil:
+    pupil = Pupil(METHOD)
+    pupil.begin("one")
+    pupil.learn()
+    pupil.end()
+    return pupil
+
+
+def fisher(model: Classifier, names: list[str], task: str) -> dict[str, Tensor]:
+    """E_x Σ_y p(y|x) (∂ log p(y|x) / ∂w)², row by row and class by class."""
+    model.eval()
+    total = {n: torch.zeros_like(model.get_parameter(n)) for n in names}
+    tokens = make_batch(task, 0)["tokens"][:6]
+    for row in tokens:
+        for y in range(3):
+            model.zero_grad()
+            log_p = model(row[None]).logits.log_softmax(-1)[0]
+            log_p[y].backward()
+            for n in names:
+                grad = model.get_parameter(n).grad
+                assert grad is not None
+                total[n] += log_p[y].exp().detach() * grad**2 / 6
+    model.zero_grad()
+    model.train()
+    return total
+
+
+def test_first_task_is_bit_for_bit_as_without_it() -> None:
+    plain, ours = Pupil(None), Pupil(METHOD)
+    for pupil in (plain, ours):
+        pupil.begin("one")
+        pupil.learn()
+    for name, w in plain.weights().items():
+        assert torch.equal(ours.weights()[name], w), name
+
+
+def test_fisher_is_summed_over_tasks() -> None:
+    pupil = after_first_task()
+    slots = pupil.bound.states["dps"].weights
+    model = pupil.models["one"]
+    assert isinstance(model, Classifier)
+    names = list(slots["fisher"])
+    assert names == [f"encoder.layers.{i}.{m}.weight" for i in (0, 1) for m in ("up", "down")]
+    first = fisher(model, names, "one")
+    for n in names:
+        torch.testing.assert_close(slots["fisher"][n], first[n])
+    pupil.begin("two")
+    pupil.learn()
+    pupil.end()
+    model = pupil.models["two"]
+    assert isinstance(model, Classifier)
+    # The rows of task two are those that `Pupil.end` offers: batches of "two".
+    second = fisher(model, names, "two")
+    for n in names:
+        torch.testing.assert_close(slots["fisher"][n], first[n] + second[n])
+
+
+def test_only_entries_of_highest_score_move() -> None:
+    """score = Σ g² / (F + mean F) over the stage before, g before masking and clipping."""
+    pupil = after_first_task()
+    remembered = {n: f.clone() for n, f in pupil.bound.states["dps"].weights["fisher"].items()}
+    pupil.begin("two")
+    at = dict(pupil.model.named_parameters())
+    sums = {n: torch.zeros_like(f) for n, f in remembered.items()}
+    movable = {n: torch.zeros_like(f, dtype=torch.bool) for n, f in remembered.items()}
+    for step in range(pupil.steps):
+        before = {n: p.detach().clone() for n, p in at.items()}
+        pupil.backward(step)
+        for n in sums:
+            grad = at[n].grad
+            assert grad is not None
+            sums[n] += grad**2
+        pupil.optimizer.step()
+        for n, p in at.items():
+            moved = p.detach() != before[n]
+            if n not in movable:
+                assert moved.any(), f"{n} is not covered"
+            else:
+                assert not moved[~movable[n]].any(), f"{n} in step {step}"
+                if step >= STAGE:
+                    assert moved[movable[n]].any()
+        if (step + 1) % STAGE == 0:
+            for n, f in remembered.items():
+                score = sums[n] / (f + f.mean())
+                rank = math.ceil(score.numel() * (1 - DROP))
+                movable[n] = score >= score.flatten().sort(descending=True).values[rank - 1]
+                sums[n] = torch.zeros_like(f)
+
+
+def bind_two(momentum: float) -> tuple[nn.Linear, torch.optim.Optimizer, Bound]:
+    """A linear model in its second task, with a Fisher that we choose."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=momentum)
+    method = DPS(score="retention", drop=0.5, stage=1)
+    bound = Recipe(methods=[method]).unbound()
+    bound.states["dps"].weights["fisher"] = {"0.weight": torch.tensor([[0.0, 1.0], [3.0, 0.0]])}
+    bound.begin_task("two", optimizer, 10, model=model)
+    first = model[0]
+    assert isinstance(first, nn.Linear)
+    return first, optimizer, bound
+
+
+def test_score_by_hand() -> None:
+    layer, optimizer, _ = bind_two(0.0)
+    grad = torch.tensor([[1.0, 1.5], [4.0, 0.9]])
+    # mean F = 1; scores 1/1, 2.25/2, 16/4, 0.81/1 → 1, 1.125, 4, 0.81: the middle two move.
+    # (Without mean F the zeros would win; without F, the order is 4, 1.5, 1, 0.9, too; with g
+    # unsquared, 1, .75, 1, .9: the first column would.)
+    start = layer.weight.detach().clone()
+    for _ in range(2):
+        layer.weight.grad = grad.clone()
+        optimizer.step()
+    moved = layer.weight.detach() != start
+    assert moved.tolist() == [[False, True], [True, False]]
+
+
+def test_masking_is_of_the_stage_before_with_momentum_kept_out() -> None:
+    layer, optimizer, bound = bind_two(0.9)
+    for g in ([[0.0, 9.0], [9.0, 0.0]], [[9.0, 1.0], [1.0, 9.0]], [[9.0, 1.0], [1.0, 9.0]]):
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.tensor(g)
+        optimizer.step()
+    moved = layer.weight.detach() != before
+    # The second stage's gradients chose the diagonal; the others had momentum and yet stay.
+    assert moved.tolist() == [[True, False], [False, True]]
+    assert bound.views["dps"].moments("0.weight")["momentum_buffer"][0, 1] != 0

@@ -1,0 +1,253 @@
+"""The command line as a user meets it: exit codes, one clear line, help that answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+
+from holdfast import cli
+from holdfast.cli import SETTINGS, build_parser, main
+from holdfast.experiments.sequence import Settings
+
+VERBS = ("train", "sequence", "compare", "report", "methods", "demo")
+SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    models.save_bert(folder / "bert")
+    for topic in models.TOPICS:
+        models.write_task(folder, topic)
+    (folder / "one.jsonl").write_text('{"text": "x", "label": "a"}\n' * 9)
+    (folder / "bad.yaml").write_text("methods:\n  dsp: {}\n")
+    (folder / "typo.yaml").write_text("methods:\n  dps: {dorp: 0.5}\n")
+    return folder
+
+
+def started(*words: str, **more: Any) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "holdfast.cli", *words], text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
+    )  # fmt: skip
+
+
+# --- options --------------------------------------------------------------------------------------
+
+TRAINING = """--model --out --train-size --evaluation-size --epochs --batch-size --accumulation --lr
+    --weight-decay --warmup --schedule --max-length --selection --save-steps --bf16"""
+OPTIONS = {
+    "train": f"--task --recipe --seed {TRAINING}",
+    "sequence": f"--tasks --alone --recipe --seed {TRAINING}",
+    "compare": f"--tasks --recipes --seeds --workers {TRAINING}",
+    "report": "paths --out",
+    "methods": "",
+    "demo": "--out --workers",
+}
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    actions = build_parser()._actions
+    return next(a.choices for a in actions if isinstance(a, argparse._SubParsersAction))
+
+
+def test_the_options_are_frozen() -> None:
+    """Others script against them: what appears or vanishes has to be meant."""
+    found = {
+        name: {word for a in parser._actions for word in a.option_strings or [a.dest]}
+        for name, parser in verbs().items()
+    }
+    assert found == {n: {"-h", "--help", *words.split()} for n, words in OPTIONS.items()}
+
+
+def test_every_setting_has_an_option_and_its_help_names_the_default() -> None:
+    options = {a.dest: a for a in verbs()["sequence"]._actions}
+    defaults = Settings().to_dict()
+    assert set(SETTINGS) == set(defaults) <= set(options)
+    for name, value in defaults.items():
+        if value not in (None, False):
+            said = str(options[name].help).rpartition("(")[2].rstrip(")")
+            assert said == str(value) or float(said) == value, name
+
+
+def test_options_that_are_not_given_leave_the_default() -> None:
+    chosen = build_parser().parse_args(["train", "--task", "x"])
+    assert cli._settings(chosen) == {}
+    chosen = build_parser().parse_args(["train", "--task", "x", "--warmup", "5", "--lr", "1e-5"])
+    assert cli._settings(chosen) == {"warmup": 5, "lr": 1e-5}
+    assert isinstance(cli._settings(chosen)["warmup"], int)  # steps; 0.1 would be a share
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example_that_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    example = capsys.readouterr().out.rpartition("example:\n  holdfast ")[2].split()
+    assert example[0] == verb
+    build_parser().parse_args(example)
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from holdfast.cli import main\n"
+        "for words in ([], ['--version'], *([v, '--help'] for v in sys.argv[1:])):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'scipy', 'pydantic', 'rich'}\n"
+        "print('HEAVY', sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *VERBS], capture_output=True, text=True)
+    assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert tuple(verbs()) == VERBS and all(f"\n    {verb} " in out for verb in VERBS)
+
+
+def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    from holdfast.methods import METHODS
+    from holdfast.recipe import PRESETS
+
+    assert main(["methods"]) == 0
+    out, errors = capsys.readouterr()
+    rows = {line.split("│")[1].strip() for line in out.splitlines() if line.count("│") > 2}
+    assert rows >= {*METHODS, *PRESETS} and errors == ""
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr 0", "--lr"),
+        ("--epochs 0", "--epochs"), ("--warmup 1.0", "--warmup"), ("--schedule liner", "--schedule"),
+        ("--seed -1", "--seed"), ("--recipe dsp", "did you mean 'dps'"),
+        ("--recipe {}/bad.yaml", "did you mean 'dps'"), ("--recipe {}/typo.yaml", "'drop'"),
+        ("--recipe {}/none.yaml", "none.yaml"), ("--task {}/none.csv", "none.csv"),
+        ("--task {}/one.jsonl", "one class"), ("--task builtin:nothing", "builtin"),
+        ("--model {}", "config.json"), ("--model {}/none", "no such folder"),
+        ("--out {}/one.jsonl/x", "--out"), ("--selection 1.0", "--selection"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_two(
+    words: str, says: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = f"train --task {place}/mood.jsonl --model {place}/bert --recipe plain --out {tmp_path}/run"
+    assert main([*plain.split(), *words.format(place).split()]) == 2
+    out, errors = capsys.readouterr()
+    assert errors.startswith("holdfast: ") and errors.count("\n") == 1 and says in errors
+    assert out == "" and not (tmp_path / "run" / "tasks").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "trian", "train", "train --task x --learning-rate 1", "train --task x --lr fast",
+     "sequence --tasks", "train --task x --eval 3", "report", "train --task x --warmup many"],
+)  # fmt: skip
+def test_words_that_are_no_command_exit_with_two(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words.split())
+    assert end.value.code == 2
+    assert "usage: holdfast" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nothing"), "--out", str(tmp_path / "x.html")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_two_recipes_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--tasks", "x", "--recipes", "plain", "plain", "--out", "y"]) == 2
+    assert "one name" in capsys.readouterr().err
+
+
+# --- done -----------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_says_only_what_it_should(place: Path, tmp_path: Path) -> None:
+    """In a new process without a network: no traceback, no advice, no bars of others."""
+    words = ["sequence", "--tasks", f"{place}/mood.jsonl", f"{place}/colour.jsonl", "--recipe",
+             "ewc", "--model", f"{place}/bert", "--out", str(tmp_path / "run"), *SHORT]  # fmt: skip
+    process = started(*words)
+    out, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "mood" in out and "colour" in out and "record.json" in out
+    lines = [line for line in errors.replace("\r", "\n").splitlines() if line.strip(" \x1b[A")]
+    ours = ("ewc · mood", "ewc · colour", "mood: ", "colour: ")
+    assert not [line for line in lines if not line.startswith(ours)]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "--task", f"{place}/mood.jsonl", "--recipe", "dps", "--seed", "2"]
+    train += ["--model", f"{place}/bert", "--out", f"{tmp_path}/a", *SHORT]
+    assert main(train) == 0
+    first = capsys.readouterr().out
+    assert main(train) == 0  # read, not trained
+    assert capsys.readouterr().out == first
+    assert main([*train, "--lr", "1e-3"]) == 2
+    assert "other settings" in capsys.readouterr().err
+    compare = ["compare", "--tasks", f"{place}/mood.jsonl", "--recipes", "plain", "l2sp",
+               "--seeds", "0", "1", "--model", f"{place}/bert", "--out", f"{tmp_path}/c", *SHORT]  # fmt: skip
+    assert main(compare) == 0
+    assert len(list((tmp_path / "c").rglob("record.json"))) == 4
+    assert "l2sp" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert main(["report", f"{tmp_path}/a", f"{tmp_path}/c", "--out", str(page)]) == 0
+    assert "l2sp" in page.read_text()
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+def interrupted(place: Path, out: Path, words: list[str]) -> tuple[int, str]:
+    process = started(*words, "--model", f"{place}/bert", "--out", str(out), start_new_session=True)
+    end = time.monotonic() + 120
+    while not list(out.rglob("checkpoint-*")) and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all processes of the terminal
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, errors
+
+
+LONG = ["--epochs", "500", "--batch-size", "2", "--save-steps", "5", "--max-length", "16"]
+
+
+def test_ctrl_c_exits_with_130_and_no_traceback(place: Path, tmp_path: Path) -> None:
+    words = ["train", "--task", f"{place}/mood.jsonl", "--recipe", "plain", *LONG]
+    code, errors = interrupted(place, tmp_path, words)
+    assert code == 130
+    assert "Traceback" not in errors and "goes on from the last checkpoint" in errors
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_of_a_comparison(place: Path, tmp_path: Path) -> None:
+    words = ["compare", "--tasks", f"{place}/mood.jsonl", "--recipes", "plain", "ewc", "--seeds",
+             "0", "1", "2", "--workers", "2", *LONG]  # fmt: skip
+    code, errors = interrupted(place, tmp_path, words)
+    assert code == 130
+    assert "Traceback" not in errors

@@ -1,0 +1,86 @@
+"""Configurations cannot be made wrong, and say what was wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from holdfast.config import Checked, Share, count
+from holdfast.errors import Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Checked):
+    shares: ClassVar[tuple[str, ...]] = ("length",)
+
+    size: Annotated[float, Field(gt=0, le=2)]
+    length: Share = 0.5
+    kind: Literal["a", "b"] | tuple[str, ...] = "a"
+    flag: bool | None = None
+    rows: Annotated[int, Field(gt=0)] = 3
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("size", [0, -1, 2.1, math.nan, math.inf, True, "1", None]),
+        ("length", [0, 0.0, -0.1, 1.0, 2.0, math.nan, True, "0.5", None]),
+        ("kind", ["c", 1, ["a"], ("a", 1)]),
+        ("flag", [0, 1, "no"]),
+        ("rows", [0, 3.0, True, "3", math.inf]),
+    ],
+)
+def test_wrong_values_name_field_and_value(field: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(Refused, match=f"^{field}: ") as refusal:
+            Example(**{"size": 1.0, field: value})
+        assert repr(value) in str(refusal.value)
+
+
+def test_whole_numbers_serve_as_floats_but_counts_stay_counts() -> None:
+    made = Example(size=2, length=7)
+    assert (made.size, made.length) == (2.0, 7)
+    assert isinstance(made.size, float) and isinstance(made.length, int)
+    with pytest.raises(FrozenInstanceError):
+        made.size = 1.0  # type: ignore[misc]
+
+
+def test_files_lists_become_tuples_and_back() -> None:
+    made = Example.from_dict({"size": 1.0, "kind": ["x", "y"]}, where="f.yaml")
+    assert made.kind == ("x", "y")
+    assert made.to_dict()["kind"] == ["x", "y"]
+    assert Example.from_dict(made.to_dict(), where="") == made
+
+
+def test_unknown_and_missing_settings_are_refused() -> None:
+    with pytest.raises(Refused, match=r"^f\.yaml: no setting 'lenght'; did you mean 'length'\?"):
+        Example.from_dict({"size": 1.0, "lenght": 2}, where="f.yaml")
+    with pytest.raises(Refused, match=r"known are .*size"):
+        Example.from_dict({"zzz": 1.0}, where="f.yaml")
+    with pytest.raises(Refused, match=r"^f\.yaml: size: must be given"):
+        Example.from_dict({"length": 2}, where="f.yaml")
+
+
+def test_count_rounds_shares_down_but_not_to_nothing() -> None:
+    assert count(0.05, 468) == 23
+    assert count(0.5, 9) == 4
+    assert count(0.01, 10) == 1
+    assert count(40, 10) == 40
+    with pytest.raises(Refused, match="neither a share"):
+        count(1.0, 10)
+
+
+@given(st.floats() | st.integers() | st.text() | st.booleans() | st.none())
+def test_any_value_is_taken_or_refused(value: Any) -> None:
+    try:
+        made = Example(size=1.0, length=value)
+    except Refused:
+        return
+    assert isinstance(made.length, int | float) and not isinstance(made.length, bool)
+    assert 0 < made.length < 1 if isinstance(made.length, float) else made.length >= 1

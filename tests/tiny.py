@@ -1,0 +1,25 @@
+"""The smallest network, its optimizer, and both bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.bound import Bound
+from holdfast.method import Method
+from holdfast.recipe import Recipe
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def adamw(model: nn.Module, **more: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, **more)
+
+
+def bind(model: nn.Module, optimizer: Any, *methods: Method, **more: Any) -> Bound:
+    return Recipe(methods=methods).bind(model, optimizer, **({"total_steps": 10} | more))
