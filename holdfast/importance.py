@@ -8,14 +8,15 @@ Squaring the gradient of a *batch mean* instead shrinks the estimate by about th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.errors import Refused
+from holdfast.squares import Layers
 
 Labels = Literal["true", "sampled", "expected"]
 Batch = Mapping[str, Any]
@@ -24,8 +25,7 @@ Batch = Mapping[str, Any]
 def rows_of(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
     """Each row of each batch as a batch of one."""
     for batch in batches:
-        size = len(next(v for v in batch.values() if isinstance(v, Tensor)))
-        for row in range(size):
+        for row in range(_size(batch)):
             yield {
                 key: value[row : row + 1] if isinstance(value, Tensor) else value
                 for key, value in batch.items()
@@ -37,6 +37,7 @@ def diagonal_fisher(
     batches: Iterable[Batch],
     weights: Mapping[str, nn.Parameter],
     *,
+    modules: Mapping[str, tuple[nn.Module, ...]] | None = None,
     labels: Labels = "sampled",
     rows: int | None = None,
     generator: torch.Generator | None = None,
@@ -50,46 +51,86 @@ def diagonal_fisher(
     class). `forward(batch)` must return an object with `logits` (rows × classes) and, for
     ``true``, `loss`. At most the first `rows` rows are used. Frozen weights are left out. Raises
     `Refused` without any row.
+
+    `modules` names the owners of each weight: given them, and layers of known kinds called once a
+    forward pass, a whole batch takes one backward pass (`holdfast.squares`; the same numbers).
     """
     learned = {n: w for n, w in weights.items() if w.requires_grad}
-    names, parameters = list(learned), list(learned.values())
     total = {n: torch.zeros_like(w, dtype=_wide(w.dtype)) for n, w in learned.items()}
+    # One draw a row from a generator of our own: the same labels whatever the batch size.
+    seed = int(torch.randint(2**62, (), generator=generator))
+    draws = torch.Generator().manual_seed(seed)
+    layers = Layers.owning(learned, modules) if modules is not None and labels != "true" else None
     seen = 0
-    for row in islice(rows_of(batches), rows):
-        output = forward(row)
-        terms = _log_likelihoods(output, labels, generator)
-        for index, (share, term) in enumerate(terms):
-            keep = index + 1 < len(terms)
-            grads = torch.autograd.grad(term, parameters, retain_graph=keep, allow_unused=True)
-            for name, grad in zip(names, grads, strict=True):
-                if grad is not None:
-                    grad = grad.to(total[name].dtype)
-                    total[name].addcmul_(grad, grad, value=share)
-        seen += 1
+    for batch in _first(batches, rows):
+        size = _size(batch)
+        seen += size
+        if layers is not None and size > 1:
+            output, calls = layers.run(functools.partial(forward, batch), size)
+            if calls is not None:
+                terms = _log_likelihoods(output, labels, draws)
+                for index, term in enumerate(terms):
+                    layers.add_squares_(total, term, calls, keep=index + 1 < len(terms))
+                continue
+            layers = None
+        for row in rows_of([batch]):
+            terms = _log_likelihoods(forward(row), labels, draws)
+            for index, term in enumerate(terms):
+                _add_squares_(total, term, learned, keep=index + 1 < len(terms))
     if not seen:
         raise Refused("no rows to estimate the Fisher information from", remedy="pass data")
     torch._foreach_div_(list(total.values()), seen)
     return total
 
 
-def _log_likelihoods(
-    output: Any, labels: Labels, generator: torch.Generator | None
-) -> list[tuple[float, Tensor]]:
-    """(weight of the square, log p) for each y that enters for this one row."""
+def _add_squares_(
+    total: Mapping[str, Tensor], term: Tensor, weights: Mapping[str, Tensor], *, keep: bool
+) -> None:
+    """Add the squared gradient of one example's term: any model, one backward pass a row."""
+    inputs = list(weights.values())
+    grads = torch.autograd.grad(term, inputs, retain_graph=keep, allow_unused=True)
+    for name, grad in zip(weights, grads, strict=True):
+        if grad is not None:
+            grad = grad.to(total[name].dtype)
+            total[name].addcmul_(grad, grad)
+
+
+def _log_likelihoods(output: Any, labels: Labels, draws: torch.Generator) -> list[Tensor]:
+    """The terms to differentiate, each a sum over rows; their squared gradients add up to F.
+
+    An expectation over y enters as √p(y|x) log p(y|x) for every y, with √p held constant.
+    """
     if labels == "true":
-        return [(1.0, -output.loss)]
+        return [-output.loss]
     logits = output.logits
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise Refused(
-            f"labels={labels!r} needs class logits of one row, not shape {tuple(logits.shape)}",
+            f"labels={labels!r} needs class logits of each row, not shape {tuple(logits.shape)}",
             remedy="use labels='true'",
         )
-    log_p = logits.float().log_softmax(-1)[0]
+    log_p = logits.to(_wide(logits.dtype)).log_softmax(-1)
     p = log_p.detach().exp()
     if labels == "expected":
-        return [(float(p[y]), log_p[y]) for y in range(len(p))]
-    y = torch.multinomial(p.cpu(), 1, generator=generator)
-    return [(1.0, log_p[int(y)])]
+        return [(p[:, y].sqrt() * log_p[:, y]).sum() for y in range(p.shape[1])]
+    u = torch.rand(len(p), 1, generator=draws, dtype=torch.float64).to(p.device)
+    y = (u > p.double().cumsum(-1)[:, :-1]).sum(-1, keepdim=True)
+    return [log_p.gather(1, y).sum()]
+
+
+def _size(batch: Batch) -> int:
+    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
+
+
+def _first(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
+    """The batches up to `rows` rows, the last one cut."""
+    left = rows
+    for batch in batches:
+        if left is not None:
+            if left <= 0:
+                return
+            batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
+            left -= _size(batch)
+        yield batch
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

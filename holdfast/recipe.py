@@ -161,4 +161,5 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "ewc": lambda: Recipe(methods=[EWC()], name="ewc"),
     "l2sp": lambda: Recipe(methods=[L2SP()], name="l2sp"),
     "replay": lambda: Recipe(methods=[Replay()], name="replay"),
+    "default": lambda: Recipe(methods=[EWC()], name="default"),
 }

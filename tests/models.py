@@ -17,7 +17,11 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-WORDS = ["a", "the", "film", "book", "plot", "cast", "was", "is", "and", "not", "very", "good", "great", "fine", "warm", "bad", "poor", "dull", "cold", "red", "blue", "green", "who", "what", "where", "when", "city", "river", "man", "woman", "number", "year", "?"]
+WORDS = [
+    "a", "the", "film", "book", "plot", "cast", "was", "is", "and", "not", "very", "good",
+    "great", "fine", "warm", "bad", "poor", "dull", "cold", "red", "blue", "green", "who",
+    "what", "where", "when", "city", "river", "man", "woman", "number", "year", "?",
+]  # fmt: skip
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL, *WORDS]
 SIZE = len(VOCABULARY)
@@ -34,20 +38,32 @@ def tokenizer(*, template: bool = True) -> PreTrainedTokenizerFast:
             special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]", eos_token="[SEP]", bos_token="[CLS]",
+        tokenizer_object=model,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        eos_token="[SEP]",
+        bos_token="[CLS]",
         model_max_length=64,
         model_input_names=["input_ids", *["token_type_ids"] * template, "attention_mask"],
-    )  # fmt: skip
+    )
 
 
 def bert_config(**more: Any) -> transformers.BertConfig:
     """Two layers of sixteen; no dropout unless asked for."""
     sizes = {
-        "vocab_size": SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 32, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": SIZE,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+    }
     return transformers.BertConfig(**sizes | more)
 
 
@@ -61,29 +77,54 @@ def bert(head: str = "SequenceClassification", *, seed: int = 0, **config: Any) 
 def gpt2(*, seed: int = 0, **config: Any) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": SIZE, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "pad_token_id": 0,
-        "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": SIZE,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "initializer_range": 0.2,
+    }
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | config))
 
 
 def llama(*, seed: int = 0, **config: Any) -> nn.Module:
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 64,
-        "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": SIZE,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 32,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "initializer_range": 0.2,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | config))
 
 
 def t5(*, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     config = transformers.T5Config(
-        vocab_size=SIZE, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,
-    )  # fmt: skip
+        vocab_size=SIZE,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -135,10 +176,18 @@ def collate(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 def arguments(out: str | Path, **more: Any) -> TrainingArguments:
     """Four rows a micro-batch, one epoch, AdamW at 1e-2, nothing saved or reported."""
     plain: dict[str, Any] = {
-        "output_dir": str(out), "per_device_train_batch_size": 4, "num_train_epochs": 1,
-        "learning_rate": 1e-2, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "use_cpu": True, "logging_steps": 1, "dataloader_pin_memory": False, "seed": 0,
-    }  # fmt: skip
+        "output_dir": str(out),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        "seed": 0,
+    }
     return TrainingArguments(**plain | more)
 
 
@@ -181,7 +230,9 @@ def write_task(folder: Path, topic: str, *, count: int = 40, seed: int = 0) -> P
     lines = []
     for i in range(count):
         label = list(TOPICS[topic])[i % len(TOPICS[topic])]
-        words = draw.choices(["a", "the", "film", "book", "plot", "was", "is"], k=draw.randrange(3, 7))
+        words = draw.choices(
+            ["a", "the", "film", "book", "plot", "was", "is"], k=draw.randrange(3, 7)
+        )
         words.insert(draw.randrange(len(words)), draw.choice(TOPICS[topic][label].split()))
         lines.append(json.dumps({"text": " ".join(words) + f" {i}", "label": label}))
     folder.mkdir(parents=True, exist_ok=True)

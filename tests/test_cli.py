@@ -35,7 +35,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(*words: str, **more: Any) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    hidden = ("HF_", "TRANSFORMERS_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     return subprocess.Popen(
         [sys.executable, "-m", "holdfast.cli", *words], text=True, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
@@ -138,7 +139,8 @@ def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str
     ("words", "says"),
     [
         ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--lr 0", "--lr"),
-        ("--epochs 0", "--epochs"), ("--warmup 1.0", "--warmup"), ("--schedule liner", "--schedule"),
+        ("--epochs 0", "--epochs"), ("--warmup 1.0", "--warmup"),
+        ("--schedule liner", "--schedule"),
         ("--seed -1", "--seed"), ("--recipe dsp", "did you mean 'dps'"),
         ("--recipe {}/bad.yaml", "did you mean 'dps'"), ("--recipe {}/typo.yaml", "'drop'"),
         ("--recipe {}/none.yaml", "none.yaml"), ("--task {}/none.csv", "none.csv"),
@@ -150,7 +152,8 @@ def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str
 def test_bad_input_is_one_line_and_two(
     words: str, says: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = f"train --task {place}/mood.jsonl --model {place}/bert --recipe plain --out {tmp_path}/run"
+    plain = f"train --task {place}/mood.jsonl --model {place}/bert --out {tmp_path}/run"
+    plain += " --recipe plain"
     assert main([*plain.split(), *words.format(place).split()]) == 2
     out, errors = capsys.readouterr()
     assert errors.startswith("holdfast: ") and errors.count("\n") == 1 and says in errors
@@ -208,7 +211,8 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*train, "--lr", "1e-3"]) == 2
     assert "other settings" in capsys.readouterr().err
     compare = ["compare", "--tasks", f"{place}/mood.jsonl", "--recipes", "plain", "l2sp",
-               "--seeds", "0", "1", "--model", f"{place}/bert", "--out", f"{tmp_path}/c", *SHORT]  # fmt: skip
+               "--seeds", "0", "1", "--model", f"{place}/bert",
+               "--out", f"{tmp_path}/c", *SHORT]  # fmt: skip
     assert main(compare) == 0
     assert len(list((tmp_path / "c").rglob("record.json"))) == 4
     assert "l2sp" in capsys.readouterr().out

@@ -9,14 +9,15 @@ from holdfast.experiments.compare import compare
 from holdfast.experiments.record import Record
 from holdfast.recipe import Recipe
 
-TASKS = ("builtin:intents", "builtin:inference")
+TASKS = ("builtin:inference", "builtin:intents")
 SEEDS = (0, 1)
 SETTINGS: dict[str, Any] = {
-    "train_size": 1600,
+    "train_size": 1920,
     "epochs": 1.0,
     "lr": 2e-4,
-    "save_steps": 0,
+    "schedule": "constant_with_warmup",
     "max_length": 64,
+    "save_steps": 0,
 }
 
 

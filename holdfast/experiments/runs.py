@@ -78,7 +78,7 @@ def _take_lease(folder: Path) -> IO[str]:
     """Lock the lease file and sign it; the system lets go of it when this process ends."""
     # A link planted here is not followed: what it names would be emptied.
     handle = os.open(folder / LEASE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    file = open(handle, "r+", encoding="utf-8")
+    file = open(handle, "r+", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

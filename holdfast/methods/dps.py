@@ -279,6 +279,7 @@ class DPS(Method):
             view.forward,
             view.data(),
             {n: view.weights[n] for n in view.state.numbers["covered"]},
+            modules=view.modules,
             labels=self.fisher_labels,
             rows=self.fisher_rows,
             generator=view.generator,

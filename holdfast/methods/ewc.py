@@ -73,6 +73,7 @@ class EWC(Method):
             view.forward,
             view.data(),
             view.shared,
+            modules=view.modules,
             labels=self.labels,
             rows=self.rows,
             generator=view.generator,

@@ -44,6 +44,9 @@ class RecipeMixin(_Base):
     exact_resume: refuse a checkpoint of other optimizer settings; False goes on with a warning.
     """
 
+    model: Any  # set by Trainer
+    optimizer: Any
+
     def __init__(
         self,
         *args: Any,

@@ -85,7 +85,7 @@ def test_several_processes_give_the_same(place: Path, whole: Path, tmp_path: Pat
         folder = Path(record.settings["out"]).relative_to(tmp_path)
         other = json.loads((whole / folder / "record.json").read_text())
         assert record.scores == other["scores"] and record.seed == other["seed"]
-    assert [(r.settings["lr"], r.seed) for r in records][0] == (1e-4, 0)
+    assert (records[0].settings["lr"], records[0].seed) == (1e-4, 0)
 
 
 @pytest.mark.parametrize(

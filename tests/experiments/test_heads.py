@@ -24,7 +24,9 @@ from holdfast.experiments.heads import (
 from holdfast.tasks import Row, Task
 
 
-def task(labels: tuple[str, ...] | None = ("no", "yes"), *, pairs: bool = False, **more: Any) -> Task:
+def task(
+    labels: tuple[str, ...] | None = ("no", "yes"), *, pairs: bool = False, **more: Any
+) -> Task:
     words = ["the film was good", "a plot", "who is not cold ?", "red " * 30, "blue book"]
     rows = tuple(
         Row(w, "a river" if pairs else None, i % len(labels) if labels else i / 4)
@@ -49,7 +51,7 @@ def test_a_folder_and_a_hub_id_are_taken_as_they_are(encoder: str) -> None:
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="config.json"):
+    with pytest.raises(Refused, match=r"config\.json"):
         locate(str(tmp_path))
 
 
@@ -181,8 +183,9 @@ def test_evaluation_pairs_each_prediction_with_its_row(encoder: str) -> None:
         row["labels"] = int(row["input_ids"][1] > 20)
     model = Told().train()
     state = torch.get_rng_state()
+    collate = DataCollatorWithPadding(tokens)
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 4, 1, 0, 2]):
-        got = evaluate(model, [rows[i] for i in order], asked, DataCollatorWithPadding(tokens), batch=2)
+        got = evaluate(model, [rows[i] for i in order], asked, collate, batch=2)
         assert got == 1.0
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and set(model.calls) == {(False, False)}
@@ -194,7 +197,9 @@ def test_evaluation_does_not_depend_on_order_or_batch(encoder: str) -> None:
     rows = encode(task().train, task(), tokens, max_length=64)
     collate = DataCollatorWithPadding(tokens)
     state = torch.get_rng_state()
-    scores = {evaluate(model, r, task(), collate, batch=b) for r in (rows, rows[::-1]) for b in (1, 64)}
+    scores = {
+        evaluate(model, r, task(), collate, batch=b) for r in (rows, rows[::-1]) for b in (1, 64)
+    }
     assert len(scores) == 1
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -62,16 +62,17 @@ def test_a_process_may_come_back(tmp_path: Path) -> None:
             pass
     with pytest.raises(KeyboardInterrupt), open_run(tmp_path, {"a": 1}):
         raise KeyboardInterrupt
-    with open_run(tmp_path, {"a": 1}):
-        with pytest.raises(Refused, match=f"process {os.getpid()}"), open_run(tmp_path, {"a": 1}):
-            pass
+    mine = pytest.raises(Refused, match=f"process {os.getpid()}")
+    with open_run(tmp_path, {"a": 1}), mine, open_run(tmp_path, {"a": 1}):
+        pass
 
 
 def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
     with open_run(tmp_path, {"model": "a", "seed": 0, "tasks": {"x": "1"}}):
         (tmp_path / RECORD).write_text("{}")
-    with pytest.raises(Refused) as refusal, open_run(
-        tmp_path, {"model": "a", "seed": 1, "tasks": {"x": "2" * 99}}
+    with (
+        pytest.raises(Refused) as refusal,
+        open_run(tmp_path, {"model": "a", "seed": 1, "tasks": {"x": "2" * 99}}),
     ):
         pass
     assert "seed: 0 → 1" in str(refusal.value) and 'tasks: {"x": "1"} → ' in str(refusal.value)

@@ -43,8 +43,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, out: Path | None, topics: tuple[str, ...] = tuple(models.TOPICS), recipe: Any = RECIPE,
-        **more: Any) -> Record:  # fmt: skip
+def run(place: Path, out: Path | None, topics: tuple[str, ...] = tuple(models.TOPICS),
+        recipe: Any = RECIPE, **more: Any) -> Record:  # fmt: skip
     tasks = [place / f"{t}.jsonl" for t in topics]
     return run_sequence(str(place / "bert"), tasks, recipe, out=out, **{**SETTINGS, **more})
 
@@ -172,7 +172,9 @@ def test_alone_gives_forward_transfer(place: Path, tmp_path: Path) -> None:
     by_itself = Record.load(tmp_path / "alone" / "colour")
     assert record.alone == {"colour": by_itself.scores[0][0]}
     assert record.forward_transfer == pytest.approx(record.scores[1][1] - record.alone["colour"])
-    assert by_itself.settings["lr"] == record.settings["lr"] and by_itself.settings["alone"] is False
+    assert (
+        by_itself.settings["lr"] == record.settings["lr"] and by_itself.settings["alone"] is False
+    )
     again = run(place, tmp_path, ("mood", "colour"), "plain", alone=True, epochs=1.0)
     assert again.to_dict() == record.to_dict()
 
@@ -195,6 +197,7 @@ def test_regression_bf16_and_epochs_in_part(tmp_path: Path, place: Path) -> None
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     for name in names:
+
         def called(*_: Any, _name: str = name, **__: Any) -> None:
             raise AssertionError(f"{_name} was called")
 
@@ -235,7 +238,7 @@ def test_rows_that_changed_are_refused(place: Path, whole: Path, tmp_path: Path)
     """The same files by name, one word of one row another (faults D13)."""
     for topic in models.TOPICS:
         text = (place / f"{topic}.jsonl").read_text()
-        (tmp_path / f"{topic}.jsonl").write_text(text.replace(" 7\"", " 7a\""))
+        (tmp_path / f"{topic}.jsonl").write_text(text.replace(' 7"', ' 7a"'))
     tasks = [tmp_path / f"{t}.jsonl" for t in models.TOPICS]
     with pytest.raises(Refused, match="tasks"):
         run_sequence(str(place / "bert"), tasks, RECIPE, out=whole, seed=5, **SETTINGS)
@@ -281,7 +284,9 @@ def test_a_bad_second_task_is_refused_before_weights_load(
     if line is not None:
         bad.write_text(line + "\n")
     with pytest.raises(Refused, match=says):
-        run_sequence(str(place / "bert"), [place / "mood.jsonl", bad], "plain", out=tmp_path / "run")
+        run_sequence(
+            str(place / "bert"), [place / "mood.jsonl", bad], "plain", out=tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -289,7 +294,8 @@ def test_a_bad_second_task_is_refused_before_weights_load(
     ("more", "says"),
     [
         ({"lr": -1.0}, "--lr"), ({"lr": float("nan")}, "--lr"), ({"lr": float("inf")}, "--lr"),
-        ({"lr": "1e-4"}, "--lr"), ({"epochs": 0.0}, "--epochs"), ({"batch_size": 0}, "--batch-size"),
+        ({"lr": "1e-4"}, "--lr"), ({"epochs": 0.0}, "--epochs"),
+        ({"batch_size": 0}, "--batch-size"),
         ({"warmup": 1.0}, "--warmup"), ({"selection": 1.0}, "--selection"),
         ({"schedule": "liner"}, "--schedule"), ({"schedule": "reduce_lr_on_plateau"}, "--schedule"),
         ({"seed": -1}, "--seed"), ({"seed": 1.0}, "--seed"), ({"seed": True}, "--seed"),

@@ -257,6 +257,20 @@ def test_dense_uses_one_buffer_for_sums_and_values() -> None:
     assert len(pointers) == len(weights)
 
 
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize(("mix", "left"), [(False, set()), (True, {"start"})])
+def test_a_task_begins_with_nothing_of_a_stage_cut_short(
+    steps: int, mix: bool, left: set[str]
+) -> None:
+    """The first task ends inside an accumulating or a masking stage."""
+    model, bound, _, _ = run(DPS(stage=3, mix=mix), torch.optim.SGD, steps=steps, lr=0.1)
+    assert set(bound.states["dps"].weights) > left
+    bound.begin_task("two", torch.optim.SGD(model.parameters(), lr=0.1), 9, model=model)
+    assert set(bound.states["dps"].weights) == left
+    for name, start in bound.states["dps"].weights.get("start", {}).items():
+        assert torch.equal(start, linear(model)[name])
+
+
 # --- coverage -------------------------------------------------------------------------------------
 
 

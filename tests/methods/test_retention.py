@@ -142,3 +142,16 @@ def test_masking_is_of_the_stage_before_with_momentum_kept_out() -> None:
     # The second stage's gradients chose the diagonal; the others had momentum and yet stay.
     assert moved.tolist() == [[True, False], [False, True]]
     assert bound.views["dps"].moments("0.weight")["momentum_buffer"][0, 1] != 0
+
+
+def test_optimizer_learns_nothing_of_what_is_held_in_the_first_stage() -> None:
+    """Left out of the step, not fed zeros: Adam has no moments of these tensors yet."""
+    pupil = after_first_task()
+    pupil.begin("two")
+    view = pupil.bound.views["dps"]
+    covered = view.state.numbers["covered"]
+    pupil.learn(0, STAGE)
+    for name in view.weights:
+        assert bool(view.moments(name)) is (name not in covered), name
+    pupil.learn(STAGE, STAGE + 1)
+    assert all(view.moments(name) for name in covered)

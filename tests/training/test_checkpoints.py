@@ -54,16 +54,21 @@ def everything(trainer: Any) -> dict[str, Tensor]:
     return found
 
 
-def two_tasks(out: Path, recipe: Recipe, *, stop: int | None = None, resume: str | None = None,
-              **more: Any) -> Any:  # fmt: skip
+def two_tasks(
+    out: Path, recipe: Recipe, *, stop: int | None = None, resume: str | None = None, **more: Any
+) -> Any:
     """A first task without checkpoints, a second one that may stop or resume."""
     first = bert(**DROPOUT)
 
     def trainer(model: Any, seed: int, **own: Any) -> Any:
         made = holdfast.Trainer(
-            model=model, train_dataset=rows(22, seed=seed), data_collator=collate, recipe=recipe,
-            shared=model.base_model, **own,
-        )  # fmt: skip
+            model=model,
+            train_dataset=rows(22, seed=seed),
+            data_collator=collate,
+            recipe=recipe,
+            shared=model.base_model,
+            **own,
+        )
         made.remove_callback(transformers.PrinterCallback)
         return made
 
@@ -73,8 +78,14 @@ def two_tasks(out: Path, recipe: Recipe, *, stop: int | None = None, resume: str
     second = bert(seed=1, num_labels=2, **DROPOUT)
     second.bert = first.bert
     plan = {"num_train_epochs": 3, "gradient_accumulation_steps": 2, "data_seed": 3}
-    two = trainer(second, 1, args=arguments(out / "two", **plan | more), task="two",
-                  bound=one.bound, callbacks=[StopAt(stop)] if stop else None)  # fmt: skip
+    two = trainer(
+        second,
+        1,
+        args=arguments(out / "two", **plan | more),
+        task="two",
+        bound=one.bound,
+        callbacks=[StopAt(stop)] if stop else None,
+    )
     two.train(resume_from_checkpoint=resume)
     return two
 
@@ -95,9 +106,7 @@ def test_a_second_task_goes_on_in_the_middle(name: str, tmp_path: Path) -> None:
     assert not same(weights(cut.model), weights(whole.model))
 
 
-@pytest.mark.parametrize(
-    "name", ["together", pytest.param("dps_mix", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["together", pytest.param("dps_mix", marks=pytest.mark.slow)])
 def test_a_new_process_goes_on(name: str, tmp_path: Path) -> None:
     """Nothing in memory helps: no cache, no generator, no module state."""
     whole = two_tasks(tmp_path / "whole", RECIPES[name])
@@ -108,7 +117,8 @@ def test_a_new_process_goes_on(name: str, tmp_path: Path) -> None:
         torch.set_num_threads({torch.get_num_threads()})
         from pathlib import Path; from safetensors.torch import save_file
         from test_checkpoints import RECIPES, everything, two_tasks
-        again = two_tasks(Path({str(tmp_path / "cut")!r}), RECIPES[{name!r}], resume={str(checkpoint)!r})
+        out, checkpoint = Path({str(tmp_path / "cut")!r}), {str(checkpoint)!r}
+        again = two_tasks(out, RECIPES[{name!r}], resume=checkpoint)
         save_file({{k: v.clone() for k, v in everything(again).items()}}, {str(tmp_path / "end")!r})
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=200)
@@ -138,7 +148,7 @@ def test_a_skipped_step_is_remembered(tmp_path: Path) -> None:
     assert other.skipped == 3
 
 
-# --- what is refused --------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -193,15 +203,21 @@ def test_more_epochs_are_possible_when_asked_for(saved: Path, tmp_path: Path) ->
     model = bert(seed=1, num_labels=2, **DROPOUT)
     args = arguments(tmp_path, num_train_epochs=4, gradient_accumulation_steps=2)
     trainer = holdfast.Trainer(
-        model=model, args=args, train_dataset=rows(22, seed=1), data_collator=collate,
-        recipe=RECIPES["dps"], shared=model.base_model, task="two", exact_resume=False,
-    )  # fmt: skip
+        model=model,
+        args=args,
+        train_dataset=rows(22, seed=1),
+        data_collator=collate,
+        recipe=RECIPES["dps"],
+        shared=model.base_model,
+        task="two",
+        exact_resume=False,
+    )
     with pytest.warns(UserWarning, match="steps was 9, is 12"):
         trainer.train(resume_from_checkpoint=str(saved))
     assert (trainer.bound.step, trainer.bound.total_steps) == (12, 12)
 
 
-# --- the newest whole checkpoint --------------------------------------------------------------------
+# --- the newest whole checkpoint -----------------------------------------------------------------
 
 
 def test_the_newest_whole_checkpoint_is_found(saved: Path, tmp_path: Path) -> None:
@@ -211,10 +227,18 @@ def test_the_newest_whole_checkpoint_is_found(saved: Path, tmp_path: Path) -> No
     assert newest_complete(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("file", [
-    META, TENSORS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors",
-    "trainer_state.json",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [
+        META,
+        TENSORS,
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "model.safetensors",
+        "trainer_state.json",
+    ],
+)
 def test_half_a_checkpoint_is_passed_over(file: str, saved: Path, tmp_path: Path) -> None:
     for step in (5, 9):
         shutil.copytree(saved, tmp_path / f"checkpoint-{step}")
@@ -250,9 +274,10 @@ def test_types_survive_to_the_bit(tmp_path: Path) -> None:
     bound = recipe.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=2)
     state = bound.states["l2sp"]
     odd = {
-        "mask": torch.tensor([True, False]), "count": torch.tensor([300000001], dtype=torch.int32),
+        "mask": torch.tensor([True, False]),
+        "count": torch.tensor([300000001], dtype=torch.int32),
         "half": torch.tensor([1.0, float("nan")], dtype=torch.bfloat16),
-    }  # fmt: skip
+    }
     state.tensors["odd"] = odd
     state.numbers["told"] = [1, 0.1, "x"]
     save_state(bound, tmp_path)

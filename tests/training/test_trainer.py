@@ -41,7 +41,7 @@ def trained(out: Path, model: nn.Module, data: list[Any], cls: Any = None, **mor
     return trainer
 
 
-# --- the class ----------------------------------------------------------------------------------
+# --- the class -----------------------------------------------------------------------------------
 
 
 def test_the_class_is_made_once() -> None:
@@ -74,7 +74,7 @@ def test_the_class_unpickles_in_a_fresh_process() -> None:
     subprocess.run([sys.executable, "-c", code], input=data, check=True, timeout=120)
 
 
-# --- every recipe, several trainers ---------------------------------------------------------------
+# --- every recipe, several trainers --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -86,8 +86,15 @@ def test_trainer_takes_every_recipe_through_two_tasks(name: str, tmp_path: Path)
     second = bert(seed=1, num_labels=3)
     second.bert = first.bert
     before = weights(second)
-    two = trained(tmp_path, second, rows(seed=1), recipe=recipe, task="two",
-                  shared=second.base_model, bound=one.bound)  # fmt: skip
+    two = trained(
+        tmp_path,
+        second,
+        rows(seed=1),
+        recipe=recipe,
+        task="two",
+        shared=second.base_model,
+        bound=one.bound,
+    )
     assert two.bound is one.bound and two.bound.finished == ["one"]
     assert two.bound.step == two.state.global_step == 6
     assert distance(before, weights(second)) > 1e-4
@@ -99,33 +106,49 @@ def test_trainer_takes_every_recipe_through_two_tasks(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", ["plain", "dps_mix", "replay"])
 def test_seq2seq_trainer_generates_and_learns(name: str, tmp_path: Path) -> None:
     data = rows(8, labels="tokens")
-    args = Seq2SeqTrainingArguments(**arguments(tmp_path).to_dict() | {
-        "predict_with_generate": True, "eval_strategy": "epoch",
-        "logging_strategy": "no",
-    })  # fmt: skip
+    args = Seq2SeqTrainingArguments(
+        **arguments(tmp_path).to_dict()
+        | {
+            "predict_with_generate": True,
+            "eval_strategy": "epoch",
+            "logging_strategy": "no",
+        }
+    )
     trainer = with_recipe(Seq2SeqTrainer)(
-        model=models.t5(), args=args, train_dataset=data, eval_dataset=data[:4],
-        data_collator=collate, recipe=PRESETS[name](),
+        model=models.t5(),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data[:4],
+        data_collator=collate,
+        recipe=PRESETS[name](),
         compute_metrics=lambda p: {"width": p.predictions.shape[1]},
-    )  # fmt: skip
+    )
     before = weights(trainer.model)
     trainer.train()
     assert trainer.state.log_history[0]["eval_width"] > 1
     assert distance(before, weights(trainer.model)) > 1e-4
 
 
-def sft(out: Path, recipe: Recipe | None, make: Callable[..., nn.Module] = models.llama,
-        **more: Any) -> Any:  # fmt: skip
+def sft(
+    out: Path, recipe: Recipe | None, make: Callable[..., nn.Module] = models.llama, **more: Any
+) -> Any:
     """An SFTTrainer with default settings; a bare one where the recipe is None."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     texts = ["the film was good", "a poor dull film", "who is the man ?", "the river was not cold"]
     plain = {
-        "per_device_train_batch_size": 2, "max_steps": 6, "learning_rate": 1e-2, "use_cpu": True,
-        "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-        "logging_steps": 1, "dataloader_pin_memory": False,
-    }  # fmt: skip
+        "per_device_train_batch_size": 2,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+    }
     keep = {k: more.pop(k) for k in ("resume", "callbacks", "task") if k in more}
     cls = SFTTrainer if recipe is None else with_recipe(SFTTrainer)
     trainer = cls(
@@ -154,10 +177,16 @@ def test_sft_with_a_plain_recipe_is_the_bare_sft(make: Any, tmp_path: Path) -> N
     assert same(weights(ours.model), weights(bare.model))
 
 
-@pytest.mark.parametrize("recipe", [
-    Recipe(rates=Rates.bertcl()), PRESETS["dps"](), Recipe(methods=[DPS(mix=True, stage=2)]),
-    Recipe(methods=[EWC(labels="true")]), PRESETS["l2sp"](),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(rates=Rates.bertcl()),
+        PRESETS["dps"](),
+        Recipe(methods=[DPS(mix=True, stage=2)]),
+        Recipe(methods=[EWC(labels="true")]),
+        PRESETS["l2sp"](),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_sft_takes_recipes(recipe: Recipe, tmp_path: Path) -> None:
     plain = sft(tmp_path, Recipe())
@@ -186,16 +215,21 @@ def test_sft_replay_runs_the_model_no_more_than_it_must(tmp_path: Path) -> None:
 def test_sft_accumulates_and_its_own_averages_stay_its_own(tmp_path: Path) -> None:
     """How accumulation is weighed is found out without a trace in TRL's running averages."""
     ours, bare = (
-        sft(tmp_path, recipe, gradient_accumulation_steps=2, max_steps=2,
-            per_device_train_batch_size=1)
+        sft(
+            tmp_path,
+            recipe,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            per_device_train_batch_size=1,
+        )
         for recipe in (Recipe(), None)
-    )  # fmt: skip
+    )
     assert distance(weights(ours.model), weights(bare.model)) < 1e-6
     assert ours._total_train_tokens == bare._total_train_tokens
     assert ours._metrics["eval"] == bare._metrics["eval"] == {}
 
 
-# --- rates, logs, keywords --------------------------------------------------------------------------
+# --- rates, logs, keywords -----------------------------------------------------------------------
 
 
 def test_learning_rates_follow_the_recipe_and_are_logged_by_part(tmp_path: Path) -> None:
@@ -203,10 +237,16 @@ def test_learning_rates_follow_the_recipe_and_are_logged_by_part(tmp_path: Path)
     args = {"lr_scheduler_type": "constant", "weight_decay": 0.1}
     trainer = trained(tmp_path, bert(), rows(8), recipe=Recipe(rates=rates), args=args)
     named = dict(trainer.model.named_parameters())
-    wanted = {id(p): (g["lr"], g["weight_decay"]) for g in
-              param_groups(trainer.model, rates, lr=1e-2, weight_decay=0.1) for p in g["params"]}  # fmt: skip
-    found = {id(p): (g["lr"], g["weight_decay"]) for g in trainer.bound.optimizer.param_groups
-             for p in g["params"]}  # fmt: skip
+    wanted = {
+        id(p): (g["lr"], g["weight_decay"])
+        for g in param_groups(trainer.model, rates, lr=1e-2, weight_decay=0.1)
+        for p in g["params"]
+    }
+    found = {
+        id(p): (g["lr"], g["weight_decay"])
+        for g in trainer.bound.optimizer.param_groups
+        for p in g["params"]
+    }
     assert found == wanted
     assert found[id(named["bert.encoder.layer.0.output.dense.weight"])] == (0.005, 0.1)
     assert found[id(named["classifier.bias"])] == (0.03, 0.0)
@@ -225,8 +265,12 @@ def test_rates_beside_a_given_optimizer_are_refused(tmp_path: Path) -> None:
     model = bert()
     mine = torch.optim.SGD(model.parameters(), lr=0.1), None
     with pytest.raises(Refused, match="need an optimizer of their own"):
-        holdfast.Trainer(model=model, args=arguments(tmp_path), optimizers=mine,
-                         recipe=Recipe(rates=Rates.bertcl()))  # fmt: skip
+        holdfast.Trainer(
+            model=model,
+            args=arguments(tmp_path),
+            optimizers=mine,
+            recipe=Recipe(rates=Rates.bertcl()),
+        )
     trainer = trained(tmp_path, model, rows(8), optimizers=mine, recipe=PRESETS["dps"]())
     assert trainer.bound.optimizer is mine[0] and trainer.bound.step == 2
 
@@ -285,16 +329,31 @@ def test_trainers_own_features_keep_working(name: str, tmp_path: Path) -> None:
 
     data = rows()
     args = {
-        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2,
-        "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_total_limit": 1,
-        "bf16": True, "gradient_accumulation_steps": 2, "num_train_epochs": 2,
-        "warmup_steps": 1, "lr_scheduler_type": "cosine",
-    }  # fmt: skip
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+        "save_total_limit": 1,
+        "bf16": True,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "warmup_steps": 1,
+        "lr_scheduler_type": "cosine",
+    }
     trainer = trained(
-        tmp_path, bert(), data, recipe=PRESETS[name](), eval_dataset=data[:8], args=args,
+        tmp_path,
+        bert(),
+        data,
+        recipe=PRESETS[name](),
+        eval_dataset=data[:8],
+        args=args,
         callbacks=[Seeing()],
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
-    )  # fmt: skip
+        compute_metrics=lambda p: {
+            "accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())
+        },
+    )
     assert seen.count("step") == 6 and seen.count("evaluation") == 3
     best = trainer.state.best_model_checkpoint
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(best)
@@ -307,13 +366,21 @@ def test_methods_may_ask_for_an_evaluation(tmp_path: Path) -> None:
     assert "eval_loss" in trainer.bound.views.get("none", View(trainer.bound, None)).evaluate()  # type: ignore[arg-type]
 
 
-# --- plain is plain --------------------------------------------------------------------------------
+# --- plain is plain ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [
-    {}, {"max_grad_norm": 0.05}, {"max_grad_norm": 0.0}, {"optim": "sgd", "weight_decay": 0.1},
-    {"bf16": True}, {"lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 3},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"max_grad_norm": 0.05},
+        {"max_grad_norm": 0.0},
+        {"optim": "sgd", "weight_decay": 0.1},
+        {"bf16": True},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 2, "num_train_epochs": 3},
+    ],
+    ids=str,
+)
 def test_a_plain_recipe_is_the_bare_trainer_bit_for_bit(args: Any, tmp_path: Path) -> None:
     """With dropout, so that a random number too many or too few would show."""
     data, dropout = rows(), {"hidden_dropout_prob": 0.2}
@@ -324,7 +391,7 @@ def test_a_plain_recipe_is_the_bare_trainer_bit_for_bit(args: Any, tmp_path: Pat
     assert norms[0] == norms[1]
 
 
-# --- accumulation ----------------------------------------------------------------------------------
+# --- accumulation --------------------------------------------------------------------------------
 
 HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "classification": (lambda: bert(num_labels=2), {"labels": "class"}),
@@ -333,8 +400,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: bert(num_labels=3, problem_type="multi_label_classification"),
         {"labels": "several"},
     ),
-    "token classification": (
-        lambda: bert("TokenClassification", num_labels=2), {"labels": "tags"}),
+    "token classification": (lambda: bert("TokenClassification", num_labels=2), {"labels": "tags"}),
     "question answering": (
         lambda: bert("QuestionAnswering"),
         {"start_positions": "position", "end_positions": "position"},
@@ -344,7 +410,7 @@ HEADS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "causal LM (llama)": (models.llama, {"labels": "tokens"}),
     "seq2seq": (models.t5, {"labels": "tokens"}),
     "own module": (models.Plain, {"labels": "class"}),
-}  # fmt: skip
+}
 
 
 EPSILON = 1e-3
@@ -359,10 +425,14 @@ def by_hand(model: nn.Module, data: list[dict[str, Any]], optim: str) -> None:
     if optim == "adamw_torch":
         optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=EPSILON)
     set_seed(0)
-    order = list(transformers.Trainer(
-        model=model, args=arguments("unused", per_device_train_batch_size=8, lr_scheduler_type="constant"),
-        train_dataset=data, data_collator=collate,
-    ).get_train_dataloader())  # fmt: skip
+    order = list(
+        transformers.Trainer(
+            model=model,
+            args=arguments("unused", per_device_train_batch_size=8, lr_scheduler_type="constant"),
+            train_dataset=data,
+            data_collator=collate,
+        ).get_train_dataloader()
+    )
     model.train()
     for batch in order:
         optimizer.zero_grad()
@@ -411,8 +481,9 @@ def test_the_bare_trainer_gets_accumulation_wrong(head: str, tmp_path: Path) -> 
 class Weighted(transformers.Trainer):
     """The usual way to weigh classes: a loss of one's own, which ignores the number of items."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         labels = inputs.pop("labels")
         outputs = model(**inputs)
         weight = torch.tensor([1.0, 3.0])
@@ -424,8 +495,9 @@ class Weighted(transformers.Trainer):
 class Counted(Weighted):
     """A loss of one's own that does use the number of items."""
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False,
-                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         count = len(inputs["labels"])
         loss = super().compute_loss(model, inputs)
         return loss if num_items_in_batch is None else loss * count / num_items_in_batch
@@ -484,12 +556,13 @@ def test_a_penalty_weighs_the_same_however_rows_are_split(head: str, tmp_path: P
         for more in ({"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 8})
     )
     assert distance(weights(split.model), weights(whole.model)) < 1e-6
-    plain = trained(tmp_path, make(), rows(22, **labels),
-                    args=args | {"per_device_train_batch_size": 8})  # fmt: skip
+    plain = trained(
+        tmp_path, make(), rows(22, **labels), args=args | {"per_device_train_batch_size": 8}
+    )
     assert distance(weights(plain.model), weights(whole.model)) > 0.029  # 3 steps of 0.01 · 1
 
 
-# --- clipping --------------------------------------------------------------------------------------
+# --- clipping ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -497,16 +570,20 @@ def test_a_penalty_weighs_the_same_however_rows_are_split(head: str, tmp_path: P
     [(None, 1.0, 1.0), (None, 0.3, 0.3), (None, 0.0, None), (0.5, 1.0, 0.5), (0.5, 0.5, 0.5)],
 )
 def test_which_clipping_holds(ours: Any, theirs: float, used: Any, tmp_path: Path) -> None:
-    trainer = trained(tmp_path, bert(), rows(4), recipe=Recipe(max_grad_norm=ours),
-                      args={"max_grad_norm": theirs})  # fmt: skip
+    trainer = trained(
+        tmp_path, bert(), rows(4), recipe=Recipe(max_grad_norm=ours), args={"max_grad_norm": theirs}
+    )
     assert trainer.bound.max_grad_norm == used
 
 
 @pytest.mark.parametrize("theirs", [0.0, 0.3, 2.0])
 def test_two_clippings_are_refused(theirs: float, tmp_path: Path) -> None:
-    with pytest.raises(Refused, match="clips at 0.5"):
-        holdfast.Trainer(model=bert(), args=arguments(tmp_path, max_grad_norm=theirs),
-                         recipe=Recipe(max_grad_norm=0.5))  # fmt: skip
+    with pytest.raises(Refused, match=r"clips at 0\.5"):
+        holdfast.Trainer(
+            model=bert(),
+            args=arguments(tmp_path, max_grad_norm=theirs),
+            recipe=Recipe(max_grad_norm=0.5),
+        )
 
 
 def test_the_logged_norm_is_unclipped_and_the_step_is_clipped(tmp_path: Path) -> None:
@@ -545,7 +622,7 @@ def test_clipping_follows_the_masks(tmp_path: Path) -> None:
     torch.testing.assert_close(length, torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
-# --- steps that are left out -------------------------------------------------------------------------
+# --- steps that are left out ---------------------------------------------------------------------
 
 
 class Poisoned(models.Plain):
@@ -576,19 +653,27 @@ def test_a_step_that_is_not_finite_changes_nothing(
             after = weights(model), optimizer.param_groups[0]["lr"], bound().step
             tensors = bound().state_dict()["tensors"]
             kept = {k: t for k, t in tensors.items() if k in self.state and k != "generator"}
-            at.append((
-                same(self.before[0], after[0]), self.before[1] == after[1],
-                self.before[2] == after[2],
-                all(torch.equal(self.state[k], t) for k, t in kept.items()),
-            ))  # fmt: skip
+            at.append(
+                (
+                    same(self.before[0], after[0]),
+                    self.before[1] == after[1],
+                    self.before[2] == after[2],
+                    all(torch.equal(self.state[k], t) for k, t in kept.items()),
+                )
+            )
 
     def bound() -> Any:
         return trainer.bound
 
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation, num_train_epochs=1)
-    trainer = holdfast.Trainer(model=Poisoned(), args=args, train_dataset=data,
-                               data_collator=collate, recipe=PRESETS[name](),
-                               callbacks=[Watching()])  # fmt: skip
+    trainer = holdfast.Trainer(
+        model=Poisoned(),
+        args=args,
+        train_dataset=data,
+        data_collator=collate,
+        recipe=PRESETS[name](),
+        callbacks=[Watching()],
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     left_out = [i for i, step in enumerate(at) if step == (True, True, True, True)]
@@ -636,7 +721,16 @@ def test_replay_is_part_of_the_loss(tmp_path: Path) -> None:
             return float(first.eval()(**collate(rows(8))).loss)
 
     before = loss_of_one()
-    trained(tmp_path, second, rows(22, seed=5), with_recipe(Silent), recipe=recipe, task="two",
-            shared=second.base_model, bound=one.bound, args={"num_train_epochs": 3})  # fmt: skip
+    trained(
+        tmp_path,
+        second,
+        rows(22, seed=5),
+        with_recipe(Silent),
+        recipe=recipe,
+        task="two",
+        shared=second.base_model,
+        bound=one.bound,
+        args={"num_train_epochs": 3},
+    )
     assert loss_of_one() < before
     assert same(head, weights(first.classifier))  # the old head is not trained further
