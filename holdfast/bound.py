@@ -10,7 +10,6 @@ served alike. Per step, in this order:
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,25 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import mixing
+from holdfast.attachment import MARK, Attachment, check_served, unwrap
 from holdfast.errors import Refused
-from holdfast.method import Gradients, Method, State, View
-from holdfast.parts import named_parameters, parts
+from holdfast.method import Gradients, Method, View
+from holdfast.state import State, check_fit, describe, pack, unpack
 
 Batches = Iterable[Mapping[str, Any]]
-_MARK = "_holdfast_bound"  # set on an optimizer while a Bound holds it
-
-
-def default_shared(model: nn.Module) -> nn.Module | None:
-    """What tasks share: the encoder below a task head, or all of a model without one (None).
-
-    A language model's head belongs to the pre-trained model; a classifier's does not. The two
-    are told apart by whether the model names output embeddings.
-    """
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or base is model:
-        return None
-    outputs = getattr(model, "get_output_embeddings", None)
-    return base if callable(outputs) and outputs() is None else None
 
 
 class Bound:
@@ -81,8 +67,8 @@ class Bound:
     ) -> None:
         """Attach to a task's optimizer (and model, where each task has its own head).
 
-        `shared` is the module that all tasks share (default: `default_shared`). Parameters
-        outside of it are named `task/name` and never anchored across tasks. Raises `Refused`
+        `shared` is the module that all tasks share (default: see `attachment.default_shared`).
+        Parameters outside of it are named `task/name` and never anchored across tasks. Raises `Refused`
         for what cannot be served: sparse gradients, an optimizer that runs its closure more than
         once, parameters that belong to no module of the model, an optimizer already bound.
         """
@@ -93,14 +79,14 @@ class Bound:
             raise Refused(f"{task!r} is no task name", remedy="use a name without '/'")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise Refused(f"total_steps must be a whole number above 0, not {total_steps!r}")
-        optimizer, wrapper = _unwrap(optimizer)
+        optimizer, wrapper = unwrap(optimizer)
         self.unbind()
-        _check_served(model, optimizer)
+        check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
         self._forget_step()
         try:
-            self._name_parameters(task, model, shared or default_shared(model))
+            self._adopt(Attachment.of(task, model, optimizer, shared))
             self._attach()
             for method in self._defining("begin_task"):
                 method.begin_task(self.views[method.name])
@@ -109,46 +95,25 @@ class Bound:
             self.unbind()
             raise
 
-    def _name_parameters(self, task: str, model: nn.Module, shared: nn.Module | None) -> None:
-        named = named_parameters(model)
-        common = {id(p) for p in (shared or model).parameters()}
-        key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
-        group_of = {id(p): g for g in self.optimizer.param_groups for p in g["params"]}
-        strangers = group_of.keys() - {id(p) for p in named.values()}
-        if strangers:
-            raise Refused(
-                f"the optimizer holds {len(strangers)} parameters that are not in the model",
-                remedy="build it with recipe.param_groups(model, ...)",
-            )
-        part_of = parts(model).names
-        self.weights = {key_of[n]: p for n, p in named.items() if id(p) in group_of}
-        self.shared = {k: p for k, p in self.weights.items() if id(p) in common}
-        self.part_of = {key_of[n]: part_of[n] for n in named}
-        self.group_of = {k: group_of[id(p)] for k, p in self.weights.items()}
-        self.grads = Gradients(self.weights)
-        owners: dict[int, list[nn.Module]] = {}
-        for module in model.modules():
-            for p in module._parameters.values():
-                if p is not None:
-                    owners.setdefault(id(p), []).append(module)
-        self.owners = {k: tuple(owners[id(p)]) for k, p in self.weights.items()}
+    def _adopt(self, found: Attachment) -> None:
+        """Take over a task's parameters; those shared with earlier tasks must not have changed."""
+        shared = describe(found.shared)
         changed = [
             f"{k} was {self._signature[k]}, is {now}"
-            for k, now in self._describe(self.shared).items()
+            for k, now in shared.items()
             if self._signature.get(k, now) != now
         ]
-        changed += [f"{k} is gone" for k in self._signature if k not in self.part_of]
+        changed += [f"{k} is gone" for k in self._signature if k not in found.part_of]
         if changed:
             raise Refused("shared parameters changed between tasks: " + ", ".join(changed[:5]))
-        self._signature |= self._describe(self.shared)
+        self._signature |= shared
+        self.weights, self.shared = found.weights, found.shared
+        self.part_of, self.group_of, self.owners = found.part_of, found.group_of, found.owners
+        self.grads = Gradients(self.weights)
         for state in self.states.values():
             for slot in state.weights.values():
                 for name in slot.keys() & self.weights.keys():
                     slot[name] = slot[name].to(self.weights[name].device)
-
-    @staticmethod
-    def _describe(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:
-        return {k: [list(w.shape), str(w.dtype).removeprefix("torch.")] for k, w in weights.items()}
 
     def _install_mixing(self) -> None:
         mixers: dict[str, list[Method]] = {}
@@ -206,8 +171,8 @@ class Bound:
             optimizer.register_step_pre_hook(self._pre_step),
             optimizer.register_step_post_hook(self._post_step),
         )
-        setattr(optimizer, _MARK, True)
-        self._undo += [h.remove for h in hooks] + [lambda: delattr(optimizer, _MARK)]
+        setattr(optimizer, MARK, True)
+        self._undo += [h.remove for h in hooks] + [lambda: delattr(optimizer, MARK)]
 
     def _defining(self, hook: str) -> list[Method]:
         return [m for m in self.methods if m.defines(hook)]
@@ -380,24 +345,20 @@ class Bound:
 
         Tensors are not copied. Keys are ``method/kind/slot/name``.
         """
-        tensors = {"generator": self.generator.get_state()}
-        for method, state in self.states.items():
-            for kind, slots in (("weights", state.weights), ("tensors", state.tensors)):
-                for slot, entries in slots.items():
-                    tensors |= {f"{method}/{kind}/{slot}/{k}": t for k, t in entries.items()}
+        tensors, numbers = pack(self.states)
         meta = {
             "schema": 1,
             "methods": {m.name: m.to_dict() for m in self.methods},
-            "numbers": {name: copy.deepcopy(s.numbers) for name, s in self.states.items()},
+            "numbers": numbers,
             "task": self.task,
             "step": self.step,
             "total_steps": self.total_steps,
             "skipped": self.skipped,
             "finished": list(self.finished),
-            "parameters": self._describe(getattr(self, "weights", {})),
+            "parameters": describe(getattr(self, "weights", {})),
             "shared": dict(self._signature),
         }
-        return {"tensors": tensors, "meta": meta}
+        return {"tensors": tensors | {"generator": self.generator.get_state()}, "meta": meta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state; nothing is captured anew.
@@ -405,41 +366,23 @@ class Bound:
         Call it after `begin_task` of the same task, or before any. Raises `Refused` where the
         methods, or the names, shapes or types of the parameters differ.
         """
-        meta, tensors = state["meta"], state["tensors"]
+        meta, tensors = state["meta"], dict(state["tensors"])
         ours = {m.name: m.to_dict() for m in self.methods}
         if meta["methods"] != ours:
             raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
         attached = bool(self.task)
         weights: Mapping[str, Tensor] = self.weights if attached else {}
-        self._check_parameters(meta["parameters"], weights)
+        if attached:
+            check_fit(meta["parameters"], describe(weights))
         if attached and meta["task"] != self.task:
             raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
-        for name, own in self.states.items():
-            own.weights, own.tensors = {}, {}
-            own.numbers = copy.deepcopy(meta["numbers"][name])
-        for key, tensor in tensors.items():
-            if key == "generator":
-                self.generator.set_state(tensor)
-                continue
-            method, kind, slot, name = key.split("/", 3)
-            home = getattr(self.states[method], kind).setdefault(slot, {})
-            device = weights[name].device if name in weights else tensor.device
-            home[name] = tensor.to(device, copy=True)
+        self.generator.set_state(tensors.pop("generator"))
+        unpack(self.states, tensors, meta["numbers"], weights)
         self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
         if attached:
             self.step, self.total_steps = meta["step"], meta["total_steps"]
         self._signature = dict(meta["shared"])
         self._forget_step()
-
-    def _check_parameters(self, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        now = self._describe(weights)
-        wrong = [f"{k} is new" for k in now if k not in saved]
-        wrong += [f"{k} was {saved[k]}, is {v}" for k, v in now.items() if saved.get(k, v) != v]
-        if now:
-            wrong += [f"{k} is gone" for k in saved if k not in now]
-        if wrong:
-            shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
-            raise Refused(f"the saved state does not fit the model: {shown}")
 
 
 def _nothing_to_evaluate() -> Mapping[str, float]:
@@ -450,25 +393,3 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     if any(g.is_sparse for g in grads):
         raise Refused("a gradient is sparse", remedy="build the embedding with sparse=False")
     return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-
-
-def _unwrap(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """The torch optimizer, and the Accelerate wrapper around it if there is one."""
-    wrapper = None
-    while not hasattr(optimizer, "register_step_pre_hook") or hasattr(
-        optimizer, "step_was_skipped"
-    ):
-        wrapper, optimizer = optimizer, getattr(optimizer, "optimizer", None)
-        if optimizer is None:
-            raise Refused(f"{type(wrapper).__name__} is no torch optimizer and wraps none")
-    return optimizer, wrapper
-
-
-def _check_served(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise Refused("LBFGS runs its closure several times a step", remedy="use AdamW")
-    if getattr(optimizer, _MARK, False):
-        raise Refused("this optimizer is bound already", remedy="call unbind() of the other first")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise Refused("sparse gradients are not served", where=name, remedy="use sparse=False")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from holdfast.errors import Refused
 from holdfast.squares import Layers
 
-Labels = Literal["true", "sampled", "expected"]
+Labels = Literal["auto", "true", "sampled", "expected"]
 Batch = Mapping[str, Any]
 
 
@@ -38,7 +38,7 @@ def diagonal_fisher(
     weights: Mapping[str, nn.Parameter],
     *,
     modules: Mapping[str, tuple[nn.Module, ...]] | None = None,
-    labels: Labels = "sampled",
+    labels: Labels = "auto",
     rows: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,8 @@ def diagonal_fisher(
     choice for regression and language models, where −log p is the model's own loss, a mean over
     tokens for the latter); ``sampled``, one drawn from the model's prediction (unbiased);
     ``expected``, every class weighted by its predicted probability (exact, one backward pass a
-    class). `forward(batch)` must return an object with `logits` (rows × classes) and, for
+    class); ``auto``, ``sampled`` where the model returns class logits and ``true`` elsewhere.
+    `forward(batch)` must return an object with `logits` (rows × classes) and, for
     ``true``, `loss`. At most the first `rows` rows are used. Frozen weights are left out. Raises
     `Refused` without any row.
 
@@ -67,7 +68,7 @@ def diagonal_fisher(
         seen += size
         if layers is not None and size > 1:
             output, calls = layers.run(functools.partial(forward, batch), size)
-            if calls is not None:
+            if calls is not None and (labels != "auto" or _has_classes(output)):
                 terms = _log_likelihoods(output, labels, draws)
                 for index, term in enumerate(terms):
                     layers.add_squares_(total, term, calls, keep=index + 1 < len(terms))
@@ -100,10 +101,13 @@ def _log_likelihoods(output: Any, labels: Labels, draws: torch.Generator) -> lis
 
     An expectation over y enters as √p(y|x) log p(y|x) for every y, with √p held constant.
     """
-    if labels == "true":
+    classes = _has_classes(output)
+    if labels == "true" or (labels == "auto" and not classes):
+        if getattr(output, "loss", None) is None:
+            raise Refused("the model returned no loss", remedy="pass batches with labels")
         return [-output.loss]
     logits = output.logits
-    if logits.ndim != 2 or logits.shape[1] < 2:
+    if not classes:
         raise Refused(
             f"labels={labels!r} needs class logits of each row, not shape {tuple(logits.shape)}",
             remedy="use labels='true'",
@@ -115,6 +119,12 @@ def _log_likelihoods(output: Any, labels: Labels, draws: torch.Generator) -> lis
     u = torch.rand(len(p), 1, generator=draws, dtype=torch.float64).to(p.device)
     y = (u > p.double().cumsum(-1)[:, :-1]).sum(-1, keepdim=True)
     return [log_p.gather(1, y).sum()]
+
+
+def _has_classes(output: Any) -> bool:
+    """Whether each row has one vector of class logits."""
+    logits = getattr(output, "logits", None)
+    return logits is not None and logits.ndim == 2 and logits.shape[1] > 1
 
 
 def _size(batch: Batch) -> int:

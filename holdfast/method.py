@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.config import Checked
+from holdfast.state import State
 
 if TYPE_CHECKING:
     from holdfast.bound import Bound
@@ -104,28 +105,6 @@ class Method(Checked):
 
     def end_task(self, view: View) -> None:
         """A task is learned: estimate importance, keep rows."""
-
-
-class State:
-    """What one method remembers.
-
-    `weights[slot][name]` are tensors shaped like the parameter `name` or broadcast to it;
-    `tensors[slot][key]` are any other tensors; `numbers` is JSON.
-    """
-
-    def __init__(self) -> None:
-        self.weights: dict[str, dict[str, Tensor]] = {}
-        self.tensors: dict[str, dict[str, Tensor]] = {}
-        self.numbers: dict[str, Any] = {}
-
-    def slot(self, name: str) -> dict[str, Tensor]:
-        """The per-parameter tensors called `name`, made empty on first use."""
-        return self.weights.setdefault(name, {})
-
-    def bytes(self) -> int:
-        """The memory held, in bytes."""
-        every = [*self.weights.values(), *self.tensors.values()]
-        return sum(t.numel() * t.element_size() for slot in every for t in slot.values())
 
 
 class Gradients(MutableMapping[str, Tensor | None]):

@@ -12,7 +12,8 @@ import torch
 from tiny import adamw, bind, net
 from torch import Tensor, nn
 
-from holdfast.bound import Bound, default_shared
+from holdfast.attachment import default_shared
+from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.method import Method, View
 from holdfast.methods import DPS, EWC, L2SP, Replay

@@ -125,4 +125,8 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         diagonal_fisher(lambda b: model(b["x"]), [], weights)
     for logits in (torch.zeros(1, 5, 7), torch.zeros(1, 1)):
         with pytest.raises(Refused, match="labels='true'"):
-            diagonal_fisher(lambda b, z=logits: SimpleNamespace(logits=z), batches(4), weights)
+            diagonal_fisher(
+                lambda b, z=logits: SimpleNamespace(logits=z), batches(4), weights, labels="sampled"
+            )
+    with pytest.raises(Refused, match="returned no loss"):
+        diagonal_fisher(lambda b: SimpleNamespace(), batches(4), weights)

@@ -110,12 +110,12 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def weights_hash(model: nn.Module) -> str:
+def weights_hash(model: Any) -> str:
     """SHA-256 over names and bytes of a model's parameters, in order."""
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

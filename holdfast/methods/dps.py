@@ -87,7 +87,7 @@ class DPS(Method):
     modules: Literal["linear", "all"] | tuple[str, ...] = "linear"
     noise: Literal["column", "weight"] = "column"
     frequency_penalty: bool | None = None
-    fisher_labels: Labels = "sampled"
+    fisher_labels: Labels = "auto"
     fisher_rows: Annotated[int, Field(gt=0)] = 512
 
     def __post_init__(self) -> None:
@@ -244,7 +244,7 @@ class DPS(Method):
         return view.state.numbers["covered"] if self.mix else ()
 
     def weights(self, view: View, name: str, w: Tensor) -> Tensor:
-        slots, scale = view.state.weights, 1 / (1 - self.drop)
+        slots = view.state.weights
         if self._masking(view):
             if name not in slots.get("held", {}):
                 return w
@@ -254,7 +254,7 @@ class DPS(Method):
                 names = view.state.numbers["covered"]
                 view.scratch["noise"] = {n: self.draw(view, n) for n in names}
             base, keep = slots["start"][name], view.scratch["noise"][name]
-        mixed: Tensor = _Mix.apply(w, base, keep, scale)
+        mixed: Tensor = _Mix.apply(w, base, keep, self.drop)
         return mixed
 
     def draw(self, view: View, name: str) -> Tensor:
@@ -290,12 +290,13 @@ class DPS(Method):
 
 
 class _Mix(torch.autograd.Function):
-    """W̃ = W* + N (W − W*) scale, whose gradient with respect to W is taken as N g."""
+    """W̃ = W* + N (W − W*) / (1 − drop), whose gradient with respect to W is taken as N g."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, base: Tensor, keep: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, w: Tensor, base: Tensor, keep: Tensor, drop: float) -> Tensor:
         ctx.save_for_backward(keep)
-        return torch.sub(w, base).mul_(keep).mul_(scale).add_(base).to(w.dtype)
+        # (N W + (1 − N) W* − p W*) / (1 − p), in the published order of rounding.
+        return torch.where(keep, w, base).sub_(base, alpha=drop).div_(1 - drop).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -333,4 +334,5 @@ def _conv1d(owners: tuple[nn.Module, ...]) -> bool:
 
 
 def _linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
-    return w.ndim == 2 and (any(isinstance(m, nn.Linear) for m in owners) or _conv1d(owners))
+    # Not a matrix tied to an embedding: the published code never masks embeddings.
+    return w.ndim == 2 and (all(isinstance(m, nn.Linear) for m in owners) or _conv1d(owners))

@@ -56,7 +56,7 @@ class EWC(Method):
     strength: Annotated[float, Field(ge=0)] = 1e3
     online: bool = False
     decay: Annotated[float, Field(ge=0, le=1)] = 1.0
-    labels: Labels = "sampled"
+    labels: Labels = "auto"
     rows: Annotated[int, Field(gt=0)] = 512
 
     @property
