@@ -19,17 +19,18 @@ from typing import Any
 
 from holdfast.experiments.compare import compare
 from holdfast.experiments.record import commit, versions
-from holdfast.recipe import PRESETS, Recipe
+from holdfast.recipe import Recipe
 
 FLAT = (5e-5, 1e-4, 2e-4)
-RECIPES = ("bertcl", "ewc", "l2sp", "dps", "dps_mix", "dps_retention", "replay", "default")
+QUICK = ("bertcl", "ewc", "dps", "dps_retention", "replay")
+RECIPES = (*QUICK, "l2sp", "dps_mix", "default")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def plan(chosen: argparse.Namespace) -> dict[str, tuple[Recipe, dict[str, Any]]]:
     """Label → recipe and settings: plain at every flat rate, each recipe at the given rates."""
     runs: dict[str, tuple[Recipe, dict[str, Any]]] = {}
-    for lr in FLAT:
+    for lr in chosen.flat:
         runs[f"plain-{lr:g}"] = (Recipe.named("plain"), {"lr": lr})
     for name in chosen.recipes:
         for lr in chosen.rates:
@@ -40,11 +41,12 @@ def plan(chosen: argparse.Namespace) -> dict[str, tuple[Recipe, dict[str, Any]]]
 def main() -> int:
     """Run or go on with the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="3 seeds, 1,000 rows a task")
+    parser.add_argument("--quick", action="store_true", help="3 seeds, 1,600 rows a task")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=[str(DATA / "trec6"), str(DATA / "snli")])
-    parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r in PRESETS])
-    parser.add_argument("--rates", nargs="+", type=float, default=[2e-4])
+    parser.add_argument("--flat", nargs="*", type=float, default=list(FLAT), help="plain's rates")
+    parser.add_argument("--recipes", nargs="+", help="names or files")
+    parser.add_argument("--rates", nargs="+", type=float, help="of the recipes (2e-4)")
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--train-size", type=int)
     parser.add_argument("--epochs", type=float, default=2.0)
@@ -52,11 +54,16 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/forgetting"))
     chosen = parser.parse_args()
     seeds = chosen.seeds or ([0, 1, 2] if chosen.quick else [0, 1, 2, 3, 4])
-    size = chosen.train_size or (1000 if chosen.quick else 4000)
+    size = chosen.train_size or (1600 if chosen.quick else 4000)
+    chosen.recipes = chosen.recipes or list(QUICK if chosen.quick else RECIPES)
+    chosen.rates = chosen.rates or ([2e-4] if chosen.quick else [1e-4, 2e-4])
     recipes = plan(chosen)
     steps = math.ceil(size / 16) * math.ceil(chosen.epochs) * len(chosen.tasks)
     print(f"{len(recipes) * len(seeds)} runs of {steps} training steps", flush=True)
-    settings = {"train_size": size, "epochs": chosen.epochs, "save_steps": 0, "max_length": 64}
+    settings = {
+        "train_size": size, "epochs": chosen.epochs, "save_steps": 0, "max_length": 64,
+        "selection": 500, "evaluation_size": 1000,
+    }  # fmt: skip
     records = compare(
         "minilm", chosen.tasks, recipes, seeds=seeds, out=chosen.runs, workers=chosen.workers,
         **settings,
@@ -86,7 +93,7 @@ def main() -> int:
     chosen.json.with_suffix(".md").write_text(f"`{command}`\n\n```\n{table}\n```\n")
     picture = tradeoff(comparisons(records)[0])
     if picture is not None:
-        chosen.json.with_suffix(".svg").write_text(picture.light)
+        picture.panels[0].save(chosen.json.with_suffix(".svg"))
     print(table)
     return 0
 

@@ -68,9 +68,10 @@ class Bound:
         """Attach to a task's optimizer (and model, where each task has its own head).
 
         `shared` is the module that all tasks share (default: see `attachment.default_shared`).
-        Parameters outside of it are named `task/name` and never anchored across tasks. Raises `Refused`
-        for what cannot be served: sparse gradients, an optimizer that runs its closure more than
-        once, parameters that belong to no module of the model, an optimizer already bound.
+        Parameters outside of it are named `task/name` and never anchored across tasks. Raises
+        `Refused` for what cannot be served: sparse gradients, an optimizer that runs its closure
+        more than once, parameters that belong to no module of the model, an optimizer already
+        bound.
         """
         model = model if model is not None else self.models.get(self.task)
         if model is None:

@@ -14,8 +14,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.files import write_text_atomic
 from holdfast.report.words import clean
 
 if TYPE_CHECKING:
@@ -63,6 +65,13 @@ class Panel:
     alt: str
     light: str  # data URI
     dark: str
+
+    def save(self, path: str | Path) -> None:
+        """Write the light image as an SVG file on white ground."""
+        text = base64.b64decode(self.light.split(",", 1)[1]).decode("utf-8")
+        ground = '<rect width="100%" height="100%" fill="white"/>'
+        end = text.index(">") + 1  # of the opening tag
+        write_text_atomic(path, text[:end] + ground + text[end:])
 
 
 @dataclass(frozen=True)
