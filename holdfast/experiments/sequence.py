@@ -23,7 +23,7 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt",
 ]  # fmt: skip
-HISTORY_ROWS = 256  # selection rows of each task that are scored while training
+HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
 @dataclass(frozen=True, kw_only=True)
