@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,9 @@ def compare(
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones go on.
 
-    recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs
-    land in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each, and
-    then shows one bar of runs. Returns the records by label, then by seed.
+    recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs land
+    in `out/<label>/seed-<n>`. workers > 1 runs that many processes
+    of one thread each. Returns the records by label, then by seed.
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")
@@ -46,7 +49,7 @@ def compare(
             "seed": seed,
             "out": folders[label] / f"seed-{seed}",
             "label": f"{label} · seed {seed}",
-            "progress": progress and workers == 1,
+            "progress": progress,
             **settings,
             **own,
         }
@@ -64,7 +67,12 @@ def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) 
     from tqdm.auto import tqdm
 
     before = {*active_children()}
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_alone) as pool:
+    context = get_context("spawn")
+    started = (context.RLock(), context.Value("i", 0))
+    tqdm.set_lock(started[0])
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_alone, initargs=started
+    ) as pool:
         futures = {pool.submit(run_sequence, **job): i for i, job in enumerate(jobs)}
         records: dict[int, Record] = {}
         bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
@@ -81,12 +89,28 @@ def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) 
     return [records[i] for i in range(len(jobs))]
 
 
-def _alone() -> None:
-    """One thread for each process: two with two threads each would crawl.
+def _alone(lock: Any, number: Any) -> None:
+    """One thread for each process (two with two threads each would crawl), and a line for its bar.
 
     Ctrl-C reaches them too; it is the first process that ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+    from tqdm.auto import tqdm
+
+    from holdfast.experiments import learner
 
     torch.set_num_threads(1)
+    tqdm.set_lock(lock)
+    with number.get_lock():
+        number.value += 1
+        learner.BAR_LINE = number.value
+
+
+def _end_with_parent() -> None:
+    """A killed first process must not leave others training into its folders."""
+    parent = parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

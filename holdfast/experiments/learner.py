@@ -39,6 +39,8 @@ from holdfast.tasks import Task
 from holdfast.training.checkpoints import load_state, newest_complete, save_state
 from holdfast.training.trainer import Trainer
 
+BAR_LINE = 0  # where this process draws its bar, below those of other processes
+
 
 class Learner:
     """The models of a sequence, one encoder between them, and the record they fill.
@@ -259,7 +261,7 @@ class _Bar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
-            leave=False, dynamic_ncols=True,
+            leave=False, dynamic_ncols=True, position=BAR_LINE,
         )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
