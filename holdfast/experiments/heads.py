@@ -110,13 +110,13 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def weights_hash(model: Any) -> str:
-    """SHA-256 over names and bytes of a model's parameters, in order."""
+def source_hash(source: str) -> str | None:
+    """SHA-256 over a local model's weight files in order of name; None for a Hub id."""
+    files = sorted(Path(source).glob("*.safetensors"))
     digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 # --- rows -------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from holdfast.experiments.heads import (
     load_tokenizer,
     quiet,
     share_encoder,
-    weights_hash,
+    source_hash,
 )
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD
@@ -181,7 +181,7 @@ class Learner:
             "architecture": type(model.base_model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
             "layers": getattr(model.config, "num_hidden_layers", None),
-            "hash": weights_hash(model.base_model),
+            "hash": source_hash(self.source),
         }
         self.record.rates = {
             "order": list(named.order),

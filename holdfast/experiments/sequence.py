@@ -177,6 +177,7 @@ def describe(task: Task) -> dict[str, Any]:
         "labels": None if task.labels is None else list(task.labels),
         "rows": task.rows,
         "hash": task.hash,
+        "evaluation_hash": task.evaluation_hash,
         "source": task.source,
         "synthetic": task.synthetic,
         "warnings": list(task.warnings),

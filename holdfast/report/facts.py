@@ -232,7 +232,11 @@ def _history(body: dict[str, Any]) -> tuple[list[float], list[tuple[float, list[
 
 
 def _study_key(body: dict[str, Any]) -> str:
-    tasks = [[task["name"], task.get("hash"), task.get("metric")] for task in body["tasks"]]
+    # Training and selection rows differ by seed; what is compared is scored on the same rows.
+    tasks = [
+        [task["name"], task.get("evaluation_hash", task.get("hash")), task.get("metric")]
+        for task in body["tasks"]
+    ]
     return json.dumps([body["model"].get("name"), body["model"].get("hash"), tasks])
 
 

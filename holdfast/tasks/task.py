@@ -59,14 +59,22 @@ class Task:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over labels, metric and all rows in order: what a checkpoint remembers."""
+        return self._digest("train", "selection", "evaluation")
+
+    @cached_property
+    def evaluation_hash(self) -> str:
+        """SHA-256 over labels, metric and evaluation rows: equal for every seed of a comparison."""
+        return self._digest("evaluation")
+
+    def _digest(self, *splits: str) -> str:
         digest = hashlib.sha256()
-        for line in self._lines():
+        for line in self._lines(splits):
             digest.update(json.dumps(line).encode() + b"\n")
         return digest.hexdigest()
 
-    def _lines(self) -> Iterable[object]:
+    def _lines(self, splits: Iterable[str]) -> Iterable[object]:
         yield [self.labels, self.metric]
-        for split in ("train", "selection", "evaluation"):
+        for split in splits:
             yield split
             for row in getattr(self, split):
                 yield [row.text, row.pair, row.label]
