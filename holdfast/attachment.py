@@ -11,6 +11,7 @@ from torch import nn
 
 from holdfast.errors import Refused
 from holdfast.parts import named_parameters, parts
+from holdfast.rates import Rates, param_groups
 
 MARK = "_holdfast_bound"  # set on an optimizer while a Bound holds it
 
@@ -37,7 +38,7 @@ class Attachment:
         named = named_parameters(model)
         common = {id(p) for p in (shared or default_shared(model) or model).parameters()}
         key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
-        group_of = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        group_of = _groups(optimizer)
         strangers = group_of.keys() - {id(p) for p in named.values()}
         if strangers:
             raise Refused(
@@ -58,6 +59,58 @@ class Attachment:
             group_of={k: group_of[id(p)] for k, p in weights.items()},
             owners={k: tuple(owners[id(p)]) for k, p in weights.items()},
         )
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The group of each parameter, by identity; one that stands twice is refused."""
+    held = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
+    found = dict(held)
+    if len(found) != len(held):
+        raise Refused(
+            f"the optimizer holds {len(held) - len(found)} parameters twice",
+            remedy="build it with recipe.param_groups(model, ...)",
+        )
+    return found
+
+
+def regroup_(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    rates: Rates,
+    scheduler: Any = None,
+) -> dict[str, dict[str, Any]]:
+    """Group the optimizer's parameters by other rates, and return the new group of each weight.
+
+    The base rate and all other options stay, as does the optimizer's state. Where a scheduler has
+    set `initial_lr`, it is rewritten, with the scheduler's `base_lrs`, so that the schedule goes
+    on. Raises `Refused` for groups that `param_groups` did not make, and for rates that would
+    freeze or free a parameter.
+    """
+    before = optimizer.param_groups
+    if any("base_lr" not in group for group in before):
+        raise Refused("the optimizer's groups have no base rate", where="set_rates",
+                      remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
+    decay = max(group["weight_decay"] for group in before)
+    after = param_groups(model, rates, lr=before[0]["base_lr"], weight_decay=decay)
+    if {id(p) for g in after for p in g["params"]} != _groups(optimizer).keys():
+        raise Refused("other rates may not freeze or free a parameter", where="set_rates")
+    scheduled = "initial_lr" in before[0]
+    factor = before[0]["lr"] / before[0]["initial_lr"] if scheduled else 1.0
+    for group in after:
+        if scheduled:
+            group["initial_lr"] = group["lr"]
+        group["lr"] *= factor
+        for key, value in before[0].items():
+            group.setdefault(key, value)
+    optimizer.param_groups[:] = after
+    if scheduler is not None:
+        scheduler.base_lrs = [group["initial_lr"] for group in after]
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [scheduler.lr_lambdas[0]] * len(after)
+        scheduler._last_lr = [group["lr"] for group in after]
+    by_id = _groups(optimizer)
+    return {name: by_id[id(w)] for name, w in weights.items()}
 
 
 def default_shared(model: nn.Module) -> nn.Module | None:

@@ -9,17 +9,18 @@ served alike. Per step, in this order:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from holdfast import mixing
-from holdfast.attachment import MARK, Attachment, check_served, unwrap
+from holdfast.attachment import MARK, Attachment, check_served, regroup_, unwrap
 from holdfast.errors import Refused
+from holdfast.forwarding import own_randomness, replaced, untrained
 from holdfast.method import Gradients, Method, View
+from holdfast.rates import Rates
 from holdfast.state import State, check_fit, describe, pack, unpack
 
 Batches = Iterable[Mapping[str, Any]]
@@ -150,7 +151,7 @@ class Bound:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            with self._own_randomness():
+            with own_randomness(self.generator):
                 for method in self._defining("end_task"):
                     method.end_task(self.views[method.name])
         finally:
@@ -204,21 +205,22 @@ class Bound:
         norm = self.gradient_norm() if self._unscaled is None else self._unscaled
         self.norm, self._unscaled = norm, None
         found = getattr(self.optimizer, "found_inf", None)
-        self._skip = not bool(torch.isfinite(norm)) or (found is not None and bool(found.item()))
-        self._tell_wrapper()
-        if self._skip:
-            for w in self.weights.values():
-                w.grad = None  # the optimizer passes over tensors without a gradient
+        overflow = found is not None and bool(found.item())
+        if not self._skip_unless(bool(torch.isfinite(norm)) and not overflow):
             return
         if self._defining("penalty") and not self._asked:
             raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
-        changing = self._defining("penalty_grad_"), self._defining("before_step")
-        for method in changing[0]:
+        pulling, changing = self._defining("penalty_grad_"), self._defining("before_step")
+        for method in pulling:
             method.penalty_grad_(self.views[method.name])
-        for method in changing[1]:
+        if pulling:
+            norm = _total_norm(self._gradients())
+            if not self._skip_unless(bool(torch.isfinite(norm))):
+                return
+        for method in changing:
             method.before_step(self.views[method.name])
         if self.max_grad_norm is not None:
-            if any(changing):
+            if changing:
                 norm = _total_norm(self._gradients())
             if norm > self.max_grad_norm:
                 torch._foreach_mul_(self._gradients(), self.max_grad_norm / (norm + 1e-6))
@@ -261,12 +263,18 @@ class Bound:
     def _gradients(self) -> list[Tensor]:
         return [w.grad for w in self.weights.values() if w.grad is not None]
 
-    def _tell_wrapper(self) -> None:
+    def _skip_unless(self, good: bool) -> bool:
+        """Leave this step out of training altogether, unless its gradients are good."""
+        self._skip = not good
+        if self._skip:
+            for w in self.weights.values():
+                w.grad = None  # the optimizer passes over tensors without a gradient
         # Accelerate judges by whether step() was called; tell it what really happened.
         if self._wrapper is not None:
             self._wrapper._is_overflow = self._skip
             if self._skip:
                 self._wrapper._accelerate_step_called = False
+        return good
 
     # --- what hooks and loops call ------------------------------------------------------------
 
@@ -278,6 +286,11 @@ class Bound:
         for method in self._defining("penalty"):
             total = total + method.penalty(self.views[method.name])
         return total
+
+    def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
+        """Train the task on with other rates over the same base rate; see `attachment.regroup_`."""
+        model = self.models[self.task]
+        self.group_of = regroup_(self.optimizer, model, self.weights, rates, scheduler)
 
     @property
     def has_penalty(self) -> bool:
@@ -303,41 +316,12 @@ class Bound:
         batch = inputs if inputs is not None else self.inputs
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
-        with self._own_randomness(), self._replaced(weights or {}), self._untrained(model):
+        with (
+            own_randomness(self.generator),
+            replaced(self.weights, weights or {}),
+            untrained(model, self.weights),
+        ):
             return model(**batch)
-
-    @contextlib.contextmanager
-    def _untrained(self, model: nn.Module) -> Iterator[None]:
-        """Keep gradients off what the optimizer does not hold: the heads of other tasks."""
-        held = {id(w) for w in self.weights.values()}
-        foreign = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
-        for p in foreign:
-            p.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for p in foreign:
-                p.requires_grad_(True)
-
-    @contextlib.contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
-
-    @contextlib.contextmanager
-    def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        if weights and torch.is_grad_enabled():
-            raise RuntimeError("view.forward(weights=...) works only under torch.no_grad()")
-        kept = {name: self.weights[name].data for name in weights}
-        try:
-            for name, w in weights.items():
-                self.weights[name].data = w
-            yield
-        finally:
-            for name, w in kept.items():
-                self.weights[name].data = w
 
     # --- saving -------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ Batch = Mapping[str, Any]
 def rows_of(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
     """Each row of each batch as a batch of one."""
     for batch in batches:
-        for row in range(_size(batch)):
+        for row in range(rows_in(batch)):
             yield {
                 key: value[row : row + 1] if isinstance(value, Tensor) else value
                 for key, value in batch.items()
@@ -57,14 +57,14 @@ def diagonal_fisher(
     forward pass, a whole batch takes one backward pass (`holdfast.squares`; the same numbers).
     """
     learned = {n: w for n, w in weights.items() if w.requires_grad}
-    total = {n: torch.zeros_like(w, dtype=_wide(w.dtype)) for n, w in learned.items()}
+    total = {n: torch.zeros_like(w, dtype=wide(w.dtype)) for n, w in learned.items()}
     # One draw a row from a generator of our own: the same labels whatever the batch size.
     seed = int(torch.randint(2**62, (), generator=generator))
     draws = torch.Generator().manual_seed(seed)
     layers = Layers.owning(learned, modules) if modules is not None and labels != "true" else None
     seen = 0
     for batch in _first(batches, rows):
-        size = _size(batch)
+        size = rows_in(batch)
         seen += size
         if layers is not None and size > 1:
             output, calls = layers.run(functools.partial(forward, batch), size)
@@ -112,7 +112,7 @@ def _log_likelihoods(output: Any, labels: Labels, draws: torch.Generator) -> lis
             f"labels={labels!r} needs class logits of each row, not shape {tuple(logits.shape)}",
             remedy="use labels='true'",
         )
-    log_p = logits.to(_wide(logits.dtype)).log_softmax(-1)
+    log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
     p = log_p.detach().exp()
     if labels == "expected":
         return [(p[:, y].sqrt() * log_p[:, y]).sum() for y in range(p.shape[1])]
@@ -127,7 +127,8 @@ def _has_classes(output: Any) -> bool:
     return logits is not None and logits.ndim == 2 and logits.shape[1] > 1
 
 
-def _size(batch: Batch) -> int:
+def rows_in(batch: Batch) -> int:
+    """How many rows a batch has."""
     return len(next(v for v in batch.values() if isinstance(v, Tensor)))
 
 
@@ -139,10 +140,10 @@ def _first(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
             if left <= 0:
                 return
             batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
-            left -= _size(batch)
+            left -= rows_in(batch)
         yield batch
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32: sums in bfloat16 stop growing at 256."""
     return torch.promote_types(dtype, torch.float32)

@@ -83,8 +83,8 @@ class Method(Checked):
         """A task starts: make state, remember anchors."""
 
     def mixed(self, view: View) -> Collection[str]:
-        """Names of the parameters that `weights` replaces; asked once a task."""
-        return ()
+        """Names of the parameters that `weights` replaces, asked once a task: all by default."""
+        return list(view.weights)
 
     def weights(self, view: View, name: str, w: Tensor) -> Tensor:
         """The weight that the forward pass sees while training, in place of `w`."""

@@ -275,7 +275,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimizer, one for each distinct (rate, decay).
 
-    Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay` and `part_names`.
+    Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay`, `part_names`
+    and `base_lr`, the rate before its multiplier.
     Biases and the vectors of norms are not decayed; `no_decay`, globs on canonical names, replaces
     that rule. A parameter whose multiplier is 0, or that does not require a gradient, is in no
     group, so that neither momentum nor decay moves it. The model itself is left as it is.
@@ -296,7 +297,8 @@ def param_groups(
             continue
         decay = 0.0 if name in spared else weight_decay
         rate = lr * multiplier[part]
-        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
+        fresh = {"params": [], "lr": rate, "weight_decay": decay, "base_lr": lr}
+        group = groups.setdefault((rate, decay), fresh)
         group["params"].append(parameter)
         group.setdefault("param_names", []).append(name)
         group.setdefault("part_names", {})[part] = None

@@ -18,8 +18,17 @@ information of the finished tasks, every stage moves the entries of highest
 
     score = Σ_t g_t² / (F + mean F)            per tensor, g from the stage before
 
-and in the first stage of a new task nothing that the method covers moves. The first task of all
-trains as if the method were not there. No row of an old task is kept.
+and in the first stage of a new task nothing that the method covers moves. It covers what tasks
+share, never a task's own head. The first task of all trains as if the method were not there. No row
+of an old task is kept. g is the gradient that reaches the step, with the pull of EWC or L2-SP where
+the recipe has one.
+
+What is remembered, by slot (of the size of the weight, but for `count` with column noise):
+
+    sum    Σ g² of the running stage        start  W* of Mix while it accumulates
+    held   the values that a masking stage keeps; for Mix all values at its start
+    mask   M of Mix; elsewhere NaN in `held` marks what may move
+    count  FAM of Mix                       fisher F, of retention; it outlives the task
 
 Deviations from the published code: a stage counts optimizer steps, not forward passes (equal
 without accumulation), and Mix draws its noise once a step, so that accumulation equals a large
@@ -42,7 +51,7 @@ from torch import Tensor, nn
 
 from holdfast.config import Share, count
 from holdfast.errors import Refused
-from holdfast.importance import Labels, diagonal_fisher
+from holdfast.importance import Labels, diagonal_fisher, wide
 from holdfast.method import Method, Range, View
 
 PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
@@ -106,7 +115,9 @@ class DPS(Method):
         """The names that take part, in the model's order."""
         candidates = view.weights
         if self.score == "retention":
-            candidates = {n: w for n, w in view.shared.items() if view.parts[n] != "head"}
+            # Where tasks have heads of their own, all that they share may hold what is retained.
+            own = len(view.weights) > len(view.shared)
+            candidates = {n: w for n, w in view.shared.items() if own or view.parts[n] != "head"}
         if self.modules == "all":
             return list(candidates)
         if self.modules == "linear":
@@ -127,11 +138,11 @@ class DPS(Method):
             slots.pop(slot, None)
         view.state.numbers |= {"covered": names, "stage": count(self.stage, view.total_steps)}
         if self.mix:
-            slots["start"] = {n: _wide(view.weights[n].detach()).clone() for n in names}
+            slots["start"] = {n: widened(view.weights[n]) for n in names}
         elif self.score == "retention" and "fisher" in slots:
-            slots["held"] = {n: _wide(view.weights[n].detach()).clone() for n in names}
+            slots["held"] = {n: widened(view.weights[n]) for n in names}
 
-    def _masking(self, view: View) -> bool:
+    def masking(self, view: View) -> bool:
         """Whether the current step belongs to a masking stage."""
         if self.score == "retention":
             return "held" in view.state.weights
@@ -144,11 +155,11 @@ class DPS(Method):
     def before_step(self, view: View) -> None:
         if self._idle(view):
             return
-        masking = self._masking(view)
+        masking = self.masking(view)
         if not masking or self.score == "retention":
             self._accumulate(view)
         if masking:
-            for name, frozen in self._frozen(view).items():
+            for name, frozen in self.frozen(view).items():
                 grad = view.grads[name]
                 if grad is not None:
                     # Everything is held in retention's first stage: leave the tensor out.
@@ -158,9 +169,9 @@ class DPS(Method):
     def after_step(self, view: View) -> None:
         if self._idle(view):
             return
-        if self._masking(view) and self.freeze == "exact":
+        if self.masking(view) and self.freeze == "exact":
             held = view.state.slot("held")
-            for name, frozen in self._frozen(view).items():
+            for name, frozen in self.frozen(view).items():
                 w = view.weights[name].detach()
                 torch.where(frozen, held[name].to(w.dtype), w, out=w)
         if (view.step + 1) % int(view.state.numbers["stage"]) == 0:
@@ -174,9 +185,9 @@ class DPS(Method):
             if grad is None:
                 continue
             if name not in sums:
-                sums[name] = torch.zeros_like(_wide(grad))
-            wide = grad.to(sums[name].dtype)
-            sums[name].addcmul_(wide, wide)
+                sums[name] = torch.zeros_like(grad, dtype=wide(grad.dtype))
+            g = grad.to(sums[name].dtype)
+            sums[name].addcmul_(g, g)
             if name in noise:
                 self._counts(view, name).add_(noise[name].to(torch.uint8))
 
@@ -191,7 +202,7 @@ class DPS(Method):
     def _turn(self, view: View) -> None:
         """The end of a stage: select a subnetwork from the sums, or start summing anew."""
         slots = view.state.weights
-        if self._masking(view) and self.score != "retention":
+        if self.masking(view) and self.score != "retention":
             # The buffer of held values becomes the next stage's sum: one tensor serves both.
             slots["sum"] = {n: t.zero_() for n, t in slots.pop("held", {}).items()}
             slots.pop("mask", None)
@@ -201,10 +212,13 @@ class DPS(Method):
             {n: self._score(view, n, s) for n, s in sums.items()}, self.drop, self.select
         )
         if self.score == "retention":
-            slots["sum"] = {n: t.zero_() for n, t in sums.items()}
+            slots["sum"] = sums
             for name, mask in masks.items():
-                held = slots["held"][name]
-                held.copy_(view.weights[name]).masked_fill_(mask, math.nan)
+                # What the new task never pulled at stays, also where the threshold is zero.
+                mask &= sums[name] > 0
+                slots["held"][name].copy_(view.weights[name]).masked_fill_(mask, math.nan)
+            for total in sums.values():
+                total.zero_()
             return
         slots["held"] = {n: t.copy_(view.weights[n]) for n, t in sums.items()}
         slots.pop("count", None)
@@ -230,7 +244,7 @@ class DPS(Method):
             score = score * torch.exp(-seen / length)
         return score
 
-    def _frozen(self, view: View) -> dict[str, Tensor]:
+    def frozen(self, view: View) -> dict[str, Tensor]:
         """Where each covered tensor must not move (True), in a masking stage."""
         masks = view.state.weights.get("mask")
         if masks is not None:
@@ -245,7 +259,7 @@ class DPS(Method):
 
     def weights(self, view: View, name: str, w: Tensor) -> Tensor:
         slots = view.state.weights
-        if self._masking(view):
+        if self.masking(view):
             if name not in slots.get("held", {}):
                 return w
             base, keep = slots["held"][name], slots["mask"][name]
@@ -324,8 +338,9 @@ def threshold(scores: Tensor, drop: float) -> Tensor:
     return scores.kthvalue(n - rank + 1).values
 
 
-def _wide(w: Tensor) -> Tensor:
-    return w.to(torch.promote_types(w.dtype, torch.float32))
+def widened(w: Tensor) -> Tensor:
+    """A copy in at least float32, which holds narrower types exactly."""
+    return w.detach().to(wide(w.dtype), copy=True)
 
 
 def _conv1d(owners: tuple[nn.Module, ...]) -> bool:

@@ -11,8 +11,9 @@ one quadratic with F = Σ F_t around the weighted mean θ̄ = Σ F_t θ_t / Σ F
 F ← decay · F + F_t, θ̄ ← θ_t.
 
 λ has the unit of old rows per new row: with losses averaged over rows, λ = N_old / N_new is the
-Laplace approximation of training on both. Values of 10² to 10⁴ are usual, because the diagonal
-understates the curvature. Many codes drop the ½ or square batch-mean gradients; their λ differ.
+Laplace approximation of training on both; larger values are needed in practice, because the
+diagonal understates the curvature. Codes that drop the ½ or square batch-mean gradients need
+another λ.
 The task's own head is never anchored.
 """
 

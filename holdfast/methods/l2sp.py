@@ -1,4 +1,4 @@
-"""L2-SP: weight decay towards the starting point (Li et al., ICML 2018, arXiv 1802.01483, eq. 3).
+"""L2-SP: weight decay towards the starting point (Li et al., ICML 2018, arXiv 1802.01483).
 
     P(w) = α/2 · ‖w_S − w⁰_S‖² + β/2 · ‖w_head‖²        gradient α (w_S − w⁰_S), β w_head
 

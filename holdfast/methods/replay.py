@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from holdfast.config import Share, count
 from holdfast.errors import Refused
-from holdfast.importance import rows_of
+from holdfast.importance import rows_in, rows_of
 from holdfast.method import Method, Range, View
 
 
@@ -62,7 +62,7 @@ class Replay(Method):
         if view.inputs is None:
             raise Refused("replay counts the rows of the micro-batch", where="bound.penalty",
                           remedy="call bound.penalty(batch, outputs)")  # fmt: skip
-        wanted = math.ceil(self.share * _rows(view.inputs))
+        wanted = math.ceil(self.share * rows_in(view.inputs))
         picked = torch.randint(sum(sizes.values()), (wanted,), generator=view.generator)
         total, start = torch.zeros((), device=first.device), 0
         for task, size in sizes.items():
@@ -89,10 +89,6 @@ class Replay(Method):
             raise Refused("no rows to keep", where="replay", remedy="pass the task's rows as data=")
         view.state.tensors[view.task] = _stack(kept, _padding(view))
         view.state.numbers.setdefault("rows", {})[view.task] = len(kept)
-
-
-def _rows(batch: Mapping[str, Any]) -> int:
-    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
 
 
 def _padding(view: View) -> dict[str, float]:

@@ -104,8 +104,8 @@ def replay(run: Mapping[str, Any], recording: Mapping[str, Tensor]) -> Deviation
         loss = nn.functional.cross_entropy(model(recording["x"][t]), recording["y"][t])
         loss.backward()
         view = bound.views["dps"]
-        masking = method._masking(view)
-        frozen = {_layer(n): f.clone() for n, f in method._frozen(view).items()} if masking else {}
+        masking = method.masking(view)
+        frozen = {_layer(n): f.clone() for n, f in method.frozen(view).items()} if masking else {}
         optimizer.step()
         compare(f"loss[{t}]", recording["loss"][t], loss)
         for name, p in model.named_parameters():

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from holdfast.bound import Bound
@@ -145,8 +146,14 @@ class RecipeMixin(_Base):
         if self.bound is None:
             raise Refused("nothing was trained yet", where="end_task", remedy="call train() first")
 
+        rows = self.train_dataset
+        if hasattr(rows, "__len__"):
+            # Not in file order: a file sorted by label would show a method one class only.
+            order = torch.randperm(len(rows), generator=self.bound.generator).tolist()
+            rows = rows.select(order) if hasattr(rows, "select") else Subset(rows, order)
+
         def batches() -> Iterator[Mapping[str, Any]]:
-            for batch in self.get_eval_dataloader(self.train_dataset):
+            for batch in self.get_eval_dataloader(rows):
                 yield self._prepare_inputs(batch)
 
         self.bound.end_task(batches)

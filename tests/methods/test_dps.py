@@ -194,7 +194,7 @@ def test_zero_gradients_freeze_nothing() -> None:
 def test_only_exact_freezing_keeps_masked_weights(freeze: Any, mix: bool) -> None:
     method = DPS(drop=0.5, stage=3, freeze=freeze, mix=mix)
     _, bound, weights, _ = run(method, torch.optim.AdamW, steps=5, **ADAMW)
-    frozen = method._frozen(bound.views["dps"])  # steps 3 and 4 mask, the stage is not over
+    frozen = method.frozen(bound.views["dps"])  # steps 3 and 4 mask, the stage is not over
     for n, f in frozen.items():
         assert f.float().mean() == pytest.approx(0.5, abs=0.06)
         kept = (weights[4][n] == weights[2][n])[f]

@@ -1,42 +1,16 @@
-"""EWC against autograd of the explicit sum over tasks; L2-SP against autograd of its equation."""
+"""EWC against autograd of the explicit sum over tasks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from pulls import bind, pulled, wander
+from torch import Tensor
 
 from holdfast.bound import Bound
 from holdfast.method import Method
 from holdfast.methods import EWC, L2SP
-from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
-
-
-def bind(method: Method, *, dtype: torch.dtype = torch.float64) -> Bound:
-    """A classifier of one encoder and head, bound to an optimizer that never steps far."""
-    torch.manual_seed(0)
-    model = Classifier().to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    bound = Recipe(methods=[method]).bind(model, optimizer, total_steps=10, task="one")
-    return bound
-
-
-def wander(bound: Bound) -> None:
-    """Other weights, as training would leave them."""
-    with torch.no_grad():
-        for w in bound.weights.values():
-            w.add_(torch.randn_like(w))
-
-
-def pulled(bound: Bound) -> dict[str, Tensor]:
-    """What the method adds to gradients of zero."""
-    for w in bound.weights.values():
-        w.grad = torch.zeros_like(w)
-    for method in bound.methods:
-        with torch.no_grad():
-            method.penalty_grad_(bound.views[method.name])
-    return {n: w.grad for n, w in bound.weights.items() if w.grad is not None}
+from holdfast.testing.pupil import Pupil, make_batch
 
 
 def fishers(monkeypatch: pytest.MonkeyPatch, bound: Bound, tasks: int) -> list[dict[str, Tensor]]:
@@ -142,37 +116,3 @@ def test_rows_are_asked_for() -> None:
     bound = bind(EWC())
     with pytest.raises(ValueError, match=r"ewc reads the rows.*pass data="):
         bound.end_task()
-
-
-def test_l2sp_equals_autograd_of_its_equation() -> None:
-    bound = bind(L2SP(strength=0.3, head_strength=0.07))
-    start = {n: w.detach().clone() for n, w in bound.weights.items()}
-    wander(bound)
-    total = torch.zeros((), dtype=torch.float64)
-    for n, w in bound.weights.items():
-        square = (w - start[n]) if n in bound.shared else w
-        total = total + (0.3 if n in bound.shared else 0.07) / 2 * (square**2).sum()
-    theirs = torch.autograd.grad(total, list(bound.weights.values()))
-    ours = pulled(bound)
-    for n, expected in zip(bound.weights, theirs, strict=True):
-        torch.testing.assert_close(ours[n], expected)
-
-
-def test_l2sp_starts_anew_with_each_task() -> None:
-    bound = bind(L2SP())
-    wander(bound)
-    model, optimizer = bound.models["one"], bound.optimizer
-    bound.begin_task("one", optimizer, 10, model=model)
-    grads = pulled(bound)
-    assert not any(grads[n].any() for n in bound.shared)
-
-
-def test_no_penalty_in_a_step_touches_tensors_without_gradient() -> None:
-    bound = bind(L2SP(strength=1.0))
-    wander(bound)
-    left_out: nn.Parameter = bound.weights["encoder.layers.0.up.weight"]
-    before = left_out.detach().clone()
-    for w in bound.weights.values():
-        w.grad = None if w is left_out else torch.zeros_like(w)
-    bound.optimizer.step()
-    assert torch.equal(left_out, before)

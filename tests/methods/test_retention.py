@@ -155,3 +155,27 @@ def test_optimizer_learns_nothing_of_what_is_held_in_the_first_stage() -> None:
         assert bool(view.moments(name)) is (name not in covered), name
     pupil.learn(STAGE, STAGE + 1)
     assert all(view.moments(name) for name in covered)
+
+
+def test_what_the_new_task_never_pulled_at_stays() -> None:
+    """With a threshold of zero every entry ties: only those with a gradient may move."""
+    layer, optimizer, _ = bind_two(0.9)
+    start = layer.weight.detach().clone()
+    for _ in range(3):
+        layer.weight.grad = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+        optimizer.step()
+    assert (layer.weight.detach() != start).tolist() == [[False, False], [True, False]]
+
+
+def test_a_shared_layer_behind_the_blocks_is_covered_too() -> None:
+    """A pooler is in the part "head", but all tasks read it."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+                        intermediate_size=8)  # fmt: skip
+    model = BertForSequenceClassification(config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound = Recipe(methods=[METHOD]).bind(model, optimizer, total_steps=9, task="one")
+    covered = METHOD.covered(bound.views["dps"])
+    assert "bert.pooler.dense.weight" in covered
+    assert not [n for n in covered if "classifier" in n]

@@ -1,0 +1,47 @@
+"""Extra forward passes that leave training its random state, its weights and its gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def own_randomness(generator: torch.Generator) -> Iterator[None]:
+    """Draw from `generator` within the block, and leave the global random state untouched."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def replaced(weights: Mapping[str, nn.Parameter], by: Mapping[str, Tensor]) -> Iterator[None]:
+    """Other values in place of some weights; only without gradients."""
+    if by and torch.is_grad_enabled():
+        raise RuntimeError("view.forward(weights=...) works only under torch.no_grad()")
+    kept = {name: weights[name].data for name in by}
+    try:
+        for name, w in by.items():
+            weights[name].data = w
+        yield
+    finally:
+        for name, w in kept.items():
+            weights[name].data = w
+
+
+@contextlib.contextmanager
+def untrained(model: nn.Module, held: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Keep gradients off what the optimizer does not hold: the heads of other tasks."""
+    ours = {id(w) for w in held.values()}
+    foreign = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    for p in foreign:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in foreign:
+            p.requires_grad_(True)
