@@ -43,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="3 seeds, 1,440 rows a task")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=[str(DATA / "trec6"), str(DATA / "snli")])
+    parser.add_argument("--tasks", nargs="+", default=[str(DATA / "trec6"), str(DATA / "sst2")])
     parser.add_argument("--flat", nargs="*", type=float, default=list(FLAT), help="plain's rates")
     parser.add_argument("--recipes", nargs="+", help="names or files")
     parser.add_argument("--rates", nargs="+", type=float, help="of the recipes (2e-4)")
