@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := holdfast tests benchmarks examples
 
-.PHONY: demo test test-slow check browser clean
+.PHONY: demo test test-slow check clean
 
 demo: .venv/demo.stamp
 	$(BIN)/holdfast demo --out runs/demo
@@ -22,6 +22,8 @@ check: .venv/dev.stamp
 	$(BIN)/lint-imports
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python >= 3.11 is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv .venv
 
 # torch first and exactly: any looser request fetches gigabytes of CUDA.

@@ -1,4 +1,4 @@
-"""A recipe in Hugging Face Trainer and in TRL's SFTTrainer: one line each.
+"""A recipe in Hugging Face Trainer: one line.
 
 python examples/trainer.py        (tiny random-weight models; nothing is downloaded)
 """
@@ -26,9 +26,6 @@ def main() -> None:
                                       disable_tqdm=True)  # fmt: skip
         trainer = holdfast.Trainer(model=model, args=arguments, train_dataset=rows, recipe=recipe)
         trainer.train()
-    # With TRL:
-    #   from trl import SFTTrainer
-    #   trainer = holdfast.with_recipe(SFTTrainer)(model=…, args=…, train_dataset=…, recipe=recipe)
 
 
 if __name__ == "__main__":
