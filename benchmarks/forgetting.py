@@ -41,7 +41,7 @@ def plan(chosen: argparse.Namespace) -> dict[str, tuple[Recipe, dict[str, Any]]]
 def main() -> int:
     """Run or go on with the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="3 seeds, 1,440 rows a task")
+    parser.add_argument("--quick", action="store_true", help="3 seeds, 960 rows a task")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=[str(DATA / "trec6"), str(DATA / "sst2")])
     parser.add_argument("--flat", nargs="*", type=float, default=list(FLAT), help="plain's rates")
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/forgetting"))
     chosen = parser.parse_args()
     seeds = chosen.seeds or ([0, 1, 2] if chosen.quick else [0, 1, 2, 3, 4])
-    size = chosen.train_size or (1440 if chosen.quick else 4000)
+    size = chosen.train_size or (960 if chosen.quick else 4000)
     chosen.recipes = chosen.recipes or list(QUICK if chosen.quick else RECIPES)
     chosen.rates = chosen.rates or ([2e-4] if chosen.quick else [1e-4, 2e-4])
     recipes = plan(chosen)
