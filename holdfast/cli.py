@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from holdfast import __version__
-from holdfast.errors import Refused
+from holdfast.errors import Refused, nearest
 
 RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
-TASK_HELP = "a folder, a CSV/TSV/JSONL/Parquet file (FILE?text=…&label=…), builtin:NAME or a Hub id"
+TASK_HELP = (
+    "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
+    "builtin:NAME or a Hub id"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,11 +36,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("holdfast: interrupted; the same command goes on from the last checkpoint",
               file=sys.stderr)  # fmt: skip
         return 130
+    except Exception as error:
+        if (fault := _fault(error)) is None:
+            raise
+        resumes = chosen.run not in (_report, _methods) and "too long" not in fault
+        remedy = "; once that is mended, the same command goes on from the last checkpoint"
+        print(f"holdfast: {fault}{remedy if resumes else ''}", file=sys.stderr)
+        return 2
+
+
+def _fault(error: Exception) -> str | None:
+    """One line for what the system refused, such as a full disk; None for an error of ours."""
+    if isinstance(error, OSError):
+        said = error.strerror or str(error)
+        said = "the name is too long" if error.errno == errno.ENAMETOOLONG else said
+        return said if error.filename is None else f"{error.filename}: {said}"
+    # safetensors and torch raise errors of their own where a file cannot be written
+    said = str(error).partition("\n")[0]
+    written = re.search(r"os error \d+|PytorchStreamWriter|inline_container", said)
+    return f"a file could not be written ({said})" if written else None
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line and names the nearest option or verb."""
+
+    verbs: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            kind = "option" if word.startswith("-") else "word"
+            self.error(f"unknown {kind} {word!r}", nearest(word, list(self._option_string_actions)))
+        return found, unknown
+
+    def error(self, message: str, remedy: str = "") -> NoReturn:
+        if verb := re.match(r"argument VERB: invalid choice: '?([^' ]*)", message):
+            message, remedy = f"unknown verb {verb[1]!r}", nearest(verb[1], list(self.verbs))
+        if not remedy.startswith("did you mean"):
+            remedy = f"see {self.prog} --help"
+        self.exit(2, f"holdfast: {' '.join(message.split())}; {remedy}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="holdfast",
         allow_abbrev=False,
         description="Fine-tune pre-trained transformers without forgetting, and measure it.",
@@ -56,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
         return made
 
     train = verb("train", _train, "fine-tune on one task",
-                 "holdfast train --task reviews.csv?text=body --recipe dps",
+                 "holdfast train --task 'reviews.csv?text=body&label=stars' --recipe dps",
                  "--out runs/reviews")  # fmt: skip
     train.add_argument("--task", required=True, help=TASK_HELP)
     _add_training(train)
@@ -71,9 +116,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     comparing = verb("compare", _compare, "run several recipes over several seeds",
                      "holdfast compare --tasks data/trec6 data/snli",
-                     "--recipes plain ewc --out runs/c")  # fmt: skip
+                     "--recipes plain ewc --flat 5e-5 2e-4 --out runs/c")  # fmt: skip
     comparing.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=TASK_HELP)
     comparing.add_argument("--recipes", required=True, nargs="+", help=RECIPE_HELP)
+    comparing.add_argument("--flat", nargs="+", type=float, default=[], metavar="LR",
+                           help="controls: plain at these learning rates too; the best of all "
+                           "plain runs is what recipes are measured against")  # fmt: skip
     comparing.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     comparing.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     _add_training(comparing, single=False)
@@ -81,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "draw a page from records",
                   "holdfast report runs/a runs/b --out report.html")  # fmt: skip
     report.add_argument("paths", nargs="+", type=Path, help="records, or folders that hold some")
-    report.add_argument("--out", type=Path, default=Path("report.html"))
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
 
     verb("methods", _methods, "list methods and recipes", "holdfast methods")
 
@@ -89,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
                 "holdfast demo --out runs/demo")  # fmt: skip
     demo.add_argument("--out", type=Path, default=Path("runs/demo"))
     demo.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.verbs = list(verbs.choices)
     return parser
 
 
@@ -107,10 +156,10 @@ def _add_training(parser: argparse.ArgumentParser, *, single: bool = True) -> No
     add("--accumulation", type=int, help="micro-batches a step (1)")
     add("--lr", type=float, help="base learning rate (1e-4)")
     add("--weight-decay", type=float, help="decoupled weight decay (0.01)")
-    add("--warmup", type=_number, help="steps of warm-up, or a share below 1 (0.1)")
+    add("--warmup", type=number, help="steps of warm-up, or a share below 1 (0.1)")
     add("--schedule", help="a learning-rate schedule of Transformers (linear)")
     add("--max-length", type=int, help="tokens a row is cut at (128)")
-    add("--selection", type=_number, help="training rows kept for choosing, or a share (0.1)")
+    add("--selection", type=number, help="training rows kept for choosing, or a share (0.1)")
     add("--save-steps", type=int, help="steps between checkpoints; 0: none (each epoch)")
     add("--bf16", action="store_true", default=None, help="train in bfloat16 mixed precision")
 
@@ -126,7 +175,8 @@ def _settings(chosen: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _number(text: str) -> float | int:
+def number(text: str) -> float | int:
+    """What a share or a count says; argparse names this function when it refuses."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
@@ -151,27 +201,34 @@ def _run(tasks: Sequence[str], chosen: argparse.Namespace) -> None:
     )  # fmt: skip
     folder = Path(str(record.settings["out"]))
     page = write_report([record], folder / "report.html")
-    for task in record.tasks:
-        for warning in task["warnings"]:
-            print(f"{task['name']}: {warning}", file=sys.stderr)
     _print(matrix_table(record), f"{folder / 'record.json'}  {page}")
 
 
 def _compare(chosen: argparse.Namespace) -> None:
     from holdfast.experiments.compare import compare
+    from holdfast.experiments.sequence import Settings
     from holdfast.recipe import Recipe
-    from holdfast.report import comparison_table, write_report
+    from holdfast.report import comparison_table, run_rows, write_csv, write_report
 
     recipes: dict[str, tuple[Recipe, dict[str, Any]]] = {
         Path(name).stem: (Recipe.named(name), {}) for name in chosen.recipes
     }
     if len(recipes) != len(chosen.recipes):
         raise Refused("two recipes have one name", where="--recipes")
+    usual = Settings().lr if chosen.lr is None else chosen.lr
+    for rate in chosen.flat:
+        label = f"plain@{rate}"
+        if label in recipes or (rate == usual and "plain" in recipes):
+            raise Refused(f"plain runs at {rate} already", where="--flat")
+        recipes[label] = (Recipe.named("plain"), {"lr": rate})
     records = compare(
         chosen.model, chosen.tasks, recipes, seeds=chosen.seeds, out=chosen.out,
         workers=chosen.workers, **_settings(chosen),
     )  # fmt: skip
-    _print(comparison_table(records), write_report(records, chosen.out / "report.html"))
+    cells = chosen.out / "runs.csv"
+    write_csv(run_rows(records), cells)
+    page = write_report(records, chosen.out / "report.html")
+    _print(comparison_table(records), f"{cells}  {page}")
 
 
 def _report(chosen: argparse.Namespace) -> None:

@@ -13,19 +13,27 @@ from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from holdfast.errors import Refused, nearest
+from holdfast.errors import Refused
+from holdfast.files import only_keys
 
 # A float below 1 is a share of a total, an integer a count; see `count`.
 Share = Annotated[float | int, Field(gt=0)]
 
 
-def count(share: float | int, total: int) -> int:
-    """A number of things out of `total`: a share (0 < share < 1, rounded down) or a count; ≥ 1."""
-    if isinstance(share, int):
-        return share
-    if not 0 < share < 1:
-        raise Refused(f"{share} is neither a share below 1 nor a whole number")
-    return max(1, math.floor(share * total))
+def count(amount: float | int, total: int, *, what: str = "amount", least: int = 1) -> int:
+    """A number of things out of `total`: an integer counts them, a float below 1 is a share.
+
+    A share is rounded down, as the published stages of DPS are, but not below `least`. `what` is
+    how an error calls the amount.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount >= 0:
+        raise Refused(f"{what} {amount!r} is neither a share nor a count")
+    if isinstance(amount, int):
+        return amount
+    if not amount < 1:
+        raise Refused(f"{what} {amount} is neither a share below 1 nor a whole number",
+                      remedy="an integer counts")  # fmt: skip
+    return max(least, math.floor(amount * total))
 
 
 @functools.cache
@@ -33,6 +41,14 @@ def _validators(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls, include_extras=True)
     strict = ConfigDict(strict=True, allow_inf_nan=False)
     return {f.name: TypeAdapter(hints[f.name], config=strict) for f in fields(cls)}
+
+
+def _takes(validator: TypeAdapter[Any], value: Any) -> bool:
+    try:
+        validator.validate_python(value)
+    except ValidationError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +63,11 @@ class Checked:
             try:
                 checked = validator.validate_python(value)
             except ValidationError as error:
-                problem = error.errors()[0]["msg"]
-                raise Refused(f"{problem}, not {value!r}", where=self.where(name)) from None
+                problem, remedy = error.errors()[0]["msg"], None
+                if isinstance(value, str) and _takes(validator, (value,)):
+                    remedy = f"a single one goes in a list too: [{value!r}]"
+                raise Refused(f"{problem}, not {value!r}", where=self.where(name),
+                              remedy=remedy) from None  # fmt: skip
             if name in self.shares and isinstance(checked, float) and not checked < 1:
                 raise Refused(f"{checked} is neither a share below 1 nor a whole number",
                               where=self.where(name))  # fmt: skip
@@ -60,17 +79,16 @@ class Checked:
         return name
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, where: str) -> Self:
-        """The configuration in `values`; a key that is no field is refused with the nearest."""
-        known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise Refused(f"no setting {cls.where(key)!r}", where=where,
-                              remedy=nearest(key, known))  # fmt: skip
-        for f in fields(cls):
-            if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
-                raise Refused("must be given", where=f"{where}: {cls.where(f.name)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    def from_dict(cls, values: Mapping[str, Any], *, where: str | None = None) -> Self:
+        """The configuration in `values`, which errors say came from `where`."""
+        needed = [f.name for f in fields(cls)
+                  if f.default is MISSING and f.default_factory is MISSING]  # fmt: skip
+        only_keys(values, [f.name for f in fields(cls)], required=needed, where=where,
+                  called=cls.where)  # fmt: skip
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except Refused as error:
+            raise error.within(where) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, as it stands in a file."""

@@ -14,6 +14,11 @@ class Refused(ValueError):
         line = what if where is None else f"{where}: {what}"
         super().__init__(line if remedy is None else f"{line}; {remedy}")
 
+    def within(self, place: str | None) -> Refused:
+        """The same refusal, found inside `place`."""
+        where = f"{place}: {self.where}" if place and self.where else place or self.where
+        return Refused(self.what, where=where, remedy=self.remedy)
+
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """A remedy naming the nearest of `known`, or all of them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,19 @@ def only_keys(
     *,
     required: Collection[str] = (),
     where: str | None = None,
+    called: Callable[[str], str] = str,
 ) -> None:
-    """Refuse a key outside `known`, naming the nearest, and a missing `required` one."""
+    """Refuse a key outside `known`, naming the nearest, and a missing `required` one.
+
+    `called` turns a key into what an error calls it: `drop` into `dps.drop`.
+    """
     for key in data:
         if key not in known:
-            raise Refused(f"unknown key {key!r}", where=where, remedy=nearest(key, list(known)))
+            remedy = nearest(str(key), list(known))
+            raise Refused(f"unknown key {called(key)!r}", where=where, remedy=remedy)
     for key in required:
         if key not in data:
-            raise Refused(f"missing key {key!r}", where=where, remedy=f"add `{key}: …`")
+            raise Refused(f"missing key {called(key)!r}", where=where, remedy=f"add `{key}: …`")
 
 
 def dump_yaml(data: Mapping[str, Any]) -> str:
@@ -205,11 +210,11 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         if isinstance(error, OSError):
             raise Refused(error.strerror or str(error), where=str(target)) from None
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable where folders can be opened (not on Windows)."""
+def sync_folder(folder: Path) -> None:
+    """Make a rename in it durable where folders can be opened (not on Windows)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused, nearest
-from holdfast.files import read_yaml, write_yaml
+from holdfast.files import only_keys, read_yaml, write_yaml
 from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, METHODS, Replay
 from holdfast.rates import Rates, param_groups
@@ -53,27 +54,29 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """The recipe in a YAML file."""
-        return cls.from_dict(read_yaml(Path(path)), where=str(path))
+        """The recipe in a YAML file, called like the file unless it says a name."""
+        path = Path(path)
+        values = read_yaml(path)
+        return cls.from_dict(values | {"name": values.get("name") or path.stem}, where=str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         """The recipe in plain values; unknown keys are refused with the nearest known one."""
-        known = ["name", "rates", "methods", "max_grad_norm", "kind", "schema"]
-        for key in values:
-            if key not in known:
-                raise Refused(f"a recipe has no {key!r}", where=where, remedy=nearest(key, known))
+        only_keys(values, [*(f.name for f in fields(cls)), "kind", "schema"], where=where)
         if values.get("kind", "recipe") != "recipe" or values.get("schema", 1) != 1:
             raise Refused("is not a recipe of schema 1", where=where)
         methods = values.get("methods") or {}
         if not isinstance(methods, Mapping):
             raise Refused("methods must map names to settings", where=where)
-        return cls(
-            rates=_rates(values.get("rates"), where),
-            methods=[_method(name, settings, where) for name, settings in methods.items()],
-            max_grad_norm=values.get("max_grad_norm"),
-            name=str(values.get("name", "custom")),
-        )
+        try:
+            return cls(
+                rates=_rates(values.get("rates")),
+                methods=[_method(name, settings) for name, settings in methods.items()],
+                max_grad_norm=values.get("max_grad_norm"),
+                name=str(values.get("name") or "custom"),
+            )
+        except Refused as error:
+            raise error.within(where) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a recipe file."""
@@ -95,7 +98,7 @@ class Recipe:
         """The recipe of a name in `PRESETS`, or in a file."""
         if str(spec) in PRESETS:
             return PRESETS[str(spec)]()
-        if Path(spec).suffix in {".yaml", ".yml"} or Path(spec).exists():
+        if Path(spec).suffix in {".yaml", ".yml"} or os.path.exists(spec):
             return cls.load(spec)
         remedy = nearest(str(spec), list(PRESETS)) + ", or name a .yaml file"
         raise Refused(f"no recipe called {str(spec)!r}", where="--recipe", remedy=remedy)
@@ -132,22 +135,22 @@ class Recipe:
         return Bound(self.methods, max_grad_norm=self.max_grad_norm, seed=seed)
 
 
-def _rates(values: Any, where: str) -> Rates:
+def _rates(values: Any) -> Rates:
     if values is None:
         return Rates.flat()
     if isinstance(values, str):
         return Rates.preset(values)
     if isinstance(values, Mapping):
-        return Rates.from_dict(values, where=f"{where}: rates")
-    raise Refused("rates must be a name or a mapping", where=where)
+        return Rates.from_dict(values, where="rates")
+    raise Refused("rates must be a name or a mapping")
 
 
-def _method(name: str, settings: Any, where: str) -> Method:
+def _method(name: str, settings: Any) -> Method:
     if name not in METHODS:
-        raise Refused(f"no method {name!r}", where=where, remedy=nearest(name, list(METHODS)))
+        raise Refused(f"no method {name!r}", remedy=nearest(name, list(METHODS)))
     if not isinstance(settings, Mapping | None):
-        raise Refused(f"the settings of {name} must be a mapping", where=where)
-    return METHODS[name].from_dict(settings or {}, where=where)
+        raise Refused(f"the settings of {name} must be a mapping")
+    return METHODS[name].from_dict(settings or {})
 
 
 PRESETS: dict[str, Callable[[], Recipe]] = {

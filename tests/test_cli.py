@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,7 +52,7 @@ TRAINING = """--model --out --train-size --evaluation-size --epochs --batch-size
 OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
     "sequence": f"--tasks --alone --recipe --seed {TRAINING}",
-    "compare": f"--tasks --recipes --seeds --workers {TRAINING}",
+    "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
     "report": "paths --out",
     "methods": "",
     "demo": "--out --workers",
@@ -97,7 +99,7 @@ def test_help_shows_an_example_that_parses(verb: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
     assert end.value.code == 0
-    example = capsys.readouterr().out.rpartition("example:\n  holdfast ")[2].split()
+    example = shlex.split(capsys.readouterr().out.rpartition("example:\n  holdfast ")[2])
     assert example[0] == verb
     build_parser().parse_args(example)
 
@@ -147,13 +149,16 @@ def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str
         ("--task {}/one.jsonl", "one class"), ("--task builtin:nothing", "builtin"),
         ("--model {}", "config.json"), ("--model {}/none", "no such folder"),
         ("--out {}/one.jsonl/x", "--out"), ("--selection 1.0", "--selection"),
+        ("--max-length 65", "say --max-length 64"), ("--model minlm", "did you mean 'minilm'"),
+        (f"--out {'x' * 300}", "too long"), (f"--recipe {'x' * 300}", "no recipe called"),
+        (f"--recipe {'x' * 300}.yaml", "too long"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_two(
     words: str, says: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = f"train --task {place}/mood.jsonl --model {place}/bert --out {tmp_path}/run"
-    plain += " --recipe plain"
+    plain += " --recipe plain --max-length 64"
     assert main([*plain.split(), *words.format(place).split()]) == 2
     out, errors = capsys.readouterr()
     assert errors.startswith("holdfast: ") and errors.count("\n") == 1 and says in errors
@@ -161,17 +166,69 @@ def test_bad_input_is_one_line_and_two(
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["", "trian", "train", "train --task x --learning-rate 1", "train --task x --lr fast",
-     "sequence --tasks", "train --task x --eval 3", "report", "train --task x --warmup many"],
-)  # fmt: skip
-def test_words_that_are_no_command_exit_with_two(
-    words: str, capsys: pytest.CaptureFixture[str]
+    ("words", "says"),
+    [
+        ("", "required: VERB; see holdfast --help"),
+        ("trian", "unknown verb 'trian'; did you mean 'train'?"),
+        ("zzz", "unknown verb 'zzz'; see holdfast --help"),
+        ("train", "required: --task; see holdfast train --help"),
+        ("train --task x --lrr 1", "unknown option '--lrr'; did you mean '--lr'?"),
+        ("train --task x --lrr=1", "unknown option '--lrr'; did you mean '--lr'?"),
+        ("train --task x --zzz", "unknown option '--zzz'; see holdfast train --help"),
+        ("train --task x y", "unknown word 'y'; see holdfast train --help"),
+        ("train --task x --lr fast", "argument --lr: invalid float value: 'fast'; see"),
+        ("train --task x --warmup many", "invalid number value: 'many'; see"),
+        ("sequence --tasks", "--tasks: expected at least one argument; see"),
+        ("report", "required: paths; see holdfast report --help"),
+        ("--versoin", "required: VERB; see"),
+    ],
+)
+def test_words_that_are_no_command_are_one_line_and_two(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main(words.split())
     assert end.value.code == 2
-    assert "usage: holdfast" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert errors.startswith("holdfast: ") and errors.count("\n") == 1 and says in errors
+
+
+class SafetensorError(Exception):
+    """As the library raises it, which knows nothing of OSError."""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "r/x"), "r/x: No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "No such file"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "No space left"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+         "could not be written"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_a_fault_of_the_disk_in_mid_run_is_one_line_and_two(
+    error: Exception, says: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("holdfast.experiments.sequence.run_sequence", fails)
+    assert main(["train", "--task", f"{place}/mood.jsonl", "--out", str(tmp_path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("holdfast: ") and errors.count("\n") == 1
+    assert says in errors and "goes on from the last checkpoint" in errors
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a shape that does not fit")
+
+    monkeypatch.setattr("holdfast.experiments.sequence.run_sequence", fails)
+    with pytest.raises(RuntimeError, match="shape"):
+        main(["train", "--task", "x"])
 
 
 def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +239,18 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
 def test_two_recipes_of_one_name_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--tasks", "x", "--recipes", "plain", "plain", "--out", "y"]) == 2
     assert "one name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flat", ["1e-4", "2e-4 2e-4", "0.0002 2e-4", "-1", "nan"])
+def test_flat_rates_that_cannot_serve_are_refused(
+    flat: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The usual rate is plain's own already."""
+    words = f"compare --tasks builtin:intents --recipes plain --out {tmp_path}/c --flat {flat}"
+    assert main(words.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and ("--flat" in errors or "--lr" in errors)
+    assert not (tmp_path / "c").exists()
 
 
 # --- done -----------------------------------------------------------------------------------------
@@ -211,11 +280,15 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main([*train, "--lr", "1e-3"]) == 2
     assert "other settings" in capsys.readouterr().err
     compare = ["compare", "--tasks", f"{place}/mood.jsonl", "--recipes", "plain", "l2sp",
-               "--seeds", "0", "1", "--model", f"{place}/bert",
+               "--seeds", "0", "1", "--model", f"{place}/bert", "--flat", "3e-4",
                "--out", f"{tmp_path}/c", *SHORT]  # fmt: skip
     assert main(compare) == 0
-    assert len(list((tmp_path / "c").rglob("record.json"))) == 4
-    assert "l2sp" in capsys.readouterr().out
+    found = sorted({p.parts[-3] for p in (tmp_path / "c").rglob("record.json")})
+    assert found == ["l2sp", "plain", "plain-0-0003"]
+    out = capsys.readouterr().out
+    assert "l2sp" in out and "plain, lr 0.0003" in out and "(control)" in out
+    cells = (tmp_path / "c" / "runs.csv").read_text().splitlines()
+    assert cells[0].startswith("recipe,seed,learned") and len(cells) == 1 + 6
     page = tmp_path / "page.html"
     assert main(["report", f"{tmp_path}/a", f"{tmp_path}/c", "--out", str(page)]) == 0
     assert "l2sp" in page.read_text()

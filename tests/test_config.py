@@ -59,21 +59,46 @@ def test_files_lists_become_tuples_and_back() -> None:
 
 
 def test_unknown_and_missing_settings_are_refused() -> None:
-    with pytest.raises(Refused, match=r"^f\.yaml: no setting 'lenght'; did you mean 'length'\?"):
+    with pytest.raises(Refused, match=r"^f\.yaml: unknown key 'lenght'; did you mean 'length'\?"):
         Example.from_dict({"size": 1.0, "lenght": 2}, where="f.yaml")
     with pytest.raises(Refused, match=r"known are .*size"):
         Example.from_dict({"zzz": 1.0}, where="f.yaml")
-    with pytest.raises(Refused, match=r"^f\.yaml: size: must be given"):
+    with pytest.raises(Refused, match=r"^f\.yaml: missing key 'size'"):
         Example.from_dict({"length": 2}, where="f.yaml")
 
 
-def test_count_rounds_shares_down_but_not_to_nothing() -> None:
-    assert count(0.05, 468) == 23
-    assert count(0.5, 9) == 4
-    assert count(0.01, 10) == 1
-    assert count(40, 10) == 40
-    with pytest.raises(Refused, match="neither a share"):
-        count(1.0, 10)
+def test_a_setting_of_a_file_is_refused_under_the_files_name() -> None:
+    with pytest.raises(Refused, match=r"^f\.yaml: rows: .*not 0$"):
+        Example.from_dict({"size": 1.0, "rows": 0}, where="f.yaml")
+    with pytest.raises(Refused, match=r"^rows: "):
+        Example.from_dict({"size": 1.0, "rows": 0})
+
+
+def test_a_text_where_a_list_is_wanted_says_so() -> None:
+    with pytest.raises(Refused, match=r"'\*\.weight'; .* in a list too: \['\*\.weight'\]$"):
+        Example(size=1.0, kind="*.weight")  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"not 'many'$"):
+        Example(size=1.0, rows="many")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("amount", "total", "expected"),
+    [(0.05, 468, 23), (0.05, 375, 18), (0.5, 9, 4), (0.01, 10, 1), (40, 10, 40), (7, 50, 7)],
+)
+def test_a_share_is_rounded_down_but_not_to_nothing(
+    amount: float, total: int, expected: int
+) -> None:
+    assert count(amount, total) == expected
+
+
+def test_a_share_may_be_nothing_where_nothing_will_do() -> None:
+    assert count(0.0, 9, least=0) == count(0.01, 9, least=0) == count(0, 50, least=0) == 0
+
+
+@pytest.mark.parametrize("amount", [1.0, 1.5, -0.1, -1, math.nan, True, "0.1"])
+def test_what_is_neither_share_nor_count_is_refused(amount: Any) -> None:
+    with pytest.raises(Refused, match=r"selection .* neither a share"):
+        count(amount, 50, what="selection")
 
 
 @given(st.floats() | st.integers() | st.text() | st.booleans() | st.none())

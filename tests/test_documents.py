@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.experiments.record import Record
 from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
+from holdfast.tasks import METRICS, labels, table
+from holdfast.tasks.spec import Options
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +39,21 @@ def test_every_method_has_a_page_that_names_its_settings(name: str) -> None:
 def test_readme_lists_every_method_and_recipe() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [name for name in (*METHODS, *PRESETS) if f"`{name}`" not in readme]
+
+
+def test_the_page_of_tasks_names_every_option_and_metric() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    options = [f.name for f in fields(Options)]
+    assert not [name for name in (*options, *METRICS) if f"`{name}`" not in page]
+    caps = (table.MAX_TEXT, table.MAX_CELL, table.MAX_CHARACTERS, table.MAX_RECORDS,
+            labels.MAX_CLASSES, labels.MAX_NAME)  # fmt: skip
+    assert not [cap for cap in caps if f"{cap:,}" not in page]
+
+
+def test_the_page_of_records_names_every_field_and_metric() -> None:
+    page = (ROOT / "docs" / "record.md").read_text(encoding="utf-8")
+    written = Record(tasks=[{"name": "a"}]).to_dict()
+    assert not [name for name in (*written, *written["metrics"]) if f"`{name}`" not in page]
 
 
 def test_links_in_documents_lead_somewhere() -> None:

@@ -50,22 +50,36 @@ def test_a_file_in_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"method": {}}, r"has no 'method'; did you mean 'methods'\?"),
+        ({"method": {}}, r"unknown key 'method'; did you mean 'methods'\?"),
         ({"methods": {"dsp": {}}}, r"no method 'dsp'; did you mean 'dps'\?"),
-        ({"methods": {"dps": {"dorp": 0.1}}}, r"no setting 'dps.dorp'; did you mean 'drop'\?"),
-        ({"methods": {"dps": {"drop": 2}}}, r"dps\.drop: .*not 2"),
+        ({"methods": {"dps": {"dorp": 0.1}}}, r"unknown key 'dps.dorp'; did you mean 'drop'\?"),
+        ({"methods": {"dps": {"drop": 2}}}, r"^r\.yaml: dps\.drop: .*not 2"),
+        ({"methods": {"dps": {"modules": "*.weight"}}}, r"list too: \['\*\.weight'\]"),
         ({"methods": {"dps": [0.3]}}, "settings of dps must be a mapping"),
         ({"methods": ["dps"]}, "methods must map"),
         ({"rates": 3}, "rates must be"),
-        ({"rates": "bertlc"}, "bertcl"),
+        ({"rates": "bertlc"}, r"^r\.yaml: .*'bertcl'"),
         ({"kind": "rates"}, "not a recipe"),
         ({"schema": 2}, "not a recipe of schema 1"),
-        ({"max_grad_norm": "1"}, r"recipe\.max_grad_norm: must be above 0, not '1'"),
+        ({"max_grad_norm": "1"}, r"^r\.yaml: recipe\.max_grad_norm: must be above 0, not '1'"),
     ],
 )
 def test_mistakes_in_files_are_refused(values: dict[str, Any], complaint: str) -> None:
     with pytest.raises(Refused, match=complaint):
         Recipe.from_dict(values, where="r.yaml")
+
+
+def test_a_file_without_a_name_is_called_like_the_file(tmp_path: Path) -> None:
+    """Two such files stand beside each other in one table."""
+    for name in ("gentle", "hard"):
+        (tmp_path / f"{name}.yaml").write_text("methods: {ewc: {}}\n")
+        assert Recipe.named(tmp_path / f"{name}.yaml").name == name
+    assert Recipe.from_dict({}).name == "custom"
+
+
+def test_a_name_too_long_for_a_file_is_only_an_unknown_name() -> None:
+    with pytest.raises(Refused, match="no recipe called"):
+        Recipe.named("x" * 300)
 
 
 @pytest.mark.parametrize("norm", [0, -1.0, math.nan, math.inf, True, "1"])

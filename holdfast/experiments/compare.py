@@ -57,7 +57,7 @@ def compare(
         for seed in seeds
     ]
     for _, own in recipes.values():  # before the first run is trained, not before the last
-        Settings.from_dict({**settings, **own}, where="compare")
+        Settings.from_dict({**settings, **own})
     if workers == 1:
         return [run_sequence(**job) for job in jobs]
     return _in_processes(jobs, workers, progress)

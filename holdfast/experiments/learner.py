@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,13 @@ from transformers import (
 )
 
 from holdfast.bound import Bound
+from holdfast.errors import Refused
 from holdfast.experiments.heads import (
     add_head,
     encode,
     evaluate,
+    has_head,
+    load_config,
     load_model,
     load_tokenizer,
     quiet,
@@ -36,7 +41,7 @@ from holdfast.experiments.sequence import HISTORY_ROWS, Settings
 from holdfast.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
-from holdfast.training.checkpoints import load_state, newest_complete, save_state
+from holdfast.training.checkpoints import commit, damage, load_state, newest_complete, save_state
 from holdfast.training.trainer import Trainer
 
 BAR_LINE = 0  # where this process draws its bar, below those of other processes
@@ -45,7 +50,9 @@ BAR_LINE = 0  # where this process draws its bar, below those of other processes
 class Learner:
     """The models of a sequence, one encoder between them, and the record they fill.
 
-    Made anew after a kill, it takes up the finished tasks from their checkpoints.
+    Made anew after a kill, it takes up the finished tasks from their checkpoints. With bf16 every
+    training pass is autocast, the replayed ones of earlier tasks too; scores and what methods
+    estimate at a task's end are of full precision, before a restart as after it.
     """
 
     def __init__(
@@ -68,11 +75,18 @@ class Learner:
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
         self._encoded: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        self._restore(len(record.seconds))
+        self._began = 0.0
+        self._note_machine()
+        self._restore(self._finished())
 
     def home(self, index: int) -> Path:
         """A task's folder: the checkpoint of its model as it was when the task was learned."""
         return self.folder / "tasks" / f"{index + 1}-{self.tasks[index].name}"
+
+    def training(self, index: int) -> Path:
+        """Where Trainer keeps its checkpoints until the task is learned."""
+        home = self.home(index)
+        return home.with_name(f"{home.name}.training")
 
     def rows(self, index: int, split: str) -> list[dict[str, Any]]:
         """A task's encoded rows."""
@@ -82,6 +96,40 @@ class Learner:
                 getattr(task, split), task, self.tokenizer, max_length=self.plan.max_length
             )
         return self._encoded[task.name, split]
+
+    def warn(self, line: str) -> None:
+        """Tell it now and in the record."""
+        logging.getLogger("holdfast").warning(line)
+        self.record.warn(line)
+
+    def _note_machine(self) -> None:
+        """What bit-equality hangs on, beside the packages; a change is told."""
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else ""
+        now = {
+            "device": str(device or "cpu"),
+            "precision": "bfloat16 autocast" if self.plan.bf16 else "float32",
+            "threads": str(torch.get_num_threads()),
+        }
+        for name, value in now.items():
+            before = self.record.versions.setdefault(name, value)
+            if before != value:
+                self.warn(f"{name} was {before} and is {value} since the run went on")
+
+    def _finished(self) -> int:
+        """How many tasks are learned; from the first on whose folder is gone, they are not."""
+        recorded = len(self.record.seconds)
+        kept = next((i for i in range(recorded) if not self.home(i).exists()), recorded)
+        for index in range(kept):
+            wrong = damage(self.home(index))
+            if wrong is not None:
+                raise Refused(wrong, where=str(self.home(index)),
+                              remedy="delete this folder to learn its task and later ones again, "
+                              "or the whole folder of the run")  # fmt: skip
+        if kept < recorded:
+            self.record.forget_from(kept)
+            for index in range(kept, len(self.tasks)):
+                shutil.rmtree(self.training(index), ignore_errors=True)
+        return kept
 
     def _restore(self, finished: int) -> None:
         for index in range(finished):
@@ -97,6 +145,7 @@ class Learner:
 
     def learn(self, index: int) -> None:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
+        self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + index
         model = (
             add_head(self.models[-1], task, seed=seed)
@@ -106,10 +155,9 @@ class Learner:
         if index == 0:
             self._describe(model)
         self.models.append(model)
-        training = self.home(index) / "training"
         trainer = Trainer(
             model=model,
-            args=self._arguments(training, seed, len(self.rows(index, "train"))),
+            args=self._arguments(self.training(index), seed, len(self.rows(index, "train"))),
             train_dataset=self.rows(index, "train"),
             data_collator=self.collate,
             processing_class=self.tokenizer,
@@ -120,20 +168,49 @@ class Learner:
             callbacks=[_History(self, index), *(self._bars(task.name))],
         )
         trainer.remove_callback(PrinterCallback)
-        checkpoint = newest_complete(training)
+        for old in self.models[:-1]:
+            trainer.accelerator.prepare_model(old, evaluation_mode=True)
+        checkpoint = newest_complete(
+            self.training(index), lambda line: self.warn(f"{task.name}: {line}")
+        )
         self._forget_after(index, checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        for prepared in self.models:
+            _unprepare(prepared)
         self.bound = trainer.bound
-        skipped = self.bound.skipped - sum(n or 0 for n in self.record.skipped_steps)
-        if index + 1 < len(self.tasks):
-            trainer.end_task()
-        for row, split in ((self.record.scores, "evaluation"), (self._selection(), "selection")):
-            for j in range(index + 1):
-                if self.rows(j, split):
-                    row[index][j] = self.score(j, split)
+        steps = trainer.state.global_step
+        skipped = self._skipped(task, steps)
+        trainer.end_task()
+        scores = self._scores(index, "evaluation"), self._scores(index, "selection")
         self._keep(index, model)
-        self.record.steps.append(trainer.state.global_step)
+        self.record.scores[index], self._selection()[index] = scores
+        self.record.steps.append(steps)
         self.record.skipped_steps.append(skipped)
+        self.record.methods_state = self._memory()
+        self.note_time()
+        self.record.seconds.append(self.record.elapsed)
+        self.record.elapsed = 0.0
+
+    def note_time(self) -> None:
+        """Seconds spent on this task so far, those of killed processes included."""
+        self.record.elapsed = round(time.monotonic() - self._began, 3)
+
+    def _skipped(self, task: Task, steps: int) -> int:
+        assert self.bound is not None
+        skipped = self.bound.skipped - sum(n or 0 for n in self.record.skipped_steps)
+        if skipped == steps:
+            raise Refused(f"diverged: no gradient of {steps} steps was finite", where=task.name,
+                          remedy="lower --lr, in another --out")  # fmt: skip
+        if skipped:
+            self.warn(f"{task.name}: {skipped} steps skipped for non-finite gradients.")
+        return skipped
+
+    def _memory(self) -> dict[str, Any]:
+        """What each method holds: bytes, and bytes per weight that was trained."""
+        assert self.bound is not None
+        weights = sum(w.numel() for w in self.bound.weights.values())
+        held = {name: state.bytes() for name, state in self.bound.states.items()}
+        return {k: {"bytes": n, "bytes_per_weight": n / weights} for k, n in held.items()}
 
     def _bars(self, task: str) -> list[TrainerCallback]:
         return [] if self.bar is None else [_Bar(self.bar, task)]
@@ -143,9 +220,21 @@ class Learner:
         return sum(n or 0 for n in self.record.steps[:index])
 
     def score(self, index: int, split: str, *, most: int | None = None) -> float:
-        """A task's metric on one of its splits, on the first `most` rows."""
-        rows = self.rows(index, split)[:most]
-        return evaluate(self.models[index], rows, self.tasks[index], self.collate)
+        """A task's metric on one of its splits, on the first `most` rows; of full precision."""
+        model, rows = self.models[index], self.rows(index, split)[:most]
+        autocast = model.__dict__.pop("forward", None)
+        try:
+            return evaluate(model, rows, self.tasks[index], self.collate)
+        finally:
+            if autocast is not None:
+                model.forward = autocast
+
+    def _scores(self, index: int, split: str) -> list[Any]:
+        """A row of the matrix: None where a task is not learned yet, or has no such rows."""
+        return [
+            self.score(j, split) if j <= index and self.rows(j, split) else None
+            for j in range(len(self.tasks))
+        ]
 
     def _selection(self) -> list[list[Any]]:
         if self.record.selection_scores is None:
@@ -159,11 +248,8 @@ class Learner:
         model.save_pretrained(home)
         self.tokenizer.save_pretrained(home)
         save_state(self.bound, home)
-        if (home / "training").exists():
-            # By another name first: half a checkpoint must not be taken for a whole one.
-            shutil.rmtree(home / "finished", ignore_errors=True)
-            (home / "training").rename(home / "finished")
-            shutil.rmtree(home / "finished", ignore_errors=True)
+        commit(home)
+        shutil.rmtree(self.training(index), ignore_errors=True)
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
         """Drop what the record says of steps that will be made again."""
@@ -174,6 +260,8 @@ class Learner:
         ]
 
     def _describe(self, model: nn.Module) -> None:
+        if has_head(load_config(self.source)):
+            self.warn("The model was a classifier: its own head was dropped.")
         named = parts(model)
         rates = self.recipe.rates.of(named)
         self.record.model = {
@@ -249,7 +337,17 @@ class _History(TrainerCallback):
                 "scores": scores,
             }
         )
-        learner.record.save(learner.folder / RECORD)
+        self.on_save(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.learner.note_time()
+        self.learner.record.save(self.learner.folder / RECORD)
+
+
+def _unprepare(model: nn.Module) -> None:
+    """Take off what Accelerate laid around `forward`: a loaded model would not have it."""
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
 
 
 class _Bar(TrainerCallback):

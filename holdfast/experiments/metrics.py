@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 
 from holdfast.errors import Refused, nearest
+from holdfast.tasks.task import METRICS
 
 Cell = float | None
 Matrix = Sequence[Sequence[Cell]]
-
-METRICS = ("accuracy", "f1", "matthews", "spearman")
 
 
 def square(scores: Matrix) -> list[list[Cell]]:

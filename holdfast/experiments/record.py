@@ -53,7 +53,10 @@ def versions() -> dict[str, str]:
 
 
 def commit(folder: str | Path = ".") -> str | None:
-    """The git commit checked out in `folder`, with `+changes` if files differ; None elsewhere."""
+    """The commit of holdfast itself that is checked out in `folder`, `+changes` if files differ.
+
+    None where `folder` is in no repository, or in one that holdfast is merely installed in.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -63,6 +66,7 @@ def commit(folder: str | Path = ".") -> str | None:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", str(Path(__file__).resolve().parents[1] / "__init__.py"))
         head = git("rev-parse", "HEAD")
         return head + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
@@ -99,13 +103,14 @@ class Record:
     rates: dict[str, Any] | None = None  # order, multiplier, depth, parameters: (parts,) each
     settings: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=versions)  # and device, precision, threads
     commit: str | None = None
     command: list[str] | None = None
-    seconds: list[Cell] = field(default_factory=list)  # (T,)
+    seconds: list[Cell] = field(default_factory=list)  # (T,) of each finished task
+    elapsed: float = 0.0  # seconds on the task that is being learned, over all processes
     steps: list[int | None] = field(default_factory=list)  # (T,)
     skipped_steps: list[int | None] = field(default_factory=list)  # (T,)
-    methods_state: dict[str, Any] = field(default_factory=dict)
+    methods_state: dict[str, Any] = field(default_factory=dict)  # name -> bytes, bytes_per_weight
     status: str = "done"
     exposure: str | None = None  # what the model saw in pre-training, as far as its card says
     warnings: list[str] = field(default_factory=list)
@@ -155,6 +160,20 @@ class Record:
     @property
     def new_plus_old(self) -> Cell:
         return metrics.new_plus_old(self.scores)
+
+    def warn(self, line: str) -> None:
+        """Note what a reader must know of this run, once."""
+        if line not in self.warnings:
+            self.warnings.append(line)
+
+    def forget_from(self, index: int) -> None:
+        """Drop what was measured of a task and those after it: they will be learned again."""
+        for matrix in (self.scores, self.selection_scores or []):
+            matrix[index:] = [[None] * len(self.tasks) for _ in matrix[index:]]
+        for values in (self.seconds, self.steps, self.skipped_steps):
+            del values[index:]
+        self.history = [h for h in self.history if h["learning"] < index]
+        self.elapsed = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values in the file's order: no NaN, no credentials."""
@@ -264,8 +283,9 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
             raise fault("rates", "one multiplier a part")
     if not isinstance(body.get("command", []), list | None):
         raise fault("command", "a list of words")
-    if not _number(body.get("seed")):
-        raise fault("seed", "a number")
+    for key in ("seed", "elapsed"):
+        if not _number(body.get(key)):
+            raise fault(key, "a number")
 
 
 def _number(value: object) -> bool:

@@ -20,13 +20,14 @@ from typing import IO, Any
 
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
+from holdfast.training.checkpoints import MANIFEST
 
 CONFIG, LEASE, RECORD = "run.json", "lease", "record.json"
 
 
 def digest(config: Mapping[str, Any]) -> str:
     """A name for a configuration: twelve hex digits of the SHA-256 of its sorted JSON."""
-    text = json.dumps(config, sort_keys=True)
+    text = json.dumps(_training(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -35,11 +36,12 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
     """Hold a run's folder for as long as the block lasts.
 
     Raises `Refused` where another live process holds it, where it belongs to another
-    configuration, or where it cannot be written.
+    configuration, where a link lies in it, or where it cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_links(folder)
         lease = _take_lease(folder)
     except OSError as error:
         raise Refused(f"cannot be written: {error.strerror}", where=str(folder),
@@ -51,22 +53,57 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
         lease.close()
 
 
+def _refuse_links(folder: Path) -> None:
+    """A link that was planted in the folder would have us write elsewhere; it may be one itself."""
+    for inner, folders, files in os.walk(folder):
+        for path in (Path(inner, name) for name in (*folders, *files)):
+            if path.is_symlink():
+                raise Refused("is a symbolic link, and runs write through none", where=str(path),
+                              remedy="remove it, or choose another --out")  # fmt: skip
+
+
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    path = folder / CONFIG
-    if not any((folder / name).exists() for name in (RECORD, "tasks")):
-        # Nothing was trained yet: a model that could not be loaded may be corrected.
-        write_text_atomic(path, json.dumps(config, indent=1))
-        return
+    path, now, begun = folder / CONFIG, _training(config), _begun(folder)
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise Refused("its run.json is missing or damaged", where=str(folder),
-                      remedy="choose another --out") from None  # fmt: skip
-    changed = [k for k in sorted({*before, *config}) if before.get(k) != config.get(k)]
-    if changed:
-        told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(config.get(k))}" for k in changed)
+        before = _training(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        if begun:
+            raise Refused("its run.json is missing or damaged", where=str(folder),
+                          remedy="choose another --out") from None  # fmt: skip
+        before = None
+    if before == now:
+        return
+    if begun and before is not None:
+        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
         raise Refused(f"holds a run with other settings ({told})", where=str(folder),
                       remedy="choose another --out")  # fmt: skip
+    # Nothing is lost: what kept the run from its first checkpoint may be corrected.
+    (folder / RECORD).unlink(missing_ok=True)
+    write_text_atomic(path, json.dumps(config, indent=1))
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a task was finished here, or a checkpoint written to its end."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except ValueError:
+            return True
+        if not isinstance(record, dict) or record.get("seconds") != []:
+            return True
+    return any((folder / "tasks").rglob(MANIFEST))
+
+
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides on the training: not a recipe's name, nor whether tasks are run alone too."""
+    left_out = {"recipe": "name", "settings": "alone"}
+    return {
+        key: {k: v for k, v in value.items() if k != left_out.get(key)}
+        if isinstance(value, Mapping)
+        else value
+        for key, value in config.items()
+    }
 
 
 def _short(value: Any) -> str:

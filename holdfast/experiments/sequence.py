@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +25,7 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt",
 ]  # fmt: skip
+_tell_once = functools.cache(logging.getLogger("holdfast").warning)
 HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
@@ -79,72 +82,91 @@ def run_sequence(
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-    plan = Settings.from_dict(settings, where="run_sequence")
+    plan = Settings.from_dict(settings)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**20:
         raise Refused(f"must be a whole number from 0 to 2^20, not {seed!r}", where="--seed")
     loaded = load_tasks(tasks, seed=seed, plan=plan)
-    config = {
-        "model": str(model),
-        "tasks": [[t.name, t.hash] for t in loaded],  # in order: a mapping would lose it
-        "recipe": chosen.to_dict(),
-        "seed": seed,
-        "settings": plan.to_dict(),
-    }
-    folder = Path(out) if out is not None else Path("runs") / digest(config)
+    for task in loaded:
+        for line in task.warnings:
+            _tell_once(f"{task.name}: {line}")
+    job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
+              bar=(label or "") if progress else None)  # fmt: skip
+    return job.run(loaded, plan, None if out is None else Path(out))
 
-    from holdfast.experiments.heads import MINILM, locate  # transformers: only after the checks
-    from holdfast.experiments.learner import Learner
 
-    source = locate(str(model))
-    check_disk(folder, _bytes_needed(source, len(loaded)))
-    with open_run(folder, config):
-        record = _resume(folder)
-        if record is not None:
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a sequence has in common with the runs of its tasks alone."""
+
+    model: str
+    recipe: Recipe
+    seed: int
+    command: list[str]
+    bar: str | None
+
+    def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
+        """Learn what a folder's record does not hold yet."""
+        from holdfast.experiments.heads import check_length, locate  # transformers: after checks
+
+        config = {
+            "model": self.model,
+            "tasks": [[t.name, t.hash] for t in tasks],  # in order: a mapping would lose it
+            "recipe": self.recipe.to_dict(),
+            "seed": self.seed,
+            "settings": plan.to_dict(),
+        }
+        folder = Path("runs") / digest(config) if folder is None else folder
+        source = locate(self.model)
+        check_length(source, plan.max_length)
+        check_disk(folder, _bytes_needed(source, len(tasks)))
+        with open_run(folder, config):
+            path = folder / RECORD
+            record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
             record.settings["out"] = str(folder)  # it may have been moved
-        if record is not None and record.status == "done":
+            before = record.to_dict()
+            record.recipe = self.recipe.to_dict()  # and this one renamed
+            record.settings["alone"] = plan.alone or record.settings.get("alone", False)
+            if record.status != "done":
+                self._learn(source, tasks, plan, folder, record)
+            for task in tasks[1:] if plan.alone else ():
+                if record.alone.get(task.name) is None:
+                    home = folder / "alone" / task.name
+                    by_itself = self.run([task], replace(plan, alone=False), home)
+                    record.alone[task.name] = by_itself.scores[0][0]
+            record.status = "done"
+            if record.to_dict() != before:
+                record.save(path)
             return record
-        if record is None:
-            record = Record(
-                tasks=[describe(t) for t in loaded],
-                kind="sequence" if len(loaded) > 1 else "train",
-                recipe=chosen.to_dict(),
-                settings={
-                    **plan.to_dict(),
-                    "model": str(model),
-                    "optimizer": "adamw_torch_fused",
-                    "out": str(folder),
-                },
-                seed=seed,
-                command=list(command or sys.argv),
-                commit=commit(Path(__file__).parent),
-                exposure=MINILM["exposure"] if model == "minilm" else None,
-                status="running",
-            )
-        learner = Learner(
-            folder,
-            source,
-            loaded,
-            chosen,
-            plan,
-            seed,
-            record,
-            bar=(label or "") if progress else None,
+
+    def _fresh(self, tasks: list[Task], plan: Settings) -> Record:
+        from holdfast.experiments.heads import MINILM
+
+        return Record(
+            tasks=[describe(t) for t in tasks],
+            kind="sequence" if len(tasks) > 1 else "train",
+            settings={**plan.to_dict(), "model": self.model, "optimizer": "adamw_torch_fused"},
+            seed=self.seed,
+            command=self.command,
+            commit=commit(Path(__file__).parent),
+            exposure=MINILM["exposure"] if self.model == "minilm" else None,
+            status="running",
         )
-        for index in range(len(record.seconds), len(loaded)):
-            began = time.monotonic()
-            learner.learn(index)
-            record.seconds.append(round(time.monotonic() - began, 3))
+
+    def _learn(
+        self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record
+    ) -> None:
+        from holdfast.experiments.learner import Learner
+
+        learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar)
+        for index in range(len(record.seconds), len(tasks)):
+            try:
+                learner.learn(index)
+            except Refused as refusal:  # training diverged, or a disk is full
+                record.warn(f"{tasks[index].name} was not learned: {refusal}")
+                with suppress(Refused):
+                    record.save(folder / RECORD)
+                raise
             record.save(folder / RECORD)
-        if plan.alone:
-            for task, spec in list(zip(loaded, tasks, strict=True))[1:]:
-                by_itself = run_sequence(
-                    model, [spec], chosen, seed=seed, out=folder / "alone" / task.name,
-                    progress=progress, **{**settings, "alone": False},
-                )  # fmt: skip
-                record.alone[task.name] = by_itself.scores[0][0]
-        record.status = "done"
-        record.save(folder / RECORD)
-        return record
 
 
 def load_tasks(specs: Sequence[str | Path], *, seed: int, plan: Settings) -> list[Task]:
@@ -184,13 +206,8 @@ def describe(task: Task) -> dict[str, Any]:
     }
 
 
-def _resume(folder: Path) -> Record | None:
-    path = folder / RECORD
-    return Record.load(path) if path.is_file() else None
-
-
 def _bytes_needed(source: str, tasks: int) -> int:
-    """A checkpoint per task, its method state, and one training checkpoint with moments."""
+    """A checkpoint per task with its method state, and three of training, with moments."""
     weights = Path(source) / "model.safetensors"
     size = weights.stat().st_size if weights.is_file() else 500_000_000
-    return size * (3 * tasks + 4)
+    return size * (3 * tasks + 3 * 3)

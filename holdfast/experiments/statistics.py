@@ -39,7 +39,8 @@ def noise(metric: str, score: Cell, rows: int | None) -> Cell:
     accuracy: `sqrt(p (1 - p) / n)`, with p kept half a row from 0 and 1, so that a perfect score
     of 20 rows does not claim to be exact. spearman: `(1 - r^2) sqrt((1 + r^2 / 2) / (n - 3))`
     (Bonett & Wright 2000, by the delta method). matthews: `sqrt((1 - r^2) / n)`, exact for two
-    balanced classes, an approximation elsewhere. f1 needs the counts: None.
+    balanced classes, an approximation elsewhere. f1 needs the predictions, which no record keeps:
+    None.
     """
     if score is None or not math.isfinite(score) or rows is None or rows < 1:
         return None
@@ -55,19 +56,6 @@ def noise(metric: str, score: Cell, rows: int | None) -> Cell:
     return None
 
 
-def wilson(p: Cell, n: int | None, *, confidence: float = 0.95) -> tuple[float, float] | None:
-    """Wilson's score interval of a share p of n rows; unlike p +- z se it holds near 0 and 1."""
-    if p is None or not 0 <= p <= 1 or n is None or n < 1:
-        return None
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # rounding must not keep a share of 0 or 1 out of its own interval
-    return (0.0 if p == 0 else centre - half), (1.0 if p == 1 else centre + half)
-
-
 def mean_spread(values: Iterable[Cell]) -> Spread:
     """Mean, standard deviation, count, minimum and maximum of the measured values."""
     known = _known(values)
@@ -77,29 +65,6 @@ def mean_spread(values: Iterable[Cell]) -> Spread:
     mean = math.fsum(known) / n
     sd = math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (n - 1)) if n > 1 else None
     return Spread(mean, sd, n, min(known), max(known))
-
-
-def bootstrap_interval(
-    values: Iterable[Cell], seed: int, *, confidence: float = 0.95
-) -> tuple[float, float] | None:
-    """BCa bootstrap interval of the mean; None below three values. Equal values: that value."""
-    known = _known(values)
-    if len(known) < 3:
-        return None
-    if min(known) == max(known):
-        return known[0], known[0]
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    interval = bootstrap(
-        (np.asarray(known),),
-        np.mean,
-        confidence_level=confidence,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    low, high = float(interval.low), float(interval.high)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def paired_difference(
@@ -123,17 +88,6 @@ def paired_difference(
     moved = [gap for gap in (round(gap, 12) for gap in gaps) if gap]
     p = float(wilcoxon(moved).pvalue) if moved else 1.0
     return Difference(spread.mean, spread.mean - half, spread.mean + half, n, p, 2.0 ** (1 - n))
-
-
-def failed(scores: Iterable[Cell], floor: float) -> Cell:
-    """Share of runs below `floor` (say, the majority class's score); None without a run.
-
-    A run that never happened (None) is left out; one that ended in NaN failed.
-    """
-    known = [float(value) for value in scores if value is not None]
-    if not known:
-        return None
-    return sum(not (math.isfinite(value) and value >= floor) for value in known) / len(known)
 
 
 def _known(values: Iterable[Cell] | Sequence[Cell]) -> list[float]:

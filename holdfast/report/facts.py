@@ -22,6 +22,7 @@ from holdfast.experiments.statistics import (
 from holdfast.report.words import DASH, clean, run_sentences, short, study_sentences
 
 CONTROL = "plain"
+_CONTROL = re.compile(CONTROL + r"(?:[\s@:_,(=-]+(?:lr[\s=_:-]*)?[\d.e+-]+\)?)?")
 # settings in which runs of one configuration may differ
 PER_RUN = frozenset(
     {"seed", "data_seed", "output", "output_dir", "out", "device", "resume", "alone", "save_steps"}
@@ -131,18 +132,18 @@ def run_facts(record: Record, label: str | None = None) -> RunFacts:
     )
 
 
-def comparisons(records: Sequence[Record], *, control: str = CONTROL) -> list[Comparison]:
+def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """Records grouped by what they learned, then by configuration, over seeds.
 
     A configuration is a recipe and every setting but the seed. The control is the configuration
-    whose recipe is named `control`; of several (a flat rate each) the one with the best
+    of `is_control`; of several (a flat rate each) the one with the best
     new_plus_old on the selection rows, or on the evaluation rows where those are all there is:
     that favours the control, never the recipe beside it.
     """
     studies: dict[str, list[Record]] = {}
     for record in records:
         studies.setdefault(_study_key(record.to_dict()), []).append(record)
-    return [_comparison(group, control) for group in studies.values()]
+    return [_comparison(group) for group in studies.values()]
 
 
 def run_label(body: dict[str, Any]) -> str:
@@ -244,7 +245,7 @@ def _configuration(body: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in body["settings"].items() if key not in PER_RUN}
 
 
-def _comparison(records: list[Record], control: str) -> Comparison:
+def _comparison(records: list[Record]) -> Comparison:
     by_key: dict[str, list[Record]] = {}
     warnings = []
     for record in records:
@@ -264,14 +265,12 @@ def _comparison(records: list[Record], control: str) -> Comparison:
         open_ = sum(record.status != "done" for record in picked[label])
         if open_ and len(records) > 1:
             warnings.append(f"{label}: {open_} of {len(picked[label])} runs have not ended.")
-    chosen = _control(picked, control)
-    groups = [
-        _group(label, runs, picked.get(chosen or ""), control) for label, runs in picked.items()
-    ]
+    chosen = _control(picked)
+    groups = [_group(label, runs, picked.get(chosen or "")) for label, runs in picked.items()]
     groups.sort(key=lambda group: (not group.control, not group.plain, _rate(group)))
     if len(groups) > 1:
         if chosen is None:
-            warnings.append(f"No control: no recipe here is named {control!r}.")
+            warnings.append(f"No control: no {CONTROL!r} here without methods, at flat rates.")
         elif sum(g.plain for g in groups) > 1 and any(r.selection_scores is None for r in records):
             warnings.append("The control's rate was chosen on evaluation rows, which favours it.")
         few = min(len(group.seeds) for group in groups)
@@ -312,12 +311,16 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else clean(value, width=30)
 
 
-def is_control(name: str, control: str = CONTROL) -> bool:
-    """`plain`, and `plain@2e-5`, `plain-2e-5` and kin: the control at another rate."""
-    return (
-        re.fullmatch(re.escape(control) + r"(?:[\s@:_,(=-]+(?:lr[\s=_:-]*)?[\d.e+-]+\)?)?", name)
-        is not None
-    )
+def is_control(recipe: dict[str, Any]) -> bool:
+    """`plain`, and `plain@2e-5`, `plain-2e-5` and kin, if it is what its name says.
+
+    That is: no methods, and one rate for every part.
+    """
+    rates = recipe.get("rates")
+    curve = rates if isinstance(rates, dict) else {}
+    flat = len({str(value) for value in curve.get("multipliers") or [1.0]}) == 1
+    plain = flat and not curve.get("freeze_below") and not recipe.get("methods")
+    return plain and _CONTROL.fullmatch(recipe_name({"recipe": recipe})) is not None
 
 
 def _rate(group: GroupFacts) -> float:
@@ -325,12 +328,8 @@ def _rate(group: GroupFacts) -> float:
     return float(rate) if group.plain and isinstance(rate, int | float) else math.inf
 
 
-def _control(picked: dict[str, list[Record]], control: str) -> str | None:
-    names = [
-        label
-        for label, records in picked.items()
-        if is_control(recipe_name(records[0].to_dict()), control)
-    ]
+def _control(picked: dict[str, list[Record]]) -> str | None:
+    names = [label for label, records in picked.items() if is_control(records[0].recipe)]
 
     def quality(label: str, which: str) -> Cell:
         matrices = [getattr(record, which) for record in picked[label]]
@@ -347,9 +346,7 @@ def _control(picked: dict[str, list[Record]], control: str) -> str | None:
     return names[0] if names else None
 
 
-def _group(
-    label: str, records: list[Record], control: list[Record] | None, name: str
-) -> GroupFacts:
+def _group(label: str, records: list[Record], control: list[Record] | None) -> GroupFacts:
     runs = [run_facts(record) for record in records]
     points_ = {name: [column(run.scores) for run in runs] for name, column in COLUMNS.items()}
     size = len(runs[0].scores)
@@ -363,7 +360,7 @@ def _group(
         recipe=recipe_name(first),
         settings=_configuration(first),
         control=mine,
-        plain=is_control(recipe_name(first), name),
+        plain=is_control(first["recipe"]),
         runs=runs,
         seeds=[record.seed for record in records],
         spread={name: mean_spread(values) for name, values in points_.items()},

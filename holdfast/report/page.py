@@ -15,7 +15,7 @@ from holdfast.experiments.statistics import Difference
 from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import Comparison, comparisons
-from holdfast.report.words import DASH, clean, number, points, short, spread_text
+from holdfast.report.words import DASH, clean, noise_note, number, points, short, spread_text
 
 # every metric a record stores, with its sign, for a reader who knows none of them
 MEANINGS = {
@@ -39,11 +39,17 @@ class Section:
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Record]:
-    """Records from files, and from every `record.json` below folders; links are not followed."""
+    """Records from files, and from every `record.json` below folders; links are not followed.
+
+    A task that a sequence also trained alone is in the sequence's own record already.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            below = sorted(p for p in path.rglob("record.json") if not p.is_symlink())
+            below = sorted(
+                p for p in path.rglob("record.json")
+                if not (p.is_symlink() or _of_a_sequence(p, path))
+            )  # fmt: skip
             if not below:
                 raise Refused("no record.json in it", where=str(path), remedy="pass a run's folder")
             found += below
@@ -51,6 +57,12 @@ def find_records(paths: Iterable[str | Path]) -> list[Record]:
             found.append(path)
     unique = {path.resolve(): path for path in found}
     return [Record.load(path) for path in unique.values()]
+
+
+def _of_a_sequence(record: Path, asked: Path) -> bool:
+    """Whether `record` is `RUN/alone/TASK/record.json` of a run that was asked for with it."""
+    *above, alone, _, _ = ["", "", *record.relative_to(asked).parts]
+    return alone == "alone" and asked.joinpath(*above, "record.json").is_file()
 
 
 def write_report(records: Sequence[Record], path: str | Path, title: str | None = None) -> Path:
@@ -118,6 +130,7 @@ def _environment() -> Any:
         value=_value,
         count=_count,
         short=short,
+        noise_note=noise_note,
         rows=_layout,
         command=_command,
         yaml=_yaml,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from holdfast.experiments.record import Record
 from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, run_facts
-from holdfast.report.words import DASH, clean, number, spread_text
+from holdfast.report.words import DASH, clean, noise_note, number, spread_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,12 +42,14 @@ def matrix_table(record: Record) -> Table:
         "noise of the last score",
         *(DASH if task.noise is None else f"± {number(task.noise)}" for task in facts.tasks),
     )
+    notes = [noise_note(facts.tasks)]
     if len(facts.tasks) > 1:
         table.add_row("forgetting", *(number(t.forgetting, sign=True) for t in facts.tasks))
         shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
-        table.caption = Text("mean " + " · ".join(words) + "\nforgetting: positive is worse")
-        table.caption_justify = "left"
+        notes = ["mean " + " · ".join(words), "forgetting: positive is worse", *notes]
+    table.caption = Text("\n".join(note for note in notes if note))
+    table.caption_justify = "left"
     return table
 
 

@@ -50,6 +50,12 @@ def spread_text(spread: Spread, *, sign: bool = False) -> str:
     return text if spread.sd is None else f"{text}\u00a0±\u00a0{number(spread.sd)}"
 
 
+def noise_note(tasks: list[TaskFacts]) -> str:
+    """Why some scores stand without their noise; empty where none does."""
+    bare = list(dict.fromkeys(t.metric for t in tasks if t.final is not None and t.noise is None))
+    return f"no noise of {' or '.join(bare)}: it needs the predictions, not kept" if bare else ""
+
+
 def points(value: Cell) -> str:
     """A difference of scores in points: `−21.1 points`."""
     return DASH if value is None else f"{number(100 * value, sign=True, digits=1)} points"

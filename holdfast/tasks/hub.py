@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from holdfast.errors import Refused, nearest
@@ -12,6 +16,7 @@ from holdfast.tasks.table import MAX_RECORDS, Table, listed, shown
 # Ids that moved when the Hub gave every dataset an owner.
 MOVED = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue", "imdb": "stanfordnlp/imdb"}
 EVALUATION = ("validation", "validation_matched", "dev", "test")
+PATIENCE = 3.0  # seconds for the Hub to answer at all
 
 
 def read(
@@ -35,13 +40,48 @@ def read(
     return train, evaluation, tuple(names) if names else None, floats
 
 
+def must_answer(place: str) -> None:
+    """Refuse `place`, an id on the Hub, where no network leads there; asked once a process.
+
+    The Hub's own clients try again for most of a minute, and say so on many lines.
+    """
+    from huggingface_hub import constants
+
+    for name in ("huggingface_hub", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not constants.HF_HUB_OFFLINE and not answers(constants.ENDPOINT):
+        raise Refused(
+            f"no network: {constants.ENDPOINT} does not answer",
+            where=place,
+            remedy="name a local path, or set HF_HUB_OFFLINE=1 to use what was fetched before",
+        )
+
+
+@functools.cache
+def answers(endpoint: str) -> bool:
+    """Whether the Hub's own client, with its proxies, gets any answer in `PATIENCE` seconds."""
+    from huggingface_hub import get_session
+
+    answered: list[Any] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # one for each way in which a network fails
+            answered.append(get_session().head(endpoint, timeout=PATIENCE))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name may resolve for longer than that
+    asking.start()
+    asking.join(PATIENCE)
+    return bool(answered)
+
+
 def _load(place: str, options: Options) -> Mapping[str, Any]:
     dataset, config = _split_id(place)
     if config and options.config:
         raise Refused("the configuration stands twice", where=place)
-    try:
-        import datasets
+    import datasets
 
+    must_answer(place)
+    try:
         found = datasets.load_dataset(dataset, options.config or config, revision=options.revision)
     except Exception as error:  # network, missing, private, scripts: one line each
         lines = str(error).strip().splitlines()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.tasks import files, folder, generated, splits
 from holdfast.tasks.rows import Source, counted, source_of
@@ -55,7 +56,7 @@ def load_task(
     if len({row.label for row in evaluation}) < 2:
         warnings.append("every evaluation row has the same label")
 
-    size = splits.count_of(selection, len(pool), "selection")
+    size = count(selection, len(pool), what="selection", least=0)
     if isinstance(selection, float) and selection > 0:  # a share means a row a class, if it can
         classes = len({row.label for row in pool}) if names is not None else 1
         size = max(size, min(classes, len(pool) // 2))

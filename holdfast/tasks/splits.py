@@ -10,8 +10,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from holdfast.errors import Refused
-
 
 def stratified(
     labels: Sequence[int | float], size: int, *, seed: str, leave: int = 0
@@ -62,16 +60,3 @@ def _shares(counts: dict[int, int], size: int, leave: int) -> dict[int, int]:
         open_ = [group for group in counts if shares[group] < most[group]]
         shares[max(open_, key=lambda group: (exact[group] - shares[group], -group))] += 1
     return shares
-
-
-def count_of(amount: float | int, rows: int, what: str) -> int:
-    """A share below 1 or a count of rows, as a count."""
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise Refused(f"{what} {amount!r} is neither a share nor a count")
-    if isinstance(amount, float) and not 0 <= amount < 1:
-        raise Refused(
-            f"{what} {amount} is no share of 0 to below 1", remedy="an integer counts rows"
-        )
-    if amount < 0:
-        raise Refused(f"{what} {amount} is below 0")
-    return amount if isinstance(amount, int) else round(amount * rows)

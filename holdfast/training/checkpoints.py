@@ -1,9 +1,17 @@
-"""The state of a `Bound` beside a checkpoint: safetensors for tensors, JSON for the rest."""
+"""The state of a `Bound` beside a checkpoint, and the manifest that makes a checkpoint count.
+
+State is safetensors for tensors and JSON for the rest. A checkpoint is whole when its manifest,
+which is written last and durably, names size and SHA-256 of every file that lies there.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
-from holdfast.files import write_text_atomic
+from holdfast.files import sync_folder, write_text_atomic
 
-TENSORS, META = "holdfast.safetensors", "holdfast.json"
+LOG = logging.getLogger("holdfast")
+TENSORS, META, MANIFEST = "holdfast.safetensors", "holdfast.json", "manifest.json"
 
 
 def save_state(bound: Bound, folder: str | Path, *, plan: Mapping[str, Any] | None = None) -> None:
@@ -59,23 +68,90 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def newest_complete(folder: str | Path) -> Path | None:
-    """The latest checkpoint in a Trainer's output folder that was saved to its end."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    complete = [p for p in found if _complete(p)]
-    return complete[-1] if complete else None
+# --- whole or not ---------------------------------------------------------------------------------
 
 
-def _complete(checkpoint: Path) -> bool:
-    """Whether Trainer wrote its last file, and none before it has gone since.
+def commit(folder: str | Path) -> None:
+    """Declare a folder whole as it lies there: its files, then its manifest, outlive a crash."""
+    folder = Path(folder)
+    inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST]
+    files = {}
+    for path in inside:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
+    for home in {folder, *(path.parent for path in inside)}:
+        sync_folder(home)
+    write_text_atomic(folder / MANIFEST, _manifest(files))
+    sync_folder(folder.parent)
 
-    Without one of these Trainer would go on all the same, with other weights (faults P2).
-    """
-    needed = (TENSORS, META, "optimizer.pt", "scheduler.pt", "rng_state.pth")
-    if not all((checkpoint / f).is_file() for f in needed) or not any(checkpoint.glob("*model*")):
-        return False
+
+def _manifest(files: Mapping[str, Any]) -> str:
+    """The text of a manifest, which vouches for itself too."""
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"schema": 1, "sha256": digest, "files": files}, indent=1)
+
+
+def damage(folder: str | Path) -> str | None:
+    """What is wrong with a folder that `commit` should have declared whole; None if nothing is."""
+    folder = Path(folder)
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # killed while it was written
-        return False
-    return True
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _manifest(files):
+            return f"{MANIFEST} is not as it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, sha) in files.items():
+        try:
+            with (folder / name).open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    return f"{name} has {found} bytes of {size}"
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha:
+                    return f"{name} is not as it was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def newest_complete(folder: str | Path, tell: Callable[[str], None] = LOG.warning) -> Path | None:
+    """The latest whole checkpoint in a Trainer's output folder.
+
+    tell: is given a line on each later one that is passed over. Trainer itself would go on from
+    it, with other weights (faults P2, P3), or stop (P4).
+    """
+    for checkpoint in reversed(_checkpoints(Path(folder))):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint
+        tell(f"{checkpoint.name} is passed over: {wrong}")
+    return None
+
+
+def rotate(newest: Path, limit: int | None, *, best: str | None = None) -> None:
+    """Keep `limit` checkpoints, among them the newest, which is whole, and the best.
+
+    Those committed first go first, and before them those that never were.
+    """
+
+    def committed(checkpoint: Path) -> float:
+        manifest = checkpoint / MANIFEST
+        return manifest.stat().st_mtime if manifest.exists() else 0.0
+
+    if limit is not None and limit > 0:
+        found = _checkpoints(newest.parent)
+        spare = [p for p in found if p != newest and (best is None or p != Path(best))]
+        for old in sorted(spare, key=committed)[: max(len(found) - limit, 0)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by their step."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))

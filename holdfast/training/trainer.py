@@ -14,6 +14,7 @@ import copyreg
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +27,15 @@ from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.training.checkpoints import differences, load_state, save_state
+from holdfast.training.checkpoints import (
+    commit,
+    damage,
+    differences,
+    load_state,
+    newest_complete,
+    rotate,
+    save_state,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -130,10 +139,22 @@ class RecipeMixin(_Base):
         # Not through return_outputs: for that TRL runs the model once more, drawing dropout.
         self._outputs = outputs
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the recipe is bound only while it runs."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the recipe is bound only while it runs.
+
+        True goes on from the newest whole checkpoint; one that is named must be whole.
+        """
+        if resume_from_checkpoint is True:
+            found = newest_complete(self.args.output_dir)
+            if found is None:
+                raise Refused("holds no whole checkpoint", where=self.args.output_dir,
+                              remedy="train without resume_from_checkpoint")  # fmt: skip
+            resume_from_checkpoint = str(found)
+        elif resume_from_checkpoint and (wrong := damage(resume_from_checkpoint)):
+            raise Refused(wrong, where=str(resume_from_checkpoint),
+                          remedy="resume from one that was saved with a recipe")  # fmt: skip
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             if self.bound is not None:
                 self.bound.unbind()
@@ -248,6 +269,20 @@ class RecipeMixin(_Base):
             if self.bound.skipped:
                 logs["skipped_steps"] = self.bound.skipped
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, committed when it is whole; older ones go only then."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run = Path(self._get_output_dir(trial=trial))
+            saved = run / f"checkpoint-{self.state.global_step}"
+            commit(saved)
+            rotate(saved, limit, best=self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

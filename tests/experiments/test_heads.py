@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+import transformers
 from models import same, weights
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    RobertaConfig,
+    T5Config,
+)
 
 from holdfast.errors import Refused
 from holdfast.experiments import heads
 from holdfast.experiments.heads import (
     add_head,
+    check_length,
     encode,
     evaluate,
     load_model,
     load_tokenizer,
     locate,
 )
+from holdfast.experiments.sequence import run_sequence
 from holdfast.tasks import Row, Task
 
 
@@ -37,6 +46,12 @@ def task(
     return Task(**plain | more, labels=labels, train=rows, evaluation=rows)
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holdfast.tasks.hub.answers", lambda _: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(models.save_bert(tmp_path_factory.mktemp("encoder")))
@@ -45,9 +60,24 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 # --- locate -----------------------------------------------------------------------------------
 
 
-def test_a_folder_and_a_hub_id_are_taken_as_they_are(encoder: str) -> None:
+def test_a_folder_and_a_hub_id_are_taken_as_they_are(
+    encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert locate(encoder) == encoder
+    monkeypatch.setattr("holdfast.tasks.hub.answers", lambda _: True)
     assert locate("owner/model") == "owner/model"
+    assert locate("bert-base-uncased") == "bert-base-uncased"
+
+
+def test_a_hub_id_without_a_network_is_refused_at_once() -> None:
+    with pytest.raises(Refused, match=r"^owner/model: no network: .*; .*local path.*OFFLINE=1"):
+        locate("owner/model")
+
+
+@pytest.mark.parametrize("name", ["minlm", "MiniLM", "mini-lm", "minilmm"])
+def test_a_misspelt_minilm_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(Refused, match="did you mean 'minilm'"):
+        locate(name)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -83,6 +113,54 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="cannot be loaded") as refusal:
         load_model(str(tmp_path), task(), seed=0)
     assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_are_no_safetensors_are_not_opened(encoder: str, tmp_path: Path) -> None:
+    """A pickle runs what its author wrote: here, it would leave a mark."""
+    shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    mark = tmp_path / "mark"
+    torch.save({"x": Payload(mark)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Refused, match=r"model\.safetensors.*; save it with save_pretrained"):
+        load_model(str(tmp_path), task(), seed=0)
+    assert not mark.exists()
+    (tmp_path / "model.safetensors").write_bytes(b"not a header")
+    with pytest.raises(Refused, match="cannot be loaded"):
+        load_model(str(tmp_path), task(), seed=0)
+
+
+class Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.mark,))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(encoder: str, tmp_path: Path) -> None:
+    """Transformers makes one up of five tokens, and every word is unknown to it."""
+    shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(Refused, match="no tokenizer: 5 tokens for the 38 of the model; save"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_rows_longer_than_the_positions_are_refused(encoder: str, tmp_path: Path) -> None:
+    check_length(encoder, 64)
+    with pytest.raises(Refused, match=r"^--max-length: 65 tokens, .*; say --max-length 64$"):
+        check_length(encoder, 65)
+    gpt2 = models.gpt2().config  # calls them n_positions
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(Refused, match="for 64"):
+        check_length(str(tmp_path / "gpt2"), 65)
+    roberta = RobertaConfig(max_position_embeddings=66, pad_token_id=1)
+    roberta.save_pretrained(tmp_path / "roberta")
+    check_length(str(tmp_path / "roberta"), 64)
+    with pytest.raises(Refused, match="for 64"):
+        check_length(str(tmp_path / "roberta"), 65)
+    T5Config().save_pretrained(tmp_path / "t5")  # relative positions
+    check_length(str(tmp_path / "t5"), 10**6)
 
 
 # --- heads ------------------------------------------------------------------------------------
@@ -137,6 +215,76 @@ def test_a_checkpoint_of_a_task_gives_the_same_predictions(encoder: str, tmp_pat
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(again(**batch).logits, before)
     assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_trained_in_float32(
+    kind: torch.dtype, head: str, encoder: str, tmp_path: Path
+) -> None:
+    getattr(transformers, f"Bert{head}").from_pretrained(encoder, dtype=kind).save_pretrained(
+        tmp_path
+    )
+    model = load_model(str(tmp_path), task(), seed=0)
+    other = add_head(model, task(("a", "b", "c")), seed=1)
+    for made in (model, other):
+        assert {p.dtype for p in made.parameters()} == {torch.float32}
+
+
+def gpt2_folder(folder: Path, *, padding: bool = False, **config: Any) -> str:
+    """As GPT-2 is published: neither its tokenizer nor its configuration knows of padding."""
+    models.gpt2(**config).save_pretrained(folder)
+    tokens = models.tokenizer(template=False)
+    if not padding:
+        tokens.pad_token = None
+    tokens.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("padding", "config", "expected"),
+    [(False, None, 3), (False, -1, 3), (False, 0, 0), (True, None, 0)],
+    ids=["neither", "minus one", "the model's", "the tokenizer's"],
+)
+def test_tokenizer_and_model_pad_with_one_token(
+    padding: bool, config: int | None, expected: int, tmp_path: Path
+) -> None:
+    source = gpt2_folder(tmp_path, padding=padding, pad_token_id=config)
+    assert load_tokenizer(source).pad_token_id == expected
+    first = load_model(source, task(), seed=0)
+    second = add_head(first, task(("a", "b", "c")), seed=1)
+    assert first.config.pad_token_id == second.config.pad_token_id == expected
+
+
+def test_gpt2_learns_two_tasks_and_reads_the_last_word_of_each_row(tmp_path: Path) -> None:
+    """Padded beside a longer row, a row scores as it does by itself."""
+    source = gpt2_folder(tmp_path / "gpt2", pad_token_id=None)
+    tokens = load_tokenizer(source)
+    collate = DataCollatorWithPadding(tokens)
+    tasks = [task(), task(("a", "b", "c"), name="other")]
+    first = load_model(source, tasks[0], seed=0)
+    made = [first, add_head(first, tasks[1], seed=1)]
+    for asked, model in zip(tasks, made, strict=True):
+        rows = encode(asked.train, asked, tokens, max_length=16)
+        step = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(**collate(rows)).loss.backward()
+        step.step()
+        assert 0 <= evaluate(model, rows, asked, collate) <= 1
+        bare = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
+        model.eval()
+        with torch.no_grad():
+            together = model(**collate(bare)).logits
+            alone = torch.cat([model(**collate([row])).logits for row in bare])
+        torch.testing.assert_close(together, alone)
+    assert made[0].base_model is made[1].base_model
+
+
+def test_gpt2_without_padding_works_end_to_end(tmp_path: Path) -> None:
+    source = gpt2_folder(tmp_path / "gpt2", pad_token_id=None)
+    data = [models.write_task(tmp_path, topic) for topic in ("mood", "colour")]
+    settings: dict[str, Any] = {"epochs": 0.5, "batch_size": 4, "max_length": 16}
+    record = run_sequence(source, data, "plain", out=tmp_path / "run", progress=False, **settings)
+    assert record.new_plus_old is not None
 
 
 # --- rows -------------------------------------------------------------------------------------
@@ -212,6 +360,19 @@ def test_training_goes_on_after_an_evaluation(encoder: str) -> None:
     collate = DataCollatorWithPadding(tokens)
     evaluate(model, rows, task(), collate)
     model(**collate(rows)).loss.backward()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("labels", [("a", "b"), None])
+def test_a_model_that_diverged_has_no_score(value: float, labels: Any, encoder: str) -> None:
+    """The position of the largest of NaN is 0: that would be the first class's share."""
+    asked = task(labels)
+    model = load_model(encoder, asked, seed=0)
+    torch.nn.init.constant_(model.classifier.bias, value)
+    tokens = load_tokenizer(encoder)
+    rows = encode(asked.train, asked, tokens, max_length=64)
+    with pytest.raises(Refused, match=r"^t: diverged: .*; lower --lr$"):
+        evaluate(model, rows, asked, DataCollatorWithPadding(tokens))
 
 
 def test_regression_is_scored_by_rank(encoder: str) -> None:

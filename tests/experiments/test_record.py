@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import Refused
 from holdfast.experiments import record as module
-from holdfast.experiments.record import SCHEMA, Record, scrub, without_secrets
+from holdfast.experiments.record import SCHEMA, Record, commit, scrub, without_secrets
 
 NAMES = st.text(max_size=30)
 NUMBERS = st.none() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
@@ -95,6 +95,26 @@ def test_scores_left_out_are_empty_not_zero() -> None:
     record = Record(tasks=[{"name": "a"}, {"name": "b"}])
     assert record.scores == [[None, None], [None, None]]
     assert record.forgetting is None and record.names == ["a", "b"]
+
+
+def test_what_is_learned_again_is_forgotten() -> None:
+    record = made(
+        selection_scores=[[0.9, None], [0.7, 0.8]], seconds=[3.0, 4.0], steps=[5, 5],
+        skipped_steps=[0, 1], elapsed=2.5,
+        history=[{"learning": i, "step": 5 * i, "scores": [0.5]} for i in range(2)],
+    )  # fmt: skip
+    record.forget_from(1)
+    assert record.scores == record.selection_scores == [[0.9, None], [None, None]]
+    assert (record.seconds, record.steps, record.skipped_steps) == ([3.0], [5], [0])
+    assert [h["learning"] for h in record.history] == [0] and record.elapsed == 0
+    assert Record.from_dict(record.to_dict()).to_dict() == record.to_dict()
+
+
+def test_a_warning_stands_once() -> None:
+    record = made()
+    for line in ("a", "b", "a"):
+        record.warn(line)
+    assert record.warnings == ["a", "b"]
 
 
 def test_numpy_and_paths_become_plain() -> None:
@@ -269,3 +289,28 @@ def test_no_torch_behind_a_record_or_a_report() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_only_holdfasts_own_commit_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed inside another repository, the package is not part of its commits."""
+    home = tmp_path / "venv" / "holdfast"
+    (home / "experiments").mkdir(parents=True)
+    (home / "__init__.py").touch()
+    monkeypatch.setattr(module, "__file__", str(home / "experiments" / "record.py"))
+
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "thesis.txt").touch()
+    git("add", "thesis.txt")
+    git("commit", "-m", "a stranger's")
+    assert commit(home) is None
+    git("add", "venv")
+    git("commit", "-m", "now ours")
+    assert len(commit(home) or "") == 40
+    (home / "__init__.py").write_text("changed")
+    assert (commit(home) or "").endswith("+changes")

@@ -14,6 +14,7 @@ import pytest
 
 from holdfast.errors import Refused
 from holdfast.experiments.runs import CONFIG, LEASE, RECORD, check_disk, digest, open_run
+from holdfast.training.checkpoints import commit
 
 HOLDER = """
     import sys, time
@@ -86,9 +87,43 @@ def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
         raise OSError
     with open_run(tmp_path, {"model": "right"}):
         assert json.loads((tmp_path / CONFIG).read_text()) == {"model": "right"}
-    (tmp_path / "tasks").mkdir()
-    with pytest.raises(Refused, match="other settings"), open_run(tmp_path, {"model": "wrong"}):
+
+
+def test_what_was_only_begun_may_be_corrected(tmp_path: Path) -> None:
+    """Folders, half a checkpoint and the record of a first epoch are no loss."""
+    half = tmp_path / "tasks" / "1-mood.training" / "checkpoint-3"
+    half.mkdir(parents=True)
+    (half / "optimizer.pt").touch()
+    for config in ({"lr": 1}, {"lr": 2}):
+        with open_run(tmp_path, config):
+            assert json.loads((tmp_path / CONFIG).read_text()) == config
+            assert not (tmp_path / RECORD).exists()
+            (tmp_path / RECORD).write_text('{"seconds": [], "elapsed": 3}')
+    with open_run(tmp_path, {"lr": 2}):
+        assert (tmp_path / RECORD).exists()  # of the same configuration: it goes on
+
+
+@pytest.mark.parametrize("sign", ["a checkpoint", "a finished task"])
+def test_what_was_trained_is_not_given_away(sign: str, tmp_path: Path) -> None:
+    with open_run(tmp_path, {"lr": 1}):
+        if sign == "a checkpoint":
+            (tmp_path / "tasks" / "1-mood.training" / "checkpoint-3").mkdir(parents=True)
+            commit(tmp_path / "tasks" / "1-mood.training" / "checkpoint-3")
+        else:
+            (tmp_path / RECORD).write_text('{"seconds": [1.5]}')
+    with pytest.raises(Refused, match="other settings"), open_run(tmp_path, {"lr": 2}):
         pass
+    with open_run(tmp_path, {"lr": 1}):
+        pass
+
+
+def test_names_and_wishes_are_no_other_settings(tmp_path: Path) -> None:
+    one = {"recipe": {"name": "a", "rates": "flat"}, "settings": {"lr": 1, "alone": False}}
+    two = {"recipe": {"name": "b", "rates": "flat"}, "settings": {"lr": 1, "alone": True}}
+    assert digest(one) == digest(two)
+    for config in (one, two):
+        with open_run(tmp_path, config):
+            (tmp_path / RECORD).write_text("{}")
 
 
 @pytest.mark.parametrize("content", ["", "{", None])
@@ -107,14 +142,31 @@ def test_tuples_and_numbers_of_like_value_are_no_difference(tmp_path: Path) -> N
         pass
 
 
-def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "place", [LEASE, CONFIG, "tasks", "tasks/2-mood", "tasks/1-mood/model.safetensors", "alone/x"]
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_planted_link_is_not_followed(place: str, there: bool, tmp_path: Path) -> None:
+    """Faults S14: nothing is written, not even the lease."""
     target = tmp_path / "precious"
-    target.write_text("kept")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / LEASE).symlink_to(target)
-    with pytest.raises(Refused, match="cannot be written"), open_run(tmp_path / "run", {}):
+    if there:
+        target.write_text("kept")
+    link = tmp_path / "run" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Refused, match="symbolic link") as refusal, open_run(tmp_path / "run", {}):
         pass
-    assert target.read_text() == "kept"
+    assert str(refusal.value).startswith(str(link))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not there or target.read_text() == "kept"
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with open_run(tmp_path / "run", {}):
+        assert (tmp_path / "disk" / LEASE).exists()
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -3,76 +3,19 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+from sequences import RECIPE, SETTINGS, files, forbid, run, told
 from transformers import AutoModelForSequenceClassification
 
-from holdfast import DPS, EWC, Rates, Recipe, Refused, Replay, run_sequence
-from holdfast.experiments import learner, sequence
+from holdfast import Rates, Recipe, Refused, run_sequence
+from holdfast.experiments import sequence
 from holdfast.experiments.record import Record
-from holdfast.training import checkpoints
-
-# 8 steps an epoch, saved every 3: kills fall into the middle of epochs and stages.
-SETTINGS: dict[str, Any] = {
-    "epochs": 2.0, "batch_size": 2, "accumulation": 2, "lr": 5e-3, "save_steps": 3,
-    "max_length": 16, "progress": False,
-}  # fmt: skip
-RECIPE = Recipe(
-    rates=Rates.bertcl(),
-    methods=[EWC(strength=10.0, rows=8), Replay(memory=4), DPS(mix=True, stage=4)],
-    name="together",
-)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model (`bert`) and three tasks as files."""
-    folder = tmp_path_factory.mktemp("place")
-    models.save_bert(folder / "bert")
-    for topic in models.TOPICS:
-        models.write_task(folder, topic)
-    return folder
-
-
-def run(place: Path, out: Path | None, topics: tuple[str, ...] = tuple(models.TOPICS),
-        recipe: Any = RECIPE, **more: Any) -> Record:  # fmt: skip
-    tasks = [place / f"{t}.jsonl" for t in topics]
-    return run_sequence(str(place / "bert"), tasks, recipe, out=out, **{**SETTINGS, **more})
-
-
-@pytest.fixture(scope="module")
-def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an undisturbed run."""
-    out = tmp_path_factory.mktemp("whole")
-    run(place, out, seed=5)
-    return out
-
-
-def told(folder: Path) -> dict[str, Any]:
-    """What a record says, without what differs from one run to the next by nature."""
-    record = json.loads((folder / "record.json").read_text())
-    for key in ("seconds", "created", "command"):
-        record.pop(key)
-    record["settings"].pop("out")
-    for point in record["history"]:
-        point.pop("loss")  # a mean since the last log, and logs begin anew after a kill
-    return record  # type: ignore[no-any-return]
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Every weight and state that a run leaves."""
-    found = sorted((folder / "tasks").rglob("*.safetensors"))
-    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
-
 
 # --- the record ---------------------------------------------------------------------------------
 
@@ -193,15 +136,6 @@ def test_regression_bf16_and_epochs_in_part(tmp_path: Path, place: Path) -> None
 
 
 # --- a finished run is only read ------------------------------------------------------------------
-
-
-def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    for name in names:
-
-        def called(*_: Any, _name: str = name, **__: Any) -> None:
-            raise AssertionError(f"{_name} was called")
-
-        monkeypatch.setattr(learner, name, called)
 
 
 def test_a_finished_run_is_only_read(
@@ -334,94 +268,3 @@ def test_a_model_that_cannot_be_loaded_leaves_its_folder_free(place: Path, tmp_p
         run_sequence(str(tmp_path / "broken"), [place / "mood.jsonl"], "plain",
                      out=tmp_path / "run", **SETTINGS)  # fmt: skip
     run(place, tmp_path / "run", ("mood",), "plain", epochs=0.5)
-
-
-# --- killed and started again ---------------------------------------------------------------------
-
-
-def kill_after(module: Any, name: str, call: int, *, before: bool = False) -> None:
-    """SIGKILL this process at the n-th call of a function: after it, or before."""
-    original, calls = getattr(module, name), []
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if before and len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(module, name, counted)
-
-
-def half_removed(*_: Any, **__: Any) -> None:
-    """Killed in the middle of removing a task's checkpoints: the newest has lost its moments."""
-    for folder in Path(os.environ["HALF"]).rglob("optimizer.pt"):
-        folder.unlink()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_the_middle_of_removing(out: Path) -> None:
-    os.environ["HALF"] = str(out)
-    learner.shutil.rmtree = half_removed  # type: ignore[assignment]
-
-
-# States written: 6 a task (steps 3, 6, 9, 12, 15, 16), then one when the task is kept.
-KILLS: dict[str, Callable[[Path], None]] = {
-    "before the first checkpoint": lambda _: kill_after(
-        sequence.Record, "save", 1
-    ),
-    "mid-task, checkpoint half written": lambda _: kill_after(
-        checkpoints, "write_text_atomic", 3, before=True
-    ),
-    "mid-task, our state written and Trainer's not": lambda _: kill_after(
-        checkpoints, "write_text_atomic", 3
-    ),
-    "second task, mid-epoch": lambda _: kill_after(checkpoints, "write_text_atomic", 9),
-    "third task, learned and not kept": lambda _: kill_after(learner, "evaluate", 20, before=True),
-    "kept and not recorded": lambda _: kill_after(learner.Learner, "_keep", 2),
-    "while checkpoints are removed": in_the_middle_of_removing,
-    "between tasks": lambda _: kill_after(learner.Learner, "learn", 2, before=True),
-    "before it is marked as done": lambda _: kill_after(learner.Learner, "learn", 3),
-}  # fmt: skip
-
-
-def killed(point: str, place: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    KILLS[point](out)
-    run(place, out, seed=5)
-
-
-@pytest.fixture(scope="module")
-def fork() -> Iterator[Any]:
-    """Processes that start with torch imported, each a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_sequence", "holdfast.experiments.learner"])
-    yield context
-
-
-@pytest.mark.parametrize("point", KILLS)
-def test_a_killed_run_ends_as_if_nothing_had_happened(
-    point: str, place: Path, whole: Path, tmp_path: Path, fork: Any
-) -> None:
-    process = fork.Process(target=killed, args=(point, place, tmp_path))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
-    if (tmp_path / "record.json").exists():
-        assert Record.load(tmp_path).status == "running"
-    run(place, tmp_path, seed=5)
-    assert files(tmp_path) == files(whole)
-    assert told(tmp_path) == told(whole)
-    assert not list((tmp_path / "tasks").rglob("checkpoint-*"))
-
-
-def test_killed_twice_while_recovering(place: Path, whole: Path, tmp_path: Path, fork: Any) -> None:
-    for point in ("second task, mid-epoch", "mid-task, checkpoint half written"):
-        process = fork.Process(target=killed, args=(point, place, tmp_path))
-        process.start()
-        process.join(120)
-        assert process.exitcode == -signal.SIGKILL
-    run(place, tmp_path, seed=5)
-    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)

@@ -8,14 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.experiments.statistics import (
-    bootstrap_interval,
-    failed,
-    mean_spread,
-    noise,
-    paired_difference,
-    wilson,
-)
+from holdfast.experiments.statistics import mean_spread, noise, paired_difference
 
 
 def test_noise_of_an_accuracy_is_binomial() -> None:
@@ -55,28 +48,11 @@ def test_no_formula_no_noise(metric: str, score: float | None, rows: int | None)
     assert noise(metric, score, rows) is None
 
 
-def test_wilson_textbook() -> None:
-    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    low, high = wilson(0.0, 10) or (None, None)
-    assert low == 0.0 and high == pytest.approx(0.2775, abs=1e-4)
-    assert wilson(None, 10) is wilson(0.5, None) is wilson(1.2, 10) is None
-
-
 def test_mean_spread_by_hand() -> None:
     spread = mean_spread([1.0, None, 2.0, math.nan, 3.0])
     assert spread == (2.0, 1.0, 3, 1.0, 3.0)
     assert mean_spread([0.5]) == (0.5, None, 1, 0.5, 0.5)
     assert mean_spread([None]) == (None, None, 0, None, None)
-
-
-def test_bootstrap_interval() -> None:
-    values = [0.70, 0.72, 0.69, 0.75, 0.71]
-    interval = bootstrap_interval(values, seed=0)
-    assert interval is not None
-    assert 0.69 <= interval[0] < 0.714 < interval[1] <= 0.75
-    assert interval == bootstrap_interval(values, seed=0)
-    assert bootstrap_interval([0.5, 0.6, None], seed=0) is None
-    assert bootstrap_interval([0.5, 0.5, 0.5], seed=0) == (0.5, 0.5)
 
 
 def test_paired_difference_by_hand() -> None:
@@ -105,8 +81,3 @@ def test_difference_to_itself_is_nothing(values: list[float]) -> None:
     seeds = dict(enumerate(values))
     gap = paired_difference(seeds, seeds)
     assert (gap.mean, gap.low, gap.high, gap.p) == (0, 0, 0, 1)
-
-
-def test_failed_runs() -> None:
-    assert failed([0.2, 0.5, 0.9, None, math.nan], floor=0.5) == 0.5
-    assert failed([None], floor=0.5) is None

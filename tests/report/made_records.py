@@ -22,6 +22,7 @@ def record(
 ) -> Record:
     names = names or ["trec6", "snli", "ag_news", "sst2"][: len(scores)]
     size = len(names)
+    methods = {} if recipe.startswith("plain") else {"dps": {"drop": 0.3}}
     history = [
         {
             "learning": i, "step": 50 * i + step, "epoch": step / 25, "loss": 1 / step,
@@ -42,7 +43,7 @@ def record(
         "scores": scores,
         "model": {"name": "minilm", "parameters": 22713216, "hash": "sha256:aa"},
         "history": history,
-        "recipe": {"name": recipe, "methods": [{"DPS": {"drop": 0.3}}], "max_grad_norm": 1.0},
+        "recipe": {"name": recipe, "methods": methods, "max_grad_norm": 1.0},
         "rates": {"order": PARTS, "multiplier": [0.01, 0.1, 1, 2.5], "depth": [0, 0.3, 0.6, 1]},
         "settings": {"lr": lr, "epochs": 2, "seed": seed},
         "seed": seed,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import record, study, two
 
+from holdfast import EWC, Rates, Recipe
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.report import as_text, comparison_table, facts, matrix_table
@@ -174,7 +175,7 @@ def test_no_control_is_said() -> None:
     mine = [two(0.8, 0.9, 0.7, recipe="a"), two(0.8, 0.9, 0.7, recipe="b")]
     (found,) = comparisons(mine)
     assert found.control is None
-    assert "No control: no recipe here is named 'plain'." in found.warnings
+    assert "No control: no 'plain' here without methods, at flat rates." in found.warnings
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,22 @@ def test_no_control_is_said() -> None:
      ("plain+dps", False), ("plain-dps", False)],
 )  # fmt: skip
 def test_which_names_are_controls(name: str, control: bool) -> None:
-    assert facts.is_control(name) is control
+    assert facts.is_control({"name": name}) is control
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(methods=[EWC()]), Recipe(rates=Rates.bertcl()),
+     Recipe(rates=Rates.flat().freeze(below=0.5))],
+    ids=["method", "rates", "frozen"],
+)  # fmt: skip
+def test_a_recipe_that_is_only_called_plain_is_no_control(recipe: Recipe) -> None:
+    called = dataclasses.replace(recipe, name="plain")
+    assert not facts.is_control(called.to_dict())
+    assert facts.is_control(Recipe(name="plain", max_grad_norm=1.0).to_dict())
+    mine = two(0.8, 0.9, 0.7, recipe="mine")
+    (found,) = comparisons([dataclasses.replace(mine, recipe=called.to_dict()), mine])
+    assert found.control is None
 
 
 def test_a_warning_of_every_run_is_said_once() -> None:

@@ -14,7 +14,7 @@ from made_records import EXPOSURE, HOSTILE, record, study, two
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.report import find_records, write_report
+from holdfast.report import as_text, find_records, matrix_table, write_report
 from holdfast.report.page import render
 
 VOID = {"meta", "img", "source", "br"}
@@ -113,7 +113,7 @@ def test_one_run() -> None:
     assert max(positions) < page.text.index("Numbers"), "pictures come first"
     for word in (
         "holdfast sequence --recipe plain",
-        "drop: 0.3",
+        "max_grad_norm: 1.0",
         "0123abcd",
         "sha256:00ff",
         "2e-05",
@@ -238,3 +238,29 @@ def test_find_records(tmp_path: Path) -> None:
         find_records([tmp_path / "empty"])
     with pytest.raises(Refused, match="no such file"):
         find_records([tmp_path / "nothing"])
+
+
+def test_a_task_trained_alone_belongs_to_its_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "a"
+    two(0.8, 0.9, 0.7, alone={"snli": 0.85}).save(run / "record.json")
+    record([[0.85]], names=["snli"], kind="train").save(run / "alone" / "snli" / "record.json")
+    for asked in (tmp_path, run):
+        assert [len(r.tasks) for r in find_records([asked])] == [2]
+    monkeypatch.chdir(run)
+    assert [len(r.tasks) for r in find_records(["."])] == [2]
+    assert [len(r.tasks) for r in find_records([run / "alone"])] == [1]  # asked for by name
+
+
+def test_a_recipe_called_alone_is_reported(tmp_path: Path) -> None:
+    two(0.8, 0.9, 0.7).save(tmp_path / "alone" / "seed-0" / "record.json")
+    assert len(find_records([tmp_path])) == 1
+
+
+def test_a_score_without_noise_says_why() -> None:
+    one = two(0.8, 0.9, 0.7)
+    one.tasks[0]["metric"] = "f1"
+    said = "no noise of f1: it needs the predictions, not kept"
+    assert said in render([one]) and said in " ".join(as_text(matrix_table(one)).split())
+    assert "no noise" not in render([two(0.8, 0.9, 0.7)])

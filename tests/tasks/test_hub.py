@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -12,6 +14,7 @@ import pytest
 
 from holdfast.errors import Refused
 from holdfast.tasks import load_task
+from holdfast.tasks.hub import answers
 
 
 def split(count: int, names: list[str] | None = None, start: int = 0) -> datasets.Dataset:
@@ -118,6 +121,56 @@ def test_a_split_that_is_not_there_is_refused(hub) -> None:
         load_task("glue/mrpc?evaluation=valid")
     with pytest.raises(Refused, match="configuration stands twice"):
         load_task("glue/mrpc?config=qqp")
+
+
+def test_without_a_network_the_hub_is_not_tried(hub, answering) -> None:
+    answering.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    answering.setattr("holdfast.tasks.hub.answers", lambda _: False)
+    with pytest.raises(Refused, match=r"^glue/mrpc: no network: https://.*; .*HF_HUB_OFFLINE=1"):
+        load_task("glue/mrpc")
+    assert hub.asked == ()
+
+
+def test_what_was_fetched_before_needs_no_network(hub, answering) -> None:
+    answering.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    answering.setattr("holdfast.tasks.hub.answers", lambda _: pytest.fail("asked the network"))
+    assert load_task("glue/mrpc").labels == ("different", "same")
+
+
+@pytest.mark.parametrize("wait", [0.0, 30.0])
+def test_the_hub_has_seconds_to_answer_and_is_asked_once(wait: float, answering) -> None:
+    """A name that resolves for half a minute holds nobody up; a refusal comes at once."""
+    calls = []
+
+    class Session:
+        def head(self, endpoint: str, timeout: float) -> None:
+            calls.append((endpoint, timeout))
+            time.sleep(wait)
+            raise OSError("no route to host")
+
+    answering.undo()
+    answering.setattr("huggingface_hub.get_session", Session)
+    answering.setattr("holdfast.tasks.hub.PATIENCE", 0.2)
+    began = time.monotonic()
+    assert not answers(f"https://hub.test/{wait}") and not answers(f"https://hub.test/{wait}")
+    assert time.monotonic() - began < 5
+    assert calls == [(f"https://hub.test/{wait}", 0.2)]
+
+
+def test_any_answer_is_a_network(answering) -> None:
+    class Session:
+        def head(self, endpoint: str, timeout: float) -> int:
+            return 503
+
+    answering.undo()
+    answering.setattr("huggingface_hub.get_session", Session)
+    assert answers("https://hub.test/any")
+
+
+def test_the_clients_lines_stay_off_the_terminal(hub) -> None:
+    load_task("glue/mrpc")
+    for name in ("huggingface_hub.utils._http", "datasets.load"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
 
 
 def test_the_real_loader_refuses_when_offline(tmp_path: Path) -> None:

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from holdfast.errors import Refused
-from holdfast.tasks.splits import count_of, stratified
+from holdfast.tasks.splits import stratified
 
 LABELS = st.lists(st.integers(0, 4), min_size=2, max_size=200)
 
@@ -75,14 +73,3 @@ def test_the_choice_is_pinned() -> None:
     """A seed means these rows in every release; records are compared across them."""
     assert stratified([0, 1] * 10, 6, seed="selection 0")[0] == [1, 6, 8, 13, 17, 18]
     assert stratified([0, 1] * 10, 6, seed="selection 1")[0] != [1, 6, 8, 13, 17, 18]
-
-
-@pytest.mark.parametrize("amount, rows, count", [(0.1, 50, 5), (7, 50, 7), (0, 50, 0), (0.0, 9, 0)])
-def test_a_share_or_a_count(amount: float, rows: int, count: int) -> None:
-    assert count_of(amount, rows, "selection") == count
-
-
-@pytest.mark.parametrize("amount", [1.0, 1.5, -0.1, -1, float("nan"), True, "0.1"])
-def test_what_is_neither_is_refused(amount: float) -> None:
-    with pytest.raises(Refused, match="selection"):
-        count_of(amount, 50, "selection")

@@ -1,0 +1,220 @@
+"""What a kill, damage or a restart changes of a sequence: nothing, or it is told."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sequences import files, run, told
+from transformers import AutoModelForSequenceClassification
+
+from holdfast import Recipe, Refused, Replay
+from holdfast.experiments import learner
+from holdfast.experiments.record import Record
+from holdfast.training import checkpoints, trainer
+
+# --- killed and started again ---------------------------------------------------------------------
+
+
+def kill_after(module: Any, name: str, call: int, *, before: bool = False) -> None:
+    """SIGKILL this process at the n-th call of a function: after it, or before."""
+    original, calls = getattr(module, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if before and len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, counted)
+
+
+def half_removed(*_: Any, **__: Any) -> None:
+    """Killed in the middle of removing a task's checkpoints: the newest has lost its moments."""
+    for folder in Path(os.environ["HALF"]).rglob("optimizer.pt"):
+        folder.unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_the_middle_of_removing(out: Path) -> None:
+    os.environ["HALF"] = str(out)
+    learner.shutil.rmtree = half_removed  # type: ignore[assignment]
+
+
+# A state and a manifest at steps 3, 6, 9, 12, 15 and 16 of a task, and when it is kept: 14 calls.
+KILLS: dict[str, Callable[[Path], None]] = {
+    "before the first checkpoint": lambda _: kill_after(
+        learner.Learner, "score", 1, before=True
+    ),
+    "mid-task, checkpoint half written": lambda _: kill_after(
+        checkpoints, "write_text_atomic", 3, before=True
+    ),
+    "mid-task, our state written and Trainer's not": lambda _: kill_after(
+        checkpoints, "write_text_atomic", 3
+    ),
+    "mid-task, all written but the manifest": lambda _: kill_after(
+        checkpoints, "write_text_atomic", 4, before=True
+    ),
+    "mid-task, whole and not rotated": lambda _: kill_after(
+        trainer, "rotate", 3, before=True
+    ),
+    "second task, mid-epoch": lambda _: kill_after(checkpoints, "write_text_atomic", 20),
+    "kept, its manifest not written": lambda _: kill_after(
+        checkpoints, "write_text_atomic", 14, before=True
+    ),
+    "third task, learned and not kept": lambda _: kill_after(learner, "evaluate", 20, before=True),
+    "kept and not recorded": lambda _: kill_after(learner.Learner, "_keep", 2),
+    "while checkpoints are removed": in_the_middle_of_removing,
+    "between tasks": lambda _: kill_after(learner.Learner, "learn", 2, before=True),
+    "before it is marked as done": lambda _: kill_after(learner.Learner, "learn", 3),
+}  # fmt: skip
+
+
+def killed(point: str, place: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    KILLS[point](out)
+    run(place, out, seed=5)
+
+
+@pytest.fixture(scope="module")
+def fork() -> Iterator[Any]:
+    """Processes that start with torch imported, each a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_recovery", "holdfast.experiments.learner"])
+    yield context
+
+
+@pytest.mark.parametrize("point", KILLS)
+def test_a_killed_run_ends_as_if_nothing_had_happened(
+    point: str, place: Path, whole: Path, tmp_path: Path, fork: Any
+) -> None:
+    process = fork.Process(target=killed, args=(point, place, tmp_path))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    if (tmp_path / "record.json").exists():
+        assert Record.load(tmp_path).status == "running"
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole)
+    assert told(tmp_path) == told(whole)
+    assert not list((tmp_path / "tasks").rglob("checkpoint-*"))
+
+
+def test_killed_twice_while_recovering(place: Path, whole: Path, tmp_path: Path, fork: Any) -> None:
+    for point in ("second task, mid-epoch", "mid-task, checkpoint half written"):
+        process = fork.Process(target=killed, args=(point, place, tmp_path))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
+
+
+# --- damaged, stopped, moved ----------------------------------------------------------------------
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, place: Path, out: Path, *, module: Any, name: str,
+            call: int, **more: Any) -> None:  # fmt: skip
+    """A run that ends as by Ctrl-C before the n-th call of a function."""
+    original, calls = getattr(module, name), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, counted)
+        run(place, out, **more)
+
+
+def test_damage_in_the_middle_of_a_task(
+    place: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    stop_at(monkeypatch, place, tmp_path, module=trainer, name="rotate", call=9, seed=5)
+    newest = tmp_path / "tasks" / "2-question.training" / "checkpoint-9"
+    (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-9])
+    record = run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
+    (line,) = record.warnings
+    assert line.startswith("question: checkpoint-9 is passed over: optimizer.pt has ")
+    assert line in caplog.text and Record.load(tmp_path).warnings == [line]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", checkpoints.TENSORS, checkpoints.MANIFEST])
+def test_a_damaged_finished_task_is_named_and_learned_again_if_deleted(
+    file: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, place, tmp_path, module=trainer, name="rotate", call=15, seed=5)
+    home = tmp_path / "tasks" / "2-question"
+    content = bytearray((home / file).read_bytes())
+    content[len(content) // 2] ^= 4
+    (home / file).write_bytes(content)
+    with pytest.raises(Refused) as refusal:
+        run(place, tmp_path, seed=5)
+    assert str(refusal.value).startswith(f"{home}: {file} ") and "delete" in str(refusal.value)
+    shutil.rmtree(home)
+    assert Record.load(tmp_path).history[-1]["learning"] == 2
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
+
+
+def test_bf16_with_replay_goes_on_as_it_was(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate leaves autocast around the models it trained, and loaded ones have none."""
+    plain: dict[str, Any] = {
+        "topics": ("mood", "colour"), "recipe": Recipe(methods=[Replay(memory=4, share=1.0)]),
+        "bf16": True, "epochs": 1.0,
+    }  # fmt: skip
+    record = run(place, tmp_path / "whole", **plain)
+    assert record.versions["precision"] == "bfloat16 autocast"
+    stop_at(monkeypatch, place, tmp_path / "cut", module=learner.Learner, name="learn", call=2,
+            **plain)  # fmt: skip
+    run(place, tmp_path / "cut", **plain)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+    for home in (tmp_path / "cut" / "tasks").iterdir():  # bf16 was at work, and only in training
+        assert AutoModelForSequenceClassification.from_pretrained(home).dtype == torch.float32
+    run(place, tmp_path / "float", **plain | {"bf16": False})
+    assert files(tmp_path / "float") != files(tmp_path / "whole")
+
+
+def test_seconds_add_up_over_processes(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: dict[str, Any] = {"topics": ("mood",), "recipe": "plain", "epochs": 1.0}
+    stop_at(monkeypatch, place, tmp_path, module=trainer, name="rotate", call=3, **plain)
+    record = Record.load(tmp_path)
+    assert record.seconds == [] and record.elapsed > 0
+    record.elapsed += 1000
+    record.save(tmp_path / "record.json")
+    again = run(place, tmp_path, **plain)
+    assert 1000 < again.seconds[0] < 1100 and again.elapsed == 0
+
+
+def test_another_machine_is_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: dict[str, Any] = {"topics": ("mood", "colour"), "recipe": "plain", "epochs": 0.5}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    stop_at(monkeypatch, place, tmp_path, module=learner.Learner, name="learn", call=2, **plain)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 78)
+    assert run(place, tmp_path, **plain).warnings == [
+        "threads was 77 and is 78 since the run went on"
+    ]
