@@ -164,5 +164,6 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "ewc": lambda: Recipe(methods=[EWC()], name="ewc"),
     "l2sp": lambda: Recipe(methods=[L2SP()], name="l2sp"),
     "replay": lambda: Recipe(methods=[Replay()], name="replay"),
-    "default": lambda: Recipe(methods=[EWC()], name="default"),
+    # Chosen on selection rows (docs/results): it keeps most of the old task without keeping rows.
+    "default": lambda: Recipe(methods=[DPS(score="retention", drop=0.9)], name="default"),
 }
