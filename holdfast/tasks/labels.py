@@ -129,7 +129,11 @@ def names_of(
         meant[meaning] = spelling
     numbers = {spelling: value for value, spelling in meant.items() if isinstance(value, Decimal)}
     numeric = len(numbers) == len(seen) > 0
-    if numeric and not fractions and any(value % 1 for value in numbers.values()):
+    if (
+        numeric
+        and not fractions
+        and any(value != value.to_integral_value() for value in numbers.values())
+    ):
         raise Refused(
             f"the labels are numbers with fractions ({listed(sorted(seen)[:3])} …)",
             where=name,

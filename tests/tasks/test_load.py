@@ -430,6 +430,12 @@ def test_a_name_is_safe_anywhere(name: str) -> None:
     assert all(letter.isalnum() or letter in "-_" for letter in safe) and safe[0] != "-"
 
 
+def test_numbers_beyond_any_precision_are_labels_too(tmp_path: Path) -> None:
+    path = tmp_path / "huge.jsonl"
+    path.write_text("".join(f'{{"text": "row {i}", "label": 1e+2{i % 2}8}}\n' for i in range(9)))
+    assert len(load_task(path).labels or ()) == 2
+
+
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
 @given(data=st.data())
 def test_nothing_but_refused_leaves_load_task(
