@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 
 from holdfast import Recipe, Refused, compare
@@ -18,15 +17,6 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "plain": (PRESETS["plain"](), {}),
     "Plain, slow": (PRESETS["plain"](), {"lr": 1e-6}),
 }
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("place")
-    models.save_bert(folder / "bert")
-    for topic in models.TOPICS:
-        models.write_task(folder, topic)
-    return folder
 
 
 def compared(place: Path, out: Path, recipes: Any = RECIPES, **more: Any) -> Any:
