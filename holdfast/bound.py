@@ -19,6 +19,7 @@ from holdfast import mixing
 from holdfast.attachment import MARK, Attachment, check_served, regroup_, unwrap
 from holdfast.errors import Refused
 from holdfast.forwarding import own_randomness, replaced, untrained
+from holdfast.gradients import clip_, total_norm, unscale_
 from holdfast.method import Gradients, Method, View
 from holdfast.rates import Rates
 from holdfast.state import State, check_fit, describe, pack, unpack
@@ -214,16 +215,15 @@ class Bound:
         for method in pulling:
             method.penalty_grad_(self.views[method.name])
         if pulling:
-            norm = _total_norm(self._gradients())
+            norm = total_norm(self._gradients())
             if not self._skip_unless(bool(torch.isfinite(norm))):
                 return
         for method in changing:
             method.before_step(self.views[method.name])
         if self.max_grad_norm is not None:
             if changing:
-                norm = _total_norm(self._gradients())
-            if norm > self.max_grad_norm:
-                torch._foreach_mul_(self._gradients(), self.max_grad_norm / (norm + 1e-6))
+                norm = total_norm(self._gradients())
+            clip_(self._gradients(), norm, self.max_grad_norm)
         if any(m.needs_previous for m in self.methods):
             self.previous = {n: w.detach().clone() for n, w in self.weights.items()}
 
@@ -253,11 +253,8 @@ class Bound:
         Always measured anew: a GradScaler may have left out the step it was last measured for.
         """
         grads = self._gradients()
-        scale = getattr(self.optimizer, "grad_scale", None)
-        if scale is not None:
-            torch._foreach_mul_(grads, scale.double().reciprocal().float())
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self._unscaled = _total_norm(grads)
+        unscale_(self.optimizer, grads)
+        self._unscaled = total_norm(grads)
         return self._unscaled
 
     def _gradients(self) -> list[Tensor]:
@@ -372,9 +369,3 @@ class Bound:
 
 def _nothing_to_evaluate() -> Mapping[str, float]:
     raise RuntimeError("no evaluation was offered: set bound.evaluate")
-
-
-def _total_norm(grads: list[Tensor]) -> Tensor:
-    if any(g.is_sparse for g in grads):
-        raise Refused("a gradient is sparse", remedy="build the embedding with sparse=False")
-    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())

@@ -53,6 +53,7 @@ from holdfast.config import Share, count
 from holdfast.errors import Refused
 from holdfast.importance import Labels, diagonal_fisher, wide
 from holdfast.method import Method, Range, View
+from holdfast.selection import select
 
 PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
 
@@ -316,26 +317,6 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (keep,) = ctx.saved_tensors
         return grads[0] * keep, None, None, None
-
-
-def select(
-    scores: Mapping[str, Tensor], drop: float, scope: Literal["tensor", "global"] = "tensor"
-) -> dict[str, Tensor]:
-    """True where an entry's score is at least that of rank ⌈n (1 − drop)⌉, counted from the top.
-
-    Entries that tie with the threshold are all kept, so equal scores keep everything.
-    """
-    if scope == "global" and scores:
-        tau = threshold(torch.cat([s.flatten() for s in scores.values()]), drop)
-        return {n: s >= tau for n, s in scores.items()}
-    return {n: s >= threshold(s.flatten(), drop) for n, s in scores.items()}
-
-
-def threshold(scores: Tensor, drop: float) -> Tensor:
-    """The score of rank ⌈n (1 − drop)⌉ from the top, of n ≥ 1 scores in one dimension."""
-    n = scores.numel()
-    rank = min(max(math.ceil(n * (1 - drop)), 1), n)
-    return scores.kthvalue(n - rank + 1).values
 
 
 def widened(w: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.method import View
-from holdfast.methods.dps import DPS, select, threshold
+from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
 
 STEPS = 23
@@ -115,29 +115,6 @@ def test_trajectory_equals_the_twins(
 
 
 # --- selection ------------------------------------------------------------------------------------
-
-
-def test_threshold_is_of_rank_n_times_one_minus_p_rounded_up() -> None:
-    scores = torch.tensor([7.0, 1.0, 5.0, 3.0, 9.0])
-    # n(1 − p) = 5·0.7 = 3.5 → 4th from the top; 5·0.5 = 2.5 → 3rd; 5·0.9 = 4.5 → 5th
-    assert threshold(scores, 0.3) == 3.0
-    assert threshold(scores, 0.5) == 5.0
-    assert threshold(scores, 0.1) == 1.0
-    assert threshold(scores, 0.99) == 9.0
-    assert threshold(scores[:1], 0.5) == 7.0
-
-
-def test_ties_and_zeros_are_all_kept() -> None:
-    assert select({"a": torch.zeros(4, 3)}, 0.9)["a"].all()
-    mask = select({"a": torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])}, 0.6)["a"]
-    assert mask.tolist() == [True, True, True, True, False]
-
-
-def test_global_selection_ranks_all_tensors_together() -> None:
-    scores = {"a": torch.tensor([9.0, 8.0]), "b": torch.tensor([1.0, 2.0, 3.0, 4.0])}
-    each, all_ = select(scores, 0.5), select(scores, 0.5, "global")
-    assert [m.tolist() for m in each.values()] == [[True, False], [False, False, True, True]]
-    assert [m.tolist() for m in all_.values()] == [[True, True], [False, False, False, True]]
 
 
 @pytest.mark.parametrize(("us", "expected"), [(49, False), (50, True)])
