@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Before torch is imported, here and in the processes that tests start: sums depend on the number of
+# threads in their last bits, and processes with more threads than cores stand in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 # Shared machines stall; and where a change is judged, the same change gets the same verdict.
 settings.register_profile("holdfast", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("holdfast")

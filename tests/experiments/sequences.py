@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def told(folder: Path) -> dict[str, Any]:
     return record  # type: ignore[no-any-return]
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Every weight and state that a run leaves."""
+def files(folder: Path) -> dict[str, str]:
+    """Every weight and state that a run leaves, by SHA-256: contents would print as megabytes."""
     found = sorted((folder / "tasks").rglob("*.safetensors"))
-    return {str(p.relative_to(folder)): p.read_bytes() for p in found}
+    return {str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest() for p in found}
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

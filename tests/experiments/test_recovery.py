@@ -81,7 +81,6 @@ KILLS: dict[str, Callable[[Path], None]] = {
 
 
 def killed(point: str, place: Path, out: Path) -> None:
-    torch.set_num_threads(1)
     KILLS[point](out)
     run(place, out, seed=5)
 

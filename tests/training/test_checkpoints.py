@@ -114,7 +114,6 @@ def test_a_new_process_goes_on(name: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "cut" / "two" / "checkpoint-4"
     code = f"""
         import sys, torch; sys.path[:0] = {sys.path!r}
-        torch.set_num_threads({torch.get_num_threads()})
         from pathlib import Path; from safetensors.torch import save_file
         from test_checkpoints import RECIPES, everything, two_tasks
         out, checkpoint = Path({str(tmp_path / "cut")!r}), {str(checkpoint)!r}
