@@ -4,6 +4,9 @@
 
 Squaring the gradient of a *batch mean* instead shrinks the estimate by about the batch size
 (measured: 130-fold between batches of 1 and 128); here the batch size changes nothing.
+
+Where several ranks train together, each is given all rows, takes every W-th batch of them, and the
+sums are added: the same numbers on all ranks as in one process, but for the order of addition.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from holdfast import distributed
 from holdfast.errors import Refused
 from holdfast.squares import Layers
 
@@ -55,17 +59,30 @@ def diagonal_fisher(
 
     `modules` names the owners of each weight: given them, and layers of known kinds called once a
     forward pass, a whole batch takes one backward pass (`holdfast.squares`; the same numbers).
+
+    All ranks must call this with the same rows in the same order; other ones are refused. Weights
+    in shards (FSDP2) make every rank go through every row, for a backward pass adds up what ranks
+    are at, and squares do not add up so.
     """
     learned = {n: w for n, w in weights.items() if w.requires_grad}
     total = {n: torch.zeros_like(w, dtype=wide(w.dtype)) for n, w in learned.items()}
     # One draw a row from a generator of our own: the same labels whatever the batch size.
     seed = int(torch.randint(2**62, (), generator=generator))
     draws = torch.Generator().manual_seed(seed)
+    # What `forward` draws is drawn once too: ranks and batch sizes differ in how often they call.
+    after = generator.get_state() if generator is not None else None
+    shards = any(distributed.sharded(w) for w in learned.values())
     layers = Layers.owning(learned, modules) if modules is not None and labels != "true" else None
-    seen = 0
-    for batch in _first(batches, rows):
+    layers = None if shards else layers
+    owners = {m for each in modules.values() for m in each} if shards and modules else set()
+    held = (p for m in owners for p in m._parameters.values() if p is not None)
+    touched = [*learned.values(), *held]
+    seen, ranks = Seen(), 1 if shards else distributed.world()
+    for turn, batch in enumerate(seen.through(_first(batches, rows))):
         size = rows_in(batch)
-        seen += size
+        if turn % ranks != distributed.rank() % ranks:
+            torch.rand(size, 1, generator=draws, dtype=torch.float64)  # that another rank uses
+            continue
         if layers is not None and size > 1:
             output, calls = layers.run(functools.partial(forward, batch), size)
             if calls is not None and (labels != "auto" or _has_classes(output)):
@@ -75,13 +92,80 @@ def diagonal_fisher(
                 continue
             layers = None
         for row in rows_of([batch]):
+            if shards:
+                run = functools.partial(forward, row)
+                _add_squares_of_shards_(total, run, labels, draws, learned, touched)
+                continue
             terms = _log_likelihoods(forward(row), labels, draws)
             for index, term in enumerate(terms):
                 _add_squares_(total, term, learned, keep=index + 1 < len(terms))
-    if not seen:
+    if generator is not None and after is not None:
+        generator.set_state(after)
+    seen.require_equal(next(iter(weights.values())).device)
+    if not seen.count:
         raise Refused("no rows to estimate the Fisher information from", remedy="pass data")
-    torch._foreach_div_(list(total.values()), seen)
+    if not shards:
+        distributed.reduce_(total.values())
+    torch._foreach_div_([distributed.local(t) for t in total.values()], seen.count)
     return total
+
+
+class Seen:
+    """The rows that a rank was given: how many, and what tells them from others."""
+
+    def __init__(self) -> None:
+        self.count, self.prints = 0, 0
+
+    def through(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, taken note of."""
+        for batch in batches:
+            self.count += rows_in(batch)
+            if distributed.world() > 1:
+                tensors = (v for v in batch.values() if isinstance(v, Tensor))
+                self.prints = distributed.digest([self.prints, distributed.fingerprint(tensors)])
+            yield batch
+
+    def require_equal(self, device: torch.device) -> None:
+        """Every rank must have been given all rows: slices would count some twice, others never."""
+        if distributed.world() > 1:
+            distributed.require_equal(
+                {"the number of rows": self.count, "the rows": self.prints},
+                device,
+                remedy="pass all rows, in one order, on every rank: they are divided here",
+            )
+
+
+def _add_squares_of_shards_(
+    total: Mapping[str, Tensor],
+    forward: Callable[[], Any],
+    labels: Labels,
+    draws: torch.Generator,
+    weights: Mapping[str, nn.Parameter],
+    touched: Iterable[nn.Parameter],
+) -> None:
+    """Add the squared gradient of one row that every rank is at, each in its own shards.
+
+    FSDP2 reduces gradients into `.grad`, as a mean over ranks: of equal ones. It frees what a
+    second backward pass would need, so every term has a forward pass of its own. The gradients of
+    all `touched` parameters are put back.
+    """
+    kept = [(p, p.grad) for p in touched]
+    state, index, count = draws.get_state(), 0, 1
+    try:
+        while index < count:
+            for p, _ in kept:
+                p.grad = None
+            draws.set_state(state)
+            terms = _log_likelihoods(forward(), labels, draws)
+            terms[index].backward()
+            index, count = index + 1, len(terms)
+            for name, w in weights.items():
+                if w.grad is not None:
+                    square = distributed.local(w.grad).to(total[name].dtype).square_()
+                    distributed.local(total[name]).add_(square)
+    finally:
+        for p, grad in kept:
+            p.grad = grad
 
 
 def _add_squares_(

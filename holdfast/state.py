@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast import distributed
 from holdfast.errors import Refused
 
 
@@ -28,13 +29,18 @@ class State:
         return self.weights.setdefault(name, {})
 
     def bytes(self) -> int:
-        """The memory held, in bytes."""
-        every = [*self.weights.values(), *self.tensors.values()]
-        return sum(t.numel() * t.element_size() for slot in every for t in slot.values())
+        """The memory held by this rank, in bytes."""
+        slots = [*self.weights.values(), *self.tensors.values()]
+        every = [distributed.local(t) for slot in slots for t in slot.values()]
+        return sum(t.numel() * t.element_size() for t in every)
 
 
 def pack(states: Mapping[str, State]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors keyed ``method/kind/slot/name``, not copied, and the numbers of each method."""
+    """Tensors keyed ``method/kind/slot/name``, not copied, and the numbers of each method.
+
+    Tensors in shards are put together one after another, on the CPU of rank 0: every rank must
+    call this, and those above 0 are given no tensors.
+    """
     tensors = {
         f"{method}/{kind}/{slot}/{name}": tensor
         for method, state in states.items()
@@ -42,7 +48,18 @@ def pack(states: Mapping[str, State]) -> tuple[dict[str, Tensor], dict[str, Any]
         for slot, entries in slots.items()
         for name, tensor in entries.items()
     }
+    if any(distributed.sharded(t) for t in tensors.values()):
+        tensors = _whole(tensors)
     return tensors, {method: copy.deepcopy(state.numbers) for method, state in states.items()}
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    whole = {}
+    for key, t in tensors.items():
+        gathered = distributed.full(t)  # a collective: also where it is dropped at once
+        if distributed.rank() == 0:
+            whole[key] = gathered.cpu()
+    return whole
 
 
 def unpack(
@@ -51,16 +68,19 @@ def unpack(
     numbers: Mapping[str, Any],
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Fill `states` with copies, each beside the weight of its name where there is one."""
+    """Fill `states` with copies, each beside the weight of its name where there is one.
+
+    `tensors` are whole, as `pack` makes them, whatever the number of ranks that saved them; beside
+    a weight in shards each rank keeps its part.
+    """
     for method, state in states.items():
         state.weights, state.tensors = {}, {}
         state.numbers = copy.deepcopy(numbers[method])
     for key, tensor in tensors.items():
         method, kind, slot, name = key.split("/", 3)
         home = getattr(states[method], kind).setdefault(slot, {})
-        home[name] = tensor.to(
-            weights[name].device if name in weights else tensor.device, copy=True
-        )
+        copied = tensor.clone()
+        home[name] = distributed.beside(copied, weights[name]) if name in weights else copied
 
 
 def describe(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:

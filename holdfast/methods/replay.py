@@ -6,6 +6,9 @@ Each finished task leaves a uniform sample of its rows (reservoir sampling, Vitt
 R), so replay needs to be *allowed* to keep old rows; where it is, it is the bar to beat (Chaudhry
 et al. 2019, arXiv 1902.10486). The old task's head serves its loss and is not trained further.
 Dropout in the replayed forward pass draws from the methods' own generator.
+
+Where several ranks train together each holds the same rows, kept from all rows of the task, and
+replays other ones of them: what one process draws for the whole batch is divided.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from holdfast import distributed
 from holdfast.config import Share, count
 from holdfast.errors import Refused
-from holdfast.importance import rows_in, rows_of
+from holdfast.importance import Seen, rows_in, rows_of
 from holdfast.method import Method, Range, View
 
 
@@ -63,11 +67,16 @@ class Replay(Method):
             raise Refused("replay counts the rows of the micro-batch", where="bound.penalty",
                           remedy="call bound.penalty(batch, outputs)")  # fmt: skip
         wanted = math.ceil(self.share * rows_in(view.inputs))
-        picked = torch.randint(sum(sizes.values()), (wanted,), generator=view.generator)
+        ranks = [n for (n,) in distributed.gather([wanted], first.device)]
+        every = torch.randint(sum(sizes.values()), (sum(ranks),), generator=view.generator)
+        picked = every.split(ranks)[distributed.rank()]
         total, start = torch.zeros((), device=first.device), 0
         for task, size in sizes.items():
             mine = picked[(picked >= start) & (picked < start + size)] - start
+            anywhere = bool(((every >= start) & (every < start + size)).any())
             start += size
+            if not len(mine) and anywhere:  # another rank's forward pass draws once
+                torch.randint(2**62, (), generator=view.generator)
             if len(mine):
                 batch = _trim({k: t[mine] for k, t in view.state.tensors[task].items()})
                 batch = {k: t.to(first.device) for k, t in batch.items()}
@@ -79,12 +88,14 @@ class Replay(Method):
         size = self.memory
         if isinstance(size, float):
             size = count(size, sum(1 for _ in rows_of(view.data())))
-        for i, row in enumerate(rows_of(view.data())):
+        seen = Seen()
+        for i, row in enumerate(rows_of(seen.through(view.data()))):
             # Algorithm R: row i displaces a kept one with probability size / (i + 1).
             place = i if i < size else int(torch.randint(i + 1, (), generator=view.generator))
             if place < size:
                 tensors = {k: v.cpu() for k, v in row.items() if isinstance(v, Tensor)}
                 kept[place : place + 1] = [tensors]
+        seen.require_equal(next(iter(view.weights.values())).device)
         if not kept:
             raise Refused("no rows to keep", where="replay", remedy="pass the task's rows as data=")
         view.state.tensors[view.task] = _stack(kept, _padding(view))

@@ -1,0 +1,247 @@
+"""Several processes that train one model: the one place that knows of ranks and shards.
+
+Nothing here costs a single process anything: without an initialised process group every question
+is answered at once, and no tensor is looked at. All ranks of the default group train one model on
+different rows (data parallel: replicated, or in shards by FSDP2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from holdfast.errors import Refused
+
+PIECE = 1 << 20  # entries that a fingerprint looks at in one piece
+Spread = tuple[Any, ...]  # the process groups over which the parts of a tensor lie
+
+
+def world() -> int:
+    """How many ranks train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this process is; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def sharded(t: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`, of which this rank holds a part."""
+    return type(t) is not Tensor and hasattr(type(t), "to_local")
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds, sharing its memory; all of a plain one."""
+    return cast(Any, t).to_local() if sharded(t) else t
+
+
+def like(part: Tensor, whole: Tensor) -> Tensor:
+    """A tensor of which every rank holds `part`, of the layout of `whole`."""
+    if not sharded(whole):
+        return part
+    kind, laid = cast(Any, type(whole)), cast(Any, whole)
+    made: Tensor = kind.from_local(
+        part, laid.device_mesh, laid.placements, shape=whole.shape, stride=whole.stride()
+    )
+    return made
+
+
+def full(t: Tensor) -> Tensor:
+    """All of a tensor, on every rank; all must call it."""
+    return cast(Tensor, cast(Any, t).full_tensor()) if sharded(t) else t
+
+
+def beside(t: Tensor, weight: Tensor) -> Tensor:
+    """`t` where `weight` lies: on its device and, if both have one shape, in the same shards.
+
+    No rank tells another anything: each keeps its own part.
+    """
+    if not sharded(weight) or sharded(t) or t.shape != weight.shape:
+        return t.to(weight.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    laid = cast(Any, weight)
+    on = t.to(weight.device)
+    return distribute_tensor(on, laid.device_mesh, laid.placements, src_data_rank=None)
+
+
+def spread(t: Tensor) -> Spread:
+    """The groups whose ranks hold different parts of a tensor; () where every rank holds it all."""
+    if not sharded(t):
+        return ()
+    laid, groups = cast(Any, t), []
+    for axis, placement in enumerate(laid.placements):
+        if placement.is_partial():
+            raise Refused("a tensor lies in partial sums", remedy="reduce gradients before a step")
+        if not placement.is_replicate():
+            groups.append(laid.device_mesh.get_group(axis))
+    return tuple(groups)
+
+
+def sum_(t: Tensor, over: Spread) -> Tensor:
+    """`t` summed in place over the ranks of each group."""
+    for group in over:
+        dist.all_reduce(t, group=group)
+    return t
+
+
+def mean(t: Tensor) -> Tensor:
+    """The mean of all entries, 0-dim and equal on all ranks, of a tensor in shards too."""
+    if not sharded(t):
+        return t.mean()
+    return sum_(local(t).sum(), spread(t)) / t.numel()
+
+
+# --- agreement ------------------------------------------------------------------------------------
+
+
+def reduce_(tensors: Iterable[Tensor]) -> None:
+    """Sum each tensor over all ranks, in place; one at a time, for they may be large."""
+    if world() > 1:
+        for t in tensors:
+            dist.all_reduce(t)
+
+
+def gather(numbers: list[int], device: torch.device) -> list[list[int]]:
+    """The `numbers` of every rank, in the order of ranks."""
+    if world() == 1:
+        return [numbers]
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    every = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(every, mine)
+    return [t.tolist() for t in every]
+
+
+def require_equal(values: Mapping[str, int], device: torch.device, *, remedy: str) -> None:
+    """`Refused`, on every rank, where ranks differ in one of the numbers, which it names."""
+    every = gather(list(values.values()), device)
+    for column, what in enumerate(values):
+        for other, row in enumerate(every):
+            if row[column] != every[0][column]:
+                raise Refused(f"rank {other} differs from rank 0 in {what}", remedy=remedy)
+
+
+def digest(value: Any) -> int:
+    """64 bits that tell JSON values apart."""
+    text = json.dumps(value, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big", signed=True)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """64 bits that change with any entry and with its place; one pass, on the tensors' device."""
+    total = 0
+    for t in tensors:
+        bits = t.detach().contiguous().flatten()
+        size = min(bits.element_size(), 8)
+        bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+        total = 31 * total + t.numel()
+        for piece in bits.split(PIECE):
+            # An odd factor for each place: a plain sum misses that two entries changed places, or
+            # that a generator, which counts drawn numbers up and remaining ones down, has drawn.
+            odd = torch.arange(1, 2 * len(piece), 2, device=t.device)
+            total = 31 * total + int((odd * piece).sum())
+    return (total + 2**63) % 2**64 - 2**63
+
+
+@torch.no_grad()
+def align_(generator: torch.Generator, weights: Mapping[str, Tensor], plan: Any) -> None:
+    """Give every rank the random state and the weights of rank 0, as DDP does with its module.
+
+    Ranks may have been seeded each for itself, and a new head be drawn before that. Weights in
+    shards are left as they are: their parts differ by design. `Refused` where ranks differ in
+    `plan`, plain values, or in the names, shapes or types of the weights.
+    """
+    if world() == 1:
+        return
+    device = next(iter(weights.values())).device
+    shapes = [[n, list(w.shape), str(w.dtype)] for n, w in weights.items()]
+    values = {"the plan of the task": digest(plan), "its parameters": digest(shapes)}
+    remedy = "bind the same model, recipe and number of steps on every rank"
+    require_equal(values, device, remedy=remedy)
+    state = generator.get_state().to(device)
+    dist.broadcast(state, 0)
+    generator.set_state(state.cpu())
+    for w in weights.values():
+        if not sharded(w):
+            same = w.detach().contiguous()  # of a transposed weight a copy
+            dist.broadcast(same, 0)
+            if same.data_ptr() != w.data_ptr():
+                w.copy_(same)
+
+
+def require_aligned(
+    generator: torch.Generator, weights: Mapping[str, Tensor], steps: tuple[int, int]
+) -> None:
+    """`Refused` where ranks are no longer equal: each has stepped with gradients of its own.
+
+    steps: taken and left out. One pass over the weights, and four numbers told.
+    """
+    if world() == 1:
+        return
+    every = [w for w in weights.values() if not sharded(w)]
+    values = {
+        "the number of steps": steps[0],
+        "the number of skipped steps": steps[1],
+        "its weights": fingerprint(every),
+        "the random state of its methods": fingerprint([generator.get_state()]),
+    }
+    require_equal(values, next(iter(weights.values())).device,
+                  remedy="train a DistributedDataParallel of the model, on every rank")  # fmt: skip
+
+
+# --- what cannot be served ------------------------------------------------------------------------
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel: extra forward passes go past its bookkeeping."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
+def refuse_unserved(model: nn.Module, optimizer: Any) -> None:
+    """Refuse sharded training whose gradients or weights cannot be seen by name, with the remedy.
+
+    DeepSpeed and FSDP1 are known by their marks: neither needs to be installed.
+    """
+    remedy = "use DistributedDataParallel, or fully_shard (FSDP2)"
+    for name, p in model.named_parameters():
+        if hasattr(p, "ds_id") or hasattr(p, "ds_tensor"):
+            raise Refused("DeepSpeed ZeRO-3 holds this weight in pieces without a name",
+                          where=name, remedy=remedy)  # fmt: skip
+        if getattr(p, "_is_flat_param", False) or type(p).__name__ == "FlatParameter":
+            raise Refused("FSDP1 flattens weights into one without names", where=name,
+                          remedy="use fully_shard (FSDP2)")  # fmt: skip
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise Refused("FSDP1 flattens weights into one without names",
+                          where=name or "model", remedy="use fully_shard (FSDP2)")  # fmt: skip
+        if _from("deepspeed", module):
+            raise Refused("DeepSpeed steps behind torch's optimizer, where no hook sees gradients",
+                          where=name or "model", remedy=remedy)  # fmt: skip
+    link, seen = optimizer, set[int]()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        kind = type(link).__name__
+        if _from("deepspeed", link) or _from("accelerate.utils.deepspeed", link):
+            raise Refused(f"{kind}: under DeepSpeed ZeRO a step sees no gradient of its own rank's"
+                          " weights", where="optimizer", remedy=remedy)  # fmt: skip
+        if _from("torch.distributed.optim.zero_redundancy_optimizer", link):
+            raise Refused("ZeroRedundancyOptimizer steps only a part of the weights on each rank",
+                          where="optimizer", remedy=remedy)  # fmt: skip
+        link = getattr(link, "optimizer", None)
+
+
+def _from(package: str, thing: Any) -> bool:
+    """Whether a class of `package` is among the classes of an object."""
+    return any(f"{c.__module__}.".startswith(f"{package}.") for c in type(thing).__mro__)

@@ -1,0 +1,216 @@
+"""Checks of DistributedDataParallel in a plain loop; run by `ranks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from learning import Grid, batch, ddp, everything, learn, mine, rank, same_throughout
+from torch import distributed as dist
+from torch import nn
+
+from holdfast import distributed
+from holdfast.errors import Refused
+from holdfast.importance import diagonal_fisher
+from holdfast.method import Method
+from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.recipe import Recipe
+from holdfast.testing.pupil import Classifier, make_batch
+
+LINEAR = ("a.weight", "b.weight")
+RECIPES: dict[str, list[Method]] = {
+    "dense": [DPS(stage=1, drop=0.5, modules=LINEAR)],
+    "global": [DPS(stage=1, drop=0.25, modules=LINEAR, select="global")],
+    "mix": [DPS(stage=2, drop=0.5, modules=LINEAR, mix=True)],
+    "mix_weight": [DPS(stage=2, drop=0.5, modules=LINEAR, mix=True, noise="weight")],
+    "retention": [
+        DPS(stage=1, drop=0.5, modules=LINEAR, score="retention", fisher_labels="true")
+    ],
+    "ewc": [EWC(strength=0.5, labels="true", rows=24)],
+    "l2sp": [L2SP(strength=0.25)],
+    "replay": [Replay(memory=6, share=0.5, weight=0.5)],
+    "all": [DPS(stage=1, drop=0.5, modules=LINEAR), EWC(strength=0.5, labels="true"),
+            L2SP(strength=0.25), Replay(memory=6, share=0.5)],
+}  # fmt: skip
+
+
+def check_methods_are_those_of_one_process() -> Iterator[None]:
+    """State, weights and random state after every step and task, bit for bit on each rank.
+
+    Fails where a seed is not shared, an anchor is taken before weights are aligned, a Fisher
+    information is of a rank's own rows or a mean over ranks, a row is counted twice, a rank keeps
+    or replays other rows, or a forward pass on one rank draws from the methods' generator.
+    """
+    alone = {name: list(learn(m)) for name, m in RECIPES.items()}
+    yield
+    for name, methods in RECIPES.items():
+        try:
+            same_throughout(alone[name], learn(methods))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def check_accumulation_without_sync() -> Iterator[None]:
+    """Two micro-batches, the first of which is not reduced, are one batch of their rows."""
+    methods = [*RECIPES["dense"], *RECIPES["ewc"]]
+    alone = list(learn(methods))
+    yield
+    same_throughout(alone, learn(methods, pieces=2))
+
+
+def check_nan_on_one_rank() -> Iterator[None]:
+    """All ranks leave the step out, count it, and go on as one process that met it."""
+    methods = [*RECIPES["mix"], *RECIPES["ewc"]]
+
+    def seen(bound):  # type: ignore[no-untyped-def]
+        return everything(bound) | {"counts": torch.tensor([bound.skipped, bound.step])}
+
+    alone = list(learn(methods, poison=1, seen=seen))
+    assert alone[-1]["counts"].tolist() == [1, 3]
+    yield
+    same_throughout(alone, learn(methods, poison=1, seen=seen))
+
+
+def check_clipping_norm() -> Iterator[None]:
+    """The norm of reduced gradients; clipped weights stay equal on all ranks."""
+
+    def seen(bound):  # type: ignore[no-untyped-def]
+        return {"norm": bound.norm.clone()} | {n: w.detach().clone() for n, w in
+                                               bound.weights.items()}  # fmt: skip
+
+    alone = list(learn(RECIPES["dense"], clip=0.5, seen=seen))
+    assert max(float(a["norm"]) for a in alone) > 0.5
+    yield
+    same_throughout(alone, learn(RECIPES["dense"], clip=0.5, seen=seen))
+
+
+def fisher(model: nn.Module, sizes: list[int], **how):  # type: ignore[no-untyped-def]
+    rows = {k: torch.cat([make_batch("one", i)[k] for i in range(3)]) for k in ("tokens", "labels")}
+    cut = {k: v[: sum(sizes)].split(sizes) for k, v in rows.items()}
+    batches = [dict(zip(cut, part, strict=True)) for part in zip(*cut.values(), strict=True)]
+    generator = torch.Generator().manual_seed(3)
+    owners = {n: (m,) for m_name, m in model.named_modules() for n in
+              [f"{m_name}.{a}" for a in m._parameters]}  # fmt: skip
+    found = diagonal_fisher(lambda b: model(**b), batches, dict(model.named_parameters()),
+                            modules=owners, generator=generator, **how)  # fmt: skip
+    return found | {"generator": generator.get_state()}
+
+
+def check_fisher_is_of_all_rows() -> Iterator[None]:
+    """Labels drawn for a row, not for a rank; batches of any sizes; only the first rows."""
+    torch.manual_seed(0)
+    model = Classifier().double().eval()
+    cases = [
+        ([8, 8, 8], {"labels": "sampled"}),
+        ([5, 3, 7, 1, 2], {"labels": "sampled", "rows": 13}),
+        ([7], {"labels": "expected"}),  # the second rank has nothing to do
+        ([3, 4, 5], {"labels": "true"}),
+    ]
+    alone = [fisher(model, sizes, **how) for sizes, how in cases]
+    yield
+    for expected, (sizes, how) in zip(alone, cases, strict=True):
+        found = fisher(model, sizes, **how)
+        for name, f in expected.items():
+            torch.testing.assert_close(found[name], f, rtol=1e-12, atol=0)
+        prints = distributed.fingerprint(found.values())
+        distributed.require_equal({"fisher": prints}, torch.device("cpu"), remedy="")
+
+
+def check_other_rows_on_a_rank_are_refused() -> Iterator[None]:
+    """A DistributedSampler's slices, at the end of a task: on both ranks, not on one."""
+    yield
+    for method in (EWC(labels="true"), Replay(memory=3)):
+        model = Grid()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        bound = Recipe(methods=[method]).bind(model, optimizer, total_steps=2)
+        slices = [mine(batch("one", i)) for i in range(2)]
+        with pytest.raises(Refused, match=r"rank 1 differs from rank 0 in the rows.*all rows"):
+            bound.end_task(slices)
+        uneven = [batch("one", i) for i in range(2 - rank())]
+        with pytest.raises(Refused, match="differs from rank 0 in the number of rows"):
+            bound.end_task(uneven)
+
+
+def check_forgotten_ddp_is_noticed() -> Iterator[None]:
+    """Ranks that step each with gradients of its own are told so when the task ends (R1)."""
+    yield
+    model = Grid()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    bound = Recipe(methods=[L2SP()]).bind(model, optimizer, total_steps=2)
+    bound.end_task()  # equal so far
+    model(**mine(batch("one", 0))).loss.backward()
+    optimizer.step()
+    with pytest.raises(Refused, match=r"in its weights.*DistributedDataParallel"):
+        bound.end_task()
+
+
+def check_another_plan_is_refused() -> Iterator[None]:
+    """Before anything is sent that the other rank would wait for."""
+    yield
+    model = Grid()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    with pytest.raises(Refused, match="in the plan of the task"):
+        Recipe(methods=[L2SP()]).bind(model, optimizer, total_steps=2 + rank())
+    with pytest.raises(Refused, match="in the plan of the task"):
+        Recipe(methods=[L2SP(strength=1.0 + rank())]).bind(model, optimizer, total_steps=2)
+    if rank():
+        model.b = nn.Linear(6, 3, bias=False).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    with pytest.raises(Refused, match="in its parameters"):
+        Recipe().bind(model, optimizer, total_steps=2)
+
+
+def check_uneven_micro_batches_replay_in_step() -> Iterator[None]:
+    """Five rows on one rank and three on the other: draws and weights stay equal."""
+    yield
+    model = Grid()
+    bound = Recipe(methods=[Replay(memory=6, share=0.5)]).unbound(seed=7)
+    net = None
+    for task in ("one", "two", "three"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1 / 64)
+        bound.begin_task(task, optimizer, 4, model=model)
+        net = net or ddp(model)
+        for step in range(4):
+            optimizer.zero_grad()
+            cut = slice(0, 5) if rank() == 0 else slice(5, 8)
+            part = {k: v[cut] for k, v in batch("one", step).items()}
+            out = net(**part)
+            (out.loss + bound.penalty(part, out)).backward()
+            optimizer.step()
+        bound.end_task([batch(task, step) for step in range(2)])  # it compares the ranks
+
+
+def check_ddp_may_be_bound_itself() -> Iterator[None]:
+    """The wrapper is taken off: names are canonical, extra forward passes send nothing."""
+    yield
+    net = ddp(Grid())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.25)
+    bound = Recipe(methods=[EWC(labels="true")]).bind(net, optimizer, total_steps=2)
+    assert list(bound.weights) == ["a.weight", "a.bias", "b.weight"]
+    assert bound.models["task"] is net.module
+    bound.end_task([batch("one", 0)])  # rank 1 runs no forward pass: DDP's would wait for it
+    out = net(**mine(batch("one", 1)))
+    out.loss.backward()
+    optimizer.step()
+    assert bound.step == 1
+
+
+def check_agreement_by_content() -> Iterator[None]:
+    """Fingerprints see an exchange, a sign of zero, a shape and draws; `gather` keeps the order."""
+    yield
+    one, two = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+    drawn = torch.Generator().manual_seed(0)
+    states = [drawn.get_state()]
+    torch.rand(3, generator=drawn)
+    states.append(drawn.get_state())
+    kinds: list[list[list[torch.Tensor]]] = [
+        [[one, two], [two, one], [one], [two], [torch.cat([one, two])]],
+        [[-torch.zeros(2)], [torch.zeros(2)], [torch.zeros(3)], [torch.ones(2).bool()]],
+        [[states[0]], [states[1]]],
+        [[one.bfloat16()], [two.bfloat16()]],
+    ]
+    for prints in kinds:
+        assert len({distributed.fingerprint(p) for p in prints}) == len(prints)
+    assert distributed.gather([rank(), 5], torch.device("cpu")) == [[0, 5], [1, 5]]
+    assert dist.get_world_size() == distributed.world() == 2
