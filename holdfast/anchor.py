@@ -9,11 +9,16 @@ given), weights w and anchor w*,
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from holdfast.blocks import blocks, room
+from holdfast.distributed import sharded
+
 Weights = Mapping[str, Tensor]
+NO_ROWS: Weights = MappingProxyType({})
 
 
 @torch.no_grad()
@@ -29,17 +34,45 @@ def pull_(
     anchor: Weights,
     strength: float,
     importance: Weights | None = None,
+    rows: Weights = NO_ROWS,
 ) -> None:
-    """Add λ F (w − w*) to the gradients in place; tensors without a gradient are left out."""
+    """Add λ F (w − w*) to the gradients in place; tensors without a gradient are left out.
+
+    rows: for some of the names the rows outside of which F is 0, as `important_rows` finds them.
+    """
     for name, target in anchor.items():
         grad = grads.get(name)
         if grad is None:
             continue
-        offset = torch.sub(weights[name], target)
-        if importance is None:
-            grad.add_(offset, alpha=strength)
+        if importance is not None and name in rows and not sharded(grad):
+            here = rows[name]
+            offset = torch.sub(weights[name][here], target[here])
+            pull = (offset * importance[name][here]).mul_(strength)
+            grad.index_add_(0, here, pull.to(grad.dtype))
+        elif importance is None:
+            for g, w, aim in blocks(grad, weights[name], target):
+                g.add_(_offset(w, aim), alpha=strength)
         else:
-            grad.addcmul_(importance[name], offset, value=strength)
+            for g, w, aim, f in blocks(grad, weights[name], target, importance[name]):
+                g.addcmul_(f, _offset(w, aim), value=strength)
+
+
+def important_rows(importance: Weights) -> dict[str, Tensor]:
+    """The rows of each tensor with an importance above 0, where that is at most half of them.
+
+    So are embeddings: the words of the old task's rows are a small part of a vocabulary.
+    """
+    found = {
+        name: f.flatten(1).any(1).nonzero()[:, 0]
+        for name, f in importance.items()
+        if f.ndim > 1 and not sharded(f)
+    }
+    return {name: rows for name, rows in found.items() if 2 * len(rows) <= len(importance[name])}
+
+
+def _offset(w: Tensor, aim: Tensor) -> Tensor:
+    dtype = torch.promote_types(w.dtype, aim.dtype)
+    return torch.sub(w, aim, out=room(0, w.shape, dtype, w.device))
 
 
 def potential(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from holdfast.anchor import potential, pull_, remember
+from holdfast.anchor import important_rows, potential, pull_, remember
 
 
 def test_remembered_weights_are_copies() -> None:
@@ -32,6 +32,26 @@ def test_pull_is_the_gradient_of_the_potential() -> None:
         for n, expected in zip("ab", slow, strict=True):
             torch.testing.assert_close(weights[n].grad, 1 + expected)
         assert torch.equal(grads["c"], torch.ones(4, 3))
+
+
+def test_rows_without_importance_are_passed_over() -> None:
+    """Of the rows named, each is pulled as if all were; of ten words three mattered."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = {n: nn.Parameter(torch.randn(10, 3, dtype=dtype)) for n in ("words", "dense")}
+        weights["bias"] = nn.Parameter(torch.randn(10, dtype=dtype))
+        anchor = {n: torch.randn_like(w) for n, w in remember(weights).items()}
+        importance = {n: torch.rand(w.shape) for n, w in weights.items()}
+        importance["words"][[0, 2, 3, 4, 5, 6, 8]] = 0
+        importance["dense"][[0, 2, 3, 4]] = 0  # more than half matter
+        importance["bias"][1:] = 0  # a vector has no rows to spare
+        rows = important_rows(importance)
+        assert {n: r.tolist() for n, r in rows.items()} == {"words": [1, 7, 9]}
+        slow, fast = ({n: torch.ones_like(w) for n, w in weights.items()} for _ in range(2))
+        pull_(slow, weights, anchor, 300.0, importance)
+        pull_(fast, weights, anchor, 300.0, importance, rows)
+        torch.testing.assert_close(fast, slow)
+        assert not torch.equal(fast["words"], torch.ones(10, 3, dtype=dtype))
 
 
 def test_tensors_without_gradient_or_held_elsewhere_are_left_out() -> None:

@@ -27,7 +27,7 @@ What is remembered, by slot (of the size of the weight, but for `count` with col
 
     sum    Σ g² of the running stage        start  W* of Mix while it accumulates
     held   the values that a masking stage keeps; for Mix all values at its start
-    mask   M of Mix; elsewhere NaN in `held` marks what may move
+    mask   M of Mix, packed in bits; elsewhere NaN in `held` marks what may move
     count  FAM of Mix                       fisher F, of retention; it outlives the task
 
 Deviations from the published code: a stage counts optimizer steps, not forward passes (equal
@@ -39,7 +39,6 @@ the head is initialised by its own model, and Mix may leave it out through `modu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -49,9 +48,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from holdfast.blocks import blocks
 from holdfast.config import Share, count
+from holdfast.distributed import like, local, mean
 from holdfast.errors import Refused
 from holdfast.importance import Labels, diagonal_fisher, wide
+from holdfast.masks import hold_, mark_, pack, unpack, zero_
 from holdfast.method import Method, Range, View
 from holdfast.selection import select
 
@@ -79,8 +81,8 @@ class DPS(Method):
     summary: ClassVar[str] = "trains the subnetwork that recent gradients point at"
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2022, arXiv 2211.01642"
     bytes_per_weight: ClassVar[str] = (
-        "Dense 4 (the sum of squares turns into the values to keep); Mix 9 with column noise, "
-        "10 with weight noise (13 where a stage is longer than 255 steps); retention 12"
+        "Dense 4 (the sum of squares turns into the values to keep); Mix 8.125 with column noise, "
+        "9 with weight noise (12 where a stage is longer than 255 steps); retention 12"
     )
     shares: ClassVar[tuple[str, ...]] = ("stage",)
     ranges: ClassVar[Mapping[str, Range]] = {
@@ -135,8 +137,9 @@ class DPS(Method):
         if not names:
             raise Refused("nothing to select from", where="dps.modules",
                           remedy="name parameters that the optimizer holds")  # fmt: skip
-        for slot in ("sum", "held", "start", "mask", "count"):
+        for slot in ("sum", "held", "start", "count"):
             slots.pop(slot, None)
+        view.state.tensors.pop("mask", None)
         view.state.numbers |= {"covered": names, "stage": count(self.stage, view.total_steps)}
         if self.mix:
             slots["start"] = {n: widened(view.weights[n]) for n in names}
@@ -160,21 +163,23 @@ class DPS(Method):
         if not masking or self.score == "retention":
             self._accumulate(view)
         if masking:
-            for name, frozen in self.frozen(view).items():
+            # Everything is held in retention's first stage: leave the tensors out.
+            out = self.score == "retention" and view.step < int(view.state.numbers["stage"])
+            bits = view.state.tensors.get("mask", {})
+            for name, held in view.state.slot("held").items():
                 grad = view.grads[name]
-                if grad is not None:
-                    # Everything is held in retention's first stage: leave the tensor out.
-                    out = self.score == "retention" and view.step < view.state.numbers["stage"]
-                    view.grads[name] = None if out else grad.masked_fill_(frozen, 0)
+                if out:
+                    view.grads[name] = None
+                elif grad is not None:
+                    zero_(grad, held, bits.get(name))
 
     def after_step(self, view: View) -> None:
         if self._idle(view):
             return
         if self.masking(view) and self.freeze == "exact":
-            held = view.state.slot("held")
-            for name, frozen in self.frozen(view).items():
-                w = view.weights[name].detach()
-                torch.where(frozen, held[name].to(w.dtype), w, out=w)
+            bits = view.state.tensors.get("mask", {})
+            for name, held in view.state.slot("held").items():
+                hold_(view.weights[name].detach(), held, bits.get(name))
         if (view.step + 1) % int(view.state.numbers["stage"]) == 0:
             self._turn(view)
 
@@ -187,10 +192,11 @@ class DPS(Method):
                 continue
             if name not in sums:
                 sums[name] = torch.zeros_like(grad, dtype=wide(grad.dtype))
-            g = grad.to(sums[name].dtype)
-            sums[name].addcmul_(g, g)
+            for total, g in blocks(sums[name], grad):
+                g = g.to(total.dtype)
+                total.addcmul_(g, g)
             if name in noise:
-                self._counts(view, name).add_(noise[name].to(torch.uint8))
+                self._counts(view, name).add_(noise[name].view(torch.uint8))
 
     def _counts(self, view: View, name: str) -> Tensor:
         counts = view.state.slot("count")
@@ -206,7 +212,7 @@ class DPS(Method):
         if self.masking(view) and self.score != "retention":
             # The buffer of held values becomes the next stage's sum: one tensor serves both.
             slots["sum"] = {n: t.zero_() for n, t in slots.pop("held", {}).items()}
-            slots.pop("mask", None)
+            view.state.tensors.pop("mask", None)
             return
         sums = slots.pop("sum", {})
         masks = select(
@@ -217,24 +223,27 @@ class DPS(Method):
             for name, mask in masks.items():
                 # What the new task never pulled at stays, also where the threshold is zero.
                 mask &= sums[name] > 0
-                slots["held"][name].copy_(view.weights[name]).masked_fill_(mask, math.nan)
+                mark_(slots["held"][name].copy_(view.weights[name]), mask)
             for total in sums.values():
                 total.zero_()
             return
         slots["held"] = {n: t.copy_(view.weights[n]) for n, t in sums.items()}
         slots.pop("count", None)
         if self.mix:
-            slots["mask"] = masks
+            view.state.tensors["mask"] = {n: pack(mask) for n, mask in masks.items()}
         else:
             # NaN marks a weight that may move: the values to keep are their own mask.
             for name, mask in masks.items():
-                slots["held"][name].masked_fill_(mask, math.nan)
+                mark_(slots["held"][name], mask)
 
     def _score(self, view: View, name: str, total: Tensor) -> Tensor:
         slots = view.state.weights
         if self.score == "retention":
             fisher = slots["fisher"].get(name)
-            return total if fisher is None else total / (fisher + fisher.mean()).clamp_min(1e-30)
+            if fisher is None:
+                return total
+            below = (local(fisher) + mean(fisher)).clamp_min_(1e-30)
+            return like(torch.div(local(total), below, out=below), total)
         if not self.mix or name not in slots.get("count", {}):
             return total
         seen = slots["count"][name].to(total.dtype)
@@ -247,11 +256,10 @@ class DPS(Method):
 
     def frozen(self, view: View) -> dict[str, Tensor]:
         """Where each covered tensor must not move (True), in a masking stage."""
-        masks = view.state.weights.get("mask")
-        if masks is not None:
-            return {n: ~mask for n, mask in masks.items()}
-        held = view.state.slot("held")
-        return {n: held[n] == held[n] for n in held}
+        held, bits = view.state.slot("held"), view.state.tensors.get("mask")
+        if bits is not None:
+            return {n: ~unpack(bits[n], h.shape) for n, h in held.items()}
+        return {n: h == h for n, h in held.items()}
 
     # --- Mix ----------------------------------------------------------------------------------
 
@@ -260,18 +268,22 @@ class DPS(Method):
 
     def weights(self, view: View, name: str, w: Tensor) -> Tensor:
         slots = view.state.weights
+        keep = None
         if self.masking(view):
             if name not in slots.get("held", {}):
                 return w
-            base, keep = slots["held"][name], slots["mask"][name]
+            base = slots["held"][name]
+            if self.freeze != "exact":  # else W = W* where M = 0, and the formula needs no M
+                keep = unpack(view.state.tensors["mask"][name], w.shape)
         else:
             if "noise" not in view.scratch:
                 names = view.state.numbers["covered"]
                 view.scratch["noise"] = {n: self.draw(view, n) for n in names}
             base, keep = slots["start"][name], view.scratch["noise"][name]
-        mixed: Tensor = _Mix.apply(w, base, keep, self.drop)
+        mixed: Tensor = _Mix.apply(w, base, keep, self.drop, not self.masking(view))
         return mixed
 
+    @torch.inference_mode(False)  # drawn there, it could not serve the backward pass of the step
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""
         shape = self._noise_shape(view, name)
@@ -305,18 +317,29 @@ class DPS(Method):
 
 
 class _Mix(torch.autograd.Function):
-    """W̃ = W* + N (W − W*) / (1 − drop), whose gradient with respect to W is taken as N g."""
+    """W̃ = W* + N (W − W*) / (1 − drop), whose gradient with respect to W is taken as N g.
+
+    `keep` is N, (rows, columns), (1, columns) or (rows, 1); None where W = W* wherever N = 0. While
+    masking (`draws` False) `before_step` multiplies the gradient by N, once for all micro-batches.
+    """
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, base: Tensor, keep: Tensor, drop: float) -> Tensor:
-        ctx.save_for_backward(keep)
-        # (N W + (1 − N) W* − p W*) / (1 − p), in the published order of rounding.
-        return torch.where(keep, w, base).sub_(base, alpha=drop).div_(1 - drop).to(w.dtype)
+    def forward(
+        ctx: Any, w: Tensor, base: Tensor, keep: Tensor | None, drop: float, draws: bool
+    ) -> Tensor:
+        ctx.save_for_backward(*[keep] if keep is not None and draws else [])
+        now, scale = w.to(base.dtype), 1 / (1 - drop)
+        if keep is None:
+            return torch.lerp(base, now, scale).to(w.dtype)
+        share = keep.view(torch.uint8).to(base.dtype).mul_(scale)  # of W in W̃; 0 gives W* itself
+        return torch.lerp(base, now, share).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (keep,) = ctx.saved_tensors
-        return grads[0] * keep, None, None, None
+        grad = grads[0]
+        for keep in ctx.saved_tensors:
+            grad = keep.view(torch.uint8).to(grad.dtype) * grad
+        return grad, None, None, None, None
 
 
 def widened(w: Tensor) -> Tensor:

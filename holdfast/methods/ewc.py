@@ -26,7 +26,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from holdfast.anchor import pull_, remember
+from holdfast.anchor import important_rows, pull_, remember
 from holdfast.importance import Labels, diagonal_fisher
 from holdfast.method import Method, Range, View
 
@@ -67,7 +67,8 @@ class EWC(Method):
     def penalty_grad_(self, view: View) -> None:
         slots = view.state.weights
         if "fisher" in slots:
-            pull_(view.grads, view.weights, slots["anchor"], self.strength, slots["fisher"])
+            rows = view.state.tensors.get("rows", {})
+            pull_(view.grads, view.weights, slots["anchor"], self.strength, slots["fisher"], rows)
 
     def end_task(self, view: View) -> None:
         fisher = diagonal_fisher(
@@ -92,3 +93,4 @@ class EWC(Method):
                 # θ̄ + F_t / ΣF (θ_t − θ̄); where nothing is known the newest weight stands.
                 share = torch.where(old[name] > 0, f / old[name], torch.ones_like(f))
                 anchor[name] = torch.lerp(anchor[name].to(f.dtype), now[name].to(f.dtype), share)
+        view.state.tensors["rows"] = important_rows(old)

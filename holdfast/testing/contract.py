@@ -227,10 +227,10 @@ class MethodContract:
         for task in TASKS:
             pupil.begin(task)
             for step in range(pupil.steps):
+                before, skipped = pupil.everything(), pupil.bound.skipped
                 pupil.backward(step)
                 grad = next(p.grad for p in pupil.model.parameters() if p.grad is not None)
                 grad.view(-1)[0] = value
-                before, skipped = pupil.everything(), pupil.bound.skipped
                 pupil.optimizer.step()
                 same(pupil.everything(), before)
                 assert pupil.bound.skipped == skipped + 1

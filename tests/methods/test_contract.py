@@ -14,8 +14,9 @@ CONFIGURATIONS: dict[str, list[tuple[Method, float]]] = {
         (DPS(stage=2), 4),
         (DPS(stage=3, modules="all", select="global", drop=0.5), 4),
         (DPS(stage=2, freeze="gradient"), 4),
-        (DPS(stage=2, mix=True), 9),
-        (DPS(stage=2, mix=True, noise="weight", modules=("*.up.weight", "*.down.*")), 9),
+        (DPS(stage=2, mix=True), 8.3),
+        (DPS(stage=2, mix=True, freeze="gradient"), 8.3),
+        (DPS(stage=2, mix=True, noise="weight", modules=("*.up.weight", "*.down.*")), 9.3),
         (DPS(stage=2, score="retention", drop=0.6, fisher_rows=5), 12),
     ],
     "ewc": [
