@@ -3,7 +3,7 @@
 The work hangs on the optimizer's own step hooks, so that any loop, Accelerate and any Trainer is
 served alike. Per step, in this order:
 
-    unscaled gradients → finite? → penalty_grad_ of each → before_step of each → clip
+    unscaled gradients → penalty_grad_ of each → finite? → before_step of each → clip
                        → optimizer → after_step of each
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast import mixing
-from holdfast.attachment import MARK, Attachment, check_served, regroup_, unwrap
+from holdfast import distributed, mixing
+from holdfast.attachment import Attachment, Held, Hooks, check_served, finite, regroup_, unwrap
 from holdfast.errors import Refused
-from holdfast.forwarding import own_randomness, replaced, untrained
+from holdfast.forwarding import own_randomness, replaced, uncompiled, untrained
 from holdfast.gradients import clip_, total_norm, unscale_
 from holdfast.method import Gradients, Method, View
 from holdfast.rates import Rates
@@ -54,6 +54,9 @@ class Bound:
         self._undo: list[Callable[[], None]] = []
         self._wrapper: Any = None  # an AcceleratedOptimizer around ours
         self._asked = self._skip = False
+        # The norm last asked for, and the gradients it is of, with torch's count of writes to each.
+        self._measured: tuple[Tensor, list[tuple[Tensor, int]]] | None = None
+        self.weights: Mapping[str, nn.Parameter] = {}
         self._signature: dict[str, list[Any]] = {}
 
     # --- tasks ------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ class Bound:
         Parameters outside of it are named `task/name` and never anchored across tasks. Raises
         `Refused` for what cannot be served: sparse gradients, an optimizer that runs its closure
         more than once, parameters that belong to no module of the model, an optimizer already
-        bound.
+        bound; docs/optimizers.md has them all.
         """
         model = model if model is not None else self.models.get(self.task)
         if model is None:
@@ -82,6 +85,8 @@ class Bound:
             raise Refused(f"{task!r} is no task name", remedy="use a name without '/'")
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise Refused(f"total_steps must be a whole number above 0, not {total_steps!r}")
+        distributed.refuse_unserved(model, optimizer)
+        model = distributed.unwrapped(model)
         optimizer, wrapper = unwrap(optimizer)
         self.unbind()
         check_served(model, optimizer)
@@ -90,10 +95,13 @@ class Bound:
         self._forget_step()
         try:
             self._adopt(Attachment.of(task, model, optimizer, shared))
+            recipe = {m.name: m.to_dict() for m in self.methods}
+            distributed.align_(self.generator, self.weights, [task, total_steps, recipe])
             self._attach()
             for method in self._defining("begin_task"):
                 method.begin_task(self.views[method.name])
             self._install_mixing()
+            self._drawn = self.generator.get_state()
         except BaseException:
             self.unbind()
             raise
@@ -114,14 +122,17 @@ class Bound:
         self.part_of, self.group_of, self.owners = found.part_of, found.group_of, found.owners
         self.grads = Gradients(self.weights)
         for state in self.states.values():
-            for slot in state.weights.values():
+            for slot in (*state.weights.values(), *state.tensors.values()):
                 for name in slot.keys() & self.weights.keys():
-                    slot[name] = slot[name].to(self.weights[name].device)
+                    slot[name] = distributed.beside(slot[name], self.weights[name])
 
     def _install_mixing(self) -> None:
         mixers: dict[str, list[Method]] = {}
         for method in self._defining("weights"):
             for name in method.mixed(self.views[method.name]):
+                if distributed.sharded(self.weights[name]):
+                    raise Refused(f"{method.name} cannot mix weights in shards", where=name,
+                                  remedy="train with DistributedDataParallel")  # fmt: skip
                 mixers.setdefault(name, []).append(method)
         if not mixers:
             return
@@ -139,7 +150,7 @@ class Bound:
 
         `data` are the task's training rows in batches as the model takes them, re-iterable or a
         function that returns them. Runs in evaluation mode, without touching the global
-        random state.
+        random state. Every rank calls this, and with all rows: methods divide them.
         """
         needing = [m.name for m in self.methods if m.needs_data]
         if needing and data is None:
@@ -148,6 +159,8 @@ class Bound:
         if data is not None:
             batches = data
             self.data = batches if callable(batches) else lambda: batches
+        steps = self.step, self.skipped
+        distributed.require_aligned(self.generator, self.weights, steps)
         model = self.models[self.task]
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -169,68 +182,38 @@ class Bound:
     # --- a step -----------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        optimizer = self.optimizer
-        hooks = (
-            optimizer.register_step_pre_hook(self._pre_step),
-            optimizer.register_step_post_hook(self._post_step),
-        )
-        setattr(optimizer, MARK, True)
-        self._undo += [h.remove for h in hooks] + [lambda: delattr(optimizer, MARK)]
+        self._held = Held(self.optimizer)
+        self._undo.append(Hooks(self.optimizer, self._before_step, self._after_step).remove)
 
     def _defining(self, hook: str) -> list[Method]:
         return [m for m in self.methods if m.defines(hook)]
 
-    def _pre_step(self, _: Any, args: Any, kwargs: Any) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._before_step()
-            return None
-
-        ran = False
-
-        def wrapped() -> Any:
-            nonlocal ran
-            if ran:
-                raise RuntimeError("this optimizer runs its closure more than once a step")
-            ran = True
-            loss = closure()
-            self._before_step()
-            return loss
-
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": wrapped}
-        return (args[0], wrapped, *args[2:]), kwargs
-
     @torch.no_grad()
     def _before_step(self) -> None:
-        norm = self.gradient_norm() if self._unscaled is None else self._unscaled
-        self.norm, self._unscaled = norm, None
-        found = getattr(self.optimizer, "found_inf", None)
-        overflow = found is not None and bool(found.item())
-        if not self._skip_unless(bool(torch.isfinite(norm)) and not overflow):
-            return
-        if self._defining("penalty") and not self._asked:
+        self.group_of = self._held.changed(self.weights) or self.group_of
+        if self.has_penalty and not self._asked:
             raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
-        pulling, changing = self._defining("penalty_grad_"), self._defining("before_step")
-        for method in pulling:
+        unscale_(self.optimizer, self._gradients())
+        # Pulls come before the one pass that measures: what is not finite is so after them too.
+        for method in self._defining("penalty_grad_"):
             method.penalty_grad_(self.views[method.name])
-        if pulling:
-            norm = total_norm(self._gradients())
-            if not self._skip_unless(bool(torch.isfinite(norm))):
-                return
-        for method in changing:
+        self.norm = self.gradient_norm()
+        if not self._skip_unless(bool(finite(self.optimizer, self.norm))):
+            return
+        for method in self._defining("before_step"):
             method.before_step(self.views[method.name])
         if self.max_grad_norm is not None:
-            if changing:
-                norm = total_norm(self._gradients())
-            clip_(self._gradients(), norm, self.max_grad_norm)
+            clip_(self._gradients(), self.gradient_norm(), self.max_grad_norm)
         if any(m.needs_previous for m in self.methods):
             self.previous = {n: w.detach().clone() for n, w in self.weights.items()}
 
     @torch.no_grad()
-    def _post_step(self, *_: Any) -> None:
+    def _after_step(self) -> None:
         if self._skip:
             self.skipped += 1
+            self.generator.set_state(self._drawn)
+            for group, before in zip(self.optimizer.param_groups, self._options, strict=True):
+                group.update(before)
         else:
             for method in self._defining("after_step"):
                 method.after_step(self.views[method.name])
@@ -239,26 +222,38 @@ class Bound:
 
     def _forget_step(self) -> None:
         self._asked = False
+        self._measured = None
+        self._drawn = self.generator.get_state()  # a step that is left out has drawn nothing
         self.inputs = self.outputs = None
         self.previous = {}
         for view in self.views.values():
             view.scratch.clear()
 
-    _unscaled: Tensor | None = None  # the norm, once gradients of this step are unscaled
-
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
-        """The global norm of this step's gradients, after undoing a GradScaler's scale.
+        """The global norm of the gradients as they are: under a GradScaler, `unscale_` them first.
 
-        Always measured anew: a GradScaler may have left out the step it was last measured for.
+        Measured where a gradient was written since it was last asked for in this step (writes
+        through `.data` are not seen). Of shards it always is: all ranks must ask at once, whatever
+        each has written.
         """
         grads = self._gradients()
-        unscale_(self.optimizer, grads)
-        self._unscaled = total_norm(grads)
-        return self._unscaled
+        now = [(g, distributed.local(g)._version) for g in grads]
+        norm, then = self._measured or (None, [])
+        same = len(now) == len(then) and all(
+            g is h and writes == before
+            for (g, writes), (h, before) in zip(now, then, strict=True)
+        )
+        if norm is None or not same or any(map(distributed.sharded, grads)):
+            norm = total_norm(grads)
+            self._measured = norm, now
+        return norm
 
     def _gradients(self) -> list[Tensor]:
-        return [w.grad for w in self.weights.values() if w.grad is not None]
+        grads = [w.grad for w in self.weights.values() if w.grad is not None]
+        if any(g.is_sparse for g in grads):
+            raise Refused("a gradient is sparse", remedy="build the embedding with sparse=False")
+        return grads
 
     def _skip_unless(self, good: bool) -> bool:
         """Leave this step out of training altogether, unless its gradients are good."""
@@ -266,6 +261,8 @@ class Bound:
         if self._skip:
             for w in self.weights.values():
                 w.grad = None  # the optimizer passes over tensors without a gradient
+            # Some count their steps in the groups nevertheless.
+            self._options = [{**group} for group in self.optimizer.param_groups]
         # Accelerate judges by whether step() was called; tell it what really happened.
         if self._wrapper is not None:
             self._wrapper._is_overflow = self._skip
@@ -317,6 +314,7 @@ class Bound:
             own_randomness(self.generator),
             replaced(self.weights, weights or {}),
             untrained(model, self.weights),
+            uncompiled(),
         ):
             return model(**batch)
 
@@ -325,7 +323,8 @@ class Bound:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, as ``{"tensors": {key: tensor}, "meta": JSON}``.
 
-        Tensors are not copied. Keys are ``method/kind/slot/name``.
+        Tensors are not copied. Keys are ``method/kind/slot/name``. Those of weights in shards are
+        put together on rank 0; then every rank must call this, and others are given no tensors.
         """
         tensors, numbers = pack(self.states)
         meta = {
@@ -337,10 +336,12 @@ class Bound:
             "total_steps": self.total_steps,
             "skipped": self.skipped,
             "finished": list(self.finished),
-            "parameters": describe(getattr(self, "weights", {})),
+            "parameters": describe(self.weights),
             "shared": dict(self._signature),
         }
-        return {"tensors": tensors | {"generator": self.generator.get_state()}, "meta": meta}
+        if distributed.rank() == 0 or not any(map(distributed.sharded, self.weights.values())):
+            tensors["generator"] = self.generator.get_state()
+        return {"tensors": tensors, "meta": meta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a saved state; nothing is captured anew.
@@ -352,14 +353,13 @@ class Bound:
         ours = {m.name: m.to_dict() for m in self.methods}
         if meta["methods"] != ours:
             raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
-        attached = bool(self.task)
-        weights: Mapping[str, Tensor] = self.weights if attached else {}
+        attached = bool(self.weights)
         if attached:
-            check_fit(meta["parameters"], describe(weights))
+            check_fit(meta["parameters"], describe(self.weights))
         if attached and meta["task"] != self.task:
             raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
         self.generator.set_state(tensors.pop("generator"))
-        unpack(self.states, tensors, meta["numbers"], weights)
+        unpack(self.states, tensors, meta["numbers"], self.weights)
         self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
         if attached:
             self.step, self.total_steps = meta["step"], meta["total_steps"]

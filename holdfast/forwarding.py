@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+
+from holdfast.distributed import sharded
 
 
 @contextlib.contextmanager
@@ -16,6 +19,19 @@ def own_randomness(generator: torch.Generator) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def uncompiled() -> contextlib.AbstractContextManager[None]:
+    """Run compiled models as they are written.
+
+    Compiled code passes over hooks that were not there when it was compiled, such as those which
+    measure the Fisher information, and draws its own dropout; and batches of other sizes would
+    be compiled for.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    eager: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 @contextlib.contextmanager
@@ -38,6 +54,9 @@ def untrained(model: nn.Module, held: Mapping[str, nn.Parameter]) -> Iterator[No
     """Keep gradients off what the optimizer does not hold: the heads of other tasks."""
     ours = {id(w) for w in held.values()}
     foreign = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    if any(sharded(w) for w in held.values()):
+        # Between forward and backward FSDP2 shows whole weights in place of the held shards.
+        foreign = [p for p in foreign if sharded(p)]
     for p in foreign:
         p.requires_grad_(False)
     try:

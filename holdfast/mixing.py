@@ -4,18 +4,32 @@ The module gets a per-instance subclass whose property stands before the paramet
 stays registered under its own name, so that state_dict, names and `save_pretrained` do not change
 (`parametrize` renames them), and recomputation under activation checkpointing sees the same
 weight (`functional_call` gives wrong gradients there, without an error).
+
+Under `torch.compile` the stand-in is one opaque operator in the graph, which looks up what to show
+when it runs: the graph depends neither on the stage nor on the step's noise, and is compiled once.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from holdfast.errors import Refused
 
 Mix = Callable[[str, Tensor], Tensor]
+
+_SHOWN: dict[str, Callable[[Tensor], Tensor]] = {}  # what stands in, by key, while installed
+_NEXT = itertools.count()
+# The subclass of each module, its plain class and the key of each attribute: kept for the next
+# task, because compiled code is guarded by the class.
+_KINDS: weakref.WeakKeyDictionary[nn.Module, tuple[type, type, dict[str, str]]]
+_KINDS = weakref.WeakKeyDictionary()
 
 
 def install(
@@ -39,16 +53,32 @@ def install(
                 if parameter is w:
                     attributes.setdefault(module, {})[attribute] = name
     originals = {module: type(module) for module in attributes}
-    for module, kind in originals.items():
-        properties = {a: _stand_in(a, name, mix) for a, name in attributes[module].items()}
-        body = {**properties, "__module__": kind.__module__, "__reduce_ex__": _plain(kind)}
-        module.__class__ = type(kind.__name__, (kind,), body)
+    keys: list[str] = []
+    for module, names in attributes.items():
+        known = _KINDS.get(module)
+        if known is None or known[0] is not type(module) or known[2].keys() != names.keys():
+            known = _KINDS[module] = _subclass(type(module), list(names))
+        for attribute, name in names.items():
+            key = known[2][attribute]
+            _SHOWN[key] = functools.partial(mix, name)
+            keys.append(key)
+        module.__class__ = known[1]
 
     def remove() -> None:
         for module, kind in originals.items():
             module.__class__ = kind
+        for key in keys:
+            _SHOWN.pop(key, None)
 
     return remove
+
+
+def _subclass(kind: type, attributes: list[str]) -> tuple[type, type, dict[str, str]]:
+    """`kind`, its subclass with a property for each attribute, and the properties' keys."""
+    keys = {attribute: str(next(_NEXT)) for attribute in attributes}
+    body = {attribute: _stand_in(attribute, key) for attribute, key in keys.items()}
+    more = {"__module__": kind.__module__, "__reduce_ex__": _plain(kind)}
+    return kind, type(kind.__name__, (kind,), body | more), keys
 
 
 def _plain(kind: type) -> Callable[[nn.Module, Any], Any]:
@@ -62,9 +92,60 @@ def _plain(kind: type) -> Callable[[nn.Module, Any], Any]:
     return reduce
 
 
-def _stand_in(attribute: str, name: str, mix: Mix) -> property:
+def _stand_in(attribute: str, key: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         parameter = module._parameters[attribute]
-        return mix(name, parameter) if module.training and parameter is not None else parameter
+        if not module.training or parameter is None:
+            return parameter
+        if torch.compiler.is_compiling():
+            return cast(Tensor, _shown(parameter, key))
+        return _SHOWN[key](parameter)
 
     return property(read)
+
+
+# --- in a compiled graph ------------------------------------------------------------------------
+
+
+def _shown_now(w: Tensor, key: str) -> Tensor:
+    """What `key` shows in place of `w`, of its shape and type."""
+    return _apart(_SHOWN[key](w), w)
+
+
+def _pulled_back(w: Tensor, grad: Tensor, key: str) -> Tensor:
+    """The gradient of `w`, given that of what `key` shows in its place; shapes as `w`."""
+    # Below autograd here: it is let in again, so that methods need no gradient written apart.
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
+        leaf = w.detach().requires_grad_()
+        return _apart(torch.autograd.grad(_SHOWN[key](leaf), leaf, grad)[0], grad)
+
+
+def _apart(result: Tensor, given: Tensor) -> Tensor:
+    """`result`, in memory of its own: an operator may not return its argument."""
+    shared = result.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return result.clone() if shared else result
+
+
+def _like(w: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(w)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.key = inputs[1]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return _pulled(ctx.saved_tensors[0], grad, ctx.key), None
+
+
+# Recorded CUDA graphs would replay the stand-in of the step that was recorded.
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+_shown = torch.library.custom_op("holdfast::shown", _shown_now, mutates_args=(), tags=_UNSAFE)
+_pulled = torch.library.custom_op(
+    "holdfast::pulled_back", _pulled_back, mutates_args=(), tags=_UNSAFE
+)
+_shown.register_fake(_like)
+_pulled.register_fake(_like)
+_shown.register_autograd(_backward, setup_context=_remember)

@@ -212,7 +212,7 @@ def test_overflow_under_a_scaler_is_skipped_and_counted() -> None:
 
 
 def test_a_norm_asked_for_before_a_left_out_step_is_forgotten() -> None:
-    """GradScaler leaves out the whole step of an optimizer that is not fused."""
+    """A loop may ask, and then leave the step out by itself."""
     model = net()
     optimizer = adamw(model)
     bound = bind(model, optimizer)
