@@ -17,6 +17,7 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import Settings, run_sequence
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
+from holdfast.training import stopping
 
 
 def compare(
@@ -73,7 +74,11 @@ def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) 
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_alone, initargs=started
     ) as pool:
-        futures = {pool.submit(run_sequence, **job): i for i, job in enumerate(jobs)}
+        # Processes start as jobs are handed in, and take over what is blocked: Ctrl-C, which
+        # reaches all of a terminal's processes, is for this one to answer.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        futures = {pool.submit(_job, **job): i for i, job in enumerate(jobs)}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         records: dict[int, Record] = {}
         bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
         try:
@@ -81,7 +86,8 @@ def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) 
                 records[futures[future]] = future.result()
                 bar.set_postfix_str(jobs[futures[future]]["label"])
         except BaseException:
-            # One run was refused, or Ctrl-C: the others end too, and go on when asked again.
+            # One run was refused, or a signal: the others end too, each after the step it is at
+            # and with a checkpoint, and go on when asked again.
             pool.shutdown(wait=False, cancel_futures=True)
             for process in {*active_children()} - before:
                 process.terminate()
@@ -89,12 +95,18 @@ def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) 
     return [records[i] for i in range(len(jobs))]
 
 
+def _job(**job: Any) -> Record:
+    stopping.check()  # a job that was handed out before the signal came
+    return run_sequence(**job)
+
+
 def _alone(lock: Any, number: Any) -> None:
     """One thread for each process (two with two threads each would crawl), and a line for its bar.
 
-    Ctrl-C reaches them too; it is the first process that ends them.
+    SIGTERM, by which the first process ends them, may reach them from elsewhere as well.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stopping.install(only=(signal.SIGTERM,), patient=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
     from tqdm.auto import tqdm

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
-from holdfast.training.checkpoints import MANIFEST
+from holdfast.training.manifest import MANIFEST
 
 CONFIG, LEASE, RECORD = "run.json", "lease", "record.json"
 

@@ -1,157 +1,219 @@
-"""The state of a `Bound` beside a checkpoint, and the manifest that makes a checkpoint count.
+"""The state of a `Bound` beside a checkpoint: safetensors for tensors, JSON for the rest.
 
-State is safetensors for tensors and JSON for the rest. A checkpoint is whole when its manifest,
-which is written last and durably, names size and SHA-256 of every file that lies there.
+What changes from step to step lies in one file. Every larger slot of a method's state (anchors,
+Fisher information, replayed rows, Mix's start weights) lies in a file of its own, and while it does
+not change, the next checkpoint gets a hard link to that file: stored once, and each folder still
+complete by itself, wherever it is moved.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
-from holdfast.files import sync_folder, write_text_atomic
+from holdfast.files import write_text_atomic
+from holdfast.training.manifest import MANIFEST as MANIFEST
+from holdfast.training.manifest import commit as commit
+from holdfast.training.manifest import damage as damage
+from holdfast.training.manifest import newest_complete as newest_complete
+from holdfast.training.manifest import rotate as rotate
+from holdfast.training.tensors import write_tensors
 
-LOG = logging.getLogger("holdfast")
-TENSORS, META, MANIFEST = "holdfast.safetensors", "holdfast.json", "manifest.json"
+TENSORS, META = "holdfast.safetensors", "holdfast.json"
+KEPT = "holdfast-{:02d}.safetensors"  # a slot of its own; which one, its keys say
+OURS = re.compile(r"holdfast(-\d+)?\.safetensors")
+KEPT_FROM = 1 << 16  # bytes a slot has to have for a file of its own
+
+Files = dict[str, tuple[int, str]]  # name -> size and SHA-256
 
 
-def save_state(bound: Bound, folder: str | Path, *, plan: Mapping[str, Any] | None = None) -> None:
+@dataclass(frozen=True)
+class _Kept:
+    """A slot as it was last written or read: while all of this is so, its file still holds it."""
+
+    tensors: dict[str, tuple[weakref.ref[Tensor], int, int]]  # name -> tensor, version, sum of bits
+    path: Path
+    size: int
+    sha: str
+    mark: tuple[int, int]  # inode and time: the file is still the one that was written
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], path: Path, size: int, sha: str) -> _Kept:
+        now = {k: (weakref.ref(t), _version(t), _sum(t)) for k, t in tensors.items()}
+        return cls(now, path, size, sha, _mark(path))
+
+    def holds(self, slot: Mapping[str, Tensor]) -> bool:
+        if self.tensors.keys() != slot.keys():
+            return False
+        for name, tensor in slot.items():
+            before, version, _ = self.tensors[name]
+            if before() is not tensor or version != _version(tensor) or version < 0:
+                return False
+        # Writing through `.data` leaves the version as it was, so the content is asked as well.
+        return all(self.tensors[name][2] == _sum(tensor) for name, tensor in slot.items())
+
+
+# What the files of a `Bound` hold; it is nothing that a state consists of.
+_KEPT: weakref.WeakKeyDictionary[Bound, dict[str, _Kept]] = weakref.WeakKeyDictionary()
+
+
+def save_state(
+    bound: Bound,
+    folder: str | Path,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Files:
     """Write the state into a folder; the JSON comes last and marks it complete.
 
-    plan: the settings of the training, which `differences` compares on resume.
+    plan: the settings of the training, which `differences` compares on resume. state: what
+    `bound.state_dict()` returned, where all ranks had to call it. Returns size and SHA-256 of the
+    files of tensors, which `commit` need not read again then.
     """
-    state = bound.state_dict()
+    state = bound.state_dict() if state is None else state
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Two names may share memory (an anchor that has not moved): safetensors wants them apart.
-    tensors = {k: t.detach().cpu().clone().contiguous() for k, t in state["tensors"].items()}
-    save_file(tensors, folder / TENSORS)
-    meta = {**state["meta"], "plan": dict(plan or {})}
+    slots, rest = _slots(state["tensors"])
+    before, kept = _KEPT.get(bound, {}), {}
+    files: Files = {TENSORS: write_tensors(folder / TENSORS, rest)}
+    for number, (slot, tensors) in enumerate(sorted(slots.items())):
+        path, old = folder / KEPT.format(number), before.get(slot)
+        if old is None or not old.holds(tensors) or not _link(old, path):
+            old = _Kept.of(tensors, path, *write_tensors(path, tensors))
+        kept[slot] = replace(old, path=path)
+        files[path.name] = (old.size, old.sha)
+    _KEPT[bound] = kept
+    for stale in folder.glob("holdfast-*.safetensors"):  # of a checkpoint that is written anew
+        if stale.name not in files:
+            stale.unlink()
+    meta = {**state["meta"], "files": sorted(files), "plan": dict(plan or {})}
     write_text_atomic(folder / META, json.dumps(meta, indent=1))
+    return files
+
+
+def _slots(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The larger slots by ``method/kind/slot``, and all other tensors."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        slots.setdefault("/".join(key.split("/", 3)[:3]), {})[key] = tensor
+    large = {
+        slot: held
+        for slot, held in slots.items()
+        if "/" in slot and sum(t.numel() * t.element_size() for t in held.values()) >= KEPT_FROM
+    }
+    return large, {
+        key: t for slot, held in slots.items() if slot not in large for key, t in held.items()
+    }
+
+
+def _sum(tensor: Tensor) -> int:
+    """The sum of a tensor's bits as whole numbers, modulo 2^64: one pass over memory, no copy."""
+    flat = tensor.detach().reshape(-1)
+    if flat.dtype is torch.bool:
+        return int(flat.sum())
+    return int(flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8).sum())
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written in place; -1 where torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    found = path.lstat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _link(old: _Kept, path: Path) -> bool:
+    """Give a slot's file a second name; False where it is gone or the disk knows no links."""
+    try:
+        if old.path.lstat().st_size != old.size or _mark(old.path) != old.mark:
+            return False
+        if old.path == path:
+            return True
+        path.unlink(missing_ok=True)
+        os.link(old.path, path)
+    except OSError:
+        return False
+    return True
 
 
 def load_state(bound: Bound, folder: str | Path) -> None:
     """Take up the state in a folder; `Refused` where there is none or it does not fit."""
-    bound.load_state_dict(read_state(Path(folder)))
+    folder = Path(folder)
+    bound.load_state_dict(read_state(folder))
+    # The next checkpoint may link to the files that were read here.
+    kept = {}
+    slots, _ = _slots(bound.state_dict()["tensors"])
+    for number, (slot, tensors) in enumerate(sorted(slots.items())):
+        path = folder / KEPT.format(number)
+        recorded = _recorded(folder).get(path.name)
+        if recorded is not None:
+            kept[slot] = _Kept.of(tensors, path, *recorded)
+    _KEPT[bound] = kept
+
+
+def _recorded(folder: Path) -> Files:
+    """What a folder's manifest says of its files; nothing where there is none."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: (int(size), str(sha)) for name, (size, sha) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def differences(folder: str | Path, plan: Mapping[str, Any]) -> list[str]:
     """In which settings a checkpoint's training differs from `plan`, in words."""
     before = _read_meta(Path(folder)).get("plan", {})
     now = json.loads(json.dumps(dict(plan)))
-    return [f"{k} was {before[k]}, is {now.get(k)}" for k in before if before[k] != now.get(k)]
+    return [f"{k} {_changed(before[k], now.get(k))}" for k in before if before[k] != now.get(k)]
+
+
+def _changed(before: Any, now: Any) -> str:
+    """What is another value; of lists of names, only where they part."""
+    names = isinstance(before, list) and isinstance(now, list) and before and now
+    if not names or not all(isinstance(name, str) for name in [*before, *now]):
+        return f"was {before}, is {now}"
+    wrong = [f"{b!r} stands where {a!r} stood" for a, b in zip(before, now, strict=False) if a != b]
+    wrong += [f"{name!r} is gone" for name in before[len(now) :]]
+    wrong += [f"{name!r} is new" for name in now[len(before) :]]
+    return "changed: " + ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The saved state as `Bound.load_state_dict` takes it."""
-    return {"meta": _read_meta(folder), "tensors": load_file(folder / TENSORS)}
+    meta = _read_meta(folder)
+    tensors: dict[str, Tensor] = {}
+    for name in meta.get("files", [TENSORS]):
+        if not isinstance(name, str) or not OURS.fullmatch(name):
+            raise Refused(f"{META} names {name!r}, no file of a state", where=str(folder))
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError:
+            raise Refused(f"{name} is missing", where=str(folder), remedy=AGAIN) from None
+        except (SafetensorError, OSError) as error:
+            raise Refused(f"{name} cannot be read ({error})", where=str(folder)) from None
+    return {"meta": meta, "tensors": tensors}
+
+
+AGAIN = "resume from a checkpoint that was saved with a recipe"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file() or not (folder / TENSORS).is_file():
-        raise Refused(
-            f"{META} or {TENSORS} is missing",
-            where=str(folder),
-            remedy="resume from a checkpoint that was saved with a recipe",
-        )
+        raise Refused(f"{META} or {TENSORS} is missing", where=str(folder), remedy=AGAIN)
     meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
     return meta
-
-
-# --- whole or not ---------------------------------------------------------------------------------
-
-
-def commit(folder: str | Path) -> None:
-    """Declare a folder whole as it lies there: its files, then its manifest, outlive a crash."""
-    folder = Path(folder)
-    inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST]
-    files = {}
-    for path in inside:
-        with path.open("r+b") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
-    for home in {folder, *(path.parent for path in inside)}:
-        sync_folder(home)
-    write_text_atomic(folder / MANIFEST, _manifest(files))
-    sync_folder(folder.parent)
-
-
-def _manifest(files: Mapping[str, Any]) -> str:
-    """The text of a manifest, which vouches for itself too."""
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return json.dumps({"schema": 1, "sha256": digest, "files": files}, indent=1)
-
-
-def damage(folder: str | Path) -> str | None:
-    """What is wrong with a folder that `commit` should have declared whole; None if nothing is."""
-    folder = Path(folder)
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        if text != _manifest(files):
-            return f"{MANIFEST} is not as it was written"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: it was not written to its end"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
-    for name, (size, sha) in files.items():
-        try:
-            with (folder / name).open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size:
-                    return f"{name} has {found} bytes of {size}"
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha:
-                    return f"{name} is not as it was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-    return None
-
-
-def newest_complete(folder: str | Path, tell: Callable[[str], None] = LOG.warning) -> Path | None:
-    """The latest whole checkpoint in a Trainer's output folder.
-
-    tell: is given a line on each later one that is passed over. Trainer itself would go on from
-    it, with other weights (faults P2, P3), or stop (P4).
-    """
-    for checkpoint in reversed(_checkpoints(Path(folder))):
-        wrong = damage(checkpoint)
-        if wrong is None:
-            return checkpoint
-        tell(f"{checkpoint.name} is passed over: {wrong}")
-    return None
-
-
-def rotate(newest: Path, limit: int | None, *, best: str | None = None) -> None:
-    """Keep `limit` checkpoints, among them the newest, which is whole, and the best.
-
-    Those committed first go first, and before them those that never were.
-    """
-
-    def committed(checkpoint: Path) -> float:
-        manifest = checkpoint / MANIFEST
-        return manifest.stat().st_mtime if manifest.exists() else 0.0
-
-    if limit is not None and limit > 0:
-        found = _checkpoints(newest.parent)
-        spare = [p for p in found if p != newest and (best is None or p != Path(best))]
-        for old in sorted(spare, key=committed)[: max(len(found) - limit, 0)]:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by their step."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))

@@ -12,10 +12,8 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -27,35 +25,20 @@ from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.training.checkpoints import (
-    commit,
-    damage,
-    differences,
-    load_state,
-    newest_complete,
-    rotate,
-    save_state,
-)
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from holdfast.training.saving import SavingMixin
 
 DEFAULT_CLIP = TrainingArguments.max_grad_norm  # counts as "not set"
 
 
-class RecipeMixin(_Base):
+class RecipeMixin(SavingMixin):
     """What `with_recipe` puts in front of a Trainer class.
 
     recipe: the `Recipe` (default: plain).
     bound: the `Bound` of earlier tasks, to go on with a sequence.
     task: this task's name; shared: the module that tasks share (default: see `bound`).
     exact_resume: refuse a checkpoint of other optimizer settings; False goes on with a warning.
+    stop_on_signals: on SIGTERM or Ctrl-C finish the step, save, and leave with 143 or 130.
     """
-
-    model: Any  # set by Trainer
-    optimizer: Any
 
     def __init__(
         self,
@@ -65,11 +48,13 @@ class RecipeMixin(_Base):
         task: str = "task",
         shared: nn.Module | None = None,
         exact_resume: bool = True,
+        stop_on_signals: bool = False,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe(name="plain")
         self.bound = bound
-        self.task, self._shared, self.exact_resume = task, shared, exact_resume
+        self.task, self._shared = task, shared
+        self.exact_resume, self.stop_on_signals = exact_resume, stop_on_signals
         self._window = 0.0
         self._ignores_items: bool | None = None
         self._outputs: Any = None
@@ -80,6 +65,10 @@ class RecipeMixin(_Base):
             self.model = self.model_wrapped = self.recipe.prepare(self.model)
 
     def _check_arguments(self) -> None:
+        for name, served in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
+            if getattr(self, f"is_{name}_enabled", False):
+                raise Refused(f"Trainer over {served} is not served", where=name,
+                              remedy="torchrun alone gives DistributedDataParallel")  # fmt: skip
         ours, theirs = self.recipe.max_grad_norm, self.args.max_grad_norm
         if ours is not None and theirs not in (ours, DEFAULT_CLIP):
             raise Refused(
@@ -139,29 +128,6 @@ class RecipeMixin(_Base):
         # Not through return_outputs: for that TRL runs the model once more, drawing dropout.
         self._outputs = outputs
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the recipe is bound only while it runs.
-
-        True goes on from the newest whole checkpoint; one that is named must be whole.
-        """
-        if resume_from_checkpoint is True:
-            found = newest_complete(self.args.output_dir)
-            if found is None:
-                raise Refused("holds no whole checkpoint", where=self.args.output_dir,
-                              remedy="train without resume_from_checkpoint")  # fmt: skip
-            resume_from_checkpoint = str(found)
-        elif resume_from_checkpoint and (wrong := damage(resume_from_checkpoint)):
-            raise Refused(wrong, where=str(resume_from_checkpoint),
-                          remedy="resume from one that was saved with a recipe")  # fmt: skip
-        try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self.bound is not None:
-                self.bound.unbind()
-            if self._watch is not None:
-                self._watch.remove()
-            self._watch = self._outputs = None
-
     def end_task(self) -> None:
         """Close the task after `train()`: methods estimate importance and keep rows."""
         if self.bound is None:
@@ -174,10 +140,27 @@ class RecipeMixin(_Base):
             rows = rows.select(order) if hasattr(rows, "select") else Subset(rows, order)
 
         def batches() -> Iterator[Mapping[str, Any]]:
-            for batch in self.get_eval_dataloader(rows):
+            for batch in self._undivided(rows):
                 yield self._prepare_inputs(batch)
 
         self.bound.end_task(batches)
+
+    def _undivided(self, rows: Any) -> Any:
+        """A loader of all rows, each once, on every rank: methods divide them by themselves.
+
+        Accelerate gives a rank its own batches, and repeats rows where the last ones do not fill
+        up; and Trainer, with persistent workers, answers with the loader of its evaluation rows.
+        """
+        kept = self.__dict__.pop("_eval_dataloaders", None)
+        if self.args.world_size > 1:
+            self.accelerator.prepare = lambda loader: loader
+        try:
+            return self.get_eval_dataloader(rows)
+        finally:
+            self.accelerator.__dict__.pop("prepare", None)
+            self.__dict__.pop("_eval_dataloaders", None)
+            if kept is not None:
+                self._eval_dataloaders = kept
 
     # --- loss -------------------------------------------------------------------------------------
 
@@ -204,8 +187,10 @@ class RecipeMixin(_Base):
         if model.training and torch.is_grad_enabled() and self.bound is not None:
             divides = not self._scaled(num_items_in_batch)
             steps = self.current_gradient_accumulation_steps
-            if steps > 1 and (divides or self._ignores(model, batch, num_items_in_batch)):
-                # Σ over the window must be the mean over its rows, whatever their division.
+            many = steps > 1 or self.args.world_size > 1
+            if many and (divides or self._ignores(model, batch, num_items_in_batch)):
+                # Σ over the window must be the mean over its rows, whatever their division: also
+                # among ranks, by whose number Trainer has multiplied a loss that ignores them.
                 share = weight / (self._window if divides else float(num_items_in_batch))
                 loss = loss * share * (steps if divides else 1)
             if self.bound.has_penalty:
@@ -252,7 +237,7 @@ class RecipeMixin(_Base):
             return float(counted.ne(-100).sum())
         return float(next((len(v) for v in batch.values() if isinstance(v, Tensor)), 0))
 
-    # --- clipping, logs, checkpoints --------------------------------------------------------------
+    # --- clipping and logs ------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Unscale and measure; the clipping itself follows the methods, inside the step."""
@@ -270,55 +255,6 @@ class RecipeMixin(_Base):
                 logs["skipped_steps"] = self.bound.skipped
         super().log(logs, *args, **kwargs)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, committed when it is whole; older ones go only then."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            run = Path(self._get_output_dir(trial=trial))
-            saved = run / f"checkpoint-{self.state.global_step}"
-            commit(saved)
-            rotate(saved, limit, best=self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.bound is not None and self.args.should_save:
-            save_state(self.bound, output_dir, plan=self._plan())
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.bound is not None:
-            changed = differences(checkpoint, self._plan())
-            if changed and self.exact_resume:
-                raise Refused(
-                    f"was saved with other settings: {', '.join(changed)}",
-                    where=checkpoint,
-                    remedy="set them back, or pass exact_resume=False",
-                )
-            if changed:
-                warnings.warn(f"resuming with other settings: {', '.join(changed)}", stacklevel=2)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.bound is not None:
-            steps = self.bound.total_steps
-            load_state(self.bound, checkpoint)
-            self.bound.total_steps = steps
-
-    def _plan(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run it goes on with."""
-        assert self.bound is not None
-        groups = self.bound.optimizer.param_groups
-        return {
-            "optimizer": type(self.bound.optimizer).__name__,
-            "groups": [[len(g["params"]), g["initial_lr"], g["weight_decay"]] for g in groups],
-            "accumulation": self.args.gradient_accumulation_steps,
-            "batch": self.args.train_batch_size,
-            "steps": self.bound.total_steps,
-            "max_grad_norm": self.bound.max_grad_norm,
-        }
-
 
 class _Recipied(type):
     """The type of classes that `with_recipe` makes: they pickle by the class they extend."""
@@ -326,7 +262,9 @@ class _Recipied(type):
 
 def _rebuild(cls: type) -> Any:
     # A class that extends one of ours has a name of its own and is found by it.
-    return (with_recipe, (cls.__mro__[2],)) if cls.__bases__[0] is RecipeMixin else cls.__qualname__
+    return (
+        (with_recipe, (cls.__bases__[1],)) if cls.__bases__[0] is RecipeMixin else cls.__qualname__
+    )
 
 
 copyreg.pickle(_Recipied, _rebuild)

@@ -18,13 +18,18 @@ from transformers import AutoModelForSequenceClassification
 from holdfast import Recipe, Refused, Replay
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
-from holdfast.training import checkpoints, trainer
+from holdfast.training import checkpoints, manifest, saving
 
 # --- killed and started again ---------------------------------------------------------------------
 
 
-def kill_after(module: Any, name: str, call: int, *, before: bool = False) -> None:
-    """SIGKILL this process at the n-th call of a function: after it, or before."""
+def kill_after(
+    module: Any, name: str, call: int, *, before: bool = False, also: tuple[Any, ...] = ()
+) -> None:
+    """SIGKILL this process at the n-th call of a function: after it, or before.
+
+    also: modules that hold the function too; their calls count as well.
+    """
     original, calls = getattr(module, name), []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -36,7 +41,8 @@ def kill_after(module: Any, name: str, call: int, *, before: bool = False) -> No
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(module, name, counted)
+    for place in (module, *also):
+        setattr(place, name, counted)
 
 
 def half_removed(*_: Any, **__: Any) -> None:
@@ -51,27 +57,24 @@ def in_the_middle_of_removing(out: Path) -> None:
     learner.shutil.rmtree = half_removed  # type: ignore[assignment]
 
 
+def kill_writing(call: int, *, before: bool = False) -> None:
+    """At the n-th state or manifest."""
+    kill_after(checkpoints, "write_text_atomic", call, before=before, also=(manifest,))
+
+
 # A state and a manifest at steps 3, 6, 9, 12, 15 and 16 of a task, and when it is kept: 14 calls.
 KILLS: dict[str, Callable[[Path], None]] = {
     "before the first checkpoint": lambda _: kill_after(
         learner.Learner, "score", 1, before=True
     ),
-    "mid-task, checkpoint half written": lambda _: kill_after(
-        checkpoints, "write_text_atomic", 3, before=True
-    ),
-    "mid-task, our state written and Trainer's not": lambda _: kill_after(
-        checkpoints, "write_text_atomic", 3
-    ),
-    "mid-task, all written but the manifest": lambda _: kill_after(
-        checkpoints, "write_text_atomic", 4, before=True
-    ),
+    "mid-task, checkpoint half written": lambda _: kill_writing(3, before=True),
+    "mid-task, our state written and Trainer's not": lambda _: kill_writing(3),
+    "mid-task, all written but the manifest": lambda _: kill_writing(4, before=True),
     "mid-task, whole and not rotated": lambda _: kill_after(
-        trainer, "rotate", 3, before=True
+        saving, "rotate", 3, before=True
     ),
-    "second task, mid-epoch": lambda _: kill_after(checkpoints, "write_text_atomic", 20),
-    "kept, its manifest not written": lambda _: kill_after(
-        checkpoints, "write_text_atomic", 14, before=True
-    ),
+    "second task, mid-epoch": lambda _: kill_writing(20),
+    "kept, its manifest not written": lambda _: kill_writing(14, before=True),
     "third task, learned and not kept": lambda _: kill_after(learner, "evaluate", 20, before=True),
     "kept and not recorded": lambda _: kill_after(learner.Learner, "_keep", 2),
     "while checkpoints are removed": in_the_middle_of_removing,
@@ -145,7 +148,7 @@ def test_damage_in_the_middle_of_a_task(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    stop_at(monkeypatch, place, tmp_path, module=trainer, name="rotate", call=9, seed=5)
+    stop_at(monkeypatch, place, tmp_path, module=saving, name="rotate", call=9, seed=5)
     newest = tmp_path / "tasks" / "2-question.training" / "checkpoint-9"
     (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-9])
     record = run(place, tmp_path, seed=5)
@@ -159,7 +162,7 @@ def test_damage_in_the_middle_of_a_task(
 def test_a_damaged_finished_task_is_named_and_learned_again_if_deleted(
     file: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop_at(monkeypatch, place, tmp_path, module=trainer, name="rotate", call=15, seed=5)
+    stop_at(monkeypatch, place, tmp_path, module=saving, name="rotate", call=15, seed=5)
     home = tmp_path / "tasks" / "2-question"
     content = bytearray((home / file).read_bytes())
     content[len(content) // 2] ^= 4
@@ -198,7 +201,7 @@ def test_seconds_add_up_over_processes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain: dict[str, Any] = {"topics": ("mood",), "recipe": "plain", "epochs": 1.0}
-    stop_at(monkeypatch, place, tmp_path, module=trainer, name="rotate", call=3, **plain)
+    stop_at(monkeypatch, place, tmp_path, module=saving, name="rotate", call=3, **plain)
     record = Record.load(tmp_path)
     assert record.seconds == [] and record.elapsed > 0
     record.elapsed += 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import same
@@ -11,7 +12,7 @@ from test_checkpoints import RECIPES, everything, two_tasks
 from torch import Tensor
 
 from holdfast import Refused
-from holdfast.training import trainer as training
+from holdfast.training import saving
 from holdfast.training.checkpoints import (
     MANIFEST,
     META,
@@ -116,13 +117,13 @@ def test_the_last_good_one_stays_until_the_next_is_whole(
 ) -> None:
     calls: list[Path] = []
 
-    def second_fails(folder: Path) -> None:
+    def second_fails(folder: Path, known: Any) -> None:
         calls.append(folder)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        commit(folder)
+        commit(folder, known)
 
-    monkeypatch.setattr(training, "commit", second_fails)
+    monkeypatch.setattr(saving, "commit", second_fails)
     with pytest.raises(KeyboardInterrupt):
         two_tasks(tmp_path, RECIPES["plain"], save_total_limit=1, **SAVING)
     assert newest_complete(tmp_path / "two") == tmp_path / "two" / "checkpoint-3"

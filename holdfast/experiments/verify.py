@@ -1,0 +1,152 @@
+"""Whether what was saved is still what was written: checkpoints and records of a folder tree.
+
+Needs no torch. Folders are walked without following links, and of a folder only what its own
+manifest names is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from holdfast.errors import Refused
+from holdfast.experiments.record import Record
+from holdfast.experiments.runs import CONFIG, RECORD
+from holdfast.training.manifest import MANIFEST, damage
+
+MODELS = ("model.safetensors", "model.safetensors.index.json", "holdfast.json")
+LARGEST = 256 << 20  # bytes of a record; one of a long run takes a few hundred thousand
+
+Tell = Callable[[str], None]
+
+
+def verify(paths: Sequence[Path], tell: Tell = print) -> int:
+    """Tell of every checkpoint, record and configuration below `paths` whether it is whole.
+
+    Returns 0 if all are, 1 if one is damaged. Raises `Refused` where there is nothing to check.
+    """
+    found = [(path, kind) for path in paths for path, kind in _below(path)]
+    sizes = sum(_size(path) for path, kind in found if kind is _checkpoint)
+    damaged = 0
+    with tqdm(total=sizes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        for path, kind in found:
+            wrong = kind(path, bar.update)
+            damaged += wrong is not None
+            with bar.external_write_mode(file=sys.stdout):
+                tell(f"{_shown(path)}: {'whole' if wrong is None else wrong}")
+    tell(f"{len(found) - damaged} whole, {damaged} damaged")
+    return int(damaged > 0)
+
+
+Kind = Callable[[Path, Callable[[int], object]], str | None]
+
+
+def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
+    """What can be checked in a folder and all below it."""
+    if not path.exists():
+        raise Refused("no such folder", where=str(path))
+    if not path.is_dir():
+        raise Refused("is a file", where=str(path), remedy="name the folder it lies in")
+    count = 0
+
+    def stop(error: OSError) -> None:
+        raise Refused(error.strerror or str(error), where=str(error.filename))
+
+    for home, folders, files in os.walk(path, onerror=stop):
+        folders.sort()
+        here, names = Path(home), {*files}
+        for name in sorted((*folders, *files)):
+            if name in (MANIFEST, RECORD, CONFIG) and (here / name).is_symlink():
+                names.discard(name)
+                yield here / name, _link
+                count += 1
+        # A checkpoint whose manifest is gone was not written to its end.
+        if MANIFEST in names or _looks_saved(here, names):
+            yield here, _checkpoint
+            count += 1
+        for name, kind in ((RECORD, _record), (CONFIG, _config)):
+            if name in names:
+                yield here / name, kind
+                count += 1
+    if not count:
+        raise Refused("holds no checkpoint, run or record", where=str(path),
+                      remedy="name a folder that training wrote")  # fmt: skip
+
+
+def _looks_saved(folder: Path, names: set[str]) -> bool:
+    trainers = folder.name.startswith("checkpoint-") and folder.name[11:].isdecimal()
+    tasks = folder.parent.name == "tasks" and bool(names & {*MODELS})
+    return trainers or tasks
+
+
+def _size(folder: Path) -> int:
+    """Bytes that will be read, as far as the folder says."""
+    return sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(folder) if e.is_file())
+
+
+def _checkpoint(path: Path, read: Callable[[int], object]) -> str | None:
+    return damage(path, read)
+
+
+def _link(path: Path, _: Callable[[int], object]) -> str | None:
+    return "is a symbolic link, not the file that was written"
+
+
+def _record(path: Path, _: Callable[[int], object]) -> str | None:
+    try:
+        if path.stat().st_size > LARGEST:
+            return f"is larger than {LARGEST >> 20} MiB"
+        if not path.is_file():
+            return "is no plain file"
+        _strict(path)
+        Record.load(path)
+    except Refused as refusal:
+        return _line(refusal.what)
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot be read ({_line(error)})"
+    return None
+
+
+def _config(path: Path, _: Callable[[int], object]) -> str | None:
+    try:
+        if path.stat().st_size > LARGEST:
+            return f"is larger than {LARGEST >> 20} MiB"
+        if not path.is_file():
+            return "is no plain file"
+        if not isinstance(_strict(path), dict):
+            return "is no mapping"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"cannot be read ({_line(error)})"
+    return None
+
+
+def _strict(path: Path) -> object:
+    """JSON as we write it: no key twice, no NaN."""
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        made = dict(items)
+        if len(made) != len(items):
+            raise ValueError("a key is given twice")
+        return made
+
+    def constant(word: str) -> object:
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(
+        path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant
+    )
+
+
+def _line(error: object) -> str:
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    return text if text.isprintable() else ascii(text)
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() else ascii(text)

@@ -1,0 +1,265 @@
+"""Checkpoints of a loop of your own, by name and without pickle: what Trainer does for its users.
+
+    save_checkpoint("run/checkpoint-100", bound, position={"epoch": 1, "batch": 37},
+                    scheduler=scheduler)
+    position = load_checkpoint("run/checkpoint-100", bound, scheduler=scheduler)
+
+A folder holds the weights of every task's model, the optimizer's state and options by parameter
+name and in their own types, the state of the methods, of what is named besides, and of every
+random generator. torch's own `Optimizer.load_state_dict` knows parameters by position only and
+casts their state to the parameter's type.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from holdfast import distributed
+from holdfast.bound import Bound
+from holdfast.errors import Refused
+from holdfast.files import write_text_atomic
+from holdfast.state import check_fit, describe
+from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.manifest import MANIFEST, commit, damage, rotate
+from holdfast.training.tensors import write_tensors
+
+LOOP, WEIGHTS, OPTIMIZER, OTHERS = (
+    "loop.json", "weights.safetensors", "optimizer.safetensors", "others.safetensors",
+)  # fmt: skip
+
+
+def save_checkpoint(
+    folder: str | Path,
+    bound: Bound,
+    *,
+    position: Mapping[str, Any],
+    keep: int | None = None,
+    **others: Any,
+) -> None:
+    """Save all that the loop needs to go on, after a whole optimizer step.
+
+    folder: named `checkpoint-<step>`, so that `newest_complete` finds it in its parent. position:
+    what your loop needs to find its place in the data, as JSON. keep: how many checkpoints stay.
+    others: whatever else has a state: the scheduler, a GradScaler, a `torch.Generator` of a
+    sampler. Raises `Refused` for state that is neither tensors nor plain values, and for weights
+    in shards.
+    """
+    folder = Path(folder)
+    weights = _weights(bound)
+    tensors: dict[str, Tensor] = {}
+    body = {
+        "schema": 1,
+        "position": dict(position),
+        "optimizer": _pack_optimizer(bound, tensors),
+        "random": {"python": random.getstate(), "numpy": _numpy_state()},
+    }
+    rest = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for i, state in enumerate(torch.cuda.get_rng_state_all()):
+            rest[f"random/cuda/{i}"] = state
+    body["others"] = {
+        name: _pack(_state_of(name, thing), f"others/{name}", rest)
+        for name, thing in others.items()
+    }
+    text = json.dumps(body, indent=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # of one that is written anew
+    known = save_state(bound, folder)
+    for name, held in ((WEIGHTS, weights), (OPTIMIZER, tensors), (OTHERS, rest)):
+        known[name] = write_tensors(folder / name, held)
+    write_text_atomic(folder / LOOP, text)
+    commit(folder, known)
+    rotate(folder, keep)
+
+
+def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str, Any]:
+    """Go on from a checkpoint: returns its `position`.
+
+    Call it when all is made as it was when training began: the model, the optimizer, the bound
+    (attached to the same task, with `bound.models` of earlier tasks), and the same `others`.
+    Raises `Refused`, and changes nothing, where the folder is damaged or does not fit.
+    """
+    folder = Path(folder)
+    if wrong := damage(folder):
+        raise Refused(wrong, where=str(folder), remedy="load the one before it")
+    try:
+        body = json.loads((folder / LOOP).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"{LOOP} is missing", where=str(folder),
+                      remedy="load one that save_checkpoint wrote") from None  # fmt: skip
+    weights, saved = _weights(bound), load_file(folder / WEIGHTS)
+    check_fit(describe(saved), describe(weights))
+    if body["others"].keys() != others.keys():
+        raise Refused(f"holds the state of {sorted(body['others'])}, not of {sorted(others)}",
+                      where=str(folder), remedy="pass the same objects")  # fmt: skip
+    tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / OTHERS)
+    likes = {name: _state_of(name, thing) for name, thing in others.items()}
+    groups = _matching_groups(bound, body["optimizer"])
+    load_state(bound, folder)  # refuses what does not fit before it takes anything up
+    with torch.no_grad():
+        for name, w in weights.items():
+            w.copy_(saved[name])
+    _unpack_optimizer(bound, body["optimizer"], groups, tensors)
+    for name, thing in others.items():
+        state = _unpack(body["others"][name], likes[name], f"others/{name}", rest)
+        if isinstance(thing, torch.Generator):
+            thing.set_state(state)
+        else:
+            thing.load_state_dict(state)
+    _restore_random(body["random"], rest)
+    position: dict[str, Any] = body["position"]
+    return position
+
+
+def _weights(bound: Bound) -> dict[str, Tensor]:
+    """Parameters and saved buffers of all models, each tensor once, by ``task/name``."""
+    if not bound.task:
+        raise Refused("no task has begun", where="bound", remedy="bind it to the model first")
+    if any(map(distributed.sharded, bound.weights.values())):
+        raise Refused("weights in shards are not served here", where="training.loop",
+                      remedy="use torch.distributed.checkpoint, and save_state")  # fmt: skip
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    models: dict[str, nn.Module] = {bound.task: bound.models[bound.task], **bound.models}
+    for task, model in models.items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[f"{task}/{name}"] = tensor
+    return found
+
+
+# --- the optimizer --------------------------------------------------------------------------------
+
+
+def _names(bound: Bound) -> list[list[str]]:
+    """The names of each group's parameters, in order."""
+    names = {id(w): name for name, w in bound.weights.items()}
+    return [[names[id(w)] for w in g["params"]] for g in bound.optimizer.param_groups]
+
+
+def _pack_optimizer(bound: Bound, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    groups: list[dict[str, Any]] = []
+    for name, w in bound.weights.items():
+        state[name] = _pack(bound.optimizer.state.get(w, {}), name, tensors)
+    for names, group in zip(_names(bound), bound.optimizer.param_groups, strict=True):
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        plain = _pack(options, f"group/{len(groups)}", tensors)
+        groups.append({"names": names, "options": plain})
+    return {"class": type(bound.optimizer).__name__, "state": state, "groups": groups}
+
+
+def _matching_groups(bound: Bound, saved: Mapping[str, Any]) -> list[int]:
+    """For each group of now, which saved one held the same parameters, in whatever order."""
+    now, kind = _names(bound), type(bound.optimizer).__name__
+    if saved["class"] != kind:
+        raise Refused(f"the optimizer was {saved['class']}, is {kind}")
+    before = {frozenset(g["names"]): i for i, g in enumerate(saved["groups"])}
+    moved = [name for names in now if frozenset(names) not in before for name in names]
+    if moved or len(before) != len(now):
+        shown = ", ".join(moved[:5]) + (f" and {len(moved) - 5} more" if moved[5:] else "")
+        raise Refused(f"the optimizer's groups are others: {shown}",
+                      remedy="use the same rates and weight decay")  # fmt: skip
+    return [before[frozenset(names)] for names in now]
+
+
+def _unpack_optimizer(
+    bound: Bound, saved: Mapping[str, Any], groups: list[int], tensors: Mapping[str, Tensor]
+) -> None:
+    optimizer = bound.optimizer
+    on_device = any(g.get("capturable") or g.get("fused") for g in optimizer.param_groups)
+    optimizer.state.clear()
+    for name, w in bound.weights.items():
+        entries = _unpack(saved["state"][name], {}, name, tensors)
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and (key != "step" or on_device):
+                entries[key] = value.to(w.device)  # its type is its own, as is that of a count
+        if entries:
+            optimizer.state[w] = entries
+    for group, index in zip(optimizer.param_groups, groups, strict=True):
+        options = _unpack(saved["groups"][index]["options"], group, f"group/{index}", tensors)
+        for key, value in options.items():
+            if isinstance(group.get(key), Tensor):  # a captured graph holds this very tensor
+                group[key].copy_(value)
+            else:
+                group[key] = value
+
+
+# --- values as JSON and tensors -------------------------------------------------------------------
+
+
+def _state_of(name: str, thing: Any) -> Any:
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if not hasattr(thing, "state_dict"):
+        raise Refused(f"a {type(thing).__name__} has no state_dict()", where=name)
+    return thing.state_dict()
+
+
+def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors put into `tensors`; Refused for any other object."""
+    if isinstance(value, Tensor):
+        tensors[where] = value
+        return {"$tensor": where}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_pack(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {k: _pack(item, f"{where}/{k}", tensors) for k, item in value.items()}
+        return {"$pairs": [[k, _pack(v, f"{where}/{k}", tensors)] for k, v in value.items()]}
+    if hasattr(value, "item"):  # a number of numpy's
+        return _pack(value.item(), where, tensors)
+    raise Refused(f"a {type(value).__name__} cannot be saved without pickle", where=where)
+
+
+def _unpack(value: Any, like: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
+    """The reverse; lists and mappings become what `like` is there, a Counter or a tuple."""
+    if isinstance(value, dict) and "$tensor" in value:
+        return tensors[value["$tensor"]].clone()
+    if isinstance(value, dict) and "$pairs" in value:
+        made = {k: _unpack(v, None, where, tensors) for k, v in value["$pairs"]}
+        kind: Any = type(like) if isinstance(like, Mapping) else dict
+        return kind(made)
+    if isinstance(value, dict):
+        of = like if isinstance(like, Mapping) else {}
+        return {k: _unpack(v, of.get(k), where, tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        kinds = like if isinstance(like, list | tuple) and len(like) == len(value) else value
+        items = [_unpack(v, k, where, tensors) for v, k in zip(value, kinds, strict=True)]
+        return tuple(items) if isinstance(like, tuple) else items
+    return value
+
+
+def _numpy_state() -> Any:
+    """numpy's global generator, where anything loaded numpy."""
+    if "numpy" not in sys.modules:
+        return None
+    name, keys, *rest = sys.modules["numpy"].random.get_state()
+    return [name, keys.tolist(), *rest]
+
+
+def _restore_random(saved: Mapping[str, Any], rest: Mapping[str, Tensor]) -> None:
+    version, inner, gauss = saved["python"]
+    random.setstate((version, tuple(inner), gauss))
+    if saved["numpy"] is not None:
+        import numpy as np
+
+        name, keys, *more = saved["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *more))
+    torch.set_rng_state(rest["random/cpu"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"random/cuda/{i}" in rest:
+                torch.cuda.set_rng_state(rest[f"random/cuda/{i}"], i)

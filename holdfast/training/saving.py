@@ -1,0 +1,189 @@
+"""What `with_recipe` adds to a Trainer's checkpoints: our state, a commit mark, exact resume."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from holdfast.bound import Bound
+from holdfast.errors import Refused
+from holdfast.training import stopping
+from holdfast.training.checkpoints import (
+    Files,
+    commit,
+    damage,
+    differences,
+    load_state,
+    newest_complete,
+    rotate,
+    save_state,
+)
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class SavingMixin(_Base):
+    """The part of `RecipeMixin` that saves, resumes and stops."""
+
+    model: Any  # set by Trainer
+    optimizer: Any
+    bound: Bound | None
+    exact_resume: bool
+    stop_on_signals: bool
+    _watch: Any
+    _outputs: Any
+    _ours: Files
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the recipe is bound only while it runs.
+
+        True goes on from the newest whole checkpoint; one that is named must be whole. Raises
+        `Stopped` after a checkpoint where a signal that is handled asks for it.
+        """
+        if resume_from_checkpoint is True:
+            found = newest_complete(self.args.output_dir)
+            if found is None:
+                raise Refused("holds no whole checkpoint", where=self.args.output_dir,
+                              remedy="train without resume_from_checkpoint")  # fmt: skip
+            resume_from_checkpoint = str(found)
+        elif resume_from_checkpoint and (wrong := damage(resume_from_checkpoint)):
+            raise Refused(wrong, where=str(resume_from_checkpoint),
+                          remedy="resume from one that was saved with a recipe")  # fmt: skip
+        saver = _StopSaved()
+        self.add_callback(saver)
+        try:
+            with stopping.handled() if self.stop_on_signals else contextlib.nullcontext():
+                with stopping.looking():
+                    done = super().train(resume_from_checkpoint, *args, **kwargs)
+                    # A signal after the last step: what was learned is not thrown away.
+                    late = _asked(self.args) and saver.saved != self.state.global_step
+                    if late and not self.args.load_best_model_at_end:
+                        self._save_checkpoint(self.model, None)
+                return done
+        except stopping.Stopped as stopped:
+            if self.stop_on_signals:
+                print(f"holdfast: {stopped} after step {self.state.global_step}, which is saved in "
+                      f"{self.args.output_dir}; train(resume_from_checkpoint=True) goes on",
+                      file=sys.stderr)  # fmt: skip
+            raise
+        finally:
+            self.remove_callback(saver)
+            if self.bound is not None:
+                self.bound.unbind()
+            if self._watch is not None:
+                self._watch.remove()
+            self._watch = self._outputs = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, committed when it is whole; older ones go only then."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._ours = {}
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            run = Path(self._get_output_dir(trial=trial))
+            saved = run / f"checkpoint-{self.state.global_step}"
+            commit(saved, self._ours)
+            rotate(saved, limit, best=self.state.best_model_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.bound is not None:
+            state = self.bound.state_dict()  # by every rank: shards are put together
+            if self.args.should_save:
+                self._ours = save_state(self.bound, output_dir, plan=self._plan(), state=state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.bound is not None:
+            changed = differences(checkpoint, self._plan())
+            # torch knows moments by position: in another order they are other parameters'.
+            moved = any(c.startswith("order ") for c in changed)
+            if changed and (self.exact_resume or moved):
+                raise Refused(
+                    f"was saved with other settings: {', '.join(changed)}",
+                    where=checkpoint,
+                    remedy="set them back" + ("" if moved else ", or pass exact_resume=False"),
+                )
+            if changed:
+                warnings.warn(f"resuming with other settings: {', '.join(changed)}", stacklevel=2)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.bound is not None:
+            _exact_moments_(self.bound.optimizer, Path(checkpoint) / "optimizer.pt")
+            steps = self.bound.total_steps
+            load_state(self.bound, checkpoint)
+            self.bound.total_steps = steps
+
+    def _plan(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run it goes on with."""
+        assert self.bound is not None
+        groups = self.bound.optimizer.param_groups
+        names = {id(w): name for name, w in self.bound.weights.items()}
+        return {
+            "optimizer": type(self.bound.optimizer).__name__,
+            "groups": [[len(g["params"]), g["initial_lr"], g["weight_decay"]] for g in groups],
+            "accumulation": self.args.gradient_accumulation_steps,
+            "batch": self.args.train_batch_size,
+            "ranks": self.args.world_size,
+            "steps": self.bound.total_steps,
+            "max_grad_norm": self.bound.max_grad_norm,
+            "order": [names.get(id(w), "") for g in groups for w in g["params"]],
+        }
+
+
+def _exact_moments_(optimizer: torch.optim.Optimizer, file: Path) -> None:
+    """Put back what torch cast to the type of the parameter while it loaded (faults N10)."""
+    if not file.is_file():
+        return
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state"]
+    held = [w for group in optimizer.param_groups for w in group["params"]]
+    for index, entries in saved.items():
+        now = optimizer.state[held[index]]
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and now[key].dtype != value.dtype:
+                now[key] = value.to(now[key].device, copy=True)
+
+
+class _StopSaved(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint of that step."""
+
+    saved = -1
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.saved = state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if _asked(args):
+            control.should_training_stop = True  # Trainer closes the epoch next
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if _asked(args):
+            control.should_training_stop = True
+            control.should_save = self.saved != state.global_step
+            control.should_evaluate &= epoch_is_over(state)
+
+
+def epoch_is_over(state: Any) -> bool:
+    """Whether the step just made is an epoch's last one, or the last of all."""
+    return state.global_step >= state.max_steps or float(state.epoch).is_integer()
+
+
+def _asked(args: Any) -> bool:
+    """Whether any rank was asked to end: they have to stop after the same step."""
+    if stopping.active() and args.world_size > 1:
+        told = torch.tensor(stopping.asked(), device=args.device)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        stopping.ask(int(told))
+    return stopping.asked() > 0

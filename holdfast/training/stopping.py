@@ -1,0 +1,117 @@
+"""SIGTERM and Ctrl-C: finish the running step, save, end; a second signal ends at once.
+
+A training loop that looks (`looking`) is only told; work outside of one has nothing to save and
+ends where it is. Nothing is torn by a second signal either: whatever counts was written under
+another name and renamed, or is vouched for by a manifest that comes last.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A signal ended the work; `code` is what a shell expects, 128 + `number`: 143 or 130."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = int(number)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stopped, (self.number,)
+
+    def __str__(self) -> str:
+        return "interrupted" if self.number == signal.SIGINT else "stopped by SIGTERM"
+
+
+class _Now:
+    """What this process knows; handlers belong to a process, and so does this."""
+
+    installed = False
+    asked = 0
+    looking = 0
+
+
+def install(*, only: tuple[int, ...] = SIGNALS, patient: bool = False) -> Callable[[], None]:
+    """Handle signals from here on; the function returned puts the handlers of before back.
+
+    patient: further signals are ignored, for a process whose parent ends it. Outside of the main
+    thread, and where signals are handled so already, nothing happens.
+    """
+    if _Now.installed or threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def note(number: int, _: Any) -> None:
+        if _Now.asked:
+            if patient:
+                return
+            os._exit(128 + number)  # no cleaning up: it may be what hangs
+        _Now.asked = number
+        if not _Now.looking:
+            raise Stopped(number)
+        if sys.stderr.isatty() and not patient:
+            os.write(2, b"\nholdfast: finishing the step and saving; once more ends at once\n")
+
+    before = {number: signal.getsignal(number) for number in only}
+    _Now.installed, _Now.asked = True, 0
+    for number in only:
+        if before[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, note)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        _Now.installed, _Now.asked = False, 0
+
+    return restore
+
+
+@contextmanager
+def handled() -> Iterator[None]:
+    """Within the block the first SIGTERM or Ctrl-C becomes `Stopped`, between two steps."""
+    restore = install()
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextmanager
+def looking() -> Iterator[None]:
+    """A block that asks `asked` after each step and saves; on leaving it well, `Stopped` if so."""
+    check()
+    _Now.looking += 1
+    try:
+        yield
+    finally:
+        _Now.looking -= 1
+    check()
+
+
+def asked() -> int:
+    """The signal that asked this process to end; 0 for none."""
+    return _Now.asked
+
+
+def ask(number: int) -> None:
+    """Be asked by another rank; 0 asks for nothing."""
+    _Now.asked = _Now.asked or number
+
+
+def active() -> bool:
+    """Whether signals are handled here, so that a loop has to look."""
+    return _Now.installed
+
+
+def check() -> None:
+    """Raise `Stopped` if a signal asked for it."""
+    if _Now.asked:
+        raise Stopped(_Now.asked)
