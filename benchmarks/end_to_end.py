@@ -1,0 +1,245 @@
+"""Seconds of whole trainings: holdfast's defaults beside Trainer's, and what saving costs.
+
+    python benchmarks/end_to_end.py --quick --json docs/results/end-to-end-quick.json
+
+Time: MiniLM on each task for one epoch, (a) as published scripts train it, every row padded to 128
+tokens and AdamW unfused, (b) by Trainer's own defaults with rows padded per batch, (c) by
+holdfast's. The clock stops while scores are taken; the score to reach is (a)'s at its end.
+Saving: the same training by Trainer and by holdfast with a checkpoint every 100 steps and with
+none; Trainer beside itself is the noise. Repetitions are interleaved. Writes the JSON and, beside
+it, the tables (.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from results import DATA, markdown, save
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
+
+import holdfast
+from holdfast.experiments.heads import encode, evaluate, load_model, load_tokenizer, locate, quiet
+from holdfast.recipe import Recipe
+from holdfast.tasks import Task, load_task
+
+LOOKS = 8  # how often a score is taken on the way
+PADDED, DYNAMIC, OURS = "published (padded to 128, unfused)", "trainer (per batch)", "holdfast"
+SAVERS = ("trainer", "trainer again", "holdfast")
+
+
+class Clock(TrainerCallback):
+    """Seconds of training alone, and the score on selection rows at a few points."""
+
+    def __init__(self, score: Callable[[Any], float] | None, every: int) -> None:
+        self.score, self.every = score, every
+        self.seconds, self.points = 0.0, list[tuple[int, float, float]]()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        step = state.global_step
+        if self.score is not None and (step % self.every == 0 or step == state.max_steps):
+            self.pause()
+            self.points.append((step, self.seconds, self.score(model)))
+            model.train()
+            self.began = time.perf_counter()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self.began
+
+
+class Work:
+    """One task's rows and what all trainings of it have in common."""
+
+    def __init__(self, path: str, chosen: argparse.Namespace) -> None:
+        self.task: Task = load_task(path, train_size=chosen.train_size, selection=chosen.selection)
+        self.source, self.chosen = locate(chosen.model), chosen
+        self.tokenizer = load_tokenizer(self.source)
+        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.train, self.selection = (
+            encode(rows, self.task, self.tokenizer, max_length=chosen.max_length)
+            for rows in (self.task.train, self.task.selection)
+        )
+        epoch = math.ceil(len(self.train) / chosen.batch_size)
+        self.steps = min(epoch, chosen.steps or epoch)
+
+    def score(self, model: Any) -> float:
+        return evaluate(model, self.selection, self.task, self.collate)
+
+    def run(
+        self, kind: str, out: Path, *, seed: int, save: int = 0, steps: int = 0, scored: bool = True
+    ) -> Clock:
+        """Train once. `kind` says by what; save: steps between checkpoints, 0 for none."""
+        padded = DataCollatorWithPadding(
+            self.tokenizer, padding="max_length", max_length=self.chosen.max_length
+        )
+        ours = kind == OURS
+        steps = steps or self.steps
+        clock = Clock(self.score if scored else None, max(1, steps // LOOKS))
+        more: dict[str, Any] = {"optim": "adamw_torch"} if kind == PADDED else {}
+        args = TrainingArguments(
+            output_dir=str(out), max_steps=steps, learning_rate=self.chosen.lr, warmup_steps=0.1,
+            per_device_train_batch_size=self.chosen.batch_size, weight_decay=0.01, seed=seed,
+            save_strategy="steps" if save else "no", save_steps=save or 500, save_total_limit=2,
+            logging_steps=100, report_to="none", disable_tqdm=True, use_cpu=True,
+            dataloader_pin_memory=False, **more,
+        )  # fmt: skip
+        cls = holdfast.Trainer if ours else transformers.Trainer
+        own = {"recipe": Recipe.named(self.chosen.recipe)} if ours else {}
+        trainer = cls(
+            model=load_model(self.source, self.task, seed=seed), args=args, callbacks=[clock],
+            train_dataset=self.train, data_collator=padded if kind == PADDED else self.collate,
+            processing_class=self.tokenizer, **own,
+        )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+        shutil.rmtree(out, ignore_errors=True)
+        return clock
+
+
+def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
+    """Every way to train the task, interleaved."""
+    found: dict[str, list[Clock]] = {PADDED: [], DYNAMIC: [], OURS: []}
+    for repeat in range(chosen.repeats):
+        for kind in _turned(list(found), repeat):
+            clock = work.run(kind, out / "speed", seed=repeat)
+            found[kind].append(clock)
+            tell(f"{work.task.name} · {kind} · {clock.seconds:.1f} s, {clock.points[-1][2]:.3f}")
+    # A score is reached within its own noise: one standard error on the selection rows.
+    target = statistics.median(c.points[-1][2] for c in found[PADDED])
+    noise = math.sqrt(max(target * (1 - target), 0.01) / max(len(work.selection), 1))
+    rows = []
+    for kind, clocks in found.items():
+        pairs = list(zip(clocks, found[PADDED], strict=True))
+        reached = [
+            next((s for _, s, score in c.points if score >= target - noise), None) for c in clocks
+        ]
+        rows.append({
+            "task": work.task.name, "kind": kind, "steps": work.steps,
+            "seconds": [round(c.seconds, 3) for c in clocks],
+            "median_seconds": statistics.median(c.seconds for c in clocks),
+            "times_faster_than_published": statistics.median(p.seconds / c.seconds
+                                                             for c, p in pairs),
+            "scores": [c.points[-1][2] for c in clocks], "target": target, "noise": noise,
+            "seconds_to_target": reached,
+        })  # fmt: skip
+    return rows
+
+
+def saving(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
+    """Wall time with and without checkpoints; ratios are of runs that stood side by side."""
+    steps = chosen.save_runs * chosen.save_steps
+    seconds: dict[tuple[str, bool], list[float]] = {
+        (kind, saved): [] for kind in SAVERS for saved in (False, True)
+    }
+    for repeat in range(chosen.repeats):
+        for kind, saved in _turned(list(seconds), repeat):
+            name = OURS if kind == "holdfast" else DYNAMIC
+            clock = work.run(name, out / "saving", seed=0, steps=steps, scored=False,
+                             save=chosen.save_steps if saved else 0)  # fmt: skip
+            seconds[kind, saved].append(clock.seconds)
+            tell(f"{kind} · {'saving' if saved else 'not saving'} · {clock.seconds:.1f} s")
+
+    def ratios(kind: str, saved: bool) -> list[float]:
+        base = seconds["trainer", saved]
+        return [a / b for a, b in zip(seconds[kind, saved], base, strict=True)]
+
+    rows = []
+    for kind in SAVERS:
+        with_, without = ratios(kind, True), ratios(kind, False)
+        extra = [
+            (a - b) / chosen.save_runs
+            for a, b in zip(seconds[kind, True], seconds[kind, False], strict=True)
+        ]
+        rows.append({
+            "kind": kind, "steps": steps, "save_steps": chosen.save_steps,
+            "seconds": seconds[kind, True], "seconds_without_saving": seconds[kind, False],
+            "ratio_to_trainer": statistics.median(with_), "ratios": with_,
+            "ratio_to_trainer_without_saving": statistics.median(without),
+            "seconds_a_checkpoint": statistics.median(extra),
+        })  # fmt: skip
+    return rows
+
+
+def _turned(values: list[Any], by: int) -> list[Any]:
+    """Begin elsewhere each time, so that none is always the first after a pause."""
+    by %= len(values)
+    return values[by:] + values[:by]
+
+
+def table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
+    """Some of the fields."""
+    return markdown(keys, [[row[k] for k in keys] for row in rows])
+
+
+def main() -> int:
+    """Run the benchmark; --quick takes at most 25 minutes on two cores."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="2 repetitions, 1280 rows a task")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=[str(DATA / "mrpc"), str(DATA / "trec6")])
+    parser.add_argument("--model", default="minilm", help="another one to try it out")
+    parser.add_argument("--recipe", default="default")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--train-size", type=int)
+    parser.add_argument("--selection", type=int, default=400)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--steps", type=int, help="fewer than an epoch, to try it out")
+    parser.add_argument("--save-steps", type=int, default=100)
+    parser.add_argument("--save-runs", type=int, help="checkpoints of each training that saves")
+    parser.add_argument("--threads", type=int, help="of torch (as many as it takes)")
+    chosen = parser.parse_args()
+    chosen.repeats = chosen.repeats or (2 if chosen.quick else 5)
+    chosen.train_size = chosen.train_size or (1280 if chosen.quick else None)
+    chosen.save_runs = chosen.save_runs or (1 if chosen.quick else 3)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    quiet()
+    works = [Work(path, chosen) for path in chosen.tasks]
+    saves = chosen.save_runs * chosen.save_steps
+    runs = chosen.repeats * (3 * len(works) + 2 * len(SAVERS))
+    steps = chosen.repeats * (3 * sum(w.steps for w in works) + 2 * len(SAVERS) * saves)
+    print(f"{steps} training steps in {runs} runs", flush=True)
+    done, began = itertools.count(1), time.monotonic()
+
+    def tell(line: str) -> None:
+        print(f"[{next(done)}/{runs}, {time.monotonic() - began:.0f} s] {line}", flush=True)
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        # The first training pays for what is loaded and allocated once.
+        works[0].run(DYNAMIC, Path(folder) / "warm", seed=0, steps=min(10, works[0].steps))
+        faster = [row for work in works for row in speed(work, chosen, Path(folder), tell)]
+        cost = saving(works[0], chosen, Path(folder), tell)
+    found = {
+        "training_steps": steps, "seconds": time.monotonic() - began,
+        "settings": {k: str(v) for k, v in vars(chosen).items()},
+        "speed": faster, "saving": cost,
+    }  # fmt: skip
+    page = table(faster, ("task", "kind", "steps", "median_seconds",
+        "times_faster_than_published", "scores", "target", "seconds_to_target"))  # fmt: skip
+    page += "\n\n" + table(cost, ("kind", "steps", "save_steps", "ratio_to_trainer",
+        "ratio_to_trainer_without_saving", "seconds_a_checkpoint"))  # fmt: skip
+    save(chosen.json, found, page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

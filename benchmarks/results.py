@@ -1,0 +1,63 @@
+"""Where benchmarks leave what they measured: JSON for machines, Markdown for readers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from holdfast.experiments.record import commit, versions
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real tasks, not ours to commit
+
+
+def save(path: Path, found: dict[str, Any], told: str) -> None:
+    """Write what was found as JSON, with the command that found it, and `told` beside it as .md."""
+    command = f"python {shlex.join(sys.argv)}"
+    body = {
+        "command": command,
+        "commit": commit(Path(__file__).parent),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        **found,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body) + "\n")
+    path.with_suffix(".md").write_text(f"`{command}`\n\n{told}\n")
+    print(told)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; floats to three places."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def summary(
+    by_kind: dict[str, list[float]], shares: dict[str, float], seed: int
+) -> dict[str, float]:
+    """Median and mean of ratios over a cycle of kinds, and the 95 % bootstrap interval of the
+    median. shares: how often each kind occurs in a cycle; they add up to 1.
+    """
+
+    def over(take: Callable[[list[float]], float]) -> float:
+        return sum(share * take(by_kind[kind]) for kind, share in shares.items())
+
+    draw = Random(seed)
+    drawn = sorted(
+        over(lambda v: statistics.median(draw.choices(v, k=len(v)))) for _ in range(1000)
+    )
+    return {
+        "median": over(statistics.median),
+        "mean": over(statistics.fmean),
+        "low": drawn[25],
+        "high": drawn[974],
+    }

@@ -1,0 +1,221 @@
+"""How the work on weights grows with their number, from 10 million to a thousand million.
+
+    python benchmarks/scale.py --quick --json docs/results/scale-quick.json
+
+Synthetic float32 tensors, as one large one and as many small ones: summing squares (DPS), adding a
+squared gradient to Fisher information, selecting a subnetwork, marking it, zeroing its gradients,
+restoring weights. For each the slope of log time over log size (1 is linear) and GB/s beside the
+machine's own copy, measured in the same run. A size that would need more than --memory is left
+out, and said so. Writes the JSON and beside it the table (.md) and a picture (.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import markdown, save
+from torch import Tensor
+
+from holdfast.blocks import blocks
+from holdfast.masks import hold_, mark_, zero_
+from holdfast.selection import select
+
+SIZES = (10**7, 3 * 10**7, 10**8, 3 * 10**8, 10**9)
+COLUMNS = {"one large": 1024, "many small": 256}
+SMALL = 256 * 256  # entries of a small tensor
+NEEDED = 4 + 4 + 1 + 1  # bytes an entry: two tensors, a mask, and what an operation adds
+# Bytes that must be read and written per entry; for a selection one reading, whatever it takes.
+TRAFFIC = {"copy": 8, "accumulate": 12, "fisher": 12, "select": 4, "mark": 9, "zero": 12,
+           "restore": 12}  # fmt: skip
+
+
+def make(layout: str, count: int, device: str) -> list[Tensor]:
+    """Float32 tensors of `count` entries in all (rounded to whole rows), normally distributed."""
+    columns = COLUMNS[layout]
+    sizes = [count] if layout == "one large" else [SMALL] * (count // SMALL)
+    return [torch.empty(max(n // columns, 1), columns, device=device).normal_() for n in sizes]
+
+
+def operations(
+    grads: list[Tensor], sums: list[Tensor], drop: float
+) -> dict[str, Callable[[], None]]:
+    """What is timed, in an order in which each finds what it needs."""
+    masks: dict[str, Tensor] = {}
+
+    def accumulate() -> None:
+        for total, grad in zip(sums, grads, strict=True):
+            for t, g in blocks(total, grad):
+                t.addcmul_(g, g)
+
+    def choose() -> None:
+        masks.clear()
+        masks.update(select({str(i): s for i, s in enumerate(sums)}, drop))
+
+    def mark() -> None:
+        for i, s in enumerate(sums):
+            mark_(s, masks[str(i)])
+
+    def each(apply: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
+        def work() -> None:
+            for g, s in zip(grads, sums, strict=True):
+                apply(g, s)
+
+        return work
+
+    return {
+        "copy": each(_copy),
+        "accumulate": accumulate,
+        "fisher": lambda: torch._foreach_addcmul_(sums, grads, grads, value=1 / 512),
+        "select": choose,
+        "mark": mark,
+        "zero": each(zero_),
+        "restore": each(hold_),
+    }
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    target.copy_(source)
+
+
+def measure(layout: str, count: int, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of each operation, over all the tensors once."""
+    grads = make(layout, count, chosen.device)
+    sums = [torch.empty_like(g) for g in grads]
+    entries = sum(g.numel() for g in grads)
+    repeats = max(3, min(chosen.repeats, math.ceil(chosen.repeats * 10**8 / entries)))
+    seconds = {}
+    for name, work in operations(grads, sums, 0.3).items():
+        if name == "accumulate":
+            for s in sums:
+                s.zero_()
+        taken = []
+        for _ in range(repeats + 1):  # the first warms up
+            _wait(chosen.device)
+            start = time.perf_counter()
+            work()
+            _wait(chosen.device)
+            taken.append(time.perf_counter() - start)
+        seconds[name] = statistics.median(taken[1:])
+        print(f"{layout}, {entries:,}: {name} {1e3 * seconds[name]:.1f} ms", flush=True)
+    return {"layout": layout, "entries": entries, "tensors": len(grads), "repeats": repeats,
+            "seconds": seconds}  # fmt: skip
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def slope(rows: list[dict[str, Any]], name: str) -> float | None:
+    """Of log time over log size, by least squares."""
+    if len(rows) < 2:
+        return None
+    x = [math.log(r["entries"]) for r in rows]
+    y = [math.log(r["seconds"][name]) for r in rows]
+    return statistics.linear_regression(x, y).slope
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: milliseconds and GB/s by size, and the slope, for each operation."""
+    parts = []
+    for layout in COLUMNS:
+        mine = [r for r in rows if r["layout"] == layout]
+        heads = [f"{r['entries'] / 1e6:.0f} M" for r in mine]
+        lines = []
+        for name, traffic in TRAFFIC.items():
+            cells = [
+                f"{1e3 * r['seconds'][name]:.1f}, "
+                f"{traffic * r['entries'] / r['seconds'][name] / 1e9:.1f}"
+                for r in mine
+            ]
+            found = slope(mine, name)
+            lines.append([name, *cells, "" if found is None else f"{found:.2f}"])
+        told = markdown(["operation", *heads, "slope"], lines)
+        parts.append(f"**{layout}** (milliseconds, GB/s)\n\n{told}")
+    return "\n\n".join(parts)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time over size, both on log scales."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(10, 4), layout="constrained")
+    for axis, layout in zip(axes, COLUMNS, strict=True):
+        mine = [r for r in rows if r["layout"] == layout]
+        for name in TRAFFIC:
+            axis.loglog([r["entries"] for r in mine], [r["seconds"][name] for r in mine], "o-",
+                        label=name, color="grey" if name == "copy" else None)  # fmt: skip
+        axis.set(title=layout, xlabel="entries", ylabel="seconds")
+    axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def available() -> int:
+    """Bytes of memory that can be had."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def main() -> int:
+    """Measure every size that fits."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES), help="entries")
+    parser.add_argument("--memory", type=float, default=15.0, help="at most so many GiB")
+    parser.add_argument("--repeats", type=int, help="of up to 100 M entries (5, 15)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of torch (its own choice)")
+    chosen = parser.parse_args()
+    chosen.repeats = chosen.repeats or (5 if chosen.quick else 15)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    print("0 training steps: synthetic tensors", flush=True)
+    load, rows, left_out = [os.getloadavg()], [], []
+    for size in (int(s) for s in chosen.sizes):
+        limit = chosen.memory * 2**30
+        if chosen.device == "cpu":
+            limit = min(limit, 0.9 * available())
+        if size * NEEDED > limit:
+            left_out.append(size)
+            print(f"{size:,} entries left out: {size * NEEDED / 2**30:.1f} GiB", flush=True)
+            continue
+        rows += [measure(layout, size, chosen) for layout in COLUMNS]
+    load.append(os.getloadavg())
+    if not rows:
+        print("no size fits", file=sys.stderr)
+        return 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {
+        "load_average": load,
+        "peak_bytes": peak,
+        "left_out": left_out,
+        "slopes": {
+            layout: {n: slope([r for r in rows if r["layout"] == layout], n) for n in TRAFFIC}
+            for layout in COLUMNS
+        },
+        "rows": rows,
+    }
+    facts = (f"{torch.get_num_threads()} threads, load average {load[0][0]:.1f} before, "
+             f"{load[1][0]:.1f} after, peak memory {peak / 2**30:.1f} GiB")  # fmt: skip
+    if left_out:
+        facts += "; left out for memory: " + ", ".join(f"{s:,}" for s in left_out)
+    save(chosen.json, found, f"{facts}\n\n{table(rows)}")
+    picture(rows, chosen.json.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,388 @@
+"""What a method adds to a training step: whole step, optimizer phase, memory.
+
+    python benchmarks/step_overhead.py --quick --json docs/results/step-overhead-quick.json
+
+Each method steps beside plain fused AdamW in one process, in pairs of random order on the same
+batch, each on a copy of the model of its own; "plain again" is a second plain copy: the noise. Both
+sides clip (plain by `clip_grad_norm_`), which counts as optimizer phase, as everything between
+backward and the end of `optimizer.step()` does. Cycles of DPS that are longer than the run are
+measured by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle.
+EWC's importance is that of 512 rows of --rows: which words they use decides what it costs.
+Writes the JSON, and beside it the table (.md) and a picture (.png).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import random
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import DATA, markdown, save, summary
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DataCollatorWithPadding
+
+from holdfast.experiments.heads import encode, load_tokenizer, locate, quiet
+from holdfast.method import Method
+from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.recipe import Recipe
+from holdfast.tasks import load_task
+
+ARMS: dict[str, Method | None] = {
+    "plain again": None,
+    "engine alone": None,
+    "dps-dense-50": DPS(stage=50),
+    "dps-dense-5": DPS(stage=5),
+    "dps-mix-50": DPS(stage=50, mix=True),
+    "dps-mix-5": DPS(stage=5, mix=True),
+    "retention-50": DPS(stage=50, score="retention"),
+    "retention-5": DPS(stage=5, score="retention"),
+    "ewc": EWC(),
+    "l2sp": L2SP(),
+    "replay-off": Replay(),
+}
+TARGETS = {"dps-dense-50": 1.05, "dps-dense-5": 1.05, "dps-mix-50": 1.15, "dps-mix-5": 1.15,
+           "ewc": 1.03, "l2sp": 1.03}  # fmt: skip
+SIZES = {
+    "bert-base": {},
+    "bert-large": {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}  # fmt: skip
+
+
+class Arm:
+    """A model, its fused AdamW, and a recipe at work on it (None: plain)."""
+
+    def __init__(self, chosen: argparse.Namespace, recipe: Recipe | None) -> None:
+        self.chosen, self.model = chosen, make_model(chosen)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        self.scaler = torch.amp.GradScaler(chosen.device, enabled=chosen.dtype == "fp16")
+        self.bound = recipe.unbound() if recipe else None
+        if self.bound is not None:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Bind; methods for later tasks are given importance, as if one task were finished."""
+
+        def begin(task: str) -> None:
+            self.bound.begin_task(task, self.optimizer, 10**6, model=self.model)
+
+        begin("one")
+        for method in self.bound.methods:
+            slots = self.bound.states[method.name].weights
+            if isinstance(method, EWC):
+                self.bound.end_task(partial(read_rows, self.chosen))
+                begin("two")
+            elif isinstance(method, DPS) and method.score == "retention":
+                names = self.bound.states["dps"].numbers["covered"]
+                slots["fisher"] = {n: torch.rand_like(self.bound.weights[n]) for n in names}
+                begin("one")
+
+    def step(self, batch: dict[str, Tensor]) -> tuple[float, float]:
+        """Seconds of a training step, and of its part after the backward pass."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.chosen.dtype)
+        casting = torch.autocast(self.chosen.device, half) if half else contextlib.nullcontext()
+        self._wait()
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        with casting:
+            out = self.model(**batch)
+            loss = out.loss
+            if self.bound is not None and self.bound.has_penalty:
+                loss = loss + self.bound.penalty(batch, out)
+        self.scaler.scale(loss).backward()
+        self._wait()
+        middle = time.perf_counter()
+        if self.bound is None and self.chosen.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.chosen.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._wait()
+        end = time.perf_counter()
+        return end - start, end - middle
+
+    def _wait(self) -> None:
+        if self.chosen.device == "cuda":
+            torch.cuda.synchronize()
+
+    def saved_bytes(self, batch: dict[str, Tensor]) -> int:
+        """What one forward pass keeps for the backward pass, parameters aside."""
+        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        found: dict[int, int] = {}
+
+        def see(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                found[storage.data_ptr()] = storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+            out = self.model(**batch)
+        del out
+        for view in self.bound.views.values() if self.bound else ():
+            view.scratch.clear()
+        return sum(found.values())
+
+
+def make_model(chosen: argparse.Namespace) -> nn.Module:
+    """A classifier of two classes in training mode."""
+    import transformers
+
+    kind = transformers.AutoModelForSequenceClassification
+    if chosen.model in SIZES:
+        config = transformers.BertConfig(**SIZES[chosen.model])
+        model = kind.from_config(config)
+    else:
+        model = kind.from_pretrained(locate(chosen.model), dtype=torch.float32)
+    return model.to(chosen.device).train()
+
+
+def make_batch(chosen: argparse.Namespace, length: int, vocabulary: int) -> dict[str, Tensor]:
+    """Random tokens without padding, labels of two kinds."""
+    ids = torch.randint(1000, vocabulary, (chosen.batch, length), device=chosen.device)
+    labels = ids[:, 0] % 2
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def read_rows(chosen: argparse.Namespace) -> list[dict[str, Tensor]]:
+    """512 real rows in batches as the model takes them."""
+    task = load_task(chosen.rows, train_size=512)
+    tokenizer = load_tokenizer(locate("minilm" if chosen.model in SIZES else chosen.model))
+    rows = encode(task.train, task, tokenizer, max_length=128)
+    for row in rows:
+        row["labels"] = 0  # the Fisher information draws its own
+    collate = DataCollatorWithPadding(tokenizer)
+    batches = (collate(rows[i : i + 32]) for i in range(0, len(rows), 32))
+    return [{k: v.to(chosen.device) for k, v in batch.items()} for batch in batches]
+
+
+# --- which steps are taken ------------------------------------------------------------------------
+
+
+def kind_of(method: Method | None, step: int) -> str:
+    """What a step of DPS does; other methods do the same in every step."""
+    if not isinstance(method, DPS):
+        return "step"
+    odd, last = step // method.stage % 2 == 1, (step + 1) % method.stage == 0
+    if method.score == "retention":
+        return "select" if last else "mask"
+    return ("turn back" if last else "mask") if odd else ("select" if last else "accumulate")
+
+
+def cycle(method: Method | None) -> dict[str, float]:
+    """How often each kind of step occurs, as shares of all steps."""
+    if not isinstance(method, DPS):
+        return {"step": 1.0}
+    length = 2 * method.stage
+    kinds = [kind_of(method, s) for s in range(length)]
+    return {k: kinds.count(k) / length for k in dict.fromkeys(kinds)}
+
+
+WARM = 6  # pairs that are not counted
+
+
+def schedule(method: Method | None, pairs: int) -> list[int | None]:
+    """Which step of its schedule each pair takes, the first `WARM` included; None: all are alike.
+
+    Whole cycles where they fit, else rounds that jump to the end of each stage.
+    """
+    if not isinstance(method, DPS):
+        return [None] * (WARM + pairs)
+    k = method.stage
+    steps: list[int | None] = [0, 1, k - 1, k, k + 1, 2 * k - 1]  # warms up, and selects once
+    if 2 * k <= pairs:
+        return steps + list(range(2 * k, 2 * k * (1 + pairs // (2 * k))))
+    inside = min(max((pairs // 3 - 2) // 2, 1), k - 1)
+    for start in range(2 * k, 8 * k, k):
+        steps += [*range(start, start + inside), start + k - 1]
+    return steps
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+Pair = dict[str, Any]  # kind, plain and ours: (whole, optimizer phase) in seconds
+
+
+def measure(
+    chosen: argparse.Namespace, plain: Arm, label: str, batch: dict[str, Tensor], bar: Any
+) -> tuple[list[Pair], dict[str, float]]:
+    """Pairs of steps of an arm beside plain, and the bytes per covered weight that it adds."""
+    method = ARMS[label]
+    methods = [method] if method else []
+    recipe = Recipe(methods=methods, max_grad_norm=chosen.clip or None)
+    ours = Arm(chosen, None if label == "plain again" else recipe)
+    pairs, held, order = list[Pair](), 0, random.Random(label)
+    gc.collect()
+    gc.disable()
+    for i, step in enumerate(schedule(method, chosen.pairs)):
+        if ours.bound is not None and step is not None:
+            ours.bound.step = step
+        both = [("plain", plain), ("ours", ours)]
+        order.shuffle(both)
+        pair: Pair = {"kind": kind_of(method, step or 0)}
+        for side, arm in both:
+            pair[side] = arm.step(batch)
+        if i >= WARM:
+            pairs.append(pair)
+        if ours.bound is not None:
+            held = max(held, sum(s.bytes() for s in ours.bound.states.values()))
+        bar.update(2)
+    gc.enable()
+    return pairs, added_bytes(ours, plain, batch, held)
+
+
+def added_bytes(ours: Arm, plain: Arm, batch: dict[str, Tensor], held: int) -> dict[str, float]:
+    """Remembered, and kept between forward and backward pass, per covered weight."""
+    bound = ours.bound
+    if bound is None or not bound.methods:
+        return {"state": 0.0, "forward": 0.0}
+    names = bound.states[bound.methods[0].name].numbers.get("covered", list(bound.shared))
+    covered = sum(bound.weights[n].numel() for n in names)
+    forward = ours.saved_bytes(batch) - plain.saved_bytes(batch)
+    return {"state": held / covered, "forward": forward / covered}
+
+
+def ratios(pairs: list[Pair], which: int) -> dict[str, list[float]]:
+    """Ours / plain of each pair, by kind of step; which: 0 whole step, 1 optimizer phase."""
+    found: dict[str, list[float]] = {}
+    for p in pairs:
+        found.setdefault(p["kind"], []).append(p["ours"][which] / p["plain"][which])
+    return found
+
+
+def medians(taken: list[tuple[float, float]]) -> list[float]:
+    """Milliseconds of the whole step and of the optimizer phase."""
+    return [round(1e3 * statistics.median(column), 3) for column in zip(*taken, strict=True)]
+
+
+def row(label: str, length: int, pairs: list[Pair], added: dict[str, float]) -> dict[str, Any]:
+    """All figures of an arm at a length."""
+    shares = cycle(ARMS[label])
+    found: dict[str, Any] = {"arm": label, "length": length, "pairs": len(pairs)}
+    for which, name in enumerate(("whole", "optimizer")):
+        found[name] = summary(ratios(pairs, which), shares, which)
+    kinds = sorted({p["kind"] for p in pairs})
+    found["milliseconds"] = {
+        side: {kind: medians([p[side] for p in pairs if p["kind"] == kind]) for kind in kinds}
+        for side in ("plain", "ours")
+    }
+    if "select" in kinds:
+        ours = found["milliseconds"]["ours"]
+        before = ours.get("accumulate", ours["mask"])[1]
+        each = ours["select"][1] - before
+        found["selection"] = {"each_ms": each, "per_step_ms": each * shares["select"]}
+    found["bytes_per_weight"] = added
+    found["raw"] = [[p["kind"], *p["plain"], *p["ours"]] for p in pairs]
+    return found
+
+
+# --- telling --------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    heads = (
+        "arm", "length", "whole step [95 %]", "mean", "optimizer phase [95 %]", "mean",
+        "selection, ms/step", "state, bytes/weight", "forward, bytes/weight", "target",
+    )  # fmt: skip
+    lines = []
+    for r in rows:
+        cells = [r["arm"], r["length"]]
+        for name in ("whole", "optimizer"):
+            s = r[name]
+            cells += [f"{s['median']:.3f} [{s['low']:.3f}, {s['high']:.3f}]", s["mean"]]
+        cells.append(f"{r['selection']['per_step_ms']:.2f}" if "selection" in r else "")
+        cells += [f"{r['bytes_per_weight'][k]:.2f}" for k in ("state", "forward")]
+        target = TARGETS.get(r["arm"])
+        cells.append(f"≤ {target:.2f}" if target else "")
+        lines.append(cells)
+    return markdown(heads, lines)
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Whole-step ratios with their intervals, one panel a length."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    lengths = sorted({r["length"] for r in rows})
+    figure, axes = pyplot.subplots(1, len(lengths), sharey=True, squeeze=False,
+                                   figsize=(5 * len(lengths), 4), layout="constrained")  # fmt: skip
+    for axis, length in zip(axes[0], lengths, strict=True):
+        mine = [r for r in rows if r["length"] == length]
+        for i, r in enumerate(mine):
+            s = r["whole"]
+            axis.plot([s["low"], s["high"]], [i, i], color="#4477aa", lw=2)
+            axis.plot(s["median"], i, "o", color="#4477aa")
+            if r["arm"] in TARGETS:
+                axis.plot(TARGETS[r["arm"]], i, "|", color="#cc3311", ms=14)
+        axis.axvline(1, color="grey", lw=0.8)
+        axis.set(title=f"{length} tokens", xlabel="step time / plain AdamW (red: target)",
+                 yticks=range(len(mine)), yticklabels=[r["arm"] for r in mine])  # fmt: skip
+    axes[0][0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> int:
+    """Measure every arm at every length."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="40 pairs an arm and length")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--model", default="minilm", help=f"{', '.join(SIZES)}, a folder, minilm")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--pairs", type=int, help="pairs of steps an arm and length (40, 200)")
+    parser.add_argument("--clip", type=float, default=1.0, help="0: neither side clips")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--rows", default=str(DATA / "trec6"), help="the old task of EWC (TREC)")
+    parser.add_argument("--threads", type=int, help="of torch (its own choice)")
+    chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    chosen.pairs = chosen.pairs or (40 if chosen.quick else 200)
+    steps = 2 * sum(len(schedule(ARMS[a], chosen.pairs)) for a in chosen.arms)
+    steps *= len(chosen.lengths)
+    print(f"{steps} training steps", flush=True)
+    quiet()
+    torch.manual_seed(0)
+    load, rows = [os.getloadavg()], []
+    with tqdm(total=steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        for length in chosen.lengths:
+            plain = Arm(chosen, None)
+            batch = make_batch(chosen, length, plain.model.config.vocab_size)
+            for label in chosen.arms:
+                bar.set_description(f"{label}, {length} tokens", refresh=False)
+                rows.append(row(label, length, *measure(chosen, plain, label, batch, bar)))
+    load.append(os.getloadavg())
+    told = (
+        f"{torch.get_num_threads()} threads, load average {load[0][0]:.1f} before, "
+        f"{load[1][0]:.1f} after\n\n{table(rows)}"
+    )
+    found = {
+        "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
+        "load_average": load,
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(chosen).items()},
+        "rows": rows,
+    }
+    save(chosen.json, found, told)
+    picture(rows, chosen.json.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
