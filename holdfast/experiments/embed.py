@@ -1,0 +1,82 @@
+"""Rows as vectors of a model's encoder, for shifts by cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from holdfast.errors import Refused
+from holdfast.tasks import Row
+
+POOLINGS = ("mean", "cls")
+
+
+def embedder(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    pooling: str = "mean",
+    batch: int = 64,
+    max_length: int = 128,
+) -> Callable[[Sequence[Row]], np.ndarray]:
+    """A function from rows to an array (rows, width) in float32.
+
+    The vector of a row is taken from the encoder's last layer: the `mean` over its tokens without
+    padding, or `cls`, the first token's, as BERTcL has it. A model that encodes and decodes gives
+    its encoder. Evaluation mode and no gradients; the model is left as it was found, and no random
+    number is drawn. Rows of like length go together, which wastes no padding.
+
+    Refused: an unknown pooling, no row, rows without tokens, outputs that are not finite.
+    """
+    if pooling not in POOLINGS:
+        raise Refused(f"pooling {pooling!r}", remedy=f"known are {', '.join(POOLINGS)}")
+    encoder: Any = getattr(model, "base_model", model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = encoder.get_encoder()
+
+    def embed(rows: Sequence[Row]) -> np.ndarray:
+        if not rows:
+            raise Refused("no rows to embed")
+        pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
+        fields = tokenizer([r.text for r in rows], pairs, truncation=True, max_length=max_length)
+        ids = fields["input_ids"]
+        order = sorted(range(len(rows)), key=lambda i: len(ids[i]))
+        if not ids[order[0]]:
+            raise Refused("a row without tokens", where=repr(rows[order[0]].text[:60]))
+        device = next(encoder.parameters()).device
+        found: list[Any] = [None] * len(rows)
+        training = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad():
+                for start in range(0, len(order), batch):
+                    chosen = order[start : start + batch]
+                    inputs = tokenizer.pad(
+                        {k: [v[i] for i in chosen] for k, v in fields.items()},
+                        return_tensors="pt",
+                    ).to(device)
+                    hidden = encoder(**inputs).last_hidden_state.float()  # (rows, tokens, width)
+                    vectors = _pooled(hidden, inputs["attention_mask"], pooling)
+                    for i, vector in zip(chosen, vectors.cpu().numpy(), strict=True):
+                        found[i] = vector
+        finally:
+            for module, was in training.items():
+                module.training = was
+        made: np.ndarray = np.stack(found)
+        if not np.isfinite(made).all():
+            raise Refused("an embedding is not finite", remedy="has the model diverged?")
+        return made
+
+    return embed
+
+
+def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Vectors (rows, width) of states (rows, tokens, width); `mask` (rows, tokens) is 1 or 0."""
+    weights = mask.to(hidden.dtype)
+    if pooling == "cls":  # the first token that is none of the padding, on whichever side that is
+        weights = weights * (weights.cumsum(1) == 1)
+    return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Learning rates by part: search them, write down what was tried, fuse what several found."""
