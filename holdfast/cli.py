@@ -1,4 +1,4 @@
-"""The command line: one verb a job. 0 done, 2 refused input, 130 interrupted."""
+"""The command line: one verb a job. 0 done, 1 damage found, 2 refused input, 130 or 143 stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any, NoReturn
 
 from holdfast import __version__
 from holdfast.errors import Refused, nearest
+from holdfast.search.command import add_search
+from holdfast.search.verbs import add_combine, run_combine
+from holdfast.training import stopping
 
 RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
 TASK_HELP = (
@@ -26,22 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     chosen = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    goes_on = "the same command goes on from the last checkpoint"
+    resumes = chosen.run not in (_report, _methods, _verify, run_combine)
     try:
         run: Callable[[argparse.Namespace], int | None] = chosen.run
-        return run(chosen) or 0
+        with stopping.handled():
+            return run(chosen) or 0
     except Refused as refusal:
         print(f"holdfast: {refusal}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("holdfast: interrupted; the same command goes on from the last checkpoint",
-              file=sys.stderr)  # fmt: skip
-        return 130
+    except (KeyboardInterrupt, stopping.Stopped) as end:
+        number = end.number if isinstance(end, stopping.Stopped) else signal.SIGINT
+        said = str(stopping.Stopped(number))
+        print(f"holdfast: {said}{f'; {goes_on}' if resumes else ''}", file=sys.stderr)
+        return 128 + number
     except Exception as error:
         if (fault := _fault(error)) is None:
             raise
-        resumes = chosen.run not in (_report, _methods) and "too long" not in fault
-        remedy = "; once that is mended, the same command goes on from the last checkpoint"
-        print(f"holdfast: {fault}{remedy if resumes else ''}", file=sys.stderr)
+        remedy = f"; once that is mended, {goes_on}"
+        print(f"holdfast: {fault}{remedy if resumes and 'too long' not in fault else ''}",
+              file=sys.stderr)  # fmt: skip
         return 2
 
 
@@ -126,10 +134,18 @@ def build_parser() -> argparse.ArgumentParser:
     comparing.add_argument("--workers", type=int, default=1, help="processes of one thread each")
     _add_training(comparing, single=False)
 
+    add_search(verb, _search, _add_training, TASK_HELP)
+    add_combine(verb)
+
     report = verb("report", _report, "draw a page from records",
                   "holdfast report runs/a runs/b --out report.html")  # fmt: skip
     report.add_argument("paths", nargs="+", type=Path, help="records, or folders that hold some")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="the page to write")
+
+    verify = verb("verify", _verify, "check that checkpoints and records are whole",
+                  "holdfast verify runs/a")  # fmt: skip
+    verify.add_argument("paths", nargs="+", type=Path, metavar="DIR",
+                        help="a checkpoint, a run, or a folder that holds some")  # fmt: skip
 
     verb("methods", _methods, "list methods and recipes", "holdfast methods")
 
@@ -141,20 +157,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training(parser: argparse.ArgumentParser, *, single: bool = True) -> None:
+def _add_training(
+    parser: argparse.ArgumentParser, *, single: bool = True, searching: bool = False
+) -> None:
     """The settings of a run; defaults are those of `experiments.sequence.Settings`."""
     add = parser.add_argument
     add("--model", default="minilm", help="minilm, a saved model's folder or a Hub id")
     if single:
-        add("--recipe", default="default", help=RECIPE_HELP)
+        add("--recipe", default="plain" if searching else "default", help=RECIPE_HELP)
         add("--seed", type=int, default=0)
-    add("--out", type=Path, required=not single, help="the run's folder (runs/<hash>)")
+    add("--out", type=Path, required=searching or not single,
+        help="the folder" if searching else "the run's folder (runs/<hash>)")  # fmt: skip
     add("--train-size", type=int, help="a stratified subset of the training rows")
     add("--evaluation-size", type=int, help="a stratified subset of the evaluation rows")
     add("--epochs", type=float, help="passes over the training rows (3)")
     add("--batch-size", type=int, help="rows a micro-batch (16)")
     add("--accumulation", type=int, help="micro-batches a step (1)")
-    add("--lr", type=float, help="base learning rate (1e-4)")
+    if not searching:
+        add("--lr", type=float, help="base learning rate (1e-4)")
     add("--weight-decay", type=float, help="decoupled weight decay (0.01)")
     add("--warmup", type=number, help="steps of warm-up, or a share below 1 (0.1)")
     add("--schedule", help="a learning-rate schedule of Transformers (linear)")
@@ -231,12 +251,29 @@ def _compare(chosen: argparse.Namespace) -> None:
     _print(comparison_table(records), f"{cells}  {page}")
 
 
+def _search(chosen: argparse.Namespace) -> None:
+    from holdfast.report.search import search_table, write_search_report
+    from holdfast.search.command import asked
+    from holdfast.search.run import search
+
+    body = search(chosen.model, chosen.tasks, **asked(chosen), **_settings(chosen))
+    page = write_search_report(body, chosen.out / "report.html")
+    rates = chosen.out / "rates.yaml"
+    _print(search_table(body), body["gain"]["sentence"], f"{rates}  {page}")
+
+
 def _report(chosen: argparse.Namespace) -> None:
     from holdfast.report import comparison_table, find_records, matrix_table, write_report
 
     records = find_records(chosen.paths)
     table = matrix_table(records[0]) if len(records) == 1 else comparison_table(records)
     _print(table, write_report(records, chosen.out))
+
+
+def _verify(chosen: argparse.Namespace) -> int:
+    from holdfast.experiments.verify import verify
+
+    return verify(chosen.paths)
 
 
 def _methods(_: argparse.Namespace) -> None:

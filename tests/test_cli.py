@@ -20,7 +20,9 @@ from holdfast import cli
 from holdfast.cli import SETTINGS, build_parser, main
 from holdfast.experiments.sequence import Settings
 
-VERBS = ("train", "sequence", "compare", "report", "methods", "demo")
+VERBS = (
+    "train", "sequence", "compare", "search", "combine", "report", "verify", "methods", "demo",
+)  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
 
@@ -53,7 +55,11 @@ OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
     "sequence": f"--tasks --alone --recipe --seed {TRAINING}",
     "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
+    "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts --tune
+        --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
+    "combine": "paths --out --base --layers",
     "report": "paths --out",
+    "verify": "paths",
     "methods": "",
     "demo": "--out --workers",
 }
@@ -297,12 +303,14 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
 # --- interrupted ----------------------------------------------------------------------------------
 
 
-def interrupted(place: Path, out: Path, words: list[str]) -> tuple[int, str]:
+def interrupted(
+    place: Path, out: Path, words: list[str], number: int = signal.SIGINT
+) -> tuple[int, str]:
     process = started(*words, "--model", f"{place}/bert", "--out", str(out), start_new_session=True)
     end = time.monotonic() + 120
     while not list(out.rglob("checkpoint-*")) and time.monotonic() < end and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all processes of the terminal
+    os.killpg(process.pid, number)  # as Ctrl-C does: to all processes of the terminal
     try:
         _, errors = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
@@ -314,11 +322,15 @@ def interrupted(place: Path, out: Path, words: list[str]) -> tuple[int, str]:
 LONG = ["--epochs", "500", "--batch-size", "2", "--save-steps", "5", "--max-length", "16"]
 
 
-def test_ctrl_c_exits_with_130_and_no_traceback(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_without_a_traceback(
+    number: int, place: Path, tmp_path: Path
+) -> None:
     words = ["train", "--task", f"{place}/mood.jsonl", "--recipe", "plain", *LONG]
-    code, errors = interrupted(place, tmp_path, words)
-    assert code == 130
+    code, errors = interrupted(place, tmp_path, words, number)
+    assert code == 128 + number
     assert "Traceback" not in errors and "goes on from the last checkpoint" in errors
+    assert main(["verify", str(tmp_path)]) == 0
 
 
 @pytest.mark.slow

@@ -41,7 +41,9 @@ from holdfast.experiments.sequence import HISTORY_ROWS, Settings
 from holdfast.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
-from holdfast.training.checkpoints import commit, damage, load_state, newest_complete, save_state
+from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.manifest import commit, damage, newest_complete
+from holdfast.training.saving import epoch_is_over
 from holdfast.training.trainer import Trainer
 
 BAR_LINE = 0  # where this process draws its bar, below those of other processes
@@ -70,7 +72,7 @@ class Learner:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
-        self.tokenizer = load_tokenizer(source)
+        self.tokenizer = self._tokenizer()
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
@@ -147,11 +149,7 @@ class Learner:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + index
-        model = (
-            add_head(self.models[-1], task, seed=seed)
-            if self.models
-            else load_model(self.source, task, seed=seed)
-        )
+        model = self._untrained(index, seed)
         if index == 0:
             self._describe(model)
         self.models.append(model)
@@ -165,7 +163,7 @@ class Learner:
             bound=self.bound,
             task=task.name,
             shared=model.base_model,
-            callbacks=[_History(self, index), *(self._bars(task.name))],
+            callbacks=self._callbacks(index),
         )
         trainer.remove_callback(PrinterCallback)
         for old in self.models[:-1]:
@@ -212,6 +210,21 @@ class Learner:
         held = {name: state.bytes() for name, state in self.bound.states.items()}
         return {k: {"bytes": n, "bytes_per_weight": n / weights} for k, n in held.items()}
 
+    # What a search does otherwise: it loads once for many runs, and measures at other moments.
+
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.source)
+
+    def _untrained(self, index: int, seed: int) -> nn.Module:
+        """A task's model before it is learned; the encoder is shared from the second task on."""
+        task = self.tasks[index]
+        if self.models:
+            return add_head(self.models[-1], task, seed=seed)
+        return load_model(self.source, task, seed=seed)
+
+    def _callbacks(self, index: int) -> list[TrainerCallback]:
+        return [_History(self, index), *self._bars(self.tasks[index].name)]
+
     def _bars(self, task: str) -> list[TrainerCallback]:
         return [] if self.bar is None else [_Bar(self.bar, task)]
 
@@ -249,8 +262,7 @@ class Learner:
         home = self.home(index)
         model.save_pretrained(home)
         self.tokenizer.save_pretrained(home)
-        save_state(self.bound, home)
-        commit(home)
+        commit(home, save_state(self.bound, home))
         shutil.rmtree(self.training(index), ignore_errors=True)
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
@@ -318,11 +330,19 @@ class _History(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for logs in state.log_history:  # of the run that is resumed
             self.loss = logs.get("loss", self.loss)
+        step = self.learner.steps_before(self.index) + state.global_step
+        if state.global_step and not any(
+            h["learning"] == self.index and h["step"] == step for h in self.learner.record.history
+        ):
+            # It ended between the checkpoint of an epoch's last step and the epoch's end.
+            self.on_epoch_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.loss = (logs or {}).get("loss", self.loss)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not epoch_is_over(state):
+            return  # training was stopped within it, and will go on there
         learner, size = self.learner, len(self.learner.tasks)
         scores = [
             learner.score(j, "selection", most=HISTORY_ROWS)

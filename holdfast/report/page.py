@@ -94,7 +94,7 @@ def render(records: Sequence[Record], title: str | None = None) -> str:
         )
         for study in comparisons(records)
     ]
-    return _environment().get_template("report.html.j2").render(
+    return environment().get_template("report.html.j2").render(
         title=clean(title) if title else _title(sections),
         sections=sections,
         runs=sum(len(section.study.runs) for section in sections),
@@ -110,7 +110,8 @@ def _title(sections: list[Section]) -> str:
     return " → ".join(short(task.name) for task in sections[0].study.tasks)
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """The templates with their filters; everything is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

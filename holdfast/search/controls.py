@@ -1,0 +1,57 @@
+"""What every search is measured against: flat rates, layer decay, the published curve.
+
+Controls are trials like all others, of the same budget; they come first, so that samplers learn
+from them, and neither a pruner nor a collapse stops them. The shapes run at the middle flat rate, and once more, at the
+end, at the best one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from holdfast.rates import Rates
+from holdfast.recipe import Recipe
+from holdfast.search.space import RATE, Space
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control: what tables call it, its kind, and the parameters of its trial."""
+
+    label: str
+    kind: str  # flat, layer_decay, bertcl
+    params: dict[str, float]
+
+
+def controls(space: Space, base: Recipe, flat: Sequence[float]) -> list[Control]:
+    """Flat at each rate, from the lowest; then the shapes at the middle one."""
+    ones = [1.0] * space.parts
+    ordered = sorted(flat)
+    made = [Control(f"flat@{rate:g}", "flat", space.neutral(base, rate, ones)) for rate in ordered]
+    middle = ordered[len(ordered) // 2]
+    for curve in shapes(space.layers):
+        points = space.neutral(base, middle, at_points(curve, space.parts))
+        made.append(Control(curve.name, curve.name, points))
+    return made
+
+
+def shapes(layers: int | None) -> list[Rates]:
+    """The curves that need no search."""
+    return [Rates.layer_decay(layers=layers or 12), Rates.bertcl()]
+
+
+def at_points(curve: Rates, parts: int) -> list[float]:
+    """A curve at the points of the space, scaled to geometric mean 1: (parts,).
+
+    A curve of as many points keeps them; another one is read at the relative depths (j + ½) / K.
+    """
+    k = len(curve.points)
+    inner = parts - 2
+    points = curve.points if k == inner else [curve.at((j + 0.5) / inner) for j in range(inner)]
+    return Rates.from_list([curve.embeddings, *points, curve.head]).normalised().multipliers
+
+
+def moved(control: Control, rate: float) -> Control:
+    """The same control at another base rate."""
+    return Control(control.label, control.kind, {**control.params, RATE: rate})

@@ -1,0 +1,155 @@
+"""The last act of a search: the winner and the controls on evaluation rows, with fresh seeds.
+
+This is the only time that evaluation rows are scored, and no seed of it was used while searching.
+The best flat rate was chosen on selection rows, like the winner; the shapes that need no search run
+at that rate. Runs are shared among the processes of a search: each takes those nobody works on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import Refused
+from holdfast.experiments.sequence import Job
+from holdfast.search.plan import Plan
+from holdfast.search.rows import Row, best
+from holdfast.search.space import RATE
+from holdfast.search.study import wait
+from holdfast.tasks.task import slug
+from holdfast.training import stopping
+
+FOLDER = "final"
+POLL = 0.5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What is run once more: a label for tables, its kind, the trial it stems from."""
+
+    label: str
+    kind: str  # searched, flat, layer_decay, bertcl
+    trial: int
+    params: dict[str, float]
+
+    @property
+    def rate(self) -> float:
+        return self.params[RATE]
+
+
+@dataclass(frozen=True)
+class FinalJob:
+    """One contender with one seed."""
+
+    contender: Contender
+    seed: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """Its scores on evaluation rows; None where it diverged, and `reason` says so."""
+
+    new: float | None
+    old: float | None
+    old_after: float | None
+    steps: int
+    reason: str | None = None
+
+    @property
+    def new_plus_old(self) -> float | None:
+        return None if self.new is None or self.old_after is None else self.new + self.old_after
+
+
+class Busy(Exception):
+    """Another process is at this run."""
+
+
+Evaluate = Callable[[FinalJob], Result]
+
+
+def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
+    """The winner, the best flat rate, and the shapes at that rate.
+
+    Where a flat rate is the winner it stands once. Nothing where no trial was finished.
+    """
+    winner, flat = best(found), best(found, kind="flat")
+    made: list[Contender] = []
+    if winner is not None and winner.kind != "flat":
+        label = f"trial {winner.number}" if winner.control is None else winner.control
+        made.append(Contender(label, "searched", winner.number, dict(winner.params)))
+    if flat is None or flat.rate is None:
+        return made
+    made.append(Contender(f"flat@{flat.rate:g}", "flat", flat.number, dict(flat.params)))
+    by_kind = {r.kind: r for r in found if r.kind not in (None, "flat")}
+    for control in plan.controls:
+        if control.kind != "flat":
+            params = {**control.params, RATE: flat.rate}
+            label = f"{control.label}@{flat.rate:g}"
+            made.append(Contender(label, control.kind, by_kind[control.kind].number, params))
+    return made
+
+
+def jobs(folder: Path, plan: Plan, found: Sequence[Row]) -> list[FinalJob]:
+    """Every contender with every fresh seed, a seed of all before the next seed."""
+    return [
+        FinalJob(c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}")
+        for seed in plan.fresh_seeds
+        for c in contenders(plan, found)
+    ]
+
+
+def finish(
+    work: Sequence[FinalJob], evaluate: Evaluate, *, look: Callable[[int], None] = lambda _: None
+) -> dict[tuple[str, int], Result]:
+    """Run, or read, every job; returns (label, seed) → result once all are done."""
+    found: dict[tuple[str, int], Result] = {}
+    while True:
+        before = len(found)
+        for job in work:
+            key = job.contender.label, job.seed
+            if key in found:
+                continue
+            stopping.check()
+            try:
+                found[key] = evaluate(job)
+            except Busy:
+                continue
+            look(len(found))
+        if len(found) == len(work):
+            return found
+        if len(found) == before:
+            wait(POLL, stopping.check)
+
+
+class Evaluation:
+    """How a final run is made: an ordinary sequence, in the one store of runs."""
+
+    def __init__(self, plan: Plan, command: Sequence[str] | None = None) -> None:
+        self.plan, self.command = plan, list(command or sys.argv)
+        self._pairs: dict[int, Any] = {}
+
+    def __call__(self, job: FinalJob) -> Result:
+        plan, c = self.plan, job.contender
+        if job.seed not in self._pairs:
+            self._pairs[job.seed] = plan.pair(job.seed)
+        recipe = plan.space.recipe(plan.base, c.params, name=c.label)
+        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)
+        try:
+            record = run.run(
+                list(self._pairs[job.seed]), replace(plan.settings, lr=c.rate), job.folder
+            )
+        except Refused as refusal:
+            if refusal.what.startswith("is being worked on"):
+                raise Busy from None
+            if not refusal.what.startswith("diverged"):
+                raise
+            return Result(None, None, None, 0, str(refusal))
+        shutil.rmtree(job.folder / "tasks", ignore_errors=True)
+        scores = record.scores
+        steps = sum(n or 0 for n in record.steps)
+        return Result(scores[1][1], scores[0][0], scores[1][0], steps)

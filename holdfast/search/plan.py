@@ -1,0 +1,284 @@
+"""What a search is asked to do, checked before any training, and kept in its folder.
+
+`study.json` holds the configuration. Another process with the same one joins; a different one is
+refused with what differs. How long to go on (`trials`), how many processes and how many fresh seeds
+are no part of it: a study may be extended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.config import count
+from holdfast.errors import Refused
+from holdfast.experiments.record import scrub
+from holdfast.experiments.sequence import Settings, load_tasks
+from holdfast.files import write_text_atomic
+from holdfast.rates import Rates
+from holdfast.recipe import Recipe
+from holdfast.search.controls import Control, controls
+from holdfast.search.objective import RUNGS, Objective, Pruner, Sampler, check_choice
+from holdfast.search.space import Space, flat_rates, with_tuned
+from holdfast.tasks import Task
+from holdfast.tasks.shifts import SHIFTS
+from holdfast.tasks.splits import stratified
+from holdfast.tasks.task import slug
+
+FILE = "study.json"
+SEEDS = 2**20  # as those of `run_sequence`
+POOL = 4  # rows that a shift looks at, for each training row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole search. `make` checks it."""
+
+    model: str
+    specs: tuple[str, ...]
+    shift: str
+    base: Recipe
+    space: Space
+    flat: tuple[float, ...]
+    settings: Settings
+    sampler: Sampler
+    pruner: Pruner
+    objective: Objective
+    rungs: int  # of each task
+    trials: int
+    replicates: int
+    seed: int
+    fresh: int  # seeds of the final runs
+    tasks: tuple[Task, ...] = field(repr=False)  # the two, of the search's first seed
+    source: str = field(repr=False)  # where the model's files are
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what a shift achieved
+
+    @classmethod
+    def make(
+        cls,
+        model: str,
+        tasks: Sequence[str | Path],
+        *,
+        shift: str = "task",
+        recipe: Recipe | str = "plain",
+        tune: Sequence[str] = (),
+        parts: int = 10,
+        flat: Sequence[float] | None = None,
+        sampler: str = "tpe",
+        pruner: str | None = None,
+        objective: str = "new_plus_old",
+        rungs: int | None = None,
+        trials: int = 50,
+        replicates: int = 1,
+        seed: int = 0,
+        fresh: int = 3,
+        **settings: Any,
+    ) -> Plan:
+        """The plan; `Refused` names what cannot be."""
+        from holdfast.experiments.heads import check_length, load_config, locate
+
+        chosen = check_choice(sampler, pruner, objective)
+        for name, value, least in (
+            ("--trials", trials, 1), ("--replicates", replicates, 1), ("--seeds", fresh, 3),
+            ("--seed", seed, 0), ("rungs", rungs or 1, 1),
+        ):  # fmt: skip
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise Refused(f"must be a whole number from {least} on, not {value!r}", where=name)
+        if seed + replicates + fresh > SEEDS:
+            raise Refused(f"{seed} is too large", where="--seed", remedy=f"below {SEEDS}")
+        for name in ("lr", "alone"):
+            if name in settings:
+                raise Refused("is no setting of a search", where=f"--{name}",
+                              remedy="the base rate is searched around --flat")  # fmt: skip
+        plan = Settings.from_dict({"save_steps": 0, **settings})
+        base = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
+        if base.rates.multipliers != Rates.flat().multipliers or base.rates.freeze_below:
+            raise Refused(
+                f"has rates of its own ({base.rates.name}), and rates are what is searched",
+                where="--recipe", remedy="take one with flat rates",
+            )  # fmt: skip
+        specs = tuple(map(str, tasks))
+        wanted = 2 if shift == "task" else 1
+        if shift in SHIFTS and len(specs) != wanted:
+            raise Refused(f"{len(specs)} tasks for the shift {shift!r}", where="--tasks",
+                          remedy=f"it takes {wanted}")  # fmt: skip
+        source = locate(model)
+        check_length(source, plan.max_length)
+        config = load_config(source).get_text_config()
+        width = getattr(config, "hidden_size", None) or 768
+        rates = flat_rates(width) if flat is None else tuple(float(rate) for rate in flat)
+        if not rates or any(not 0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+            raise Refused(f"{list(rates)} are no distinct rates between 0 and 1", where="--flat")
+        layers = getattr(config, "num_hidden_layers", None)
+        space = Space.of(parts=parts, layers=layers, flat=rates, tune=tune)
+        first = len(controls(space, base, rates))
+        if trials <= first:
+            raise Refused(f"{trials} trials, of which {first} are controls", where="--trials",
+                          remedy=f"at least {first + 1}")  # fmt: skip
+        two, facts = load_pair(specs, shift, seed=seed, study_seed=seed, plan=plan, source=source)
+        for task in two:
+            if not task.selection:
+                raise Refused("no selection rows to choose by", where=task.name,
+                              remedy="raise --selection")  # fmt: skip
+        return cls(
+            model=str(model), specs=specs, shift=shift, base=with_tuned(base, space.tuned),
+            space=space, flat=tuple(sorted(rates)), settings=plan, pruner=chosen,
+            sampler=sampler, objective=objective,  # type: ignore[arg-type]
+            rungs=rungs or RUNGS[chosen], trials=trials, replicates=replicates, seed=seed,
+            fresh=fresh, tasks=two, source=source, facts=facts,
+        )  # fmt: skip
+
+    @property
+    def controls(self) -> list[Control]:
+        return controls(self.space, self.base, self.flat)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the replicates of every trial."""
+        return [self.seed + r for r in range(self.replicates)]
+
+    @property
+    def fresh_seeds(self) -> list[int]:
+        """Of the final runs: none that a trial has seen."""
+        return [self.seed + self.replicates + i for i in range(self.fresh)]
+
+    def pair(self, seed: int) -> tuple[Task, ...]:
+        """The two tasks with the training and selection rows of a seed."""
+        if seed == self.seed:
+            return self.tasks
+        return load_pair(self.specs, self.shift, seed=seed, study_seed=self.seed,
+                         plan=self.settings, source=self.source)[0]  # fmt: skip
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two studies one: plain JSON values."""
+        from holdfast.experiments.heads import source_hash
+
+        settings = self.settings.to_dict()
+        settings = {k: v for k, v in settings.items() if k not in ("lr", "alone", "save_steps")}
+        recipe = {k: v for k, v in self.base.to_dict().items() if k != "name"}
+        body = {
+            "model": self.model,
+            "weights": source_hash(self.source),
+            "tasks": [[task.name, task.hash] for task in self.tasks],
+            "shift": self.shift,
+            "recipe": recipe,
+            "tune": sorted(self.space.tuned),
+            "parts": self.space.parts,
+            "flat": list(self.flat),
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "rungs": self.rungs,
+            "objective": self.objective,
+            "replicates": self.replicates,
+            "seed": self.seed,
+            "settings": settings,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(body))
+        return plain
+
+    @property
+    def title(self) -> str:
+        """Model, tasks and shift, with a hash of them: what rows of `trials.csv` belong to."""
+        key = [self.model, [[t.name, t.evaluation_hash] for t in self.tasks], self.shift]
+        mark = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
+        names = " > ".join(task.name for task in self.tasks)
+        return f"{slug(Path(self.model).name)}: {names} ({self.shift}) {mark}"
+
+
+def load_pair(
+    specs: Sequence[str], shift: str, *, seed: int, study_seed: int, plan: Settings, source: str
+) -> tuple[tuple[Task, ...], Mapping[str, Any]]:
+    """The two tasks of a search and what their shift achieved.
+
+    `seed` chooses training and selection rows. A shift is made once for a study, by `study_seed`,
+    from up to `POOL` times the training rows that are asked for, and each half is drawn from then:
+    no evaluation row changes its task between seeds.
+    """
+    from holdfast.tasks.shifts import shift as shifted
+
+    if shift == "task":
+        made = shifted(shift, load_tasks(specs, seed=seed, plan=plan))
+        return (made.first, made.second), made.facts
+    pool = replace(plan, train_size=plan.train_size and POOL * plan.train_size)
+    embed = _embedder(source, plan.max_length) if shift == "cluster" else None
+    loaded = load_tasks(specs, seed=study_seed, plan=pool)
+    made = shifted(shift, loaded, seed=study_seed, embed=embed)
+    return (_drawn(made.first, seed, plan), _drawn(made.second, seed, plan)), made.facts
+
+
+def _drawn(half: Task, seed: int, plan: Settings) -> Task:
+    """A half with the selection rows, and the training rows, of a seed."""
+    rows = [*half.train, *half.selection]
+    size = count(plan.selection, len(rows), what="selection")
+    chosen, rest = stratified([r.label for r in rows], size, seed=f"selection {seed}", leave=1)
+    train = [rows[i] for i in rest]
+    if plan.train_size is not None:
+        kept, _ = stratified([r.label for r in train], plan.train_size, seed=f"train {seed}")
+        train = [train[i] for i in kept]
+    return replace(half, train=tuple(train), selection=tuple(rows[i] for i in chosen))
+
+
+def _embedder(source: str, max_length: int) -> Any:
+    from transformers import AutoModel
+
+    from holdfast.experiments.embed import embedder
+    from holdfast.experiments.heads import load_tokenizer, quiet
+
+    quiet()
+    model = AutoModel.from_pretrained(source, use_safetensors=True)
+    return embedder(model, load_tokenizer(source), max_length=max_length)
+
+
+# --- in a folder --------------------------------------------------------------------------------
+
+
+def keep(folder: Path, plan: Plan, storage: str) -> str:
+    """Write `study.json`, or check the one that is there; returns the study's name in its storage.
+
+    The name is drawn anew for every folder: leases lie in the folder, so that no two folders may
+    work on one study.
+    """
+    path, mine = folder / FILE, plan.identity
+    if path.is_file():
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            name, before, where = str(body["name"]), dict(body["config"]), str(body["storage"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Refused(f"its {FILE} is damaged", where=str(folder),
+                          remedy="choose another --out") from None  # fmt: skip
+        refuse_other(before, mine, str(folder))
+        refuse_other({"storage": where}, {"storage": scrub(storage)}, str(folder))
+        return name
+    if folder.is_dir() and any((folder / "trials").glob("*")):
+        raise Refused(f"holds trials and no {FILE}", where=str(folder),
+                      remedy="choose another --out")  # fmt: skip
+    name = f"holdfast-{slug(folder.name)[:40]}-{secrets.token_hex(4)}"
+    body = {"name": name, "storage": scrub(storage), "config": mine}
+    write_text_atomic(path, json.dumps(body, indent=1))
+    return name
+
+
+def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuse another configuration, naming what differs."""
+    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    if not changed:
+        return
+    for key in changed:  # say which setting, not that settings differ
+        one, two = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(two, dict):
+            inner = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k)]
+            before = {**before, key: {k: one.get(k) for k in inner}}
+            now = {**now, key: {k: two.get(k) for k in inner}}
+    told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
+    raise Refused(f"holds another search ({told})", where=where, remedy="choose another --out")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,239 @@
+"""What a search found, as one mapping of plain values (`search.json`) and as files.
+
+Everything that a table, the report or a sentence says is computed here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast import __version__
+from holdfast.experiments.record import STRICT, commit, scrub, versions, without_secrets
+from holdfast.experiments.sequence import describe
+from holdfast.experiments.statistics import mean_spread, paired_difference
+from holdfast.files import write_text_atomic
+from holdfast.rates import Rates
+from holdfast.search.final import Contender, Result
+from holdfast.search.importance import importance
+from holdfast.search.plan import Plan
+from holdfast.search.rows import Row, as_trials, best, front
+from holdfast.search.space import MULTIPLIER
+from holdfast.search.trials import NAME, part_names, write_trials
+
+SCHEMA = 1
+FACTS, RATES, RECIPE = "search.json", "rates.yaml", "recipe.yaml"
+STATES = ("complete", "pruned", "fail", "running", "waiting")
+
+Results = Mapping[tuple[str, int], Result]
+
+
+def facts(
+    plan: Plan,
+    found: Sequence[Row],
+    finals: Sequence[Contender] = (),
+    results: Results | None = None,
+    *,
+    name: str = "",
+    storage: str = "",
+    command: Sequence[str] = (),
+) -> dict[str, Any]:
+    """All that is known of a search so far. Scores of trials are on selection rows."""
+    winner, flat = best(found), best(found, kind="flat")
+    last = [_final(c, plan.fresh_seeds, results or {}) for c in finals]
+    shares = importance(found, plan.space)
+    body = {
+        "schema": SCHEMA,
+        "kind": "search",
+        "holdfast": __version__,
+        "commit": commit(Path(__file__).parent),
+        "versions": versions(),
+        "command": without_secrets(command),
+        "study": {"name": name, "title": plan.title, "storage": scrub(storage)},
+        "model": plan.model,
+        "tasks": [describe(task) for task in plan.tasks],
+        "shift": dict(plan.facts) or {"shift": plan.shift},
+        "config": plan.identity,
+        "space": {
+            "parts": part_names(plan.space.parts),
+            "layers": plan.space.layers,
+            "rate": [plan.space.rate.low, plan.space.rate.high],
+            "multiplier": [MULTIPLIER.low, MULTIPLIER.high],
+            "tuned": {k: [r.low, r.high] for k, r in plan.space.tuned.items()},
+        },
+        "planned": plan.trials,
+        "counts": {state: sum(r.state == state for r in found) for state in STATES},
+        "reasons": dict(Counter(_kind(r.reason) for r in found if r.reason)),
+        "trials": [r.to_dict() for r in found],
+        "winner": None if winner is None else winner.number,
+        "best_flat": None if flat is None else flat.number,
+        "front": [r.number for r in front(found)],
+        "importance": {"shares": dict(shares.shares), "note": shares.note},
+        "final": last,
+        "gain": gain(last),
+        "steps": steps(plan, found, last),
+    }
+    plain: dict[str, Any] = _finite(body)
+    return plain
+
+
+def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The searched curve against the best flat rate, on evaluation rows and paired by seed.
+
+    verdict: `gain` or `loss` where the 95 % interval of the mean difference leaves 0 out, else
+    `no gain`; `not measured` where a side has fewer than two seeds. A seed on which the winner
+    diverged forbids a gain.
+    """
+    flat = next((f for f in finals if f["kind"] == "flat"), None)
+    won = next((f for f in finals if f["kind"] == "searched"), None)
+    if flat is None or flat["mean"] is None:
+        said = "No flat control was finished: there is nothing to compare with."
+        return {"verdict": "not measured", "sentence": said}
+    if won is None:
+        said = (f"No gain: of all trials the flat rate {_rate(flat)} did best on selection rows; "
+                f"on evaluation rows it reaches {_spread(flat)}.")  # fmt: skip
+        return {"verdict": "no gain", "mean": 0.0, "low": None, "high": None, "n": 0, "p": None,
+                "sentence": said}  # fmt: skip
+    one, two = ({s["seed"]: s["new_plus_old"] for s in f["seeds"]} for f in (won, flat))
+    gap = paired_difference(one, two)
+    diverged = [s["seed"] for s in won["seeds"] if s["reason"]]
+    verdict = "not measured"
+    if gap.low is not None and gap.high is not None:
+        verdict = "gain" if gap.low > 0 and not diverged else "loss" if gap.high < 0 else "no gain"
+    interval = "" if gap.low is None else f", 95 % interval [{gap.low:+.3f}, {gap.high:+.3f}]"
+    known = "" if gap.mean is None else f"; difference {gap.mean:+.3f}{interval}"
+    gone = f"; it diverged with seed {', '.join(map(str, diverged))}" if diverged else ""
+    said = (
+        f"{verdict.capitalize()}: {won['label']} reaches new + old {_spread(won)} on evaluation "
+        f"rows over {gap.n} fresh seeds, the best flat rate {_rate(flat)} {_spread(flat)}"
+        f"{known}{gone}."
+    )
+    return {**gap._asdict(), "verdict": verdict, "sentence": said}
+
+
+def steps(plan: Plan, found: Sequence[Row], finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Training steps: spent on trials, what they would have cost unpruned, on the final runs."""
+    spent = sum(r.steps or 0 for r in found)
+    full = max((r.steps or 0 for r in found if r.state == "complete"), default=0)
+    ended = sum(r.state in ("complete", "pruned", "fail") for r in found)
+    return {
+        "spent": spent,
+        "of_a_trial": full or None,
+        "unpruned": full * ended or None,
+        "share": spent / (full * ended) if full and ended else None,
+        "final": sum(f["steps"] for f in finals),
+        "seconds": math.fsum(r.seconds or 0.0 for r in found),
+    }
+
+
+def _final(contender: Contender, seeds: Sequence[int], results: Results) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = [
+        {"seed": seed, "new": r.new, "old": r.old, "old_after": r.old_after,
+         "new_plus_old": r.new_plus_old, "steps": r.steps, "reason": r.reason}
+        for seed in seeds
+        if (r := results.get((contender.label, seed))) is not None
+    ]  # fmt: skip
+    body: dict[str, Any] = {
+        "label": contender.label, "kind": contender.kind, "trial": contender.trial,
+        "rate": contender.rate, "params": contender.params, "seeds": rows,
+        "steps": sum(row["steps"] for row in rows),
+    }  # fmt: skip
+    for key in ("new_plus_old", "new", "old", "old_after"):
+        spread = mean_spread(row[key] for row in rows)
+        name = "" if key == "new_plus_old" else key + "_"
+        body |= {f"{name}mean": spread.mean, f"{name}sd": spread.sd}
+    return body
+
+
+def _kind(reason: str | None) -> str:
+    """A reason without its numbers: what tables count."""
+    words = (reason or "").split(":")[0]
+    if words.startswith("pruned"):
+        return words
+    return "worker ended" if words.startswith("its worker") else words[:60]
+
+
+def _rate(final: Mapping[str, Any]) -> str:
+    return f"{final['rate']:.3g}"
+
+
+def _spread(final: Mapping[str, Any]) -> str:
+    if final["mean"] is None:
+        return "nothing"
+    return f"{final['mean']:.3f}" + ("" if final["sd"] is None else f" ± {final['sd']:.3f}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
+    """The winner's curve with where it comes from; None where no trial was finished."""
+    if body["winner"] is None:
+        return None
+    won = next(t for t in body["trials"] if t["number"] == body["winner"])
+    final = next((f for f in body["final"] if f["trial"] == won["number"]), None)
+    evaluation = None
+    if final is not None:
+        evaluation = {
+            "seeds": [s["seed"] for s in final["seeds"]],
+            "new_plus_old": {"mean": final["mean"], "sd": final["sd"]},
+            "new": {"mean": final["new_mean"], "sd": final["new_sd"]},
+            "old_after": {"mean": final["old_after_mean"], "sd": final["old_after_sd"]},
+            "against_best_flat": {k: v for k, v in body["gain"].items() if k != "p"},
+        }
+    provenance = {
+        "source": f"holdfast search {__version__}",
+        "study": {k: body["study"][k] for k in ("name", "title")},
+        "model": {"name": body["model"], "weights": body["config"]["weights"]},
+        "tasks": [{k: t[k] for k in ("name", "source", "metric", "hash", "evaluation_hash")}
+                  for t in body["tasks"]],
+        "shift": plan.shift,
+        "trial": won["number"],
+        "control": won["control"],
+        "selection": {"new_plus_old": won["value"], "new": won["new"],
+                      "old_after": won["old_after"], "replicates": plan.replicates},
+        "evaluation": evaluation,
+        "controls": [{"label": f["label"], "new_plus_old": f["mean"], "sd": f["sd"]}
+                     for f in body["final"] if f["kind"] != "searched"],
+        "tuned": {k: won["params"][k] for k in plan.space.tuned},
+        "search": {"sampler": plan.sampler, "pruner": plan.pruner, "objective": plan.objective,
+                   "counts": body["counts"], "steps": body["steps"]["spent"], "seed": plan.seed},
+        "settings": body["config"]["settings"],
+        "commit": body["commit"],
+        "versions": body["versions"],
+    }  # fmt: skip
+    return Rates.from_list(
+        won["multipliers"], layers=plan.space.layers, name="searched",
+        geometric_mean_rate=won["rate"], provenance=_finite(provenance),
+    )  # fmt: skip
+
+
+def write(folder: Path, plan: Plan, found: Sequence[Row], body: Mapping[str, Any]) -> list[Path]:
+    """`search.json`, `trials.csv`, `rates.yaml`, and `recipe.yaml` where the recipe has methods."""
+    written = [folder / FACTS, folder / NAME]
+    write_text_atomic(written[0], json.dumps(body, **STRICT) + "\n")
+    write_trials(written[1], as_trials(found, plan.space), study=plan.title,
+                 layers=plan.space.layers)  # fmt: skip
+    rates = rates_of(plan, body)
+    if rates is not None:
+        rates.save(folder / RATES)
+        written.append(folder / RATES)
+        if plan.base.methods:
+            won = next(r for r in found if r.number == body["winner"])
+            plan.space.recipe(plan.base, won.params, name="searched").save(folder / RECIPE)
+            written.append(folder / RECIPE)
+    return written

@@ -1,0 +1,114 @@
+"""The trials of a study as plain rows: what reports, files and choices are made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from holdfast.search.space import RATE, Space
+from holdfast.search.trials import Trial
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One trial. Scores are on selection rows, None where they were not reached."""
+
+    number: int
+    state: str
+    control: str | None  # its label; None: searched
+    kind: str | None  # of a control: flat, layer_decay, bertcl
+    params: Mapping[str, float]
+    rate: float | None
+    multipliers: list[float] | None  # (parts,), geometric mean 1
+    old: float | None
+    new: float | None
+    old_after: float | None
+    reason: str | None  # why it was pruned or failed
+    steps: int | None
+    seconds: float | None
+    attempts: int
+    rungs: Mapping[int, float] = field(default_factory=dict)  # rung → what was told there
+    replicates: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def value(self) -> float | None:
+        """new + old after."""
+        if self.state != "complete" or self.new is None or self.old_after is None:
+            return None
+        return self.new + self.old_after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        body = asdict(self)
+        body["rungs"] = {str(k): v for k, v in self.rungs.items()}
+        return {**body, "value": self.value}
+
+
+def row(trial: FrozenTrial, space: Space) -> Row:
+    """A trial as Optuna keeps it."""
+    told = trial.user_attrs
+    params = {k: float(v) for k, v in trial.params.items()}
+    params = params or {k: float(v) for k, v in trial.system_attrs.get("fixed_params", {}).items()}
+    whole = space.ranges.keys() <= params.keys()
+    return Row(
+        number=trial.number, state=trial.state.name.lower(), control=told.get("control"),
+        kind=told.get("kind"), params=params, rate=params.get(RATE),
+        multipliers=space.multipliers(params) if whole else None,
+        old=_known(told.get("old")), new=_known(told.get("new")),
+        old_after=_known(told.get("old_after")), reason=told.get("reason"),
+        steps=told.get("steps"), seconds=told.get("seconds"),
+        attempts=int(told.get("attempts", 0)),
+        rungs={int(k): float(v) for k, v in sorted(trial.intermediate_values.items())},
+        replicates=told.get("replicates", ()),
+    )  # fmt: skip
+
+
+def rows(trials: Iterable[FrozenTrial], space: Space) -> list[Row]:
+    """All trials by number."""
+    return sorted((row(trial, space) for trial in trials), key=lambda r: r.number)
+
+
+def best(found: Iterable[Row], *, kind: str | None = None) -> Row | None:
+    """The finished trial of the highest new + old on selection rows; ties go to the earlier.
+
+    kind: among the controls of a kind only.
+    """
+    known = [r for r in found if r.value is not None and kind in (None, r.kind)]
+    return max(known, key=lambda r: (r.value or 0.0, -r.number)) if known else None
+
+
+def front(found: Iterable[Row]) -> list[Row]:
+    """The finished trials that none beats in both scores, by the new task's."""
+    known = [r for r in found if r.value is not None]
+
+    def beaten(r: Row) -> bool:
+        mine = (r.new or 0.0, r.old_after or 0.0)
+        theirs = [(o.new or 0.0, o.old_after or 0.0) for o in known]
+        return any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in theirs)
+
+    return sorted((r for r in known if not beaten(r)), key=lambda r: (r.new or 0.0, r.number))
+
+
+def as_trials(found: Iterable[Row], space: Space) -> list[Trial]:
+    """For `trials.csv`; a trial that was not drawn yet has no line."""
+    made = []
+    for r in found:
+        if r.multipliers is None:
+            continue
+        tuned = {name: r.params[name] for name in space.tuned}
+        extra = {"control": r.control, "reason": r.reason, "rate": r.rate, "seconds": r.seconds,
+                 **tuned}  # fmt: skip
+        made.append(
+            Trial(number=r.number, state=r.state, old=r.old, new=r.new, old_after=r.old_after,
+                  steps=r.steps, lr=space.lr(r.params), extra=extra)
+        )  # fmt: skip
+    return made
+
+
+def _known(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,0 +1,112 @@
+"""`search`: the whole of it, from what is asked to the files that say what was found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import Refused
+from holdfast.search import result, storage
+from holdfast.search.final import Evaluate, Evaluation, contenders, finish, jobs
+from holdfast.search.plan import Plan
+from holdfast.search.progress import Line
+from holdfast.search.rows import rows
+from holdfast.search.study import Study
+from holdfast.search.worker import Train, work
+
+MakeTrain = Callable[[Plan], Train]
+MakeEvaluate = Callable[[Plan], Evaluate]
+
+
+def training(plan: Plan) -> Train:
+    """How trials are trained, unless a test says otherwise."""
+    from holdfast.search.training import Training
+
+    return Training(plan)
+
+
+def search(
+    model: str,
+    tasks: Sequence[str | Path],
+    *,
+    out: str | Path,
+    url: str | None = None,
+    workers: int = 1,
+    progress: bool = True,
+    command: Sequence[str] | None = None,
+    train: MakeTrain = training,
+    evaluate: MakeEvaluate = Evaluation,
+    **asked: Any,
+) -> dict[str, Any]:
+    """Search learning rates by part for two tasks; returns what `search.json` in `out` holds.
+
+    asked: see `Plan.make`, and `holdfast.experiments.sequence.Settings` for how each task is
+    trained. url: where Optuna keeps the study (a SQLite file in `out`). workers: processes of one
+    thread each; further calls with the same `out`, at the same time or later, join the study.
+    train, evaluate: how a plan's trials and final runs are made.
+
+    All input is checked, and `Refused` raised, before any training.
+
+    Example:
+        >>> body = search("minilm", ["data/trec6", "data/sst2"], trials=50, out="runs/s")  # doctest: +SKIP
+        >>> body["gain"]["sentence"]  # doctest: +SKIP
+    """  # noqa: E501
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise Refused(f"must be a whole number from 1 on, not {workers!r}", where="--workers")
+    storage.check(str(asked.get("sampler", "tpe")))
+    plan = Plan.make(model, tasks, **asked)
+    folder = Path(out)
+    if folder.is_file():
+        raise Refused("is a file", where=str(folder), remedy="name a folder")
+    study = Study(folder, plan, url)
+    if workers == 1:
+        labour(study, train, evaluate, progress=progress)
+    else:
+        from holdfast.search.processes import spread
+
+        spread(study, workers, train, evaluate, progress=progress)
+    return conclude(study, evaluate(plan), command or sys.argv)
+
+
+def labour(
+    study: Study, train: MakeTrain, evaluate: MakeEvaluate, *, progress: bool = False
+) -> None:
+    """What one process does: trials until all are finished, then final runs until all are done."""
+    plan = study.plan
+    line = Line(study, shown=progress)
+    try:
+        if not study.over:
+            made = train(plan)
+            work(study, made, look=line.look)
+            del made  # its weights; the final runs load their own
+    finally:
+        line.close()
+    found = rows(study.trials(), plan.space)
+    todo = jobs(study.folder, plan, found)
+    bar = _bar(len(todo), shown=progress)
+    try:
+        finish(todo, evaluate(plan), look=lambda done: bar.update(done - bar.n))
+    finally:
+        bar.close()
+
+
+def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[str, Any]:
+    """Read all results and write the files; the same from whichever process."""
+    plan = study.plan
+    found = rows(study.trials(), plan.space)
+    results = finish(jobs(study.folder, plan, found), evaluate)
+    body = result.facts(
+        plan, found, contenders(plan, found), results, name=study.name, storage=study.url,
+        command=command,
+    )  # fmt: skip
+    with study.lock():
+        result.write(study.folder, plan, found, body)
+    return body
+
+
+def _bar(total: int, *, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, unit="run", desc="fresh seeds", disable=not shown, dynamic_ncols=True)

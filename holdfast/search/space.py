@@ -1,0 +1,147 @@
+"""What a search varies: a multiplier for each part, the base rate, and settings of methods.
+
+A trial draws raw multipliers x over the parts (embeddings, K points over the layers, head) and a
+rate r. Only the shape of x is used, so that a curve is never credited for a smaller overall step::
+
+    m_i = x_i / exp(mean_j ln x_j)            geometric mean 1: the shape
+    lr_i = r · m_i                            r is the geometric mean of the rates: the scale
+
+x and c·x are the same trial; the space has one dimension more than the curves have, which samplers
+do not mind, and shape and scale stay apart. Everything is searched on a log scale, but for what a
+method declares otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from holdfast.errors import Refused, nearest
+from holdfast.method import Method, Range
+from holdfast.methods import METHODS
+from holdfast.rates import Rates
+from holdfast.recipe import Recipe
+from holdfast.search.trials import part_names
+
+RATE, SHAPE = "rate", "x."  # names of parameters in a study: the base rate, a part's multiplier
+MULTIPLIER = Range(0.1, 10.0, log=True)
+BEYOND = 2.0  # the base rate is searched from the lowest flat control / 2 to the highest x 2
+FLAT = (1e-5, 2.1e-5, 4.5e-5, 9.5e-5, 2e-4)  # for a width of 768; evenly spaced on a log scale
+WIDTH = 768
+
+
+def flat_rates(width: int) -> tuple[float, ...]:
+    """Five base rates for a network of this hidden width: 1e-5 … 2e-4 at 768.
+
+    Adam's best rate for a matrix falls as 1 / width (Yang et al. 2022, arXiv 2203.03466), so that
+    a network of width 384 is given twice the rates. Two digits each.
+    """
+    return tuple(float(f"{rate * WIDTH / width:.2g}") for rate in FLAT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The dimensions of a search by name, each with its range."""
+
+    parts: int
+    """Multipliers of a curve: embeddings, parts − 2 points, head; at least 3."""
+    layers: int | None
+    """Of the searched network; None where its configuration does not say."""
+    rate: Range
+    tuned: Mapping[str, Range]
+    """`method.setting` → where to look."""
+    whole: frozenset[str] = frozenset()
+    """Those of `tuned` that are whole numbers."""
+
+    @classmethod
+    def of(
+        cls, *, parts: int, layers: int | None, flat: Sequence[float], tune: Sequence[str] = ()
+    ) -> Space:
+        """The space around flat rates; see `tunable` for what `tune` may name."""
+        if isinstance(parts, bool) or not isinstance(parts, int) or not 3 <= parts <= 102:
+            raise Refused(f"{parts!r} parts", where="--parts",
+                          remedy="3 to 102: embeddings, points over the layers, head")  # fmt: skip
+        known, tuned = tunable(), {}
+        for word in tune:
+            if word not in known:
+                raise Refused(f"nothing to tune is called {word!r}", where="--tune",
+                              remedy=nearest(word, list(known)))  # fmt: skip
+            if word in tuned:
+                raise Refused(f"{word} stands twice", where="--tune")
+            tuned[word] = known[word]
+        return cls(
+            parts=parts, layers=layers, tuned=tuned,
+            rate=Range(min(flat) / BEYOND, max(flat) * BEYOND, log=True),
+            whole=frozenset(word for word in tuned if isinstance(_default(word), int)),
+        )  # fmt: skip
+
+    @property
+    def shape(self) -> list[str]:
+        """The parameters that hold the raw multipliers, in order."""
+        return [SHAPE + part for part in part_names(self.parts)]
+
+    @property
+    def ranges(self) -> dict[str, Range]:
+        """Every parameter's range, the rate first."""
+        return {RATE: self.rate, **dict.fromkeys(self.shape, MULTIPLIER), **self.tuned}
+
+    # --- parameters -> recipe -----------------------------------------------------------------
+
+    def multipliers(self, params: Mapping[str, float]) -> list[float]:
+        """m (parts,): the raw multipliers divided by their geometric mean."""
+        logs = [math.log(params[name]) for name in self.shape]
+        mean = math.fsum(logs) / len(logs)
+        return [math.exp(value - mean) for value in logs]
+
+    def lr(self, params: Mapping[str, float]) -> tuple[float, ...]:
+        """(parts,) absolute learning rates."""
+        return tuple(params[RATE] * m for m in self.multipliers(params))
+
+    def rates(self, params: Mapping[str, float], *, name: str = "searched") -> Rates:
+        """The curve of a trial."""
+        return Rates.from_list(
+            self.multipliers(params), layers=self.layers, name=name,
+            geometric_mean_rate=params[RATE],
+        )  # fmt: skip
+
+    def recipe(self, base: Recipe, params: Mapping[str, float], *, name: str) -> Recipe:
+        """`base` with a trial's curve and method settings; a tuned method joins if it is absent."""
+        methods = {m.name: m for m in with_tuned(base, self.tuned).methods}
+        for word in self.tuned:
+            method, setting = word.split(".", 1)
+            value = int(params[word]) if word in self.whole else params[word]
+            methods[method] = replace(methods[method], **{setting: value})
+        return replace(base, rates=self.rates(params, name=name), methods=tuple(methods.values()),
+                       name=name)  # fmt: skip
+
+    def neutral(self, base: Recipe, rate: float, curve: Sequence[float]) -> dict[str, float]:
+        """A control's parameters: a curve at a rate, tuned settings as `base` has them."""
+        own = {m.name: m for m in with_tuned(base, self.tuned).methods}
+        found = {RATE: rate, **dict(zip(self.shape, curve, strict=True))}
+        for word, where in self.tuned.items():
+            method, setting = word.split(".", 1)
+            found[word] = min(max(getattr(own[method], setting), where.low), where.high)
+        return found
+
+
+def tunable() -> dict[str, Range]:
+    """Every `method.setting` that declares a range."""
+    return {f"{name}.{key}": r for name, m in METHODS.items() for key, r in m.ranges.items()}
+
+
+def with_tuned(base: Recipe, tuned: Mapping[str, Range]) -> Recipe:
+    """`base` with the methods that are tuned, at their defaults where it lacks them."""
+    have = {m.name for m in base.methods}
+    fresh: list[Method] = [
+        METHODS[name]() for name in dict.fromkeys(word.split(".")[0] for word in tuned)
+        if name not in have
+    ]  # fmt: skip
+    return replace(base, methods=(*base.methods, *fresh))
+
+
+def _default(word: str) -> Any:
+    method, setting = word.split(".", 1)
+    value = getattr(METHODS[method](), setting)
+    return None if isinstance(value, bool) else value

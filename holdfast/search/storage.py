@@ -1,0 +1,170 @@
+"""Where a study is kept, and Optuna itself: imported here and nowhere before it is needed.
+
+`sqlite:///…` in the search's folder by default, `journal:PATH`, or any URL that Optuna takes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import Refused
+from holdfast.experiments.record import scrub
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+DATABASE = "study.db"
+WAIT = 100  # seconds a process waits for another one's write to SQLite
+JOURNAL = "journal:"
+INSTALL = "pip install 'holdfast[search]'"
+PAPER = {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}  # BERTcL's Hyperband
+
+
+def optuna() -> Any:
+    """Optuna of a version that is served, quiet; `Refused` where there is none."""
+    try:
+        import optuna as found
+    except ImportError:
+        raise Refused("searching needs Optuna", remedy=INSTALL) from None
+    if int(found.__version__.split(".")[0]) < 5:
+        raise Refused(f"Optuna {found.__version__} is too old", remedy=INSTALL)
+    found.logging.set_verbosity(found.logging.WARNING)
+    return found
+
+
+def check(sampler: str) -> None:
+    """Refuse before any training what a sampler needs and is not installed."""
+    optuna()
+    if sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
+        raise Refused("the sampler cmaes needs the package cmaes", where="--sampler",
+                      remedy=INSTALL)  # fmt: skip
+
+
+def address(storage: str | None, folder: Path) -> str:
+    """The storage that is meant, with absolute paths: it is opened from other processes too."""
+    if storage is None:
+        return f"sqlite:///{folder.resolve() / DATABASE}"
+    if storage.startswith(JOURNAL):
+        path = Path(storage.removeprefix(JOURNAL))
+        if not path.name or path.is_dir():
+            raise Refused("names no file", where="--storage", remedy="as journal:PATH")
+        return JOURNAL + str(path.resolve())
+    if "://" not in storage:
+        remedy = "as sqlite:///FILE, postgresql://HOST/NAME or journal:PATH"
+        raise Refused(f"{storage!r} is no URL", where="--storage", remedy=remedy)
+    return storage
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Open or make it; the caller holds the search's lock while tables are made."""
+    found = optuna()
+    try:
+        if url.startswith(JOURNAL):
+            path = Path(url.removeprefix(JOURNAL))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            backend = found.storages.journal.JournalFileBackend
+            mend_journal(path)
+            return found.storages.JournalStorage(backend(str(path)))
+        arguments: dict[str, Any] = {}
+        if url.startswith("sqlite:"):
+            arguments = {"connect_args": {"timeout": WAIT, "factory": _Connection}}
+        return found.storages.RDBStorage(url, engine_kwargs=arguments)
+    except (OSError, ImportError, ValueError) as error:
+        raise _refusal(url, error) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("sqlalchemy", "optuna")):
+            raise _refusal(url, error) from None
+        raise
+
+
+class _Connection(sqlite3.Connection):
+    """SQLite with a write-ahead log: a trial is some twenty writes, of which none waits for a disk.
+
+    A process may be killed at any moment and nothing is lost. Where the power fails, the last
+    writes may be gone: such a trial counts as running, and its run is read again, not made again.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA journal_mode=WAL")
+        self.execute("PRAGMA synchronous=NORMAL")
+
+
+def _refusal(url: str, error: Exception) -> Refused:
+    said = scrub(str(error).strip().partition("\n")[0])
+    return Refused(f"cannot be opened: {said}", where=f"--storage {scrub(url)}")
+
+
+def mend_journal(path: Path) -> bool:
+    """Cut a last line that was torn by a kill or a full disk, keeping a copy; True if so.
+
+    Optuna refuses to read past such a line once another one follows it, which would lose the study.
+    Only a tail without its newline is cut: an operation that was never complete.
+    """
+    if not path.is_file():
+        return False
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole == len(data):
+            return False
+        try:
+            json.loads(data[whole:])
+            return False  # only the newline is missing: Optuna's reader says what it thinks of it
+        except ValueError:
+            pass
+        shutil.copyfile(path, path.with_name(path.name + ".torn"))
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        lock.release()
+    logging.getLogger("holdfast").warning(
+        "%s: a torn last line was cut; the file as it was is kept beside it as .torn", path
+    )
+    return True
+
+
+def sampler(name: str, seed: int) -> BaseSampler:
+    """Optuna's sampler of that name."""
+    samplers = optuna().samplers
+    made = {
+        # The raw multipliers of one curve belong together: only their ratios count.
+        "tpe": lambda: samplers.TPESampler(seed=seed, multivariate=True),
+        "gp": lambda: samplers.GPSampler(seed=seed),
+        "cmaes": lambda: samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
+        "random": lambda: samplers.RandomSampler(seed=seed),
+        "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=20),
+    }
+    return made[name]()
+
+
+def pruner(name: str) -> BasePruner:
+    """Optuna's pruner over rungs 1 … 2n.
+
+    halving, three rungs a task: the best quarter at rung 1 (a third of task one), and the best
+    quarter of those at rung 4 (a third of task two, where forgetting shows), go on; η = 4 is
+    Optuna's own. hyperband, two rungs a task, with the paper's settings: grace 1, η = 2, max_t 4.
+    """
+    pruners = optuna().pruners
+    if name == "halving":
+        made = pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)
+    elif name == "hyperband":
+        made = pruners.HyperbandPruner(**PAPER)
+    else:
+        made = pruners.NopPruner()
+    return made

@@ -1,0 +1,235 @@
+"""A study shared by processes of one machine: who works on which trial, and what came of it.
+
+Optuna asks and tells; it has no lease of its own for that (its heartbeat serves only `optimize`).
+Here a worker that takes a trial locks `claims/<number>` for as long as it lives: the system lets go
+of the lock when the process ends, however it ends. Asking, and looking for a trial whose worker
+died, happen under one lock of the study, so that no two workers take one trial and no trial is
+asked beyond the plan. A trial whose worker died is taken up again at most `ATTEMPTS` times in all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from holdfast.errors import Refused
+from holdfast.search import storage as stores
+from holdfast.search.controls import Control
+from holdfast.search.objective import Scores
+from holdfast.search.plan import Plan, keep, refuse_other
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial, Trial
+
+ATTEMPTS = 3
+FINISHED = ("complete", "pruned", "fail")
+CLAIMS, LOCK = "claims", "lock"
+
+
+@dataclass
+class Claim:
+    """A trial that this worker holds. `close` lets go of it, told or not."""
+
+    study: Study
+    number: int
+    identity: int  # the trial's id in its storage
+    params: dict[str, float]
+    control: str | None  # its label, or None for a searched trial
+    lease: IO[str]
+
+    def report(self, rung: int, value: float) -> bool:
+        """Tell what was reached at a rung; whether to prune. Controls are told, and never pruned.
+
+        A trial that is made again, after its worker was killed, tells no rung twice.
+        """
+        if self.study.plan.objective == "pareto":
+            return False
+        known = self.study.storage.get_trial(self.identity).intermediate_values
+        if rung not in known:
+            self.study.storage.set_trial_intermediate_value(self.identity, rung, float(value))
+        elif rung < max(known):
+            return False  # it was judged here before, and went on
+        frozen = self.study.storage.get_trial(self.identity)
+        stop = self.study.study.pruner.prune(self.study.study, frozen)
+        return stop and self.control is None
+
+    def done(self, scores: Scores, rows: list[dict[str, Any]]) -> None:
+        """It is finished: its scores, the mean over replicates, and those of each."""
+        self._note({**asdict(scores), "replicates": rows})
+        self._tell("COMPLETE", scores.values(self.study.plan.objective))
+
+    def pruned(self, reason: str, steps: int, seconds: float) -> None:
+        self._note({"reason": reason, "steps": steps, "seconds": seconds})
+        self._tell("PRUNED")
+
+    def failed(self, reason: str, steps: int = 0, seconds: float = 0.0) -> None:
+        self._note({"reason": reason, "steps": steps, "seconds": seconds})
+        self._tell("FAIL")
+
+    def excuse(self) -> None:
+        """The worker is stopped, not the trial to blame: this attempt does not count."""
+        attempts = self.study.storage.get_trial(self.identity).user_attrs.get("attempts", 1)
+        self._note({"attempts": max(0, attempts - 1)})
+
+    def close(self) -> None:
+        self.lease.close()
+
+    def _note(self, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            self.study.storage.set_trial_user_attr(self.identity, key, value)
+
+    def _tell(self, state: str, values: list[float] | None = None) -> None:
+        states = stores.optuna().trial.TrialState
+        self.study.study.tell(self.number, values, state=states[state], skip_if_finished=True)
+
+
+class Study:
+    """An Optuna study in a folder, with leases."""
+
+    def __init__(self, folder: str | Path, plan: Plan, storage: str | None = None) -> None:
+        optuna = stores.optuna()
+        self.folder, self.plan = Path(folder), plan
+        self.url = stores.address(storage, self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for inner in (CLAIMS, "trials"):
+                (self.folder / inner).mkdir(exist_ok=True)
+        except OSError as error:
+            raise Refused(f"cannot be written: {error.strerror}", where=str(self.folder),
+                          remedy="choose another --out") from None  # fmt: skip
+        with self.lock():
+            self.name = keep(self.folder, plan, self.url)
+            self.storage = stores.open_storage(self.url)
+            directions = ["maximize"] * (2 if plan.objective == "pareto" else 1)
+            self.study = optuna.create_study(
+                storage=self.storage, study_name=self.name, directions=directions,
+                load_if_exists=True, pruner=stores.pruner(plan.pruner),
+                sampler=stores.sampler(plan.sampler, plan.seed),
+            )  # fmt: skip
+            known = self.study.user_attrs.get("config")
+            if known is None:
+                self.study.set_user_attr("config", plan.identity)
+                self.study.set_user_attr("title", plan.title)
+            else:
+                refuse_other(known, plan.identity, self.url)
+            self._enqueue(plan.controls)
+        self._identity = self.storage.get_study_id_from_name(self.name)
+
+    def _enqueue(self, wanted: list[Control]) -> None:
+        """Those that a killed process did not come to; their order gives their numbers."""
+        there = {t.user_attrs.get("control") for t in self.trials()}
+        for control in wanted:
+            if control.label not in there:
+                marks = {"control": control.label, "kind": control.kind}
+                self.study.enqueue_trial(control.params, user_attrs=marks)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One process at a time: short work only."""
+        with _open(self.folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials by number, as they are now."""
+        return self.study.get_trials(deepcopy=False)
+
+    def counts(self) -> Counter[str]:
+        """How many trials are in each state, by Optuna's names in lower case."""
+        return Counter(t.state.name.lower() for t in self.trials())
+
+    @property
+    def over(self) -> bool:
+        """Whether every trial that was planned is finished."""
+        counts = self.counts()
+        done = sum(counts[state] for state in FINISHED)
+        return done >= self.plan.trials and done == sum(counts.values())
+
+    # --- asking -------------------------------------------------------------------------------
+
+    def claim(self) -> Claim | None:
+        """A trial to work on; None where there is none *now*: see `over`."""
+        with self.lock():
+            trials = self.trials()
+            states = stores.optuna().trial.TrialState
+            for trial in trials:
+                if trial.state != states.RUNNING or (lease := self.lease(trial.number)) is None:
+                    continue
+                # Its worker may have told it and let go of it since the list was read.
+                now = self.storage.get_trial(self._id(trial.number))
+                claim = self._take(now, lease) if now.state == states.RUNNING else None
+                if claim is not None:
+                    return claim
+                lease.close()
+            waiting = any(t.state == states.WAITING for t in trials)
+            if not waiting and len(trials) >= self.plan.trials:
+                return None
+            # Seeded by the number: what a trial is does not hang on which process asks, nor on how
+            # often it was started, and a process that goes on does not draw the same ones again.
+            self.study.sampler = stores.sampler(
+                self.plan.sampler, self.plan.seed * 100_003 + len(trials)
+            )
+            asked = self.study.ask()
+            taken = self.lease(asked.number)
+            assert taken is not None, "a trial that was just made has no other worker"
+            return self._take(asked, taken)
+
+    def lease(self, number: int) -> IO[str] | None:
+        """The lock of a trial, or None while another process has it."""
+        file = _open(self.folder / CLAIMS / str(number))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
+
+    def _id(self, number: int) -> int:
+        """A trial's id in the storage, which may hold other studies too."""
+        return self.storage.get_trial_id_from_study_id_trial_number(self._identity, number)
+
+    def _take(self, trial: FrozenTrial | Trial, lease: IO[str]) -> Claim | None:
+        """The claim on a trial; one that killed its workers too often has failed."""
+        attempts = int(trial.user_attrs.get("attempts", 0))
+        control = trial.user_attrs.get("control")
+        identity = self._id(trial.number)
+        claim = Claim(self, trial.number, identity, {}, control, lease)
+        if attempts >= ATTEMPTS:
+            claim.failed(f"its worker ended {attempts} times before it did")
+            return None
+        claim._note({"attempts": attempts + 1})
+        ranges, whole = self.plan.space.ranges, self.plan.space.whole
+        if not ranges.keys() <= trial.params.keys():
+            # Its worker died while it was drawn: what was drawn is kept, the rest drawn now.
+            open_type = stores.optuna().trial.Trial  # the other one is a finished trial's picture
+            if not isinstance(trial, open_type):
+                trial = open_type(self.study, identity)
+            for name, r in ranges.items():
+                if name in whole:
+                    trial.suggest_int(name, math.ceil(r.low), math.floor(r.high), log=r.log)
+                else:
+                    trial.suggest_float(name, r.low, r.high, log=r.log)
+        claim.params.update({name: trial.params[name] for name in ranges})
+        return claim
+
+
+def _open(path: Path) -> IO[str]:
+    """A file to lock; a link planted here is not followed."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    return open(handle, "r+", encoding="utf-8")
+
+
+def wait(seconds: float, look: Callable[[], None]) -> None:
+    """Sleep in short pieces, so that a signal is answered."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        look()
+        time.sleep(min(left, 0.2))

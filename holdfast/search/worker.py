@@ -1,0 +1,104 @@
+"""A worker: takes trials of a study one after another, trains them, tells what came of them.
+
+How a trial is trained is a function that is handed in, so that the logic of searching can be tested
+without a network: `train(job, watch) -> Scores`. It calls `watch.at` at every rung, which may raise
+`Stop`, and may raise it itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from holdfast.recipe import Recipe
+from holdfast.search.objective import Diverged, Scores, Stop, Watch
+from holdfast.search.study import Claim, Study, wait
+from holdfast.training import stopping
+
+POLL = 0.5  # seconds between looks at trials that other workers have
+
+
+@dataclass(frozen=True)
+class Job:
+    """One replicate of a trial."""
+
+    number: int
+    replicate: int
+    seed: int
+    recipe: Recipe
+    lr: float
+    folder: Path
+
+
+Train = Callable[[Job, Watch], Scores]
+
+
+def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None) -> int:
+    """Work until every trial of the plan is finished, by whomever; how many were worked on here.
+
+    `look` is called between trials and while waiting.
+    """
+    made = 0
+    while True:
+        stopping.check()
+        look()
+        claim = study.claim()
+        if claim is not None:
+            try:
+                run(claim, train)
+            finally:
+                claim.close()
+            made += 1
+        elif study.over:
+            return made
+        else:
+            wait(POLL, stopping.check)
+
+
+def run(claim: Claim, train: Train) -> None:
+    """Train a claimed trial and tell the study, whatever comes of it."""
+    began, scores, plan = time.monotonic(), [], claim.study.plan
+    steps = 0
+    try:
+        for replicate, seed in enumerate(plan.seeds):
+            # The first replicate is what the pruner sees; a trial it lets through has them all.
+            tell = claim.report if replicate == 0 else _mute
+            job = job_of(claim, replicate, seed)
+            found = train(job, Watch(plan.rungs, tell, whole=claim.control is not None))
+            if not found.finite:
+                raise Diverged("diverged: a score is not finite", found.steps)
+            scores.append(found)
+            steps += found.steps
+    except Stop as stop:
+        seconds = time.monotonic() - began
+        tell_end = claim.failed if isinstance(stop, Diverged) else claim.pruned
+        tell_end(stop.reason, steps + stop.steps, round(seconds, 3))
+        return
+    except (KeyboardInterrupt, stopping.Stopped):
+        claim.excuse()
+        raise
+    mean = Scores(
+        old=fmean(s.old for s in scores), new=fmean(s.new for s in scores),
+        old_after=fmean(s.old_after for s in scores), steps=steps,
+        seconds=round(sum(s.seconds for s in scores), 3),
+    )  # fmt: skip
+    rows = [{"seed": seed, "old": s.old, "new": s.new, "old_after": s.old_after}
+            for seed, s in zip(plan.seeds, scores, strict=True)]  # fmt: skip
+    claim.done(mean, rows)
+
+
+def job_of(claim: Claim, replicate: int, seed: int) -> Job:
+    """What to train: the trial's curve in the plan's recipe, in a folder of its own."""
+    plan = claim.study.plan
+    name = claim.control or f"trial {claim.number}"
+    recipe = plan.space.recipe(plan.base, claim.params, name=name)
+    leaf = f"{claim.number}" if replicate == 0 else f"{claim.number}-{replicate}"
+    return Job(claim.number, replicate, seed, recipe, claim.params["rate"],
+               claim.study.folder / "trials" / leaf)  # fmt: skip
+
+
+def _mute(rung: int, value: float) -> bool:
+    return False

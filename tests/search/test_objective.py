@@ -1,0 +1,107 @@
+"""What a trial tells on its way, and what ends it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from holdfast.errors import Refused
+from holdfast.search.objective import (
+    Diverged,
+    Pruned,
+    Scores,
+    Watch,
+    check_choice,
+    constant_score,
+    rung_steps,
+)
+
+
+def watch(*, prune: bool = False, **more: Any) -> tuple[Watch, list[tuple[int, float]]]:
+    told: list[tuple[int, float]] = []
+
+    def tell(rung: int, value: float) -> bool:
+        told.append((rung, value))
+        return prune
+
+    return Watch(3, tell, **more), told
+
+
+def test_the_old_score_first_then_the_sum() -> None:
+    made, told = watch()
+    made.at(2, steps=5, old=0.7)
+    made.at(4, steps=15, old=0.6, new=0.3)
+    assert told == [(2, 0.7), (4, pytest.approx(0.9))]
+
+
+def test_scores_that_are_equal_to_one_answer_for_all_rows_end_it_after_task_one_only() -> None:
+    made, told = watch(floor=0.5)
+    made.at(2, steps=10, old=0.5)  # it may still learn
+    with pytest.raises(Pruned, match="collapsed") as end:
+        made.at(3, steps=15, old=0.5)
+    assert end.value.steps == 15 and len(told) == 1
+    made.at(3, steps=15, old=0.51)
+    made.at(6, steps=30, old=0.2, new=0.1)  # what is forgotten did not collapse
+    control, _ = watch(floor=0.5, whole=True)  # or there might be nothing to compare with
+    control.at(3, steps=15, old=0.4)
+
+
+def test_what_is_not_finite_diverged() -> None:
+    made, told = watch()
+    for scores in ({"old": math.nan}, {"old": 0.5, "new": math.inf}):
+        with pytest.raises(Diverged):
+            made.at(4, steps=1, **scores)
+    assert not told
+
+
+def test_a_trial_that_reached_its_end_is_not_pruned() -> None:
+    made, told = watch(prune=True)
+    made.at(6, steps=30, old=0.2, new=0.1)
+    assert len(told) == 1
+    with pytest.raises(Pruned, match="rung 5"):
+        made.at(5, steps=25, old=0.2, new=0.1)
+
+
+def test_rungs_are_evenly_spaced_and_end_with_the_task() -> None:
+    assert rung_steps(100, 3) == [34, 67, 100]
+    assert rung_steps(2, 3) == [1, 2, 2]
+
+
+def test_the_score_of_one_answer() -> None:
+    labels = [0, 0, 0, 1]
+    assert constant_score("accuracy", labels, 2) == 0.75
+    # of the second label, though it is the rarer: 2 · ¼ · 1 / (¼ + 1)
+    assert constant_score("f1", labels, 2) == pytest.approx(0.4)
+    assert constant_score("matthews", labels, 2) == 0
+    assert constant_score("spearman", [0.1, 0.2, 3.0], None) == 0
+
+
+def test_values_of_both_objectives() -> None:
+    found = Scores(old=0.9, new=0.6, old_after=0.8)
+    assert found.values("new_plus_old") == [pytest.approx(1.4)]
+    assert found.values("pareto") == [0.6, 0.8]
+    assert not Scores(0.9, math.nan, 0.8).finite
+
+
+def test_what_is_meant_by_no_pruner() -> None:
+    assert check_choice("tpe", None, "new_plus_old") == "halving"
+    assert check_choice("tpe", None, "pareto") == "none"
+    assert check_choice("cmaes", "none", "new_plus_old") == "none"
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (("tpe", "halving", "pareto"), "--pruner"),
+        (("tpe", "hyperband", "pareto"), "--pruner"),
+        (("cmaes", None, "pareto"), "--sampler"),
+        (("tqe", None, "new_plus_old"), "did you mean 'tpe'"),
+        (("tpe", "halfing", "new_plus_old"), "did you mean 'halving'"),
+        (("tpe", None, "parto"), "did you mean 'pareto'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(choice: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(Refused, match=said):
+        check_choice(*choice)

@@ -1,0 +1,226 @@
+"""A trial is the run that `run_sequence` would make, without evaluation rows and loaded once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fakes import plan as fake_plan
+
+from holdfast import Rates, Recipe, Replay, run_sequence
+from holdfast.errors import Refused
+from holdfast.experiments import learner
+from holdfast.experiments.record import Record
+from holdfast.search import training
+from holdfast.search.objective import Diverged, Pruned, Watch
+from holdfast.search.plan import Plan
+from holdfast.search.training import Training
+from holdfast.search.worker import Job
+
+SETTINGS: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "max_length": 16, "selection": 12}
+RECIPE = Recipe(rates=Rates.bertcl(), methods=[Replay(memory=4)], name="t")
+LR = 5e-3
+
+
+@pytest.fixture(scope="module")
+def plan(place: Path) -> Plan:
+    """The rows of a run of these settings; 18 steps a task."""
+    return fake_plan(place, rungs=3, **SETTINGS)
+
+
+constant_score = training.constant_score
+
+
+@pytest.fixture(autouse=True)
+def _never_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few steps teach little: without this, most trials here would stop after task one."""
+    monkeypatch.setattr(training, "constant_score", lambda *_: -1.0)
+
+
+def job(out: Path, *, lr: float = LR, seed: int = 0, recipe: Recipe = RECIPE) -> Job:
+    return Job(0, 0, seed, recipe, lr, out)
+
+
+class Told:
+    """A watch that notes, and may stop at a rung."""
+
+    def __init__(self, stop: int = 0) -> None:
+        self.rungs: dict[int, float] = {}
+        self.stop = stop
+        self.watch = Watch(3, self._tell)
+
+    def _tell(self, rung: int, value: float) -> bool:
+        assert rung not in self.rungs
+        self.rungs[rung] = value
+        return rung == self.stop
+
+
+def test_a_trial_is_the_run_of_its_recipe(place: Path, plan: Plan, tmp_path: Path) -> None:
+    """Bit for bit, from copies of what was loaded once, also the second time."""
+    train, told = Training(plan), Told()
+    first = train(job(tmp_path / "0"), told.watch)
+    again = train(job(tmp_path / "1"), Told().watch)
+    tasks = [place / "mood.jsonl", place / "question.jsonl"]
+    whole = run_sequence(str(place / "bert"), tasks, RECIPE, lr=LR, out=tmp_path / "whole",
+                         progress=False, save_steps=0, **SETTINGS)  # fmt: skip
+    assert whole.selection_scores is not None
+    wanted = whole.selection_scores
+    for found in (first, again):
+        assert (found.old, found.old_after, found.new) == (wanted[0][0], *wanted[1])
+        assert found.steps == sum(n or 0 for n in whole.steps) > 0
+    assert sorted(told.rungs) == [1, 2, 3, 4, 5, 6]
+    assert told.rungs[3] == wanted[0][0] and told.rungs[6] == sum(wanted[1])  # type: ignore[arg-type]
+
+
+def test_evaluation_rows_are_not_looked_at(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    evaluate = learner.evaluate
+
+    def counted(model: Any, found: Any, *args: Any) -> float:
+        rows.append(len(found))
+        return evaluate(model, found, *args)
+
+    monkeypatch.setattr(learner, "evaluate", counted)
+    encoded: list[int] = []
+    encode = learner.encode
+    monkeypatch.setattr(
+        learner, "encode", lambda r, *a, **k: encoded.append(len(r)) or encode(r, *a, **k)
+    )
+    Training(plan)(job(tmp_path / "0"), Told().watch)
+    # two rungs and the end of task one, of one task; the same of task two, of both
+    assert rows == [12] * (3 + 2 * 3)
+    assert sorted(encoded) == sorted(
+        len(split) for task in plan.tasks for split in (task.train, task.selection)
+    )
+    record = Record.load(tmp_path / "0")
+    assert record.status == "done" and record.scores == [[None, None], [None, None]]
+
+
+def test_the_second_trial_loads_nothing(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = Training(plan)
+    train(job(tmp_path / "0"), Told().watch)
+    for name in ("load_model", "load_tokenizer", "add_head", "encode"):
+
+        def called(*_: Any, _name: str = name, **__: Any) -> None:
+            raise AssertionError(f"{_name} was called")
+
+        monkeypatch.setattr(learner, name, called)
+    train(job(tmp_path / "1", lr=1e-3), Told().watch)
+
+
+def test_weights_do_not_fill_the_disk(plan: Plan, tmp_path: Path) -> None:
+    train = Training(plan)
+    train(job(tmp_path / "0"), Told().watch)
+    with pytest.raises(Pruned, match="rung 4") as end:
+        train(job(tmp_path / "1"), Told(stop=4).watch)
+    assert end.value.steps == 18 + 6
+    for folder in ("0", "1"):
+        assert {p.name for p in (tmp_path / folder).iterdir()} == {
+            "lease", "record.json", "run.json",
+        }  # fmt: skip
+
+
+def test_a_finished_trial_is_only_read(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker was killed before it told."""
+    first = Training(plan)(job(tmp_path / "0"), Told().watch)
+    monkeypatch.setattr(training, "TrialLearner", None)
+    assert Training(plan)(job(tmp_path / "0"), Told().watch) == first
+
+
+@pytest.mark.parametrize("save_steps", [5, 0])
+def test_a_killed_trial_goes_on_from_its_last_checkpoint(
+    save_steps: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without checkpoints from its beginning: to the same scores, bit for bit."""
+    saving = fake_plan(place, rungs=3, **SETTINGS, save_steps=save_steps)
+    whole = Training(saving)(job(tmp_path / "whole"), Told().watch)
+    steps: list[int] = []
+    rung = training.TrialLearner.rung
+
+    def cut(self: Any, index: int, step: int, total: int) -> None:
+        steps.append(index * total + step)
+        if len(steps) == 18 + 8:
+            raise KeyboardInterrupt
+        rung(self, index, step, total)
+
+    monkeypatch.setattr(training.TrialLearner, "rung", cut)
+    with pytest.raises(KeyboardInterrupt):
+        Training(saving)(job(tmp_path / "cut"), Told().watch)
+    assert steps[-1] == 18 + 8
+    found = Training(saving)(job(tmp_path / "cut"), Told().watch)
+    assert steps[26] == (18 + 6 if save_steps else 1)
+    assert (found.old, found.new, found.old_after, found.steps) == (
+        whole.old, whole.new, whole.old_after, whole.steps,
+    )  # fmt: skip
+
+
+def test_a_damaged_checkpoint_of_task_one_is_learned_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = fake_plan(place, rungs=3, **SETTINGS, save_steps=100)
+    out = tmp_path / "cut"
+
+    def cut(self: Any, index: int, step: int, total: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.TrialLearner, "rung", cut)
+        Training(saving)(job(out), Told().watch)
+    weights = out / "tasks" / "1-mood" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    found = Training(saving)(job(out), Told().watch)
+    whole = Training(saving)(job(tmp_path / "whole"), Told().watch)
+    assert (found.old, found.new, found.old_after) == (whole.old, whole.new, whole.old_after)
+
+
+def test_what_collapses_stops_after_task_one(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "constant_score", constant_score)
+    still = Recipe(rates=Rates.flat(), name="still")
+    with pytest.raises(Pruned, match=r"collapsed: 0\.\d+ on task one") as end:
+        Training(plan)(job(tmp_path / "0", lr=1e-12, recipe=still), Told().watch)
+    assert end.value.steps == 18
+    assert "collapsed" in json.loads((tmp_path / "0" / "record.json").read_text())["warnings"][-1]
+
+
+def test_what_diverges_is_no_error_of_the_search(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="diverged"):
+        Training(plan)(job(tmp_path / "0", lr=1e30), Told().watch)
+
+
+def test_other_refusals_are_passed_on(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a full disk: the trial is not to blame."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise Refused("No space left on device")
+
+    monkeypatch.setattr(training.TrialLearner, "learn", full)
+    with pytest.raises(Refused, match="No space"):
+        Training(plan)(job(tmp_path / "0"), Told().watch)
+
+
+def test_trials_leave_no_trace_in_each_other(plan: Plan, tmp_path: Path) -> None:
+    """The pristine weights stay as they were loaded."""
+    train = Training(plan)
+    train(job(tmp_path / "0"), Told().watch)
+    kept = {
+        key: {n: p.clone() for n, p in model.state_dict().items()}
+        for key, model in train.loaded.untrained.items()
+    }
+    train(job(tmp_path / "1", lr=1e-1), Told().watch)
+    for key, model in train.loaded.untrained.items():
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, kept[key][name])
