@@ -13,7 +13,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2
 
 test-slow: .venv/dev.stamp
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --timeout 3600
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check $(SOURCES)

@@ -25,11 +25,7 @@ from torch import Tensor
 from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
-from holdfast.training.manifest import MANIFEST as MANIFEST
-from holdfast.training.manifest import commit as commit
-from holdfast.training.manifest import damage as damage
-from holdfast.training.manifest import newest_complete as newest_complete
-from holdfast.training.manifest import rotate as rotate
+from holdfast.training.manifest import MANIFEST
 from holdfast.training.tensors import write_tensors
 
 TENSORS, META = "holdfast.safetensors", "holdfast.json"
@@ -86,6 +82,7 @@ def save_state(
     state = bound.state_dict() if state is None else state
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / META).unlink(missing_ok=True)  # of one that is written anew
     slots, rest = _slots(state["tensors"])
     before, kept = _KEPT.get(bound, {}), {}
     files: Files = {TENSORS: write_tensors(folder / TENSORS, rest)}
@@ -154,16 +151,16 @@ def _link(old: _Kept, path: Path) -> bool:
 def load_state(bound: Bound, folder: str | Path) -> None:
     """Take up the state in a folder; `Refused` where there is none or it does not fit."""
     folder = Path(folder)
-    bound.load_state_dict(read_state(folder))
+    meta, files = _read(folder)
+    bound.load_state_dict({"meta": meta, "tensors": _together(files)})
     # The next checkpoint may link to the files that were read here.
-    kept = {}
+    names, recorded = {frozenset(held): name for name, held in files.items()}, _recorded(folder)
     slots, _ = _slots(bound.state_dict()["tensors"])
-    for number, (slot, tensors) in enumerate(sorted(slots.items())):
-        path = folder / KEPT.format(number)
-        recorded = _recorded(folder).get(path.name)
-        if recorded is not None:
-            kept[slot] = _Kept.of(tensors, path, *recorded)
-    _KEPT[bound] = kept
+    _KEPT[bound] = {
+        slot: _Kept.of(tensors, folder / name, *recorded[name])
+        for slot, tensors in slots.items()
+        if (name := names.get(frozenset(tensors))) in recorded
+    }
 
 
 def _recorded(folder: Path) -> Files:
@@ -171,7 +168,7 @@ def _recorded(folder: Path) -> Files:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (int(size), str(sha)) for name, (size, sha) in files.items()}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -195,18 +192,28 @@ def _changed(before: Any, now: Any) -> str:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The saved state as `Bound.load_state_dict` takes it."""
+    meta, files = _read(folder)
+    return {"meta": meta, "tensors": _together(files)}
+
+
+def _together(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: tensor for held in files.values() for key, tensor in held.items()}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The JSON of a state, and the tensors of each of its files."""
     meta = _read_meta(folder)
-    tensors: dict[str, Tensor] = {}
+    files: dict[str, dict[str, Tensor]] = {}
     for name in meta.get("files", [TENSORS]):
         if not isinstance(name, str) or not OURS.fullmatch(name):
             raise Refused(f"{META} names {name!r}, no file of a state", where=str(folder))
         try:
-            tensors |= load_file(folder / name)
+            files[name] = load_file(folder / name)
         except FileNotFoundError:
             raise Refused(f"{name} is missing", where=str(folder), remedy=AGAIN) from None
         except (SafetensorError, OSError) as error:
             raise Refused(f"{name} cannot be read ({error})", where=str(folder)) from None
-    return {"meta": meta, "tensors": tensors}
+    return meta, files
 
 
 AGAIN = "resume from a checkpoint that was saved with a recipe"

@@ -15,16 +15,8 @@ from transformers import TrainerCallback
 from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.training import stopping
-from holdfast.training.checkpoints import (
-    Files,
-    commit,
-    damage,
-    differences,
-    load_state,
-    newest_complete,
-    rotate,
-    save_state,
-)
+from holdfast.training.checkpoints import Files, differences, load_state, save_state
+from holdfast.training.manifest import commit, damage, newest_complete, rotate
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -43,6 +35,8 @@ class SavingMixin(_Base):
     _watch: Any
     _outputs: Any
     _ours: Files
+    _limit: int | None
+    _to_push: str | None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.
@@ -61,6 +55,8 @@ class SavingMixin(_Base):
                           remedy="resume from one that was saved with a recipe")  # fmt: skip
         saver = _StopSaved()
         self.add_callback(saver)
+        # Trainer's own rotation is off, also the one at the end, which would take the newest.
+        self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with stopping.handled() if self.stop_on_signals else contextlib.nullcontext():
                 with stopping.looking():
@@ -69,14 +65,17 @@ class SavingMixin(_Base):
                     late = _asked(self.args) and saver.saved != self.state.global_step
                     if late and not self.args.load_best_model_at_end:
                         self._save_checkpoint(self.model, None)
+                        saver.saved = self.state.global_step
                 return done
         except stopping.Stopped as stopped:
             if self.stop_on_signals:
-                print(f"holdfast: {stopped} after step {self.state.global_step}, which is saved in "
-                      f"{self.args.output_dir}; train(resume_from_checkpoint=True) goes on",
+                saved = (f"step {saver.saved} is saved in {self.args.output_dir}; "
+                         "train(resume_from_checkpoint=True) goes on")  # fmt: skip
+                print(f"holdfast: {stopped}; {saved if saver.saved >= 0 else 'nothing was saved'}",
                       file=sys.stderr)  # fmt: skip
             raise
         finally:
+            self.args.save_total_limit = self._limit
             self.remove_callback(saver)
             if self.bound is not None:
                 self.bound.unbind()
@@ -86,18 +85,19 @@ class SavingMixin(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, committed when it is whole; older ones go only then."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._ours = {}
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        self._ours, self._to_push = {}, None
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        saved = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            run = Path(self._get_output_dir(trial=trial))
-            saved = run / f"checkpoint-{self.state.global_step}"
             commit(saved, self._ours)
-            rotate(saved, limit, best=self.state.best_model_checkpoint)
+        if self._to_push is not None:
+            super()._push_from_checkpoint(self._to_push)
+        if self.args.should_save:
+            rotate(saved, self._limit, best=self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._to_push = checkpoint_folder  # once its manifest is there
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -49,7 +48,13 @@ def install(*, only: tuple[int, ...] = SIGNALS, patient: bool = False) -> Callab
     if _Now.installed or threading.current_thread() is not threading.main_thread():
         return lambda: None
 
+    owner = os.getpid()
+
     def note(number: int, _: Any) -> None:
+        forked = os.getpid() != owner
+        if forked and number == signal.SIGTERM:  # by a pool, which waits for its processes to end
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if _Now.asked:
             if patient:
                 return
@@ -57,8 +62,9 @@ def install(*, only: tuple[int, ...] = SIGNALS, patient: bool = False) -> Callab
         _Now.asked = number
         if not _Now.looking:
             raise Stopped(number)
-        if sys.stderr.isatty() and not patient:
-            os.write(2, b"\nholdfast: finishing the step and saving; once more ends at once\n")
+        if not patient and not forked and os.isatty(2):
+            with suppress(OSError):  # a terminal that is gone
+                os.write(2, b"\nholdfast: finishing the step and saving; once more ends at once\n")
 
     before = {number: signal.getsignal(number) for number in only}
     _Now.installed, _Now.asked = True, 0
