@@ -8,36 +8,36 @@ the same command goes on where it was stopped. Three parts, each of which may be
 * the default: a search for every pair of tasks, then EWC and replay at the best flat rate with the
   same fresh seeds;
 * --pruners: how many steps halving and Hyperband spend against none, and what they miss. They are
-  *simulated* on the whole learning curves of one unpruned random search, many times in other orders:
-  what a pruner would have stopped is known, so that no training is spent on it;
+  *simulated* on the whole learning curves of one unpruned random search, in many orders: what a
+  pruner would have stopped is known, so that no training is spent on it;
 * --overhead: seconds of a trial of 100 steps outside of training and evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.experiments.record import commit, versions
+from results import DATA, save
+
+from holdfast.experiments.compare import compare
 from holdfast.experiments.statistics import mean_spread, paired_difference
+from holdfast.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search import storage
-from holdfast.search.final import Contender, Evaluation, FinalJob, finish
+from holdfast.search.final import Result
 from holdfast.search.plan import Plan
 from holdfast.search.run import search
+from holdfast.tasks.task import slug
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-QUICK = ("trec6:sst2", "trec6:cola")
+QUICK = ("trec6:sst2", "sst2:trec6")
 FULL = ("trec6:sst2", "sst2:trec6", "ag_news:sst2", "trec6:mrpc")
 FIFTH = "mrpc:trec6"
 BESIDE = ("ewc", "replay")
@@ -48,10 +48,10 @@ SECONDS = 0.25  # a step on one of two cores, as measured; what an estimate of h
 def settings(chosen: argparse.Namespace) -> dict[str, Any]:
     """Training of every run: rows a task, epochs, trials."""
     if chosen.tiny:
-        return {"train_size": 64, "epochs": 1.0, "max_length": 32, "evaluation_size": 60,
+        return {"train_size": 96, "epochs": 2.0, "max_length": 32, "evaluation_size": 60,
                 "selection": 40, "trials": 9, "flat": [1e-4, 2e-4]}  # fmt: skip
     if chosen.quick:
-        return {**KEEP, "train_size": 480, "epochs": 1.0, "trials": 16}
+        return {**KEEP, "train_size": 480, "epochs": 2.0, "trials": 16}
     return {**KEEP, "train_size": 960, "epochs": 2.0, "trials": 50}
 
 
@@ -67,48 +67,37 @@ def paths(pair: str) -> list[str]:
 # --- searched against controls ------------------------------------------------------------------
 
 
+def folder(chosen: argparse.Namespace, pair: str) -> Path:
+    """Where the search of a pair is kept."""
+    return Path(chosen.runs) / slug(pair.replace(":", "-"))
+
+
 def one_pair(pair: str, chosen: argparse.Namespace, curve: Path | None = None) -> dict[str, Any]:
     """A search, then EWC and replay (and a curve found elsewhere) at the best flat rate."""
     made = settings(chosen)
-    out = chosen.runs / pair.replace(":", "-").replace("/", "-")
+    out = folder(chosen, pair)
     body = search("minilm", paths(pair), out=out, workers=chosen.workers, seed=chosen.seed,
                   fresh=chosen.seeds, command=sys.argv, **made)  # fmt: skip
-    plan = Plan.make("minilm", paths(pair), seed=chosen.seed, fresh=chosen.seeds, **made)
     flat = next((f for f in body["final"] if f["kind"] == "flat"), None)
     if flat is None:
         return {"pair": pair, "search": body, "beside": []}
-    beside = []
     recipes = {name: Recipe.named(name) for name in BESIDE}
     if curve is not None:
-        from holdfast.rates import Rates
-
-        recipes["fused"] = Recipe(rates=Rates.load(curve), name="fused")
-    for name, recipe in recipes.items():
-        beside.append(_beside(name, recipe, plan, flat, out))
+        recipes["fused"] = Recipe(rates=Rates.load(curve).normalised(), name="fused")
+    rate = flat["rate"]
+    labels = {f"{name}@{rate:g}": (recipe, {"lr": rate}) for name, recipe in recipes.items()}
+    seeds = [row["seed"] for row in flat["seeds"]]  # and so the same rows
+    how = {k: v for k, v in made.items() if k not in ("trials", "flat")}
+    records = compare("minilm", paths(pair), labels, seeds=seeds, out=out / "beside",
+                      workers=chosen.workers, save_steps=0, **how)  # fmt: skip
+    beside = []
+    for i, (label, kind) in enumerate(zip(labels, recipes, strict=True)):
+        mine = records[i * len(seeds) : (i + 1) * len(seeds)]
+        rows = [{"seed": r.seed, "new": r.scores[1][1], "old": r.scores[0][0],
+                 "old_after": r.scores[1][0], "new_plus_old": r.new_plus_old,
+                 "steps": sum(n or 0 for n in r.steps)} for r in mine]  # fmt: skip
+        beside.append({"label": label, "kind": kind, "rate": rate, "seeds": rows})
     return {"pair": pair, "search": body, "beside": beside}
-
-
-def _beside(
-    name: str, recipe: Recipe, plan: Plan, flat: Mapping[str, Any], out: Path
-) -> dict[str, Any]:
-    """A recipe at the best flat rate, with the seeds of the final runs and their rows."""
-    params = dict(flat["params"])
-    if name == "fused":
-        curve = recipe.rates.normalised()
-        params |= dict(zip(plan.space.shape, curve.multipliers, strict=True))
-    theirs = replace(plan, base=replace(recipe, rates=plan.base.rates))
-    label = f"{name}@{flat['rate']:g}"
-    contender = Contender(label, name, flat["trial"], params)
-    todo = [
-        FinalJob(contender, seed, out / "beside" / label / f"seed-{seed}")
-        for seed in plan.fresh_seeds
-    ]
-    found = finish(todo, Evaluation(theirs))
-    rows = [{"seed": seed, "new": r.new, "old": r.old, "old_after": r.old_after,
-             "new_plus_old": r.new_plus_old, "steps": r.steps}
-            for (_, seed), r in found.items()]  # fmt: skip
-    return {"label": label, "kind": name, "rate": flat["rate"], "seeds": rows,
-            "steps": sum(r["steps"] for r in rows), "beyond": name == "fused"}  # fmt: skip
 
 
 def table(pairs: list[dict[str, Any]]) -> list[str]:
@@ -134,9 +123,9 @@ def table(pairs: list[dict[str, Any]]) -> list[str]:
             )
         counts = ", ".join(f"{n} {state}" for state, n in body["counts"].items() if n)
         share = body["steps"]["share"]
-        lines += ["", body["gain"]["sentence"], "",
-                  f"Trials: {counts}; {body['steps']['spent']:,} steps"
-                  + (f", {100 * share:.0f} % of the unpruned" if share else "") + ".", ""]  # fmt: skip
+        part = f", {100 * share:.0f} % of the unpruned" if share else ""
+        told = f"Trials: {counts}; {body['steps']['spent']:,} steps{part}."
+        lines += ["", body["gain"]["sentence"], "", told, ""]
     return lines
 
 
@@ -163,13 +152,20 @@ def _gap(final: Mapping[str, Any], flat: Mapping[str, Any] | None) -> str:
 # --- pruners, simulated -------------------------------------------------------------------------
 
 
+def _none_of_them(_: Plan) -> Any:
+    """No final runs: the curves are all that is wanted."""
+    return lambda job: Result(None, None, None, 0, "not run")
+
+
 def curves(chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Whole learning curves of one unpruned random search with twelve rungs."""
     made = settings(chosen)
     # six rungs a task: every second one is a rung of halving, every third one of Hyperband
-    body = search("minilm", paths(chosen.tasks[0]), out=chosen.runs / "curves", sampler="random",
-                  pruner="none", rungs=6, workers=chosen.workers, seed=chosen.seed,
-                  command=sys.argv, **{**made, "trials": chosen.curves})  # fmt: skip
+    asked = {**made, "trials": chosen.curves, "sampler": "random", "pruner": "none", "rungs": 6}
+    body = search(
+        "minilm", paths(chosen.tasks[0]), out=chosen.runs / "curves", seed=chosen.seed,
+        workers=chosen.workers, command=sys.argv, evaluate=_none_of_them, **asked,
+    )  # fmt: skip
     done = [t for t in body["trials"] if t["value"] is not None and len(t["rungs"]) == 12]
     return done, body["steps"]["of_a_trial"]
 
@@ -235,8 +231,12 @@ def pruner_table(found: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
     for name in ("none", "halving", "hyperband"):
         share, regret = found[name]["share"], found[name]["regret"]
-        lines.append(f"| {name} | {100 * share['mean']:.0f} % ± {100 * (share['sd'] or 0):.0f} | "
-                     f"{regret['mean']:.3f} ± {regret['sd'] or 0:.3f} | {regret['max']:.3f} |")  # fmt: skip
+        cells = (
+            f"{100 * share['mean']:.0f} % ± {100 * (share['sd'] or 0):.0f}",
+            f"{regret['mean']:.3f} ± {regret['sd'] or 0:.3f}",
+            f"{regret['max']:.3f}",
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -282,11 +282,11 @@ def overhead(chosen: argparse.Namespace) -> dict[str, Any]:
     plan = Plan.make("minilm", paths(chosen.tasks[0]), train_size=800, epochs=1.0, pruner="none",
                      sampler="tpe", trials=50, **KEEP)  # fmt: skip
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        study, train = Study(folder, plan), training.Training(plan)
+    with tempfile.TemporaryDirectory() as place:
+        study, train = Study(place, plan), training.Training(plan)
         from holdfast.search.worker import run
 
-        for number in range(4):
+        for number in range(3):
             spent["training"] = spent["evaluation"] = 0.0
             began = time.perf_counter()
             claim = study.claim()
@@ -296,8 +296,11 @@ def overhead(chosen: argparse.Namespace) -> dict[str, Any]:
             wall = time.perf_counter() - began
             over = wall - spent["training"] - spent["evaluation"]
             rows.append({"wall": wall, "over": over, "share": over / wall, **spent})
-            print(f"trial {number}: {wall:.1f} s, of which {over:.2f} s ({100 * over / wall:.1f} %) "
-                  "outside of training and evaluation", flush=True)  # fmt: skip
+            print(
+                f"trial {number}: {wall:.1f} s, {over:.2f} s ({100 * over / wall:.1f} %) of it "
+                "outside of training and evaluation",
+                flush=True,
+            )
     later = rows[1:]
     share = sum(r["over"] for r in later) / sum(r["wall"] for r in later)
     return {"steps": 100, "first": rows[0], "later": later, "share": share}
@@ -308,7 +311,7 @@ def overhead(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two pairs, 16 trials of 60 steps")
+    parser.add_argument("--quick", action="store_true", help="two pairs, 16 trials of 120 steps")
     parser.add_argument("--full", action="store_true", help="four pairs, 50 trials of 240 steps")
     parser.add_argument("--tiny", action="store_true", help="a smoke test: nothing is learned")
     parser.add_argument("--pruners", action="store_true", help="only the pruners")
@@ -334,7 +337,7 @@ def announce(chosen: argparse.Namespace) -> None:
     made = settings(chosen)
     one = steps_of(made)
     if chosen.pruners:
-        most = chosen.curves * one + 12 * one
+        most = chosen.curves * one
         print(f"at most {most:,} training steps: {chosen.curves} whole trials of {one}", flush=True)
         return
     finals = (4 + len(BESIDE)) * chosen.seeds
@@ -350,10 +353,8 @@ def main() -> int:
     """Run or go on with the benchmark."""
     chosen = arguments()
     announce(chosen) if not chosen.overhead else None
-    command = f"python {shlex.join(sys.argv)}"
-    body: dict[str, Any] = {"command": command, "commit": commit(Path(__file__).parent),
-                            "versions": versions(), "settings": settings(chosen)}  # fmt: skip
-    lines = [f"`{command}`", ""]
+    body: dict[str, Any] = {"settings": settings(chosen)}
+    lines: list[str] = []
     if chosen.overhead:
         body["overhead"] = overhead(chosen)
         lines.append(f"{100 * body['overhead']['share']:.1f} % of a trial of 100 steps is spent "
@@ -365,18 +366,16 @@ def main() -> int:
         pairs = []
         for pair in chosen.tasks:
             pairs.append(one_pair(pair, chosen))
-            _save(chosen.json, body | {"pairs": pairs}, [*lines, *table(pairs)])
+            save(chosen.json, body | {"pairs": pairs}, "\n".join(table(pairs)))
         if chosen.full:
             from holdfast.search.combine import combine
 
             fused = chosen.runs / "fused.yaml"
-            folders = [chosen.runs / p.replace(":", "-") for p in chosen.tasks]
-            combine(folders, out=fused)
+            combine([folder(chosen, pair) for pair in chosen.tasks], out=fused)
             pairs.append(one_pair(FIFTH, chosen, fused))
         body["pairs"], lines = pairs, lines + table(pairs)
         draw(pairs, chosen.json)
-    _save(chosen.json, body, lines)
-    print("\n".join(lines))
+    save(chosen.json, body, "\n".join(lines))
     return 0
 
 
@@ -389,12 +388,6 @@ def draw(pairs: list[dict[str, Any]], path: Path) -> None:
             name = picture.title.lower().replace(" ", "-")
             stem = f"{path.stem}-{found['pair'].replace(':', '-')}-{name}"
             picture.panels[0].save(path.with_name(f"{stem}.svg"))
-
-
-def _save(path: Path, body: Mapping[str, Any], lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
     "sequence": f"--tasks --alone --recipe --seed {TRAINING}",
     "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
-    "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts --tune
-        --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
+    "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
+        --tune --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
     "combine": "paths --out --base --layers",
     "report": "paths --out",
     "verify": "paths",

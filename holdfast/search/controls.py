@@ -1,8 +1,8 @@
 """What every search is measured against: flat rates, layer decay, the published curve.
 
 Controls are trials like all others, of the same budget; they come first, so that samplers learn
-from them, and neither a pruner nor a collapse stops them. The shapes run at the middle flat rate, and once more, at the
-end, at the best one.
+from them, and neither a pruner nor a collapse stops them. The shapes run at the middle flat rate,
+and once more, at the end, at the best one.
 """
 
 from __future__ import annotations

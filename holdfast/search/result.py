@@ -223,7 +223,7 @@ def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
 
 
 def write(folder: Path, plan: Plan, found: Sequence[Row], body: Mapping[str, Any]) -> list[Path]:
-    """`search.json`, `trials.csv`, `rates.yaml`, and `recipe.yaml` where the recipe has methods."""
+    """`search.json` and `trials.csv`; `rates.yaml` and `recipe.yaml` once a trial is finished."""
     written = [folder / FACTS, folder / NAME]
     write_text_atomic(written[0], json.dumps(body, **STRICT) + "\n")
     write_trials(written[1], as_trials(found, plan.space), study=plan.title,
@@ -231,9 +231,7 @@ def write(folder: Path, plan: Plan, found: Sequence[Row], body: Mapping[str, Any
     rates = rates_of(plan, body)
     if rates is not None:
         rates.save(folder / RATES)
-        written.append(folder / RATES)
-        if plan.base.methods:
-            won = next(r for r in found if r.number == body["winner"])
-            plan.space.recipe(plan.base, won.params, name="searched").save(folder / RECIPE)
-            written.append(folder / RECIPE)
+        won = next(r for r in found if r.number == body["winner"])
+        plan.space.recipe(plan.base, won.params, name="searched").save(folder / RECIPE)
+        written += [folder / RATES, folder / RECIPE]
     return written
