@@ -9,7 +9,7 @@ served alike. Per step, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,16 +152,19 @@ class Bound:
         function that returns them. Runs in evaluation mode, without touching the global
         random state. Every rank calls this, and with all rows: methods divide them.
         """
+        model = self._model()
         needing = [m.name for m in self.methods if m.needs_data]
         if needing and data is None:
             raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
                           where="end_task", remedy="pass data=")  # fmt: skip
+        if isinstance(data, Iterator):
+            raise Refused("an iterator can be read once only", where="end_task",
+                          remedy="pass a list, a loader, or a function returning one")  # fmt: skip
         if data is not None:
             batches = data
             self.data = batches if callable(batches) else lambda: batches
         steps = self.step, self.skipped
         distributed.require_aligned(self.generator, self.weights, steps)
-        model = self.models[self.task]
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
@@ -184,6 +187,11 @@ class Bound:
     def _attach(self) -> None:
         self._held = Held(self.optimizer)
         self._undo.append(Hooks(self.optimizer, self._before_step, self._after_step).remove)
+
+    def _model(self) -> nn.Module:
+        if not self.task:
+            raise Refused("no task has begun", remedy="call bound.begin_task(...) first")
+        return self.models[self.task]
 
     def _defining(self, hook: str) -> list[Method]:
         return [m for m in self.methods if m.defines(hook)]
@@ -241,8 +249,7 @@ class Bound:
         now = [(g, distributed.local(g)._version) for g in grads]
         norm, then = self._measured or (None, [])
         same = len(now) == len(then) and all(
-            g is h and writes == before
-            for (g, writes), (h, before) in zip(now, then, strict=True)
+            g is h and writes == before for (g, writes), (h, before) in zip(now, then, strict=True)
         )
         if norm is None or not same or any(map(distributed.sharded, grads)):
             norm = total_norm(grads)
@@ -275,7 +282,7 @@ class Bound:
     def penalty(self, inputs: Mapping[str, Any] | None = None, outputs: Any = None) -> Tensor:
         """The methods' penalties for a micro-batch: add them to its loss."""
         self._asked, self.inputs, self.outputs = True, inputs, outputs
-        device = next(iter(self.weights.values())).device
+        device = next(self._model().parameters()).device
         total = torch.zeros((), device=device)
         for method in self._defining("penalty"):
             total = total + method.penalty(self.views[method.name])
@@ -283,7 +290,7 @@ class Bound:
 
     def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
         """Train the task on with other rates over the same base rate; see `attachment.regroup_`."""
-        model = self.models[self.task]
+        model = self._model()
         self.group_of = regroup_(self.optimizer, model, self.weights, rates, scheduler)
 
     @property
@@ -303,10 +310,10 @@ class Bound:
         if task not in self.models:
             raise Refused(f"no model of task {task!r}", where="view.forward",
                           remedy=f"set bound.models[{task!r}] after loading a state")  # fmt: skip
-        model = self.models[task]
-        now = self.models[self.task].training
-        if model.training != now:  # the head of another task; loaded ones are in evaluation mode
-            model.train(now)
+        model, ours = self.models[task], self.models[self.task]
+        if model.training != ours.training:  # another task's; loaded ones are in evaluation mode
+            for module in {*model.modules()} - {*ours.modules()}:  # what tasks share stays as it is
+                module.training = ours.training
         batch = inputs if inputs is not None else self.inputs
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")

@@ -213,18 +213,24 @@ def _has_classes(output: Any) -> bool:
 
 def rows_in(batch: Batch) -> int:
     """How many rows a batch has."""
-    return len(next(v for v in batch.values() if isinstance(v, Tensor)))
+    values: Iterable[Any] = getattr(batch, "values", list)()
+    first = next((v for v in values if isinstance(v, Tensor)), None)
+    if first is None:
+        raise Refused("a batch holds no tensors by name", remedy="pass what model(**batch) takes")
+    return len(first)
 
 
 def _first(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
     """The batches up to `rows` rows, the last one cut."""
     left = rows
     for batch in batches:
+        size = rows_in(batch)
         if left is not None:
             if left <= 0:
                 return
-            batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
-            left -= rows_in(batch)
+            if size > left:
+                batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
+            left -= size
         yield batch
 
 

@@ -38,7 +38,8 @@ def install(
     """Let `mix(name, w)` stand in for each of `weights` while the modules that own it train.
 
     Returns the function that undoes it. Raises `Refused` for a module that reads its parameters
-    behind the attribute (recurrent layers), where a stand-in would be ignored.
+    behind the attribute (recurrent layers), where a stand-in would be ignored, and where another
+    stand-in is installed: undone in any order but the reverse they would be left in a tangle.
     """
     attributes: dict[nn.Module, dict[str, str]] = {}
     for name, w in weights.items():
@@ -49,6 +50,8 @@ def install(
                     where=name,
                     remedy="leave it out of the method's modules",
                 )
+            if module in _KINDS and type(module) is _KINDS[module][1]:
+                raise Refused("another Bound mixes it", where=name, remedy="unbind that one first")
             for attribute, parameter in module._parameters.items():
                 if parameter is w:
                     attributes.setdefault(module, {})[attribute] = name

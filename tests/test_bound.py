@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from holdfast.attachment import default_shared
 from holdfast.bound import Bound
 from holdfast.errors import Refused
-from holdfast.method import Method, View
+from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
 from holdfast.testing.pupil import Classifier, Pupil, make_batch
@@ -43,7 +43,7 @@ def test_sparse_embeddings_are_refused_at_once() -> None:
 def test_sparse_gradients_by_another_way_are_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    bind(model, optimizer)
+    bind(model, optimizer, L2SP())  # refused before anything is added to it
     model[0].weight.grad = torch.ones(4, 3).to_sparse()
     with pytest.raises(Refused, match="sparse"):
         optimizer.step()
@@ -101,6 +101,42 @@ def test_no_torch_optimizer_is_refused() -> None:
         bind(net(), object())
     with pytest.raises(Refused, match="no model"):
         Recipe().unbound().begin_task("one", adamw(net()), 5)
+
+
+def test_what_needs_a_task_is_refused_before_the_first() -> None:
+    bound = Recipe(methods=[EWC()]).unbound()
+    for ask in (bound.end_task, bound.penalty, lambda: bound.set_rates(Rates.flat())):
+        with pytest.raises(Refused, match=r"no task has begun; .*begin_task"):
+            ask()
+
+
+@pytest.mark.parametrize("method", [EWC(), Replay(memory=0.5)])
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ([(torch.ones(2, 3), torch.ones(2))], "no tensors by name"),
+        ([{"tokens": [[1, 2]], "labels": [0]}], "no tensors by name"),
+        (iter([make_batch("one", 0)]), "read once only; .*a function"),
+    ],
+)
+def test_rows_that_a_model_does_not_take_are_refused(
+    method: Method, rows: Any, complaint: str
+) -> None:
+    pupil = Pupil(method)
+    pupil.begin("one")
+    with pytest.raises(Refused, match=complaint):
+        pupil.bound.end_task(rows)
+
+
+def test_two_that_mix_the_same_weight_are_refused() -> None:
+    model = net()
+    first = bind(model, adamw(model), DPS(mix=True))
+    with pytest.raises(Refused, match=r"^0\.weight: another Bound mixes it; unbind"):
+        bind(model, adamw(model), DPS(mix=True))
+    model(data(0))
+    first.unbind()
+    assert type(model[0]) is nn.Linear
+    bind(model, adamw(model), DPS(mix=True))
 
 
 def test_a_refusal_leaves_no_hook_behind() -> None:
@@ -211,68 +247,6 @@ def test_overflow_under_a_scaler_is_skipped_and_counted() -> None:
     assert scaler.get_scale() == 2.0
 
 
-def test_a_norm_asked_for_before_a_left_out_step_is_forgotten() -> None:
-    """A loop may ask, and then leave the step out by itself."""
-    model = net()
-    optimizer = adamw(model)
-    bound = bind(model, optimizer)
-    for p in model.parameters():
-        p.grad = torch.full_like(p, float("inf"))
-    assert not bound.gradient_norm().isfinite()
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    assert bound.gradient_norm() == pytest.approx(26**0.5)
-    optimizer.step()
-    assert (bound.step, bound.skipped) == (1, 0)
-
-
-# --- clipping and penalties -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class HalfOut(Method):
-    """Masks all but the last layer."""
-
-    name: ClassVar[str] = "half_out"
-
-    def before_step(self, view: View) -> None:
-        for name in ("0.weight", "0.bias"):
-            view.grads[name] = None
-
-
-@pytest.mark.parametrize(("methods", "count"), [((), 26), ((HalfOut(),), 10)])
-def test_clipping_follows_the_masks(methods: tuple[Method, ...], count: int) -> None:
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    bound = Recipe(methods=methods, max_grad_norm=2.0).bind(model, optimizer, total_steps=3)
-    for value, expected in ((5.0, 2 / count**0.5), (0.1, 0.1)):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, value)
-        before = model[2].weight.detach().clone()
-        optimizer.step()
-        torch.testing.assert_close(before - model[2].weight, torch.full((2, 4), expected))
-        assert bound.norm == pytest.approx(value * 26**0.5)  # the norm told is of all, unclipped
-
-
-def test_a_penalty_that_was_not_asked_for_stops_the_step() -> None:
-    model = net()
-    optimizer = adamw(model)
-    bound = bind(model, optimizer, Replay())
-    for asked in (True, False):
-        loss = model(data(0)).sum()
-        if asked:
-            loss = loss + bound.penalty({"x": data(0)})
-        loss.backward()
-        if asked:
-            optimizer.step()
-        else:
-            with pytest.raises(RuntimeError, match=r"bound\.penalty"):
-                optimizer.step()
-    assert bound.has_penalty
-    plain = net()
-    assert not bind(plain, adamw(plain), EWC()).has_penalty  # its penalty is a gradient
-
-
 # --- models ---------------------------------------------------------------------------------------
 
 
@@ -331,6 +305,19 @@ def test_ending_a_task_leaves_each_module_in_its_mode() -> None:
 
     pupil.bound.end_task(rows)
     assert seen == [False]
+    assert pupil.model.training and not frozen.training
+
+
+def test_the_forward_pass_of_another_task_leaves_what_is_shared_in_its_mode() -> None:
+    pupil = Pupil(None)
+    pupil.begin("one")
+    pupil.begin("two")
+    frozen = pupil.model.get_submodule("encoder.layers.0.norm").eval()
+    other = pupil.bound.models["one"]
+    for module in (other, other.get_submodule("classifier")):
+        module.training = False  # as loaded
+    pupil.bound.forward(make_batch("one", 0), task="one")
+    assert other.training and other.get_submodule("classifier").training
     assert pupil.model.training and not frozen.training
 
 

@@ -11,6 +11,7 @@ import torch
 from tiny import adamw, bind, net
 from torch import nn
 
+from holdfast import distributed
 from holdfast.errors import Refused
 from holdfast.methods import DPS, EWC, L2SP
 from holdfast.recipe import Recipe
@@ -92,4 +93,24 @@ def test_types_survive_loading() -> None:
     for key, tensor in saved["tensors"].items():
         assert torch.equal(target.state_dict()["tensors"][key], tensor), key
         assert target.state_dict()["tensors"][key].dtype is tensor.dtype
-    assert target.states["dps"].weights["sum"]["0.weight"] is not saved["tensors"]
+    ours = target.states["dps"].weights["sum"]["0.weight"]
+    assert ours.data_ptr() != saved["tensors"]["dps/weights/sum/0.weight"].data_ptr()
+
+
+def test_what_was_loaded_before_a_task_moves_to_its_device() -> None:
+    """Indices too, which no accelerator takes from the processor."""
+    bound = Recipe(methods=[EWC()]).unbound()
+    bound.states["ewc"].slot("fisher")["0.weight"] = torch.ones(4, 3)
+    bound.states["ewc"].tensors["rows"] = {"0.weight": torch.tensor([1])}
+    model = net().to("meta")
+    bound.begin_task("two", adamw(model), 5, model=model)
+    tensors = bound.state_dict()["tensors"]
+    assert tensors.pop("generator").is_cpu
+    assert len(tensors) == 2 and all(t.is_meta for t in tensors.values())
+
+
+def test_a_state_can_be_asked_for_before_any_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        state = Recipe(methods=[EWC()]).unbound().state_dict()
+        assert list(state["tensors"]) == ["generator"] and state["meta"]["parameters"] == {}

@@ -74,14 +74,16 @@ def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) 
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_alone, initargs=started
     ) as pool:
-        # Processes start as jobs are handed in, and take over what is blocked: Ctrl-C, which
-        # reaches all of a terminal's processes, is for this one to answer.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        futures = {pool.submit(_job, **job): i for i, job in enumerate(jobs)}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        records: dict[int, Record] = {}
-        bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
         try:
+            # Processes start as jobs are handed in, and take over what is blocked: Ctrl-C, which
+            # reaches all of a terminal's processes, is for this one to answer.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = {pool.submit(_job, **job): i for i, job in enumerate(jobs)}
+            finally:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            records: dict[int, Record] = {}
+            bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
             for future in bar:
                 records[futures[future]] = future.result()
                 bar.set_postfix_str(jobs[futures[future]]["label"])

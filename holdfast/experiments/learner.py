@@ -36,7 +36,7 @@ from holdfast.experiments.heads import (
     source_hash,
 )
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import RECORD
+from holdfast.experiments.runs import RECORD, check_held
 from holdfast.experiments.sequence import HISTORY_ROWS, Settings
 from holdfast.parts import parts
 from holdfast.recipe import Recipe
@@ -363,6 +363,7 @@ class _History(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.learner.note_time()
+        check_held(self.learner.folder)
         self.learner.record.save(self.learner.folder / RECORD)
 
 

@@ -125,9 +125,22 @@ def _take_lease(folder: Path) -> IO[str]:
         raise Refused(f"is being worked on by {owner}", where=str(folder),
                       remedy="wait for it, or choose another --out") from None  # fmt: skip
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
+    file.write(f"{_signature()} on {socket.gethostname()} since {time.ctime()}")
     file.flush()
     return file
+
+
+def _signature() -> str:
+    return f"process {os.getpid()}"
+
+
+def check_held(folder: Path) -> None:
+    """Refuse to go on where a run's folder was deleted: by now another process may hold it."""
+    with contextlib.suppress(OSError):
+        if (folder / LEASE).read_text(encoding="utf-8").startswith(f"{_signature()} "):
+            return
+    raise Refused("was deleted while it was worked on", where=str(folder),
+                  remedy="remove what is left of it and start again")  # fmt: skip
 
 
 def check_disk(folder: Path, needed: int) -> None:

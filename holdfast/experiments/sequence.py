@@ -16,7 +16,7 @@ from pydantic import Field
 from holdfast.config import Checked, Share
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record, commit
-from holdfast.experiments.runs import RECORD, check_disk, digest, open_run
+from holdfast.experiments.runs import RECORD, check_disk, check_held, digest, open_run
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 
@@ -164,6 +164,7 @@ class Job:
             except Refused as refusal:  # training diverged, or a disk is full
                 record.warn(f"{tasks[index].name} was not learned: {refusal}")
                 with suppress(Refused):
+                    check_held(folder)
                     record.save(folder / RECORD)
                 raise
             record.save(folder / RECORD)

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -31,7 +32,7 @@ def verify(paths: Sequence[Path], tell: Tell = print) -> int:
     Returns 0 if all are, 1 if one is damaged. Raises `Refused` where there is nothing to check.
     """
     found = [(path, kind) for path in paths for path, kind in _below(path)]
-    sizes = sum(_size(path) for path, kind in found if kind is _checkpoint)
+    sizes = sum(_size(path) for path, kind in found if kind is damage)
     damaged = 0
     with tqdm(total=sizes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for path, kind in found:
@@ -67,11 +68,11 @@ def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
                 count += 1
         # A checkpoint whose manifest is gone was not written to its end.
         if MANIFEST in names or _looks_saved(here, names):
-            yield here, _checkpoint
+            yield here, damage
             count += 1
-        for name, kind in ((RECORD, _record), (CONFIG, _config)):
+        for name in (RECORD, CONFIG):
             if name in names:
-                yield here / name, kind
+                yield here / name, _json
                 count += 1
     if not count:
         raise Refused("holds no checkpoint, run or record", where=str(path),
@@ -89,22 +90,21 @@ def _size(folder: Path) -> int:
     return sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(folder) if e.is_file())
 
 
-def _checkpoint(path: Path, read: Callable[[int], object]) -> str | None:
-    return damage(path, read)
-
-
 def _link(path: Path, _: Callable[[int], object]) -> str | None:
     return "is a symbolic link, not the file that was written"
 
 
-def _record(path: Path, _: Callable[[int], object]) -> str | None:
+def _json(path: Path, _: Callable[[int], object]) -> str | None:
     try:
-        if path.stat().st_size > LARGEST:
-            return f"is larger than {LARGEST >> 20} MiB"
         if not path.is_file():
             return "is no plain file"
-        _strict(path)
-        Record.load(path)
+        if path.stat().st_size > LARGEST:
+            return f"is larger than {LARGEST >> 20} MiB"
+        body = _strict(path)
+        if path.name == RECORD:
+            Record.from_dict(body)
+        elif not isinstance(body, dict):
+            return "is no mapping"
     except Refused as refusal:
         return _line(refusal.what)
     except (OSError, ValueError, RecursionError) as error:
@@ -112,20 +112,7 @@ def _record(path: Path, _: Callable[[int], object]) -> str | None:
     return None
 
 
-def _config(path: Path, _: Callable[[int], object]) -> str | None:
-    try:
-        if path.stat().st_size > LARGEST:
-            return f"is larger than {LARGEST >> 20} MiB"
-        if not path.is_file():
-            return "is no plain file"
-        if not isinstance(_strict(path), dict):
-            return "is no mapping"
-    except (OSError, ValueError, RecursionError) as error:
-        return f"cannot be read ({_line(error)})"
-    return None
-
-
-def _strict(path: Path) -> object:
+def _strict(path: Path) -> Any:
     """JSON as we write it: no key twice, no NaN."""
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:

@@ -47,17 +47,19 @@ def save_checkpoint(
 ) -> None:
     """Save all that the loop needs to go on, after a whole optimizer step.
 
-    folder: named `checkpoint-<step>`, so that `newest_complete` finds it in its parent. position:
-    what your loop needs to find its place in the data, as JSON. keep: how many checkpoints stay.
-    others: whatever else has a state: the scheduler, a GradScaler, a `torch.Generator` of a
-    sampler. Raises `Refused` for state that is neither tensors nor plain values, and for weights
-    in shards.
+    folder: named `checkpoint-<step>`, so that `newest_complete` finds it in its parent; while one
+    of this name is written anew, it does not count. position: what your loop needs to find its
+    place in the data, as JSON. keep: how many checkpoints stay. others: whatever else has a state:
+    the scheduler, a GradScaler, a `torch.Generator` of a sampler. Every rank calls this, with the
+    same folder: rank 0 writes what they share, each its position, others and random state. Raises
+    `Refused` for state that is neither tensors nor plain values, and for weights in shards.
     """
-    folder = Path(folder)
+    folder, first = Path(folder), distributed.rank() == 0
     weights = _weights(bound)
     tensors: dict[str, Tensor] = {}
     body = {
         "schema": 1,
+        "ranks": distributed.world(),
         "position": dict(position),
         "optimizer": _pack_optimizer(bound, tensors),
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
@@ -72,13 +74,18 @@ def save_checkpoint(
     }
     text = json.dumps(body, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # of one that is written anew
-    known = save_state(bound, folder)
-    for name, held in ((WEIGHTS, weights), (OPTIMIZER, tensors), (OTHERS, rest)):
-        known[name] = write_tensors(folder / name, held)
-    write_text_atomic(folder / LOOP, text)
-    commit(folder, known)
-    rotate(folder, keep)
+    write_tensors(folder / _own(OTHERS), rest)
+    write_text_atomic(folder / _own(LOOP), text)
+    if first:
+        (folder / MANIFEST).unlink(missing_ok=True)  # of one that is written anew
+        known = save_state(bound, folder)
+        for name, held in ((WEIGHTS, weights), (OPTIMIZER, tensors)):
+            known[name] = write_tensors(folder / name, held)
+    _wait()
+    if first:
+        commit(folder, known)
+        rotate(folder, keep)
+    _wait()  # so that whatever a rank does with it next finds it whole
 
 
 def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str, Any]:
@@ -92,16 +99,19 @@ def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str
     if wrong := damage(folder):
         raise Refused(wrong, where=str(folder), remedy="load the one before it")
     try:
-        body = json.loads((folder / LOOP).read_text(encoding="utf-8"))
+        body = json.loads((folder / _own(LOOP)).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refused(f"{LOOP} is missing", where=str(folder),
-                      remedy="load one that save_checkpoint wrote") from None  # fmt: skip
+        raise Refused(f"{_own(LOOP)} is missing", where=str(folder), remedy="load one that "
+                      "save_checkpoint wrote, on as many ranks") from None  # fmt: skip
+    if (ranks := body.get("ranks", 1)) != distributed.world():
+        raise Refused(f"was saved on {ranks} ranks, not on {distributed.world()}",
+                      where=str(folder), remedy="load it on as many")  # fmt: skip
     weights, saved = _weights(bound), load_file(folder / WEIGHTS)
     check_fit(describe(saved), describe(weights))
     if body["others"].keys() != others.keys():
         raise Refused(f"holds the state of {sorted(body['others'])}, not of {sorted(others)}",
                       where=str(folder), remedy="pass the same objects")  # fmt: skip
-    tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / OTHERS)
+    tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / _own(OTHERS))
     likes = {name: _state_of(name, thing) for name, thing in others.items()}
     groups = _matching_groups(bound, body["optimizer"])
     load_state(bound, folder)  # refuses what does not fit before it takes anything up
@@ -118,6 +128,17 @@ def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str
     _restore_random(body["random"], rest)
     position: dict[str, Any] = body["position"]
     return position
+
+
+def _own(name: str) -> str:
+    """The file of this rank, where there are several."""
+    stem, dot, kind = name.partition(".")
+    return name if distributed.world() == 1 else f"{stem}-{distributed.rank()}{dot}{kind}"
+
+
+def _wait() -> None:
+    if distributed.world() > 1:
+        torch.distributed.barrier()
 
 
 def _weights(bound: Bound) -> dict[str, Tensor]:

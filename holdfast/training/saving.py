@@ -35,8 +35,8 @@ class SavingMixin(_Base):
     _watch: Any
     _outputs: Any
     _ours: Files
-    _limit: int | None
-    _to_push: str | None
+    _limit: int | None = None
+    _to_push: str | None = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.

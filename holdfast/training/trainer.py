@@ -218,6 +218,7 @@ class RecipeMixin(SavingMixin):
             return False
         if self._ignores_items is None:
             kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL averages over every call
+            seen = self._outputs
             model.eval()
             with torch.no_grad():
                 compute = functools.partial(super().compute_loss, model)
@@ -226,7 +227,12 @@ class RecipeMixin(SavingMixin):
             model.train()
             if kept is not None:
                 self._metrics = kept
-            self._ignores_items = bool(one == two)
+            self._outputs = seen
+            # Half as much, or the same but for rounding: two passes need not agree in their bits.
+            ignores = bool(two.abs() > 0.75 * one.abs())
+            if one == 0 or not torch.isfinite(one):
+                return ignores  # which tells nothing: ask again
+            self._ignores_items = ignores
         return self._ignores_items
 
     def _weight(self, batch: Mapping[str, Any]) -> float:

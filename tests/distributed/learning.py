@@ -102,13 +102,13 @@ def learn(
     wrap: Wrap = ddp,
     pieces: int = 1,
     seen: Callable[[Bound], Mapping[str, Any]] = everything,
-    poison: int | None = None,
+    poison: tuple[str, int] | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """Both tasks; yields what `seen` tells after every step and at the end of each task.
 
-    pieces: micro-batches a step. poison: the step at which rank 0 meets a NaN. Other ranks than 0
-    begin with another random state and, but in shards, which fully_shard cuts from what a rank
-    has, with other weights: binding aligns them.
+    pieces: micro-batches a step. poison: the task and step in which rank 0 meets a NaN. Other ranks
+    than 0 begin with another random state and, but in shards, which fully_shard cuts from what a
+    rank has, with other weights: binding aligns them.
     """
     model: nn.Module = Grid()
     if rank() and wrap is ddp:
@@ -125,7 +125,7 @@ def learn(
         for step in range(STEPS):
             optimizer.zero_grad()
             rows = batch(task, step)
-            if step == poison and task == "two":
+            if poison == (task, step):
                 rows["x"][0, 0] = torch.nan
             parts = [{k: v.chunk(pieces)[i] for k, v in rows.items()} for i in range(pieces)]
             for i, part in enumerate(map(mine, parts)):

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from holdfast import distributed, selection
+from holdfast.anchor import important_rows, pull_
 from holdfast.errors import Refused
 from holdfast.gradients import clip_, total_norm
 from holdfast.method import Method
@@ -180,6 +181,23 @@ def check_nan_in_one_shard() -> Iterator[None]:
     optimizer.step()
     assert (bound.step, bound.skipped) == (0, 1)
     assert all(torch.equal(t, before[n]) for n, t in whole_state(bound).items())
+
+
+def check_rows_found_by_one_process_serve_shards() -> Iterator[None]:
+    """EWC's state of one process names the rows that matter; in shards the pull is the same."""
+    yield
+    draw = torch.Generator().manual_seed(0)
+    w, aim, f = (torch.rand((6, 3), generator=draw) for _ in range(3))
+    f[[0, 2, 3, 5]] = 0
+    rows = important_rows({"w": f})
+    assert rows["w"].tolist() == [1, 4]
+    pulled = []
+    for lay in (lambda t: t, shard):
+        grads: dict[str, Tensor | None] = {"w": lay(torch.ones(6, 3))}
+        pull_(grads, {"w": lay(w)}, {"w": lay(aim)}, 2.0, {"w": lay(f)}, rows)
+        assert grads["w"] is not None
+        pulled.append(distributed.full(grads["w"]))
+    torch.testing.assert_close(*pulled)
 
 
 def check_mixing_is_refused() -> Iterator[None]:

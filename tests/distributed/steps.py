@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, make_batch
+from holdfast.training.loop import load_checkpoint, save_checkpoint
+from holdfast.training.manifest import commit, damage
 
 LINEAR = ("a.weight", "b.weight")
 RECIPES: dict[str, list[Method]] = {
@@ -66,10 +70,13 @@ def check_nan_on_one_rank() -> Iterator[None]:
     def seen(bound):  # type: ignore[no-untyped-def]
         return everything(bound) | {"counts": torch.tensor([bound.skipped, bound.step])}
 
-    alone = list(learn(methods, poison=1, seen=seen))
-    assert alone[-1]["counts"].tolist() == [1, 3]
+    # In the very first step too: what is then undone are draws of this step, not the alignment.
+    where = [("one", 0), ("two", 1)]
+    alone = [list(learn(methods, poison=at, seen=seen)) for at in where]
+    assert [a[-1]["counts"].tolist() for a in alone] == [[1, 4], [1, 3]]
     yield
-    same_throughout(alone, learn(methods, poison=1, seen=seen))
+    for expected, at in zip(alone, where, strict=True):
+        same_throughout(expected, learn(methods, poison=at, seen=seen))
 
 
 def check_clipping_norm() -> Iterator[None]:
@@ -179,6 +186,58 @@ def check_uneven_micro_batches_replay_in_step() -> Iterator[None]:
             (out.loss + bound.penalty(part, out)).backward()
             optimizer.step()
         bound.end_task([batch(task, step) for step in range(2)])  # it compares the ranks
+
+
+def check_checkpoints_of_a_loop_go_on() -> Iterator[None]:
+    """One manifest over all that ranks write, each its own place and draws; others are refused."""
+
+    def bind(seed):  # type: ignore[no-untyped-def]
+        model = Grid()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+        recipe = Recipe(methods=[DPS(stage=2, drop=0.5, modules=LINEAR, mix=True)])
+        return recipe.unbound(seed=seed), model, optimizer
+
+    def went_on(bound, net, optimizer, data, until):  # type: ignore[no-untyped-def]
+        while bound.step < until:
+            optimizer.zero_grad()
+            own = torch.randint(0, 2, (), generator=data) + torch.rand(()).round()
+            part = mine(batch("one", bound.step + 10 * int(own)))
+            net(**part).loss.backward()
+            optimizer.step()
+        return everything(bound) | {"drawn": torch.rand(3), "data": data.get_state()}
+
+    yield
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared, 0)
+        saved = Path(shared[0]) / "checkpoint-3"
+        data = torch.Generator().manual_seed(rank())
+        torch.manual_seed(rank())
+        bound, model, optimizer = bind(7)
+        bound.begin_task("one", optimizer, 8, model=model)
+        went_on(bound, ddp(model), optimizer, data, 3)
+        for _ in range(2):  # also where the folder is written anew
+            save_checkpoint(saved, bound, position={"rank": rank()}, data=data)
+            assert damage(saved) is None
+        whole = went_on(bound, ddp(model), optimizer, data, 8)
+        data, (bound, model, optimizer) = torch.Generator(), bind(8)
+        bound.begin_task("one", optimizer, 8, model=model)
+        assert load_checkpoint(saved, bound, data=data) == {"rank": rank()}
+        again = went_on(bound, ddp(model), optimizer, data, 8)
+        assert all(torch.equal(whole[k], again[k]) for k in whole.keys() | again.keys())
+        dist.barrier()
+        own = saved / f"loop-{rank()}.json"
+        own.write_text(own.read_text().replace('"ranks": 2', '"ranks": 4'))
+        dist.barrier()
+        for says in ("was saved on 4 ranks, not on 2", "is missing; .* on as many ranks"):
+            if rank() == 0:
+                commit(saved)
+            dist.barrier()
+            with pytest.raises(Refused, match=says):
+                load_checkpoint(saved, bound, data=data)
+            dist.barrier()
+            own.unlink(missing_ok=True)
+            dist.barrier()
 
 
 def check_ddp_may_be_bound_itself() -> Iterator[None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch import HERE, torchrun
 
-from holdfast.training.checkpoints import damage, newest_complete
+from holdfast.training.manifest import damage, newest_complete
 
 LIMIT = 60  # seconds from the death of a rank until the launcher has ended
 

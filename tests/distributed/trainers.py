@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,8 @@ from holdfast.errors import Refused
 from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.recipe import Recipe
+from holdfast.training.manifest import damage
+from holdfast.training.stopping import Stopped
 
 RECIPES: dict[str, list[Method]] = {
     "dense": [DPS(stage=1, drop=0.5), L2SP(strength=0.5)],
@@ -137,6 +142,33 @@ def check_loaders_of_trainer() -> Iterator[None]:
         assert [i for ids in whole for i in ids] == list(range(23))
         assert trainer._eval_dataloaders is kept
         assert "prepare" not in vars(trainer.accelerator)
+
+
+def check_a_signal_on_one_rank_stops_all() -> Iterator[None]:
+    """After the same step, which is saved: a rank that went on would wait for ever."""
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if rank() == 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    yield
+    for kind in (AcceleratorState, PartialState, GradientState):
+        kind._reset_state()
+    with tempfile.TemporaryDirectory() as folder:
+        shared = [folder]
+        dist.broadcast_object_list(shared, 0)
+        args = arguments(shared[0], ddp_backend="gloo", save_total_limit=1)
+        trainer = holdfast.Trainer(
+            model=bert(), args=args, train_dataset=rows(24), data_collator=collate,
+            callbacks=[Told()], stop_on_signals=True,
+        )  # fmt: skip
+        with pytest.raises(Stopped) as stopped:
+            trainer.train()
+        assert (stopped.value.code, trainer.state.global_step) == (143, 2)
+        dist.barrier()
+        assert damage(Path(shared[0]) / "checkpoint-2") is None
+        dist.barrier()
 
 
 def check_another_number_of_ranks_is_refused() -> Iterator[None]:

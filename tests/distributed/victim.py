@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 import holdfast
 from holdfast.methods import DPS, EWC, L2SP
 from holdfast.recipe import Recipe
-from holdfast.training.checkpoints import newest_complete
+from holdfast.training.manifest import newest_complete
 
 RANK = int(os.environ["RANK"])
 

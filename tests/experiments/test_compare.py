@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from holdfast import Recipe, Refused, compare
 from holdfast.experiments import learner
 from holdfast.recipe import PRESETS
+from holdfast.training.stopping import Stopped
 
 SETTINGS: dict[str, Any] = {"epochs": 0.5, "batch_size": 4, "save_steps": 0, "max_length": 16}
 RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
@@ -103,3 +106,35 @@ def test_a_refusal_in_another_process_is_a_refusal_here(place: Path, tmp_path: P
     with pytest.raises(Refused, match="cannot be written") as refusal:
         compared(place, tmp_path / "out", {"plain": RECIPES["plain"]}, seeds=[0], workers=2)
     assert "--out" in str(refusal.value)
+
+
+def test_a_signal_while_runs_are_handed_out_ends_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving the pool would wait for every run that it was given, deaf to Ctrl-C."""
+    ended: list[dict[str, Any]] = []
+
+    class Pool:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.jobs = 0
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def submit(self, *_: Any, **__: Any) -> Future[Any]:
+            self.jobs += 1
+            if self.jobs == 2:
+                raise Stopped(signal.SIGTERM)
+            return Future()
+
+        def shutdown(self, **how: Any) -> None:
+            ended.append(how)
+
+    monkeypatch.setattr("holdfast.experiments.compare.ProcessPoolExecutor", Pool)
+    with pytest.raises(Stopped):
+        compare("x", ["y"], {"plain": (Recipe(), {})}, seeds=[0, 1], out=tmp_path, workers=2)
+    assert ended == [{"wait": False, "cancel_futures": True}]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -102,7 +102,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
 ) -> None:
     process = fork.Process(target=killed, args=(point, place, tmp_path))
     process.start()
-    process.join(120)
+    process.join(240)
     assert process.exitcode == -signal.SIGKILL
     if (tmp_path / "record.json").exists():
         assert Record.load(tmp_path).status == "running"
@@ -116,7 +116,7 @@ def test_killed_twice_while_recovering(place: Path, whole: Path, tmp_path: Path,
     for point in ("second task, mid-epoch", "mid-task, checkpoint half written"):
         process = fork.Process(target=killed, args=(point, place, tmp_path))
         process.start()
-        process.join(120)
+        process.join(240)
         assert process.exitcode == -signal.SIGKILL
     run(place, tmp_path, seed=5)
     assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
@@ -158,7 +158,7 @@ def test_damage_in_the_middle_of_a_task(
     assert line in caplog.text and Record.load(tmp_path).warnings == [line]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", checkpoints.TENSORS, checkpoints.MANIFEST])
+@pytest.mark.parametrize("file", ["model.safetensors", checkpoints.TENSORS, manifest.MANIFEST])
 def test_a_damaged_finished_task_is_named_and_learned_again_if_deleted(
     file: str, place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +195,22 @@ def test_bf16_with_replay_goes_on_as_it_was(
         assert AutoModelForSequenceClassification.from_pretrained(home).dtype == torch.float32
     run(place, tmp_path / "float", **plain | {"bf16": False})
     assert files(tmp_path / "float") != files(tmp_path / "whole")
+
+
+def test_a_deleted_run_is_not_made_up_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault P13: its lease is gone too, so that another process might begin beside this one."""
+    original, out = saving.rotate, tmp_path / "run"
+
+    def delete(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        shutil.rmtree(out)
+
+    monkeypatch.setattr(saving, "rotate", delete)
+    with pytest.raises(Refused, match="run: was deleted while it was worked on"):
+        run(place, out, topics=("mood",), recipe="plain")
+    assert not out.exists()
 
 
 def test_seconds_add_up_over_processes(

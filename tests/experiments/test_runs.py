@@ -14,7 +14,7 @@ import pytest
 
 from holdfast.errors import Refused
 from holdfast.experiments.runs import CONFIG, LEASE, RECORD, check_disk, digest, open_run
-from holdfast.training.checkpoints import commit
+from holdfast.training.manifest import commit
 
 HOLDER = """
     import sys, time

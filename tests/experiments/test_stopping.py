@@ -92,7 +92,7 @@ def test_a_stopped_run_ends_as_if_nothing_had_happened(
     out, errors = tmp_path / "run", tmp_path / "errors"
     process = fork.Process(target=stopped, args=(point, place, out, errors))
     process.start()
-    process.join(120)
+    process.join(240)
     _, code, newest = POINTS[point]
     assert process.exitcode == code
     said = ours(errors.read_text())
@@ -177,7 +177,7 @@ def test_workers_save_and_end_with_the_first_process(
         [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     runs = [tmp_path / "a" / "seed-0", tmp_path / "b" / "seed-0"]
-    end = time.monotonic() + 100
+    end = time.monotonic() + 200
     try:
         while not all(list(r.rglob("checkpoint-*/manifest.json")) for r in runs):
             assert process.poll() is None, process.communicate()[1]

@@ -266,6 +266,26 @@ def test_bytes_per_covered_weight(settings: dict[str, Any], limit: float) -> Non
     assert limit - 0.4 < most <= limit
 
 
+@pytest.mark.parametrize("freeze", ["exact", "gradient"])
+def test_a_forward_pass_in_inference_mode_does_no_harm(freeze: Any) -> None:
+    """Before the one that trains: noise is drawn there, bits are unpacked."""
+    found = []
+    for first in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Recipe(methods=[DPS(stage=1, mix=True, freeze=freeze)]).bind(
+            model, optimizer, total_steps=9
+        )
+        for _ in range(4):
+            with torch.inference_mode():
+                model(torch.ones(2, 5).double()) if first else None
+            model(torch.ones(2, 5).double()).square().sum().backward()
+            optimizer.step()
+        found.append(model.state_dict())
+    for name, w in found[0].items():
+        assert torch.equal(found[1][name], w)
+
+
 @pytest.mark.parametrize("mix", [False, True])
 def test_bits_and_marks_come_back_from_a_file(mix: bool, tmp_path: Path) -> None:
     """Saved in the middle of a masking stage: the mask is what it was, entry by entry."""

@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 
 import holdfast
 from holdfast import DPS, EWC, L2SP, Rates, Recipe, Refused, Replay
-from holdfast.training.checkpoints import META, TENSORS, load_state, newest_complete, save_state
+from holdfast.training.checkpoints import META, TENSORS, load_state, save_state
+from holdfast.training.manifest import newest_complete
 
 RECIPES = {
     "plain": Recipe(rates=Rates.bertcl()),
@@ -227,8 +228,13 @@ def test_the_newest_whole_checkpoint_is_found(saved: Path, tmp_path: Path) -> No
     assert newest_complete(tmp_path / "nowhere") is None
 
 
-def test_the_json_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the two files, the state counts as absent."""
+@pytest.mark.parametrize("again", [False, True])
+def test_the_json_is_written_last(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two files, the state counts as absent; also of a folder written anew."""
+    if again:
+        save_state(Recipe(methods=[DPS()]).unbound(), tmp_path)
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

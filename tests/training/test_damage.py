@@ -7,21 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from models import same
 from test_checkpoints import RECIPES, everything, two_tasks
 from torch import Tensor
 
 from holdfast import Refused
 from holdfast.training import saving
-from holdfast.training.checkpoints import (
-    MANIFEST,
-    META,
-    TENSORS,
-    commit,
-    damage,
-    newest_complete,
-    rotate,
-)
+from holdfast.training.checkpoints import META, TENSORS
+from holdfast.training.manifest import MANIFEST, commit, damage, newest_complete, rotate
 
 FILES = [
     "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth",
@@ -130,6 +124,25 @@ def test_the_last_good_one_stays_until_the_next_is_whole(
     monkeypatch.undo()
     two_tasks(tmp_path, RECIPES["plain"], resume=True, save_total_limit=1, **SAVING)
     assert [p.name for p in (tmp_path / "two").iterdir()] == ["checkpoint-9"]
+
+
+def test_what_goes_to_the_hub_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer pushes a checkpoint before it returns from saving it."""
+    pushed: list[str] = []
+
+    def push(_: Any, folder: str) -> None:
+        assert damage(folder) is None
+        pushed.append(Path(folder).name)
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.args.push_to_hub = True  # set earlier, it asks for a network
+        return original(self, *args, **kwargs)
+
+    original = transformers.Trainer.train
+    monkeypatch.setattr(transformers.Trainer, "train", train)
+    monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
+    two_tasks(tmp_path, RECIPES["plain"], **SAVING)
+    assert pushed == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
 
 
 def test_those_never_committed_go_first(tmp_path: Path) -> None:

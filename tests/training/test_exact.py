@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -161,10 +162,35 @@ def test_a_trainer_that_asks_for_it_saves_the_step_and_stops(
     assert newest is not None and newest.name == f"checkpoint-{step}"
     assert damage(newest) is None
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("holdfast:")]
-    assert len(said) == 1 and f"after step {step}" in said[0] and str(tmp_path) in said[0]
+    assert len(said) == 1 and f"step {step} is saved in {tmp_path}" in said[0]
     if (micro, number) == (9, signal.SIGTERM):
         again = two_tasks(tmp_path / "cut", RECIPES["dps_mix"], resume=True)
         assert same(everything(again), whole)
+
+
+def test_what_was_saved_stays_beside_the_best(tmp_path: Path, handlers: None) -> None:
+    """Trainer ends with all but the best removed, at a limit of one (faults P18)."""
+
+    class Growing(transformers.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 7:  # in step 8
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            more["metrics"]["eval_loss"] = float(state.global_step)  # the first is the best
+
+    args = arguments(
+        tmp_path, **SAVING, eval_strategy="steps", eval_steps=3, num_train_epochs=3,
+        save_total_limit=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = holdfast.Trainer(
+        model=bert(), args=args, train_dataset=rows(22), eval_dataset=rows(4),
+        data_collator=collate, callbacks=[Growing()], stop_on_signals=True,
+    )  # fmt: skip
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-8"}
+    assert args.save_total_limit == 1
 
 
 def _asking(original: Any) -> Any:
@@ -203,6 +229,24 @@ def test_a_loop_in_a_loop_and_other_threads(handlers: None) -> None:
         thread.join(10)
         assert done == [True]
     with stopping.handled():
+        assert not stopping.asked()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_process_ends_when_it_is_told(handlers: None) -> None:
+    """A pool made within training ends its processes by SIGTERM, and waits for them."""
+    with stopping.handled(), stopping.looking():
+        ready, begun = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(begun, b"x")
+            time.sleep(30)
+            os._exit(0)
+        os.read(ready, 1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        os.close(ready), os.close(begun)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
         assert not stopping.asked()
 
 

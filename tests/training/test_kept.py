@@ -19,7 +19,8 @@ from test_damage import HARMS
 
 from holdfast import DPS, EWC, L2SP, Bound, Recipe, Refused, Replay
 from holdfast.training import checkpoints
-from holdfast.training.checkpoints import commit, damage, load_state, newest_complete, save_state
+from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.manifest import commit, damage, newest_complete
 from holdfast.training.tensors import write_tensors
 
 RECIPE = Recipe(methods=[EWC(), L2SP(), Replay(memory=4), DPS(mix=True, stage=4)])
@@ -212,6 +213,19 @@ def test_a_state_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="no file of a state"):
             load_state(Recipe(methods=[L2SP()]).unbound(), tmp_path / "1")
         saved(made, tmp_path / "1")
+
+
+def test_slots_that_were_divided_otherwise_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another release, or in another order: a file is known by what is in it."""
+    made, again = bound(), bound()
+    first = saved(made, tmp_path / "1")
+    load_state(again, first)
+    monkeypatch.setattr(checkpoints, "KEPT_FROM", 4 * 40 + 4)  # "rows" comes before "start"
+    second = saved(again, tmp_path / "2")
+    assert links(first, second) == {"l2sp/weights/start"}
+    assert same(read(second), made.state_dict()["tensors"])
 
 
 def test_small_slots_share_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

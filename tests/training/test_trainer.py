@@ -562,6 +562,24 @@ def test_a_penalty_weighs_the_same_however_rows_are_split(head: str, tmp_path: P
     assert distance(weights(plain.model), weights(whole.model)) > 0.029  # 3 steps of 0.01 · 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Looking(Method):
+    """Reads what the model returned: it must be of this pass, with a gradient."""
+
+    name: ClassVar[str] = "looking"
+
+    def penalty(self, view: View) -> Tensor:
+        assert view.outputs.logits.requires_grad
+        assert len(view.outputs.logits) == len((view.inputs or {})["labels"])
+        return 0.0 * view.outputs.logits.sum()
+
+
+def test_a_penalty_sees_the_training_pass_from_the_first_micro_batch_on(tmp_path: Path) -> None:
+    """Two passes without gradients find out there whether the loss ignores its items."""
+    trained(tmp_path, bert(), rows(22), recipe=Recipe(methods=[Looking()]),
+            args={"gradient_accumulation_steps": 2})  # fmt: skip
+
+
 # --- clipping ------------------------------------------------------------------------------------
 
 
