@@ -29,7 +29,8 @@ def save(path: Path, found: dict[str, Any], told: str) -> None:
         **found,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(body) + "\n")
+    text = json.dumps(body).replace(str(DATA), "../shared/data")  # not where this machine has it
+    path.write_text(text + "\n")
     path.with_suffix(".md").write_text(f"`{command}`\n\n{told}\n")
     print(told)
 

@@ -98,6 +98,14 @@ def label(text: str, width: int) -> str:
     return " " + text if text.startswith("_") else text
 
 
+def name_rows(axes: Axes, names: Sequence[str], width: int, measure: str) -> None:
+    """Rows from top to bottom, each with its name, over an axis that shows `measure`."""
+    axes.set_yticks(range(len(names)), [label(name, width) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(measure)
+
+
 def panel(
     draw: Callable[[Axes, Theme], None], shape: tuple[float, float], title: str | None, alt: str
 ) -> Panel:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.experiments.metrics import Cell
-from holdfast.report.canvas import Picture, Theme, label, legend, panel
+from holdfast.report.canvas import Picture, Theme, label, legend, name_rows, panel
 from holdfast.report.facts import Comparison, GroupFacts, RunFacts
 from holdfast.report.words import clean, number, short
 
@@ -305,10 +305,8 @@ def _by_recipe(study: Comparison, column: str, title: str, caption: str) -> Pict
             axes.scatter(values, rows, s=16, color=colour, edgecolors=theme.ink, lw=0.6, zorder=3)
         if zero:
             axes.axvline(0, color=theme.muted, lw=1)
-        axes.set_yticks(range(len(groups)), [label(group.label, 24) for group in groups])
-        axes.set_ylim(len(groups) - 0.4, -0.6)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("forgetting" if zero else study.tasks[-1].metric)
+        measure = "forgetting" if zero else study.tasks[-1].metric
+        name_rows(axes, [group.label for group in groups], 24, measure)
 
     height = max(3.0, 0.8 + 0.5 * len(groups))
     alt = f"{title}: " + "; ".join(f"{g.label} {number(g.spread[column].mean)}" for g in groups)
@@ -329,10 +327,7 @@ def forgetting_by_task(study: Comparison) -> Picture | None:
                 error_kw={"ecolor": theme.ink, "lw": 1.2, "capsize": 3},
             )  # fmt: skip
         axes.axvline(0, color=theme.muted, lw=1)
-        axes.set_yticks(range(len(tasks)), [label(task.name, 20) for task in tasks])
-        axes.set_ylim(len(tasks) - 0.4, -0.6)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("forgetting")
+        name_rows(axes, [task.name for task in tasks], 20, "forgetting")
 
     alt = "Forgetting: " + "; ".join(f"{task.name} {number(task.forgetting)}" for task in tasks)
     return Picture(

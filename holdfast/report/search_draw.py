@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.report.canvas import Picture, Theme, label, legend, panel
+from holdfast.report.canvas import Picture, Theme, label, legend, name_rows, panel
 from holdfast.report.words import number
 
 if TYPE_CHECKING:
@@ -112,10 +112,7 @@ def importance(found: Mapping[str, Any]) -> Picture | None:
     def on(axes: Axes, theme: Theme) -> None:
         axes.barh(range(len(names)), [shares[n] for n in names], height=0.6,
                   color=theme.colours[0], alpha=0.75)  # fmt: skip
-        axes.set_yticks(range(len(names)), [label(n, 20) for n in names])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("share")
+        name_rows(axes, names, 20, "share")
 
     alt = "; ".join(f"{n} {number(shares[n])}" for n in names)
     return Picture(
@@ -172,10 +169,7 @@ def controls(final: Sequence[Mapping[str, Any]]) -> Picture | None:
             values = [s["new_plus_old"] for s in f["seeds"] if s["new_plus_old"] is not None]
             axes.scatter(values, [i] * len(values), s=18, color=colour, edgecolors=theme.ink,
                          lw=0.6, zorder=3)  # fmt: skip
-        axes.set_yticks(range(len(shown)), [label(f["label"], 24) for f in shown])
-        axes.set_ylim(len(shown) - 0.4, -0.6)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("new + old, evaluation rows")
+        name_rows(axes, [f["label"] for f in shown], 24, "new + old, evaluation rows")
 
     alt = "; ".join(f"{f['label']} {number(f['mean'])}" for f in shown)
     return Picture(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -25,3 +27,13 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     run(place, out, seed=5)
     return out
+
+
+@pytest.fixture(scope="package")
+def fork() -> Any:
+    """Processes that start with torch imported, each a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["test_recovery", "test_stopping", "holdfast.experiments.learner"]
+    )
+    return context

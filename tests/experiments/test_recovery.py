@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +85,6 @@ KILLS: dict[str, Callable[[Path], None]] = {
 def killed(point: str, place: Path, out: Path) -> None:
     KILLS[point](out)
     run(place, out, seed=5)
-
-
-@pytest.fixture(scope="module")
-def fork() -> Iterator[Any]:
-    """Processes that start with torch imported, each a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_recovery", "holdfast.experiments.learner"])
-    yield context
 
 
 @pytest.mark.parametrize("point", KILLS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +74,6 @@ def stopped(point: str, place: Path, out: Path, errors: Path) -> None:
 def ours(errors: str) -> list[str]:
     """Lines of the command line, among bars and warnings."""
     return [line for line in errors.splitlines() if line.startswith("holdfast: ")]
-
-
-@pytest.fixture(scope="module")
-def fork() -> Iterator[Any]:
-    """Processes that start with torch imported, each a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_stopping", "holdfast.experiments.learner"])
-    yield context
 
 
 @pytest.mark.parametrize("point", POINTS)
