@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import bind, net
+from tiny import METHODS, bind, net
 from torch import Tensor, nn
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods import DPS, EWC, L2SP
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
 from holdfast.testing.pupil import Pupil, make_batch
 
-METHODS = [
-    DPS(stage=2, drop=0.5),
-    DPS(stage=2, drop=0.5, mix=True),
-    DPS(stage=2, drop=0.5, score="retention"),
-    EWC(strength=10.0),
-    L2SP(strength=0.5),
-    Replay(memory=8, share=0.5),
-]
 LATE = "encoder.layers.0.up.weight"
 
 

@@ -8,26 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import adamw, bind, net
+from tiny import METHODS, adamw, bind, net
 from torch import nn
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
 from holdfast.gradients import total_norm
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods import DPS, L2SP
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
 from holdfast.testing.pupil import TASKS, Pupil, make_batch
 
-METHODS: list[Method] = [
-    DPS(stage=2, drop=0.5),
-    DPS(stage=2, drop=0.5, mix=True),
-    DPS(stage=2, drop=0.5, score="retention"),
-    EWC(strength=10.0),
-    L2SP(strength=0.5),
-    Replay(memory=8, share=0.5),
-]
 Ask = Callable[[Any, torch.optim.Optimizer, Bound], Any]
 # What a loop may do between the backward pass and scaler.step().
 ASKS: dict[str, Ask] = {

@@ -1,4 +1,4 @@
-"""The smallest network, its optimizer, and both bound."""
+"""The smallest network, its optimizer, both bound, and short methods to bind them with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from torch import nn
 
 from holdfast.bound import Bound
 from holdfast.method import Method
+from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.recipe import Recipe
+
+# One of each kind, with stages as short as can be.
+METHODS: list[Method] = [
+    DPS(stage=2, drop=0.5),
+    DPS(stage=2, drop=0.5, mix=True),
+    DPS(stage=2, drop=0.5, score="retention"),
+    EWC(strength=10.0),
+    L2SP(strength=0.5),
+    Replay(memory=8, share=0.5),
+]
 
 
 def net() -> nn.Sequential:

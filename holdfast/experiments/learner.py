@@ -42,7 +42,7 @@ from holdfast.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.training.checkpoints import load_state, save_state
-from holdfast.training.manifest import commit, damage, newest_complete
+from holdfast.training.manifest import commit, damage, newest_complete, step_of
 from holdfast.training.saving import epoch_is_over
 from holdfast.training.trainer import Trainer
 
@@ -267,7 +267,7 @@ class Learner:
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
         """Drop what the record says of steps that will be made again."""
-        within = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        within = (step_of(checkpoint) or 0) if checkpoint else 0
         step = self.steps_before(index) + within
         self.record.history = [
             h for h in self.record.history if h["learning"] != index or h["step"] <= step

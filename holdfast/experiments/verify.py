@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
-from holdfast.training.manifest import MANIFEST, damage
+from holdfast.training.manifest import MANIFEST, damage, step_of
 
 MODELS = ("model.safetensors", "model.safetensors.index.json", "holdfast.json")
 LARGEST = 256 << 20  # bytes of a record; one of a long run takes a few hundred thousand
@@ -80,9 +80,8 @@ def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
 
 
 def _looks_saved(folder: Path, names: set[str]) -> bool:
-    trainers = folder.name.startswith("checkpoint-") and folder.name[11:].isdecimal()
     tasks = folder.parent.name == "tasks" and bool(names & {*MODELS})
-    return trainers or tasks
+    return step_of(folder) is not None or tasks
 
 
 def _size(folder: Path) -> int:

@@ -173,9 +173,12 @@ def rotate(newest: Path, limit: int | None, *, best: str | None = None) -> None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints by their step."""
+    steps = {path: step_of(path) for path in folder.glob("checkpoint-*")}
+    found = {path: step for path, step in steps.items() if step is not None}
+    return sorted(found, key=found.__getitem__)
 
-    def step(path: Path) -> str:
-        return path.name.removeprefix("checkpoint-")
 
-    found = [p for p in folder.glob("checkpoint-*") if step(p).isdecimal()]
-    return sorted(found, key=lambda p: int(step(p)))
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint, by the name that Trainer gives it; None for other folders."""
+    name, step = path.name.partition("-")[::2]
+    return int(step) if name == "checkpoint" and step.isdecimal() else None
