@@ -16,7 +16,7 @@ from typing import Any
 import models
 import pytest
 
-from holdfast import cli
+from holdfast import __version__, cli
 from holdfast.cli import SETTINGS, build_parser, main
 from holdfast.experiments.sequence import Settings
 
@@ -121,6 +121,12 @@ def test_help_and_version_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *VERBS], capture_output=True, text=True)
     assert done.stdout.endswith("HEAVY []\n")
+
+
+def test_the_package_runs_as_the_command_does() -> None:
+    code = [sys.executable, "-m", "holdfast", "--version"]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"holdfast {__version__}\n"), done.stderr
 
 
 def test_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
