@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from holdfast.experiments.metrics import Cell
-from holdfast.report.canvas import Picture, Theme, label, legend, name_rows, panel
+from holdfast.report.canvas import Picture, Theme, label, legend, log_axis, name_rows, panel
 from holdfast.report.facts import Comparison, GroupFacts, RunFacts
 from holdfast.report.words import clean, number, short
 
@@ -202,12 +202,7 @@ def rates(study: Comparison) -> Picture | None:
                 range(len(values)), [math.nan if v is None else max(v, floor) for v in values],
                 markersize=5, lw=1.8, **styles[owners[0]],
             )  # fmt: skip
-        axes.set_yscale("log")
-        low = floor if frozen else min(positive)
-        if max(positive) / low < 3:
-            axes.set_ylim(low / 3, max(positive) * 3)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(lambda value, _: "")
+        log_axis(axes, [floor if frozen else min(positive), max(positive)])
         every = max(1, math.ceil(len(parts) / 14))
         shown = range(0, len(parts), every)
         axes.set_xticks(list(shown), [label(parts[i], 16) for i in shown], rotation=35, ha="right")

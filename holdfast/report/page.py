@@ -150,7 +150,7 @@ def _gap(gap: Difference | None) -> str:
 
 def _value(value: object) -> str:
     """Anything from a record's settings or versions, on one line."""
-    if value is None or value == "" or value == []:
+    if value is None or value in ("", [], {}):
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import holdfast
 from holdfast.errors import Refused
+from holdfast.experiments.statistics import Difference, paired_difference
 from holdfast.files import LARGEST, write_text_atomic
 from holdfast.report.page import environment
 from holdfast.report.words import DASH, clean, number, short
@@ -23,8 +24,35 @@ if TYPE_CHECKING:
 FACTS = "search.json"
 SCHEMA = 1
 SHOWN = 10  # trials in the table of the best
-NEEDED = ("study", "tasks", "config", "counts", "trials", "final", "gain", "steps", "importance",
-          "front", "space")  # fmt: skip
+EDGE = 1.15  # a rate this near to the end of its range lies at the end
+NONE = type(None)
+NUMBER, TEXT = (int, float, NONE), (str, NONE)
+# What the page reads, and as what; of lists, what each entry holds.
+NEEDED: dict[str, Any] = {
+    "study": dict, "tasks": list, "shift": dict, "config": dict, "counts": dict, "reasons": dict,
+    "trials": list, "front": list, "final": list, "gain": dict, "steps": dict, "importance": dict,
+    "space": dict, "versions": dict, "command": list, "model": str, "planned": int,
+    "winner": (int, NONE), "best_flat": (int, NONE), "commit": TEXT,
+}  # fmt: skip
+WITHIN: dict[str, dict[str, Any]] = {
+    "study": {"name": str},
+    "tasks": {"name": str, "metric": str, "labels": (list, NONE), "rows": dict, "synthetic": bool,
+              "warnings": list},
+    "config": {"shift": str, "settings": dict, "sampler": str, "pruner": str, "objective": str,
+               "rungs": int, "replicates": int, "seed": int, "flat": list},
+    "trials": {"number": int, "state": str, "control": TEXT, "kind": TEXT, "params": dict,
+               "rate": NUMBER, "multipliers": (list, NONE), "value": NUMBER, "new": NUMBER,
+               "old": NUMBER, "old_after": NUMBER, "steps": NUMBER},
+    "final": {"label": str, "kind": str, "rate": (int, float), "seeds": list, "steps": int,
+              **{f"{k}{s}": NUMBER for k in ("", "new_", "old_", "old_after_")
+                 for s in ("mean", "sd")}},
+    "gain": {"verdict": str, "sentence": str},
+    "steps": {"spent": int, "final": int},
+    "importance": {"shares": dict, "note": str},
+    "space": {"parts": list, "layers": (int, NONE), "rate": list, "multiplier": list,
+              "tuned": dict},
+}  # fmt: skip
+REASONS = {"collapsed": "task one no better than one answer for all"}
 
 
 def load_search(path: str | Path) -> dict[str, Any]:
@@ -42,10 +70,24 @@ def load_search(path: str | Path) -> dict[str, Any]:
         raise Refused(f"not JSON: {error}", where=where) from None
     if not isinstance(body, dict) or body.get("kind") != "search":
         raise Refused("not the facts of a search", where=where)
-    if body.get("schema") != SCHEMA or (gone := [k for k in NEEDED if k not in body]):
-        what = f"schema {body.get('schema')!r}" if body.get("schema") != SCHEMA else f"no {gone[0]}"
-        raise Refused(f"{what}, this holdfast reads {SCHEMA}", where=where)
+    if body.get("schema") != SCHEMA:
+        raise Refused(f"schema {body.get('schema')!r}, this holdfast reads {SCHEMA}", where=where)
+    _check(body, NEEDED, "the facts", where)
+    for key, inner in WITHIN.items():
+        for entry in body[key] if isinstance(body[key], list) else [body[key]]:
+            _check(entry, inner, key, where)
     return body
+
+
+def _check(found: Any, needed: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuse what the page could not read."""
+    if not isinstance(found, dict):
+        raise Refused(f"{name} hold {type(found).__name__}", where=where)
+    for key, kind in needed.items():
+        if key not in found:
+            raise Refused(f"no {key} in {name}", where=where)
+        if not isinstance(found[key], kind):
+            raise Refused(f"{key} of {name} is {type(found[key]).__name__}", where=where)
 
 
 def write_search_report(body: Mapping[str, Any], path: str | Path) -> Path:
@@ -62,14 +104,21 @@ def render(body: Mapping[str, Any]) -> str:
     from holdfast.report.search_draw import pictures
 
     body = _cleaned(body)
+    verdict, sentence = said(body)
     template = environment().get_template("search.html.j2")
     return str(
         template.render(
             title=" → ".join(short(task["name"]) for task in body["tasks"]),
             body=body,
-            sentences=sentences(body),
+            verdict=verdict,
+            sentences=[sentence, cost(body)],
+            notes=notes(body),
             pictures=pictures(body),
             counts=counts(body),
+            winner=winner(body),
+            differences=differences(body),
+            seeds=seeds,
+            reasons={REASONS.get(k, k): n for k, n in body["reasons"].items()},
             best=best_trials(body),
             version=holdfast.__version__,
         )
@@ -85,14 +134,79 @@ def _cleaned(value: Any) -> Any:
     return clean(value) if isinstance(value, str) and value else value
 
 
-def sentences(body: Mapping[str, Any]) -> list[str]:
-    """Plain words: what was found, then what it cost."""
+def said(body: Mapping[str, Any]) -> tuple[str, str]:
+    """The verdict in a word or two, and the sentence behind it with seeds and interval."""
+    verdict = clean(body["gain"]["verdict"]).capitalize()
+    sentence = clean(body["gain"]["sentence"]).removeprefix(f"{verdict}: ")
+    final = body["final"]
+    if final and final[0]["kind"] == "flat":  # a flat rate won: no pair, and so no interval
+        sentence += f" {_plural(len(final[0]['seeds']), 'fresh seed')}."
+    return verdict, sentence[:1].upper() + sentence[1:]
+
+
+def cost(body: Mapping[str, Any]) -> str:
+    """What was spent, in training steps."""
     spent = body["steps"]
     share = spent.get("share")
-    cost = f"{spent['spent']:,} training steps on trials".replace(",", "\u202f")
-    if share is not None:
-        cost += f", {100 * share:.0f} % of what they take unpruned"
-    return [clean(body["gain"]["sentence"]), f"{cost}; {spent['final']} on the final runs."]
+    less = "" if share is None else f", {100 * share:.0f} % of what they take unpruned"
+    trials, final = (f"{spent[key]:,}".replace(",", "\u202f") for key in ("spent", "final"))
+    return f"{trials} training steps on trials{less}; {final} on the final runs."
+
+
+def notes(body: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before believing the rest: nothing learned, a control at the edge."""
+    made: list[str] = []
+    trials, flat = body["trials"], body["config"].get("flat") or []
+    by_number = {t["number"]: t for t in trials}
+    searched = [t for t in trials if not t["control"]]
+    won = by_number.get(body["winner"])
+    ended = sum(t["state"] in ("complete", "pruned", "fail") for t in trials)
+    if ended < body["planned"]:
+        made.append(f"Not over: {ended} of {body['planned']} trials have ended.")
+    if searched and not any(t["value"] is not None for t in searched):
+        shown = "" if won is None else ": what is shown are controls"
+        made.append(f"None of the {_plural(len(searched), 'searched trial')} was finished{shown}.")
+    if won is not None and won["control"] and won["kind"] != "flat":
+        made.append(f"The best trial is {clean(won['control'])}, a control that needs no search.")
+    collapsed = body["reasons"].get("collapsed", 0)
+    if searched and 2 * collapsed >= len(searched):
+        made.append(f"{collapsed} of {_plural(len(searched), 'searched trial')} learned no more of "
+                    f"{short(body['tasks'][0]['name'])} than one answer for all rows: train "
+                    "longer, on more rows, or at other rates.")  # fmt: skip
+    best = by_number.get(body["best_flat"])
+    if best is not None and len(flat) > 1 and best["rate"] in (min(flat), max(flat)):
+        end, way = ("lowest", "lower") if best["rate"] == min(flat) else ("highest", "higher")
+        made.append(f"The best flat rate, {best['rate']:g}, is the {end} that was tried: a {way} "
+                    "one may be a stronger control (--flat).")  # fmt: skip
+    low, high = body["space"]["rate"]
+    if won is not None and not won["control"] and not low * EDGE < won["rate"] < high / EDGE:
+        made.append(f"The base rate of the best trial, {won['rate']:.3g}, lies at the end of what "
+                    f"was searched, {low:.3g} to {high:.3g} (--flat).")  # fmt: skip
+    made += [f"{short(task['name'])}: {clean(text)}"
+             for task in body["tasks"] for text in task["warnings"]]  # fmt: skip
+    return made
+
+
+def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What rates.yaml and recipe.yaml hold: its parts with their rates, and settings of methods."""
+    won = next((t for t in body["trials"] if t["number"] == body["winner"]), None)
+    if won is None or won["multipliers"] is None:
+        return None
+    curve = zip(body["space"]["parts"], won["multipliers"], strict=True)
+    return {
+        "label": trial_label(won), "flat": won["kind"] == "flat", "rate": f"{won['rate']:.4g}",
+        "curve": [(part, m, won["rate"] * m) for part, m in curve],
+        "tuned": {name: won["params"][name] for name in body["space"]["tuned"]},
+    }  # fmt: skip
+
+
+def differences(body: Mapping[str, Any]) -> dict[str, Difference | None]:
+    """new + old of every final contender less the best flat rate's, paired by seed."""
+    scores = {f["label"]: {s["seed"]: s["new_plus_old"] for s in f["seeds"]} for f in body["final"]}
+    flat = next((f["label"] for f in body["final"] if f["kind"] == "flat"), None)
+    if flat is None:
+        return dict.fromkeys(scores)
+    return {k: None if k == flat else paired_difference(v, scores[flat]) for k, v in scores.items()}
 
 
 def counts(body: Mapping[str, Any]) -> list[str]:
@@ -123,14 +237,28 @@ def search_table(body: Mapping[str, Any]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = "final runs, evaluation rows: " + ", ".join(counts(body))
-    made = Table(title=Text(title), title_justify="left")
+    title = f"final runs, evaluation rows; {len(body['trials'])} trials: {', '.join(counts(body))}"
+    made = Table(title=Text(title), title_justify="left", caption_justify="left")
     for head in ("curve", "base rate", "seeds", "new", "old before", "old after", "new + old"):
         made.add_column(head, justify="left" if head == "curve" else "right")
     for f in body["final"]:
         scores = [spread(f[f"{k}mean"], f[f"{k}sd"]) for k in ("new_", "old_", "old_after_", "")]
-        cells = [clean(f["label"]), f"{f['rate']:.3g}", str(len(f["seeds"])), *scores]
+        cells = [clean(f["label"]), f"{f['rate']:.3g}", seeds(f), *scores]
         made.add_row(*map(Text, cells))
     if not body["final"]:
         made.add_row(DASH, *[DASH] * 6)
+    below = notes(body)
+    if won := winner(body):
+        below.append(f"To use {won['label']}: --recipe recipe.yaml --lr {won['rate']}")
+    made.caption = Text("\n".join(below)) if below else None
     return made
+
+
+def seeds(final: Mapping[str, Any]) -> str:
+    """How many seeds, and of how many nothing came."""
+    gone = sum(s["new_plus_old"] is None for s in final["seeds"])
+    return str(len(final["seeds"])) + (f", {gone} diverged" if gone else "")
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
