@@ -16,6 +16,7 @@ from typing import Any
 
 from holdfast.errors import Refused
 from holdfast.experiments.sequence import Job
+from holdfast.files import write_text_atomic
 from holdfast.search.plan import Plan
 from holdfast.search.rows import Row, best
 from holdfast.search.space import RATE
@@ -24,6 +25,7 @@ from holdfast.tasks.task import slug
 from holdfast.training import stopping
 
 FOLDER = "final"
+DIVERGED = "diverged"  # a file in a run's folder that says how
 POLL = 0.5
 
 
@@ -137,6 +139,9 @@ class Evaluation:
         plan, c = self.plan, job.contender
         if job.seed not in self._pairs:
             self._pairs[job.seed] = plan.pair(job.seed)
+        gone = job.folder / DIVERGED
+        if gone.is_file():  # or every process of the search, and every later one, would try again
+            return Result(None, None, None, 0, gone.read_text(encoding="utf-8"))
         recipe = plan.space.recipe(plan.base, c.params, name=c.label)
         run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)
         try:
@@ -148,6 +153,8 @@ class Evaluation:
                 raise Busy from None
             if not refusal.what.startswith("diverged"):
                 raise
+            write_text_atomic(gone, str(refusal))
+            shutil.rmtree(job.folder / "tasks", ignore_errors=True)
             return Result(None, None, None, 0, str(refusal))
         shutil.rmtree(job.folder / "tasks", ignore_errors=True)
         scores = record.scores

@@ -17,7 +17,6 @@ from typing import Any
 
 from holdfast.config import count
 from holdfast.errors import Refused
-from holdfast.experiments.record import scrub
 from holdfast.experiments.sequence import Settings, load_tasks
 from holdfast.files import write_text_atomic
 from holdfast.rates import Rates
@@ -26,7 +25,7 @@ from holdfast.search.controls import Control, controls
 from holdfast.search.objective import RUNGS, Objective, Pruner, Sampler, check_choice
 from holdfast.search.space import Space, flat_rates, with_tuned
 from holdfast.tasks import Task
-from holdfast.tasks.shifts import SHIFTS
+from holdfast.tasks.shifts import SHIFTS, Shifted
 from holdfast.tasks.splits import stratified
 from holdfast.tasks.task import slug
 
@@ -55,6 +54,7 @@ class Plan:
     seed: int
     fresh: int  # seeds of the final runs
     tasks: tuple[Task, ...] = field(repr=False)  # the two, of the search's first seed
+    halves: tuple[Task, ...] = field(repr=False)  # of a shift, before a seed draws from them
     source: str = field(repr=False)  # where the model's files are
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)  # what a shift achieved
 
@@ -120,7 +120,9 @@ class Plan:
         if trials <= first:
             raise Refused(f"{trials} trials, of which {first} are controls", where="--trials",
                           remedy=f"at least {first + 1}")  # fmt: skip
-        two, facts = load_pair(specs, shift, seed=seed, study_seed=seed, plan=plan, source=source)
+        made = load_shifted(specs, shift, seed=seed, plan=plan, source=source)
+        halves = made.first, made.second
+        two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
         for task in two:
             if not task.selection:
                 raise Refused("no selection rows to choose by", where=task.name,
@@ -130,7 +132,7 @@ class Plan:
             space=space, flat=tuple(sorted(rates)), settings=plan, pruner=chosen,
             sampler=sampler, objective=objective,  # type: ignore[arg-type]
             rungs=rungs or RUNGS[chosen], trials=trials, replicates=replicates, seed=seed,
-            fresh=fresh, tasks=two, source=source, facts=facts,
+            fresh=fresh, tasks=two, halves=halves, source=source, facts=made.facts,
         )  # fmt: skip
 
     @property
@@ -151,8 +153,9 @@ class Plan:
         """The two tasks with the training and selection rows of a seed."""
         if seed == self.seed:
             return self.tasks
-        return load_pair(self.specs, self.shift, seed=seed, study_seed=self.seed,
-                         plan=self.settings, source=self.source)[0]  # fmt: skip
+        if self.shift == "task":
+            return tuple(load_tasks(self.specs, seed=seed, plan=self.settings))
+        return tuple(_drawn(half, seed, self.settings) for half in self.halves)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -191,58 +194,59 @@ class Plan:
         return f"{slug(Path(self.model).name)}: {names} ({self.shift}) {mark}"
 
 
-def load_pair(
-    specs: Sequence[str], shift: str, *, seed: int, study_seed: int, plan: Settings, source: str
-) -> tuple[tuple[Task, ...], Mapping[str, Any]]:
+def load_shifted(
+    specs: Sequence[str], shift: str, *, seed: int, plan: Settings, source: str
+) -> Shifted:
     """The two tasks of a search and what their shift achieved.
 
-    `seed` chooses training and selection rows. A shift is made once for a study, by `study_seed`,
-    from up to `POOL` times the training rows that are asked for, and each half is drawn from then:
-    no evaluation row changes its task between seeds.
+    A shift of one task is made once for a study, from up to `POOL` times the training rows that
+    are asked for, and each seed draws from the halves then: no evaluation row changes its task.
     """
     from holdfast.tasks.shifts import shift as shifted
 
     if shift == "task":
-        made = shifted(shift, load_tasks(specs, seed=seed, plan=plan))
-        return (made.first, made.second), made.facts
+        return shifted(shift, load_tasks(specs, seed=seed, plan=plan))
     pool = replace(plan, train_size=plan.train_size and POOL * plan.train_size)
-    embed = _embedder(source, plan.max_length) if shift == "cluster" else None
-    loaded = load_tasks(specs, seed=study_seed, plan=pool)
-    made = shifted(shift, loaded, seed=study_seed, embed=embed)
-    return (_drawn(made.first, seed, plan), _drawn(made.second, seed, plan)), made.facts
+    loaded = load_tasks(specs, seed=seed, plan=pool)
+    embed = _embedder(source, loaded[0], plan.max_length) if shift == "cluster" else None
+    return shifted(shift, loaded, seed=seed, embed=embed)
 
 
 def _drawn(half: Task, seed: int, plan: Settings) -> Task:
     """A half with the selection rows, and the training rows, of a seed."""
     rows = [*half.train, *half.selection]
     size = count(plan.selection, len(rows), what="selection")
+    if size >= len(rows):
+        raise Refused(f"selection {plan.selection} leaves no row to train on", where=half.name)
     chosen, rest = stratified([r.label for r in rows], size, seed=f"selection {seed}", leave=1)
-    train = [rows[i] for i in rest]
+    train, warnings = [rows[i] for i in rest], list(half.warnings)
     if plan.train_size is not None:
+        # What was said of the pool's size is nothing that anybody asked for.
+        warnings = [line for line in warnings if not line.startswith("train_size ")]
+        if plan.train_size > len(train):
+            warnings.append(f"train_size {plan.train_size} takes all {len(train)} training rows")
         kept, _ = stratified([r.label for r in train], plan.train_size, seed=f"train {seed}")
         train = [train[i] for i in kept]
-    return replace(half, train=tuple(train), selection=tuple(rows[i] for i in chosen))
+    return replace(half, train=tuple(train), selection=tuple(rows[i] for i in chosen),
+                   warnings=tuple(warnings))  # fmt: skip
 
 
-def _embedder(source: str, max_length: int) -> Any:
-    from transformers import AutoModel
-
+def _embedder(source: str, task: Task, max_length: int) -> Any:
     from holdfast.experiments.embed import embedder
-    from holdfast.experiments.heads import load_tokenizer, quiet
+    from holdfast.experiments.heads import load_model, load_tokenizer, quiet
 
     quiet()
-    model = AutoModel.from_pretrained(source, use_safetensors=True)
+    model = load_model(source, task, seed=0)  # its encoder is what serves
     return embedder(model, load_tokenizer(source), max_length=max_length)
 
 
 # --- in a folder --------------------------------------------------------------------------------
 
 
-def keep(folder: Path, plan: Plan, storage: str) -> str:
-    """Write `study.json`, or check the one that is there; returns the study's name in its storage.
+def known(folder: Path, plan: Plan, storage: str) -> str | None:
+    """The study's name in its storage, by `study.json`; None where there is none yet.
 
-    The name is drawn anew for every folder: leases lie in the folder, so that no two folders may
-    work on one study.
+    `storage` is `holdfast.search.storage.kept`'s. Refused: another search.
     """
     path, mine = folder / FILE, plan.identity
     if path.is_file():
@@ -253,14 +257,23 @@ def keep(folder: Path, plan: Plan, storage: str) -> str:
             raise Refused(f"its {FILE} is damaged", where=str(folder),
                           remedy="choose another --out") from None  # fmt: skip
         refuse_other(before, mine, str(folder))
-        refuse_other({"storage": where}, {"storage": scrub(storage)}, str(folder))
+        refuse_other({"storage": where}, {"storage": storage}, str(folder))
         return name
     if folder.is_dir() and any((folder / "trials").glob("*")):
         raise Refused(f"holds trials and no {FILE}", where=str(folder),
                       remedy="choose another --out")  # fmt: skip
+    return None
+
+
+def keep(folder: Path, plan: Plan, storage: str) -> str:
+    """Write `study.json`; returns the study's name.
+
+    It is drawn anew for every folder: leases lie in the folder, so that no two folders may work on
+    one study.
+    """
     name = f"holdfast-{slug(folder.name)[:40]}-{secrets.token_hex(4)}"
-    body = {"name": name, "storage": scrub(storage), "config": mine}
-    write_text_atomic(path, json.dumps(body, indent=1))
+    body = {"name": name, "storage": storage, "config": plan.identity}
+    write_text_atomic(folder / FILE, json.dumps(body, indent=1))
     return name
 
 

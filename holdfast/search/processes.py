@@ -58,6 +58,11 @@ def spread(
                 if process.exitcode and process.exitcode < 0 and left:
                     left -= 1
                     running.append(start())
+                elif process.exitcode and process.exitcode < 0:
+                    name = signal.Signals(-process.exitcode).name
+                    raise Refused(f"its processes were ended too often, the last one by {name}",
+                                  where=str(study.folder), remedy="the same command goes on; "
+                                  "where memory is short, with fewer --workers")  # fmt: skip
                 elif process.exitcode:
                     raise RuntimeError(f"a worker of the search ended with {process.exitcode}")
     finally:
@@ -84,8 +89,8 @@ def _worker(
     try:
         _alone(*started)
         labour(Study(folder, plan, url), train, evaluate)
-    except Refused as refusal:
-        tell.send(refusal)
+    except (Refused, OSError) as error:  # what one line tells, such as a full disk
+        tell.send(error)
     except Exception as error:
         import traceback
 

@@ -85,8 +85,8 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The searched curve against the best flat rate, on evaluation rows and paired by seed.
 
     verdict: `gain` or `loss` where the 95 % interval of the mean difference leaves 0 out, else
-    `no gain`; `not measured` where a side has fewer than two seeds. A seed on which the winner
-    diverged forbids a gain.
+    `no gain`; `not measured` where they share fewer than two seeds. A seed on which the winner
+    diverged is no gain, whatever the others say.
     """
     flat = next((f for f in finals if f["kind"] == "flat"), None)
     won = next((f for f in finals if f["kind"] == "searched"), None)
@@ -103,7 +103,9 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     diverged = [s["seed"] for s in won["seeds"] if s["reason"]]
     verdict = "not measured"
     if gap.low is not None and gap.high is not None:
-        verdict = "gain" if gap.low > 0 and not diverged else "loss" if gap.high < 0 else "no gain"
+        verdict = "gain" if gap.low > 0 else "loss" if gap.high < 0 else "no gain"
+    if diverged and verdict != "loss":
+        verdict = "no gain"
     interval = "" if gap.low is None else f", 95 % interval [{gap.low:+.3f}, {gap.high:+.3f}]"
     known = "" if gap.mean is None else f"; difference {gap.mean:+.3f}{interval}"
     gone = f"; it diverged with seed {', '.join(map(str, diverged))}" if diverged else ""

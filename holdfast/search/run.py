@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ def search(
     folder = Path(out)
     if folder.is_file():
         raise Refused("is a file", where=str(folder), remedy="name a folder")
+    for line in [f"{task.name}: {line}" for task in plan.tasks for line in task.warnings]:
+        logging.getLogger("holdfast").warning(line)
     study = Study(folder, plan, url)
     if workers == 1:
         labour(study, train, evaluate, progress=progress)

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DATABASE = "study.db"
 WAIT = 100  # seconds a process waits for another one's write to SQLite
 JOURNAL = "journal:"
+OPENING = b'{"op_code"'  # how Optuna's journals begin
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs")  # file systems
 INSTALL = "pip install 'holdfast[search]'"
 PAPER = {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}  # BERTcL's Hyperband
 
@@ -52,7 +54,11 @@ def check(sampler: str) -> None:
 def address(storage: str | None, folder: Path) -> str:
     """The storage that is meant, with absolute paths: it is opened from other processes too."""
     if storage is None:
-        return f"sqlite:///{folder.resolve() / DATABASE}"
+        path = folder.resolve() / DATABASE
+        if odd := [c for c in "?%{}" if c in str(path)]:
+            raise Refused(f"{odd[0]!r} cannot stand in the path of a database",
+                          where=str(folder.resolve()), remedy="choose another --out")  # fmt: skip
+        storage = f"sqlite:///{path}"
     if storage.startswith(JOURNAL):
         path = Path(storage.removeprefix(JOURNAL))
         if not path.name or path.is_dir():
@@ -61,7 +67,44 @@ def address(storage: str | None, folder: Path) -> str:
     if "://" not in storage:
         remedy = "as sqlite:///FILE, postgresql://HOST/NAME or journal:PATH"
         raise Refused(f"{storage!r} is no URL", where="--storage", remedy=remedy)
-    return storage
+    return _sqlite(storage) if storage.startswith("sqlite") else storage
+
+
+def _sqlite(storage: str) -> str:
+    """A SQLite file's URL with its absolute path; refused where processes could not share it."""
+    scheme, _, rest = storage.partition("://")
+    name, mark, query = rest.removeprefix("/").partition("?")
+    if not name or ":memory:" in name or "mode=memory" in query:
+        raise Refused("a database in memory ends with its process", where="--storage",
+                      remedy="as sqlite:///FILE")  # fmt: skip
+    if name.startswith("file:"):
+        return storage
+    path = Path(name).resolve()
+    if (kind := file_system(path)) in NETWORK:
+        raise Refused(f"lies on {kind}, where SQLite's locks do not hold", where=str(path),
+                      remedy="take a local file, or postgresql://HOST/NAME")  # fmt: skip
+    return f"{scheme}:///{path}{mark}{query}"
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """The kind of file system that an absolute path lies on; empty where nothing tells."""
+    try:
+        lines = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return ""
+    found = [(Path(line[1].replace(r"\040", " ")), line[2]) for line in lines if len(line) > 2]
+    # The deepest, and of two at one place the later one, which lies on top.
+    over = [(len(at.parts), i, kind) for i, (at, kind) in enumerate(found)
+            if path.is_relative_to(at)]  # fmt: skip
+    return max(over)[2] if over else ""
+
+
+def kept(url: str, folder: Path) -> str:
+    """A storage as `study.json` has it: no secrets, and relative where it lies in the folder.
+
+    The folder may be moved, study and all.
+    """
+    return scrub(url.replace(f"{folder.resolve()}/", ""))
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -74,10 +117,13 @@ def open_storage(url: str) -> BaseStorage:
             backend = found.storages.journal.JournalFileBackend
             mend_journal(path)
             return found.storages.JournalStorage(backend(str(path)))
-        arguments: dict[str, Any] = {}
+        # A connection that was dropped while a trial was trained is opened anew.
+        arguments: dict[str, Any] = {"pool_pre_ping": True}
         if url.startswith("sqlite:"):
-            arguments = {"connect_args": {"timeout": WAIT, "factory": _Connection}}
+            arguments["connect_args"] = {"timeout": WAIT, "factory": _Connection}
         return found.storages.RDBStorage(url, engine_kwargs=arguments)
+    except Refused:
+        raise
     except (OSError, ImportError, ValueError) as error:
         raise _refusal(url, error) from None
     except Exception as error:
@@ -108,7 +154,8 @@ def mend_journal(path: Path) -> bool:
     """Cut a last line that was torn by a kill or a full disk, keeping a copy; True if so.
 
     Optuna refuses to read past such a line once another one follows it, which would lose the study.
-    Only a tail without its newline is cut: an operation that was never complete.
+    Only a tail without its newline is cut: an operation that was never complete. A file that is no
+    journal is refused, and left as it is.
     """
     if not path.is_file():
         return False
@@ -118,14 +165,12 @@ def mend_journal(path: Path) -> bool:
     lock.acquire()
     try:
         data = path.read_bytes()
+        if not data.startswith(OPENING[: len(data)]):
+            raise Refused("is no journal of Optuna's", where=f"--storage {JOURNAL}{path}",
+                          remedy="name another file")  # fmt: skip
         whole = data.rfind(b"\n") + 1
         if whole == len(data):
             return False
-        try:
-            json.loads(data[whole:])
-            return False  # only the newline is missing: Optuna's reader says what it thinks of it
-        except ValueError:
-            pass
         shutil.copyfile(path, path.with_name(path.name + ".torn"))
         with open(path, "r+b") as file:
             file.truncate(whole)
@@ -153,18 +198,27 @@ def sampler(name: str, seed: int) -> BaseSampler:
     return made[name]()
 
 
-def pruner(name: str) -> BasePruner:
+def pruner(name: str, seed: int = 0) -> BasePruner:
     """Optuna's pruner over rungs 1 … 2n.
 
     halving, three rungs a task: the best quarter at rung 1 (a third of task one), and the best
     quarter of those at rung 4 (a third of task two, where forgetting shows), go on; η = 4 is
-    Optuna's own. hyperband, two rungs a task, with the paper's settings: grace 1, η = 2, max_t 4.
+    Optuna's own. hyperband, two rungs a task, with the paper's settings: grace 1, η = 2, max_t 4;
+    a trial's bracket hangs on the seed and its number.
     """
     pruners = optuna().pruners
+
+    class Hyperband(pruners.HyperbandPruner):  # type: ignore[name-defined]
+        """Optuna draws brackets by the study's name, which is another one in every folder."""
+
+        def _get_bracket_id(self, study: Any, trial: Any) -> int:
+            found: int = super()._get_bracket_id(SimpleNamespace(study_name=f"seed {seed}"), trial)
+            return found
+
     if name == "halving":
         made = pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)
     elif name == "hyperband":
-        made = pruners.HyperbandPruner(**PAPER)
+        made = Hyperband(**PAPER)
     else:
         made = pruners.NopPruner()
     return made

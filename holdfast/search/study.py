@@ -15,16 +15,17 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from holdfast.errors import Refused
+from holdfast.experiments.record import scrub
 from holdfast.search import storage as stores
 from holdfast.search.controls import Control
 from holdfast.search.objective import Scores
-from holdfast.search.plan import Plan, keep, refuse_other
+from holdfast.search.plan import Plan, keep, known, refuse_other
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -75,7 +76,7 @@ class Claim:
         self._tell("FAIL")
 
     def excuse(self) -> None:
-        """The worker is stopped, not the trial to blame: this attempt does not count."""
+        """The trial is not to blame that its worker stops: this attempt does not count."""
         attempts = self.study.storage.get_trial(self.identity).user_attrs.get("attempts", 1)
         self._note({"attempts": max(0, attempts - 1)})
 
@@ -100,26 +101,29 @@ class Study:
         self.url = stores.address(storage, self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(self.folder, (CLAIMS, "trials", "final", stores.DATABASE))
             for inner in (CLAIMS, "trials"):
                 (self.folder / inner).mkdir(exist_ok=True)
         except OSError as error:
             raise Refused(f"cannot be written: {error.strerror}", where=str(self.folder),
                           remedy="choose another --out") from None  # fmt: skip
         with self.lock():
-            self.name = keep(self.folder, plan, self.url)
-            self.storage = stores.open_storage(self.url)
+            where = stores.kept(self.url, self.folder)
+            name = known(self.folder, plan, where)
+            self.storage = stores.open_storage(self.url)  # before it is noted: it may be mistyped
+            self.name = name or keep(self.folder, plan, where)
             directions = ["maximize"] * (2 if plan.objective == "pareto" else 1)
             self.study = optuna.create_study(
                 storage=self.storage, study_name=self.name, directions=directions,
-                load_if_exists=True, pruner=stores.pruner(plan.pruner),
+                load_if_exists=True, pruner=stores.pruner(plan.pruner, plan.seed),
                 sampler=stores.sampler(plan.sampler, plan.seed),
             )  # fmt: skip
-            known = self.study.user_attrs.get("config")
-            if known is None:
+            config = self.study.user_attrs.get("config")
+            if config is None:
                 self.study.set_user_attr("config", plan.identity)
                 self.study.set_user_attr("title", plan.title)
             else:
-                refuse_other(known, plan.identity, self.url)
+                refuse_other(config, plan.identity, scrub(self.url))
             self._enqueue(plan.controls)
         self._identity = self.storage.get_study_id_from_name(self.name)
 
@@ -172,15 +176,19 @@ class Study:
             waiting = any(t.state == states.WAITING for t in trials)
             if not waiting and len(trials) >= self.plan.trials:
                 return None
-            # Seeded by the number: what a trial is does not hang on which process asks, nor on how
-            # often it was started, and a process that goes on does not draw the same ones again.
-            self.study.sampler = stores.sampler(
-                self.plan.sampler, self.plan.seed * 100_003 + len(trials)
-            )
+            self._seed(len(trials))
             asked = self.study.ask()
             taken = self.lease(asked.number)
             assert taken is not None, "a trial that was just made has no other worker"
             return self._take(asked, taken)
+
+    def _seed(self, number: int) -> None:
+        """Have a trial drawn by its number: not by which process asks, nor how often it started.
+
+        A process that goes on does not draw the same ones again.
+        """
+        seed = (self.plan.seed * 100_003 + number) % 2**32
+        self.study.sampler = stores.sampler(self.plan.sampler, seed)
 
     def lease(self, number: int) -> IO[str] | None:
         """The lock of a trial, or None while another process has it."""
@@ -208,10 +216,14 @@ class Study:
         claim._note({"attempts": attempts + 1})
         ranges, whole = self.plan.space.ranges, self.plan.space.whole
         if not ranges.keys() <= trial.params.keys():
-            # Its worker died while it was drawn: what was drawn is kept, the rest drawn now.
             open_type = stores.optuna().trial.Trial  # the other one is a finished trial's picture
             if not isinstance(trial, open_type):
-                trial = open_type(self.study, identity)
+                # Its worker died while it was drawn: what was drawn is kept, and drawn once more
+                # only so that the rest is what it would have been.
+                self._seed(trial.number)
+                half, trial = trial, open_type(self.study, identity)
+                for name, where in half.distributions.items():
+                    self.study.sampler.sample_independent(self.study, half, name, where)
             for name, r in ranges.items():
                 if name in whole:
                     trial.suggest_int(name, math.ceil(r.low), math.floor(r.high), log=r.log)
@@ -219,6 +231,14 @@ class Study:
                     trial.suggest_float(name, r.low, r.high, log=r.log)
         claim.params.update({name: trial.params[name] for name in ranges})
         return claim
+
+
+def refuse_links(folder: Path, names: Sequence[str]) -> None:
+    """Refuse links that were planted where a search writes; runs look within their own folders."""
+    for path in (path for name in names for path in (folder / name, *(folder / name).glob("*"))):
+        if path.is_symlink():
+            raise Refused("is a symbolic link, and searches write through none", where=str(path),
+                          remedy="remove it, or choose another --out")  # fmt: skip
 
 
 def _open(path: Path) -> IO[str]:

@@ -66,6 +66,7 @@ class TrialLearner(Learner):
 
     def __init__(self, loaded: Loaded, watch: Watch, *args: Any) -> None:
         self.loaded, self.watch = loaded, watch
+        self.made = 0  # steps of all tasks so far, those of killed processes included
         super().__init__(*args, bar=None)
         self._encoded = loaded.rows.setdefault(self.seed, {})
 
@@ -116,11 +117,11 @@ class TrialLearner(Learner):
         if step not in inner or step == total:
             return
         scores = [self.score(j, "selection", most=self._some(j)) for j in range(index + 1)]
-        steps = self.steps_before(index) + step
         number = index * self.watch.rungs + sum(at <= step for at in inner)
-        self.record.history.append({"learning": index, "step": steps, "epoch": None, "loss": None,
-                                    "scores": [*scores, *[None] * (1 - index)]})  # fmt: skip
-        self.watch.at(number, steps=steps, old=scores[0], new=scores[1] if index else None)
+        row = [*scores, *[None] * (1 - index)]
+        self.record.history.append({"learning": index, "step": self.made, "epoch": None,
+                                    "loss": None, "scores": row})  # fmt: skip
+        self.watch.at(number, steps=self.made, old=scores[0], new=scores[1] if index else None)
 
     def _some(self, index: int) -> int:
         """How many rows every k-th one gives, for the least k that keeps to `RUNG_ROWS`."""
@@ -135,6 +136,7 @@ class _Rungs(TrainerCallback):
         self.learner, self.index = learner, index
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.learner.made = self.learner.steps_before(self.index) + state.global_step
         self.learner.rung(self.index, state.global_step, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -169,11 +171,6 @@ class Training:
             try:
                 if record.status != "done":
                     self._learn(job, tasks, plan, record, watch)
-            except Refused as refusal:
-                if not refusal.what.startswith("diverged"):
-                    raise
-                steps = sum(n or 0 for n in record.steps)
-                raise Diverged(str(refusal), steps) from None
             finally:
                 gc.collect()  # a Trainer is in cycles with its model and moments
             self._clear(job.folder)
@@ -186,11 +183,14 @@ class Training:
         try:
             for index in range(len(record.seconds), len(tasks)):
                 learner.learn(index)
-        except Stop as stop:
+        except (Stop, Refused) as end:
+            if isinstance(end, Refused) and not end.what.startswith("diverged"):
+                raise
+            stop = end if isinstance(end, Stop) else Diverged(str(end), learner.made)
             record.warn(stop.reason)
             record.save(job.folder / RECORD)
             self._clear(job.folder)
-            raise
+            raise stop from None
 
     def _record(self, job: Job, tasks: list[Task], plan: Any) -> Record:
         return Record(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from holdfast.errors import Refused
 from holdfast.recipe import Recipe
 from holdfast.search.objective import Diverged, Scores, Stop, Watch
 from holdfast.search.study import Claim, Study, wait
@@ -77,7 +78,7 @@ def run(claim: Claim, train: Train) -> None:
         tell_end = claim.failed if isinstance(stop, Diverged) else claim.pruned
         tell_end(stop.reason, steps + stop.steps, round(seconds, 3))
         return
-    except (KeyboardInterrupt, stopping.Stopped):
+    except (KeyboardInterrupt, stopping.Stopped, Refused, OSError):  # such as a full disk
         claim.excuse()
         raise
     mean = Scores(

@@ -10,10 +10,13 @@ from typing import Any
 from holdfast.search.final import FinalJob, Result
 from holdfast.search.objective import Scores, Watch
 from holdfast.search.plan import Plan
+from holdfast.search.study import Claim, Study
 from holdfast.search.worker import Job
 
 STEPS = 60  # of a whole trial
 BEST = 1e-3  # the base rate at which `curve` peaks
+CONTROLS = 7  # of `plan`
+GOOD = Scores(0.9, 0.8, 0.7, STEPS, 1.0)
 
 
 def plan(place: Path, **more: Any) -> Plan:
@@ -58,3 +61,14 @@ def result(job: FinalJob) -> Result:
 
 def make_result(_: Plan) -> Callable[[FinalJob], Result]:
     return result
+
+
+def take(study: Study) -> Claim:
+    claim = study.claim()
+    assert claim is not None
+    return claim
+
+
+def finish(claim: Claim, scores: Scores = GOOD) -> None:
+    claim.done(scores, [])
+    claim.close()

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import make_curve, make_result, plan
 
 from holdfast.cli import main
 from holdfast.errors import Refused
+from holdfast.experiments.sequence import load_tasks
 from holdfast.report.search import load_search, render, write_search_report
+from holdfast.search import plan as plans
 from holdfast.search import processes, training
 from holdfast.search.plan import Plan
 from holdfast.search.run import search
 from holdfast.search.study import Study
+from holdfast.tasks import Task
 
 TINY = ["--epochs", "0.5", "--batch-size", "8", "--max-length", "16", "--selection", "12",
         "--parts", "3", "--flat", "5e-3", "1e-2", "--trials", "5"]  # fmt: skip
@@ -47,11 +54,22 @@ def test_a_search_from_the_command_line(
     assert sum(body["counts"].values()) == 5 and "best" in said.err
     for name in ("rates.yaml", "trials.csv", "report.html", "study.db", "study.json"):
         assert (tmp_path / name).is_file()
+    rows: dict[int, set[str]] = defaultdict(set)
     for f in body["final"]:  # what is compared is on evaluation rows, and each seed its own run
         for s in f["seeds"]:
             (found,) = (tmp_path / "final").glob(f"{f['label'].split('@')[0].replace(' ', '-')}*/"
                                                  f"seed-{s['seed']}/record.json")  # fmt: skip
-            assert json.loads(found.read_text())["scores"][1][1] == s["new"]
+            run = json.loads(found.read_text())
+            assert (run["scores"][1], run["scores"][0][0]) == ([s["old_after"], s["new"]], s["old"])
+            assert (run["settings"]["lr"], run["seed"]) == (f["rate"], s["seed"])
+            curve = [f["params"][f"x.{part}"] for part in body["space"]["parts"]]
+            mean = math.prod(curve) ** (1 / len(curve))
+            assert run["recipe"]["rates"]["multipliers"] == pytest.approx([x / mean for x in curve])
+            rows[s["seed"]].add(run["tasks"][0]["hash"])
+            assert not (found.parent / "tasks").exists()
+    # every seed its own rows, the same for all that are compared
+    assert [len(hashes) for hashes in rows.values()] == [1, 1, 1]
+    assert len(set.union(*rows.values(), {body["tasks"][0]["hash"]})) == 4
 
 
 @pytest.mark.parametrize(
@@ -85,6 +103,61 @@ def test_halves_of_one_task(place: Path) -> None:
         assert mine.train != theirs.train and mine.selection != theirs.selection
         assert len(theirs.train) == 200 and not {*theirs.train} & {*theirs.selection}
     assert halves.facts["shift"] == "length" and "(length)" in halves.title
+
+
+def test_a_shift_is_made_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embedded again, in another process, a row might fall to the other half."""
+    made = Plan.make(str(place / "bert"), ["builtin:sentiment"], shift="cluster", trials=9,
+                     train_size=60, parts=4, max_length=16)  # fmt: skip
+    monkeypatch.setattr(plans, "load_shifted", None)
+    monkeypatch.setattr(plans, "load_tasks", None)
+    other = made.pair(5)
+    assert [t.evaluation for t in other] == [t.evaluation for t in made.tasks]
+    assert [t.name for t in other] == ["sentiment-cluster1", "sentiment-cluster2"]
+    assert other[0].train != made.tasks[0].train and made.pair(5) == other
+
+
+def test_a_damaged_model_cannot_embed(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "bert", tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(Refused, match="cannot be loaded") as refusal:
+        Plan.make(str(tmp_path / "bert"), ["builtin:sentiment"], shift="cluster", trials=9,
+                  train_size=60, parts=4, max_length=16)  # fmt: skip
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_seed_means_the_rows_of_a_sequence(place: Path) -> None:
+    made = plan(place)
+    for seed in (0, 3):
+        tasks = [place / "mood.jsonl", place / "question.jsonl"]
+        assert list(made.pair(seed)) == load_tasks(tasks, seed=seed, plan=made.settings)
+
+
+def test_halves_that_hold_too_few_rows(place: Path) -> None:
+    def half(**more: Any) -> Task:
+        made = Plan.make(str(place / "bert"), ["builtin:sentiment"], shift="length", trials=9,
+                         parts=4, max_length=16, **more)  # fmt: skip
+        return made.tasks[0]
+
+    with pytest.raises(Refused, match="sentiment-short: selection 1900 leaves no row"):
+        half(selection=1900)
+    # the whole task has 2,700: what is told is of the half, and of what was asked for
+    few = half(train_size=2000)
+    (said,) = few.warnings
+    assert said == f"train_size 2000 takes all {len(few.train)} training rows"
+    assert half(train_size=1000).warnings == ()
+
+
+def test_warnings_of_the_tasks_are_told(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Faults D11: evaluation rows that are in the training rows too."""
+    rows = (place / "mood.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(rows * 2)
+    tasks = [tmp_path / "twice.jsonl", place / "question.jsonl"]
+    search(str(place / "bert"), tasks, out=tmp_path / "out", train=make_curve, trials=8, parts=4,
+           evaluate=make_result, progress=False, pruner="none", max_length=16)  # fmt: skip
+    assert "twice: " in caplog.text and "also in the training rows" in caplog.text
 
 
 # --- several processes --------------------------------------------------------------------------
@@ -127,6 +200,33 @@ def test_a_killed_process_is_replaced_and_costs_no_trial(
     processes.spread(of, 2, killed_once, make_result, progress=False)  # type: ignore[arg-type]
     assert of.counts() == {"complete": 12}
     assert sorted(t.user_attrs["attempts"] for t in of.trials()) == [1] * 11 + [2]
+
+
+def full(_: object) -> object:
+    def train(job: object, watch: object) -> object:
+        raise OSError(28, "No space left on device", "x")
+
+    return train
+
+
+def killed(_: object) -> object:
+    def train(job: object, watch: object) -> object:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return train
+
+
+@pytest.mark.usefixtures("_importable")
+def test_what_ends_processes_is_told_in_a_line(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk, or memory that does not suffice: each with what to do."""
+    of = Study(tmp_path, plan(place))
+    with pytest.raises(OSError, match="No space left"):
+        processes.spread(of, 1, full, make_result, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"by SIGKILL; .*fewer --workers"):
+        processes.spread(of, 1, killed, make_result, progress=False)  # type: ignore[arg-type]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("_importable")

@@ -11,6 +11,7 @@ from fakes import STEPS, curve, make_curve, make_result, plan, result
 
 from holdfast import Rates, Recipe
 from holdfast.errors import Refused
+from holdfast.experiments.runs import open_run
 from holdfast.search import final, importance
 from holdfast.search.combine import combine
 from holdfast.search.final import Busy, FinalJob, Result, contenders, finish, jobs
@@ -94,6 +95,12 @@ def test_a_winner_that_diverges_once_gained_nothing() -> None:
     said = gain([entry("flat", 1.0, 1.1, 1.2), entry("searched", 1.2, 1.31, None)])
     assert said["verdict"] == "no gain" and "diverged with seed 2" in said["sentence"]
     assert said["n"] == 2
+    for scores in ((1.3, None, None), (None, None, None)):
+        said = gain([entry("flat", 1.0, 1.1, 1.2), entry("searched", *scores)])
+        assert said["verdict"] == "no gain" and said["sentence"].startswith("No gain")
+    assert gain([entry("flat", 1.0, 1.1, 1.2), entry("searched", 0.2, 0.31, None)])["verdict"] == (
+        "loss"
+    )
 
 
 def test_without_a_flat_control_nothing_is_claimed() -> None:
@@ -168,6 +175,39 @@ def test_final_runs_are_shared_with_other_processes(
 
     assert len(finish(todo, evaluate)) == 3
     assert order == [0, 1, 2, 0, 0] and len(waits) == 1
+
+
+def test_a_final_run_that_another_process_has_is_busy(place: Path, tmp_path: Path) -> None:
+    made = plan(place)
+    control = made.controls[0]
+    contender = final.Contender(control.label, control.kind, 0, control.params)
+    job = FinalJob(contender, 1, tmp_path / "seed-1")
+    with open_run(job.folder, {}), pytest.raises(Busy):
+        final.Evaluation(made)(job)
+
+
+def test_a_final_run_that_diverged_is_not_made_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process reads all final runs at its end."""
+    made = plan(place)
+    runs: list[Path] = []
+
+    def diverge(run: Any, tasks: Any, settings: Any, folder: Path) -> None:
+        (folder / "tasks").mkdir(parents=True)
+        runs.append(folder)
+        raise Refused("diverged: no gradient of 8 steps was finite", where="mood")
+
+    monkeypatch.setattr(final.Job, "run", diverge)
+    control = made.controls[0]
+    contender = final.Contender(control.label, control.kind, 0, control.params)
+    todo = [FinalJob(contender, 1, tmp_path / "seed-1")]
+    first = finish(todo, final.Evaluation(made))
+    again = finish(todo, final.Evaluation(made))
+    assert first == again and len(runs) == 1
+    (found,) = again.values()
+    assert found.new_plus_old is None and "no gradient of 8 steps" in str(found.reason)
+    assert not (tmp_path / "seed-1" / "tasks").exists()
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -194,9 +194,14 @@ def test_what_collapses_stops_after_task_one(
     assert "collapsed" in json.loads((tmp_path / "0" / "record.json").read_text())["warnings"][-1]
 
 
-def test_what_diverges_is_no_error_of_the_search(plan: Plan, tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="diverged"):
-        Training(plan)(job(tmp_path / "0", lr=1e30), Told().watch)
+def test_what_diverges_is_no_error_of_the_search(place: Path, tmp_path: Path) -> None:
+    """Its steps are counted, up to the rung where it is seen, and its weights are deleted."""
+    saving = fake_plan(place, rungs=3, **SETTINGS, save_steps=2)
+    with pytest.raises(Diverged, match="diverged") as end:
+        Training(saving)(job(tmp_path / "0", lr=1e30), Told().watch)
+    assert end.value.steps == 6
+    assert not (tmp_path / "0" / "tasks").exists()
+    assert "diverged" in Record.load(tmp_path / "0").warnings[-1]
 
 
 def test_other_refusals_are_passed_on(

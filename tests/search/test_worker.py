@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fakes import STEPS, curve, plan
 
+from holdfast.errors import Refused
 from holdfast.search import worker
 from holdfast.search.objective import Diverged, Pruned, Scores, Watch
 from holdfast.search.study import Study
@@ -108,14 +109,18 @@ def test_an_error_of_ours_leaves_the_trial_to_be_made_again(place: Path, tmp_pat
     assert one(of, curve).number == 0 and of.counts()["complete"] == 1
 
 
-def test_a_signal_is_no_attempt(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "end", [stopping.Stopped(15), KeyboardInterrupt(), Refused("disk full"), OSError(28, "full")]
+)
+def test_what_stops_a_worker_is_no_attempt(end: BaseException, place: Path, tmp_path: Path) -> None:
+    """However often the disk was full, the trial has not failed."""
     of = study(place, tmp_path)
 
     def stopped(*_: Any) -> Scores:
-        raise stopping.Stopped(15)
+        raise end
 
     for _ in range(5):
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(type(end)):
             one(of, stopped)
     told = one(of, curve)
     assert told.number == 0 and told.state.name == "COMPLETE" and told.user_attrs["attempts"] == 1

@@ -70,6 +70,7 @@ def test_clusters_that_any_start_would_draw_otherwise_still_ignore_the_order() -
     [
         (lambda rows: np.ones((len(rows), 3)), "the same embedding"),
         (lambda rows: np.zeros((len(rows), 3)), "the same embedding"),
+        (lambda rows: 1 + 1e-8 * noise(rows), "the same embedding"),  # but for rounding
         (lambda rows: np.ones(len(rows)), r"shape \(240,\)"),
         (lambda rows: np.ones((1, 3)), r"shape \(1, 3\) for 240 rows"),
         (lambda rows: np.full((len(rows), 3), np.nan), "not finite"),

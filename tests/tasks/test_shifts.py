@@ -264,6 +264,8 @@ def test_of_equal_texts_one_is_kept() -> None:
     task = made()
     other = tuple(replace(row, label=1 - int(row.label)) for row in task.train)
     one, two, _ = by_labels(replace(task, train=task.train + other))
+    turned = by_labels(replace(task, train=other + task.train))  # which one: not by their order
+    assert set(turned.first.train) == set(one.train) and set(turned.second.train) == set(two.train)
     texts = [row.text for row in one.train + two.train]
     assert len(texts) == len(set(texts)) > 0.8 * len(task.train)
 
