@@ -7,12 +7,13 @@ and once more, at the end, at the best one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from holdfast.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.search.space import RATE, Space
+from holdfast.search.space import Space
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def controls(space: Space, base: Recipe, flat: Sequence[float]) -> list[Control]
     made = [Control(f"flat@{rate:g}", "flat", space.neutral(base, rate, ones)) for rate in ordered]
     middle = ordered[len(ordered) // 2]
     for curve in shapes(space.layers):
-        points = space.neutral(base, middle, at_points(curve, space.parts))
+        points = space.neutral(base, middle, at_points(curve, space.parts, space.layers))
         made.append(Control(curve.name, curve.name, points))
     return made
 
@@ -41,17 +42,16 @@ def shapes(layers: int | None) -> list[Rates]:
     return [Rates.layer_decay(layers=layers or 12), Rates.bertcl()]
 
 
-def at_points(curve: Rates, parts: int) -> list[float]:
-    """A curve at the points of the space, scaled to geometric mean 1: (parts,).
+def at_points(curve: Rates, parts: int, layers: int | None) -> list[float]:
+    """A curve at the K = parts − 2 points of a space, scaled to geometric mean 1: (parts,).
 
-    A curve of as many points keeps them; another one is read at the relative depths (j + ½) / K.
+    A point has the geometric mean of the curve over the layers that it governs, those i of L with
+    ⌊iK/L⌋ = j; where layers are fewer than points, the curve's value at depth (j + ½) / K.
     """
-    k = len(curve.points)
-    inner = parts - 2
-    points = curve.points if k == inner else [curve.at((j + 0.5) / inner) for j in range(inner)]
+    k = parts - 2
+    n = max(layers or k, k)
+    governed: list[list[float]] = [[] for _ in range(k)]
+    for i in range(n):
+        governed[i * k // n].append(curve.at((i + 0.5) / n))
+    points = [math.prod(v) ** (1 / len(v)) for v in governed]
     return Rates.from_list([curve.embeddings, *points, curve.head]).normalised().multipliers
-
-
-def moved(control: Control, rate: float) -> Control:
-    """The same control at another base rate."""
-    return Control(control.label, control.kind, {**control.params, RATE: rate})

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Refused
+from holdfast.experiments.record import Record
+from holdfast.experiments.runs import RECORD
 from holdfast.experiments.sequence import Job
 from holdfast.files import write_text_atomic
 from holdfast.search.plan import Plan
@@ -77,21 +79,24 @@ Evaluate = Callable[[FinalJob], Result]
 def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
     """The winner, the best flat rate, and the shapes at that rate.
 
-    Where a flat rate is the winner it stands once. Nothing where no trial was finished.
+    Where a flat rate is the winner, or a shape at that very rate, it stands once. Nothing where no
+    trial was finished.
     """
     winner, flat = best(found), best(found, kind="flat")
     made: list[Contender] = []
     if winner is not None and winner.kind != "flat":
-        label = f"trial {winner.number}" if winner.control is None else winner.control
+        name = f"trial {winner.number}" if winner.control is None else winner.control
+        label = name if winner.control is None else f"{name}@{winner.rate:g}"
         made.append(Contender(label, "searched", winner.number, dict(winner.params)))
     if flat is None or flat.rate is None:
         return made
     made.append(Contender(f"flat@{flat.rate:g}", "flat", flat.number, dict(flat.params)))
     by_kind = {r.kind: r for r in found if r.kind not in (None, "flat")}
     for control in plan.controls:
-        if control.kind != "flat":
+        label = f"{control.label}@{flat.rate:g}"
+        # A shape that won at this very rate stands there already, as the winner.
+        if control.kind != "flat" and all(label != c.label for c in made):
             params = {**control.params, RATE: flat.rate}
-            label = f"{control.label}@{flat.rate:g}"
             made.append(Contender(label, control.kind, by_kind[control.kind].number, params))
     return made
 
@@ -105,8 +110,18 @@ def jobs(folder: Path, plan: Plan, found: Sequence[Row]) -> list[FinalJob]:
     ]
 
 
+def made(job: FinalJob) -> bool:
+    """Whether a final run is over, by whichever process."""
+    if (job.folder / DIVERGED).is_file():
+        return True
+    try:
+        return Record.load(job.folder / RECORD).status == "done"
+    except Refused:  # none yet, or a damaged one, of which the run itself tells
+        return False
+
+
 def finish(
-    work: Sequence[FinalJob], evaluate: Evaluate, *, look: Callable[[int], None] = lambda _: None
+    work: Sequence[FinalJob], evaluate: Evaluate, *, look: Callable[[], None] = lambda: None
 ) -> dict[tuple[str, int], Result]:
     """Run, or read, every job; returns (label, seed) → result once all are done."""
     found: dict[tuple[str, int], Result] = {}
@@ -121,10 +136,11 @@ def finish(
                 found[key] = evaluate(job)
             except Busy:
                 continue
-            look(len(found))
+            look()
         if len(found) == len(work):
             return found
         if len(found) == before:
+            look()
             wait(POLL, stopping.check)
 
 

@@ -21,7 +21,12 @@ from holdfast.experiments.metrics import score
 Objective = Literal["new_plus_old", "pareto"]
 Pruner = Literal["halving", "hyperband", "none"]
 Sampler = Literal["tpe", "gp", "cmaes", "random", "nsga2"]
-RUNGS = {"halving": 3, "hyperband": 2, "none": 3}  # a task; see `holdfast.search.study.pruner`
+Rungs = tuple[float, ...]  # of a task: the shares of its steps after which they come, the last 1
+# Halving decides at rungs 1, 2 and 4: before task one costs much, when it is nearly learned, and
+# as soon as forgetting shows (docs/results says what each rung tells of the end).
+RUNGS: dict[Pruner, Rungs] = {
+    "halving": (1 / 6, 2 / 3, 1.0), "hyperband": (1 / 2, 1.0), "none": (1 / 3, 2 / 3, 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Watch:
     tell(rung, value) passes a value on and says whether to prune.
     """
 
-    rungs: int  # of each task
+    rungs: Rungs  # of each task
     tell: Callable[[int, float], bool]
     floor: float | None = None  # what a constant answer scores on task one; None: no such stop
     whole: bool = False  # a control: it runs to its end, whatever it scores
@@ -77,12 +82,12 @@ class Watch:
         value = old if new is None else new + old
         if not math.isfinite(value):
             raise Diverged("diverged: a score is not finite", steps)
-        end_of_one = rung == self.rungs
+        end_of_one = rung == len(self.rungs)
         if end_of_one and not self.whole and self.floor is not None and old <= self.floor:
             raise Pruned(f"collapsed: {old:.3f} on task one, as one answer for all rows "
                          f"({self.floor:.3f})", steps)  # fmt: skip
         # What is trained to its end is finished, however it compares.
-        if self.tell(rung, value) and rung < 2 * self.rungs:
+        if self.tell(rung, value) and rung < 2 * len(self.rungs):
             raise Pruned(f"pruned at rung {rung}", steps)
 
 
@@ -93,9 +98,14 @@ def constant_score(metric: str, labels: Sequence[float], classes: int | None) ->
     return max(score(metric, labels, [c] * len(labels), classes=classes) for c in set(labels))
 
 
-def rung_steps(total: int, rungs: int) -> list[int]:
+def evenly(count: int) -> Rungs:
+    """So many rungs a task, evenly spaced."""
+    return tuple((k + 1) / count for k in range(count))
+
+
+def rung_steps(total: int, rungs: Rungs) -> list[int]:
     """The steps of a task after which its rungs come, the last at its end: (rungs,)."""
-    return [math.ceil(k * total / rungs) for k in range(1, rungs + 1)]
+    return [math.ceil(round(share * total, 6)) for share in rungs]
 
 
 def check_choice(sampler: str, pruner: str | None, objective: str) -> Pruner:

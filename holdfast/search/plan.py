@@ -22,7 +22,7 @@ from holdfast.files import write_text_atomic
 from holdfast.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.controls import Control, controls
-from holdfast.search.objective import RUNGS, Objective, Pruner, Sampler, check_choice
+from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly
 from holdfast.search.space import Space, flat_rates, with_tuned
 from holdfast.tasks import Task
 from holdfast.tasks.shifts import SHIFTS, Shifted
@@ -48,7 +48,7 @@ class Plan:
     sampler: Sampler
     pruner: Pruner
     objective: Objective
-    rungs: int  # of each task
+    rungs: Rungs  # of each task
     trials: int
     replicates: int
     seed: int
@@ -131,8 +131,9 @@ class Plan:
             model=str(model), specs=specs, shift=shift, base=with_tuned(base, space.tuned),
             space=space, flat=tuple(sorted(rates)), settings=plan, pruner=chosen,
             sampler=sampler, objective=objective,  # type: ignore[arg-type]
-            rungs=rungs or RUNGS[chosen], trials=trials, replicates=replicates, seed=seed,
-            fresh=fresh, tasks=two, halves=halves, source=source, facts=made.facts,
+            rungs=evenly(rungs) if rungs else RUNGS[chosen], trials=trials,
+            replicates=replicates, seed=seed, fresh=fresh, tasks=two, halves=halves,
+            source=source, facts=made.facts,
         )  # fmt: skip
 
     @property
@@ -176,7 +177,7 @@ class Plan:
             "flat": list(self.flat),
             "sampler": self.sampler,
             "pruner": self.pruner,
-            "rungs": self.rungs,
+            "rungs": list(self.rungs),
             "objective": self.objective,
             "replicates": self.replicates,
             "seed": self.seed,

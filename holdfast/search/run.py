@@ -84,15 +84,10 @@ def labour(
             made = train(plan)
             work(study, made, look=line.look)
             del made  # its weights; the final runs load their own
+        found = rows(study.trials(), plan.space)
+        finish(jobs(study.folder, plan, found), evaluate(plan), look=line.look)
     finally:
         line.close()
-    found = rows(study.trials(), plan.space)
-    todo = jobs(study.folder, plan, found)
-    bar = _bar(len(todo), shown=progress)
-    try:
-        finish(todo, evaluate(plan), look=lambda done: bar.update(done - bar.n))
-    finally:
-        bar.close()
 
 
 def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[str, Any]:
@@ -107,9 +102,3 @@ def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[s
     with study.lock():
         result.write(study.folder, plan, found, body)
     return body
-
-
-def _bar(total: int, *, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="run", desc="fresh seeds", disable=not shown, dynamic_ncols=True)

@@ -28,6 +28,7 @@ JOURNAL = "journal:"
 OPENING = b'{"op_code"'  # how Optuna's journals begin
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs")  # file systems
 INSTALL = "pip install 'holdfast[search]'"
+DRIVER = "install the database's driver, such as 'psycopg[binary]'"
 PAPER = {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}  # BERTcL's Hyperband
 
 
@@ -147,7 +148,9 @@ class _Connection(sqlite3.Connection):
 
 def _refusal(url: str, error: Exception) -> Refused:
     said = scrub(str(error).strip().partition("\n")[0])
-    return Refused(f"cannot be opened: {said}", where=f"--storage {scrub(url)}")
+    driver = isinstance(error, ImportError) or "DB access module" in said
+    return Refused(f"cannot be opened: {said}", where=f"--storage {scrub(url)}",
+                   remedy=DRIVER if driver else None)  # fmt: skip
 
 
 def mend_journal(path: Path) -> bool:
@@ -201,10 +204,9 @@ def sampler(name: str, seed: int) -> BaseSampler:
 def pruner(name: str, seed: int = 0) -> BasePruner:
     """Optuna's pruner over rungs 1 … 2n.
 
-    halving, three rungs a task: the best quarter at rung 1 (a third of task one), and the best
-    quarter of those at rung 4 (a third of task two, where forgetting shows), go on; η = 4 is
-    Optuna's own. hyperband, two rungs a task, with the paper's settings: grace 1, η = 2, max_t 4;
-    a trial's bracket hangs on the seed and its number.
+    halving, η = 2: at rungs 1, 2 and 4, of which the last is the first of task two, the better half
+    goes on. hyperband with the paper's settings: grace 1, η = 2, max_t 4; a trial's bracket hangs
+    on the seed and its number.
     """
     pruners = optuna().pruners
 
@@ -216,7 +218,7 @@ def pruner(name: str, seed: int = 0) -> BasePruner:
             return found
 
     if name == "halving":
-        made = pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=4)
+        made = pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
     elif name == "hyperband":
         made = Hyperband(**PAPER)
     else:

@@ -108,7 +108,7 @@ class TrialLearner(Learner):
             self.record.status = "done"
         self.record.save(self.folder / RECORD)
         row = self._selection()[index]
-        self.watch.at((index + 1) * self.watch.rungs, steps=self.steps_before(index + 1),
+        self.watch.at((index + 1) * len(self.watch.rungs), steps=self.steps_before(index + 1),
                       old=row[0], new=row[1])  # fmt: skip
 
     def rung(self, index: int, step: int, total: int) -> None:
@@ -117,7 +117,7 @@ class TrialLearner(Learner):
         if step not in inner or step == total:
             return
         scores = [self.score(j, "selection", most=self._some(j)) for j in range(index + 1)]
-        number = index * self.watch.rungs + sum(at <= step for at in inner)
+        number = index * len(self.watch.rungs) + sum(at <= step for at in inner)
         row = [*scores, *[None] * (1 - index)]
         self.record.history.append({"learning": index, "step": self.made, "epoch": None,
                                     "loss": None, "scores": row})  # fmt: skip

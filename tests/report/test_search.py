@@ -61,7 +61,7 @@ def test_what_makes_a_result_doubtful_stands_above_the_pictures() -> None:
           "The best flat rate, 0.0005, is the lowest that was tried", "Importance")  # fmt: skip
     assert ["trec6", "accuracy", "2", "960", "107", "500"] in page.cells
     assert "task one no better than one answer for all" in page.text
-    assert "Each task has 3 rungs" in page.text
+    assert "Each task has 3 rungs, after 17, 67, 100 % of its steps" in page.text
 
 
 def test_rungs_are_explained_only_where_something_was_pruned() -> None:

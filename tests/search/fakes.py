@@ -40,11 +40,10 @@ def curve(job: Job, watch: Watch) -> Scores:
     rates = job.recipe.rates
     old, new, after = scores(job.lr, rates.head)
     half = STEPS // 2
-    for k in range(1, watch.rungs + 1):
-        watch.at(k, steps=half * k // watch.rungs, old=old * k / watch.rungs)
-    for k in range(1, watch.rungs + 1):
-        watch.at(watch.rungs + k, steps=half + half * k // watch.rungs, old=after,
-                 new=new * k / watch.rungs)  # fmt: skip
+    for k, share in enumerate(watch.rungs, 1):
+        watch.at(k, steps=int(half * share), old=old * share)
+    for k, share in enumerate(watch.rungs, len(watch.rungs) + 1):
+        watch.at(k, steps=half + int(half * share), old=after, new=new * share)
     return Scores(old, new, after, STEPS, 1.0)
 
 

@@ -9,12 +9,14 @@ import pytest
 
 from holdfast.errors import Refused
 from holdfast.search.objective import (
+    RUNGS,
     Diverged,
     Pruned,
     Scores,
     Watch,
     check_choice,
     constant_score,
+    evenly,
     rung_steps,
 )
 
@@ -26,7 +28,7 @@ def watch(*, prune: bool = False, **more: Any) -> tuple[Watch, list[tuple[int, f
         told.append((rung, value))
         return prune
 
-    return Watch(3, tell, **more), told
+    return Watch(evenly(3), tell, **more), told
 
 
 def test_the_old_score_first_then_the_sum() -> None:
@@ -64,9 +66,13 @@ def test_a_trial_that_reached_its_end_is_not_pruned() -> None:
         made.at(5, steps=25, old=0.2, new=0.1)
 
 
-def test_rungs_are_evenly_spaced_and_end_with_the_task() -> None:
-    assert rung_steps(100, 3) == [34, 67, 100]
-    assert rung_steps(2, 3) == [1, 2, 2]
+def test_rungs_end_with_the_task() -> None:
+    assert rung_steps(100, evenly(3)) == [34, 67, 100]
+    assert rung_steps(2, evenly(3)) == [1, 2, 2]
+    assert rung_steps(60, RUNGS["halving"]) == [10, 40, 60]
+    for total in range(1, 400):  # k·total/n rounded up, whatever floats make of k/n
+        assert rung_steps(total, evenly(7)) == [-(-k * total // 7) for k in range(1, 8)]
+    assert all(rungs[-1] == 1 and list(rungs) == sorted(rungs) for rungs in RUNGS.values())
 
 
 def test_the_score_of_one_answer() -> None:

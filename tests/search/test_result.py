@@ -157,6 +157,22 @@ def test_a_winning_flat_rate_is_run_once(place: Path) -> None:
     assert contenders(made, []) == []
 
 
+@pytest.mark.parametrize("best_flat", [0, 1, 2])
+def test_a_winning_shape_is_run_once_at_a_rate(best_flat: int, place: Path) -> None:
+    """Controls' shapes have the middle rate: where that is the best flat one too, it is one run."""
+    made = plan(place)
+    i = next(i for i, c in enumerate(made.controls) if c.kind == "bertcl")
+    new = {i: 0.9, best_flat: 0.8}
+    found = [row(j, new.get(j, 0.5), 0.5, kind=c.kind, control=c.label, params=c.params,
+                 rate=c.params["rate"]) for j, c in enumerate(made.controls)]  # fmt: skip
+    them = contenders(made, found)
+    rates = [c.params["rate"] for c in made.controls]
+    once = rates[best_flat] == rates[i]
+    assert once is (best_flat == len(made.flat) // 2)
+    assert [c.kind for c in them] == ["searched", "flat", "layer_decay"] + ["bertcl"] * (not once)
+    assert them[0].label == f"bertcl@{rates[i]:g}" and len({c.label for c in them}) == len(them)
+
+
 def test_final_runs_are_shared_with_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,10 +132,34 @@ def test_the_published_curve_is_a_control_point_for_point() -> None:
 
 def test_a_curve_of_other_points_is_read_by_depth() -> None:
     """Layer decay on 12 layers, at 4 points: log-linear in depth, so halves of 12 are met."""
-    points = at_points(Rates.layer_decay(0.9, layers=12), 6)
+    points = at_points(Rates.layer_decay(0.9, layers=12), 6, 12)
     steps = [math.log(b / a) for a, b in itertools.pairwise(points[1:5])]
     assert steps == pytest.approx([3 * math.log(1 / 0.9)] * 3)
     assert math.prod(points) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("layers", [12, 24, None])
+def test_a_control_is_its_curve_on_every_layer(layers: int | None) -> None:
+    """What the control's points give a network of as many layers is what the curve itself gives."""
+    curve = Rates.bertcl()
+    points = at_points(curve, 10, layers)
+    mine = Rates.from_list(points, layers=layers)
+    n = layers or 8
+    scale = points[0] / curve.embeddings
+    found = [mine.at((i + 0.5) / n) for i in range(n)]
+    exact = [scale * curve.at((i + 0.5) / n) for i in range(n)]
+    assert sum(map(math.log, found)) == pytest.approx(sum(map(math.log, exact)))
+    if layers != 24:  # there one point is three layers
+        assert found == pytest.approx(exact)
+
+
+def test_where_layers_are_fewer_than_points_a_control_is_read_by_depth() -> None:
+    points = at_points(Rates.bertcl(), 10, 6)
+    scale = points[-1] / Rates.bertcl().head
+    assert points[1:-1] == pytest.approx(
+        [scale * Rates.bertcl().at((j + 0.5) / 8) for j in range(8)]
+    )
+    assert points[2] / points[1] > 0.4  # the curve's own values, one after another, would be 0.3
 
 
 def test_controls_keep_tuned_settings_at_the_recipes_values() -> None:

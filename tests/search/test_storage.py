@@ -105,10 +105,10 @@ def test_a_password_is_neither_told_nor_kept_in_the_folder(
     text = (tmp_path / "out" / plans.FILE).read_text()
     assert "postgresql://***@host/name" in text and "secret" not in text
     body = json.loads(text)  # and another search in the same database
-    body["config"]["rungs"] = 7
+    body["config"]["rungs"] = [1.0]
     (tmp_path / "out" / plans.FILE).write_text(json.dumps(body))
     with pytest.raises(Refused, match=r"postgresql://\*\*\*@host/name: .*rungs") as refusal:
-        Study(tmp_path / "out", plan(place, rungs=7), url)
+        Study(tmp_path / "out", plan(place, rungs=1), url)
     assert "secret" not in str(refusal.value)
 
 

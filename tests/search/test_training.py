@@ -15,7 +15,7 @@ from holdfast.errors import Refused
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
 from holdfast.search import training
-from holdfast.search.objective import Diverged, Pruned, Watch
+from holdfast.search.objective import Diverged, Pruned, Watch, evenly
 from holdfast.search.plan import Plan
 from holdfast.search.training import Training
 from holdfast.search.worker import Job
@@ -50,7 +50,7 @@ class Told:
     def __init__(self, stop: int = 0) -> None:
         self.rungs: dict[int, float] = {}
         self.stop = stop
-        self.watch = Watch(3, self._tell)
+        self.watch = Watch(evenly(3), self._tell)
 
     def _tell(self, rung: int, value: float) -> bool:
         assert rung not in self.rungs
