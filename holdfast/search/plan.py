@@ -137,6 +137,16 @@ class Plan:
         )  # fmt: skip
 
     @property
+    def warnings(self) -> list[str]:
+        """What is told before the first trial: of the tasks, and of points that do nothing."""
+        told = [f"{task.name}: {line}" for task in self.tasks for line in task.warnings]
+        points, layers = self.space.parts - 2, self.space.layers
+        if layers is not None and points > 2 * layers:  # a layer lies between two points at most
+            told.append(f"{points} points over {layers} layers: some reach no layer, and are "
+                        f"searched for nothing (--parts {layers + 2})")  # fmt: skip
+        return told
+
+    @property
     def controls(self) -> list[Control]:
         return controls(self.space, self.base, self.flat)
 

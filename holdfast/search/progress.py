@@ -52,7 +52,7 @@ class Line:
             self.bar = self._bar("fresh seeds", "run", len(todo), len(todo) - len(self.open))
 
     def _draw(self, done: int) -> None:
-        self.bar.update(done - self.bar.n)
+        self.bar.n = done
         self.bar.refresh()
 
     def close(self) -> None:

@@ -61,7 +61,7 @@ def search(
     folder = Path(out)
     if folder.is_file():
         raise Refused("is a file", where=str(folder), remedy="name a folder")
-    for line in [f"{task.name}: {line}" for task in plan.tasks for line in task.warnings]:
+    for line in plan.warnings:
         logging.getLogger("holdfast").warning(line)
     study = Study(folder, plan, url)
     if workers == 1:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from fakes import plan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,3 +168,17 @@ def test_controls_keep_tuned_settings_at_the_recipes_values() -> None:
     of = space(tune=["ewc.strength"])
     made = controls(of, Recipe(methods=[EWC(strength=33.0)]), FLAT)
     assert {c.params["ewc.strength"] for c in made} == {33.0}
+
+
+@pytest.mark.parametrize(("parts", "told"), [(6, 0), (7, 1), (10, 1)])
+def test_points_that_reach_no_layer_are_told_of(parts: int, told: int, place: Path) -> None:
+    """Two layers, each between two points: four points at most do something."""
+    made = plan(place, parts=parts)
+    assert sum("--parts 4" in line for line in made.warnings) == told
+    curve = made.space.rates(made.space.neutral(made.base, 1e-3, [1.0] * parts))
+    moved = 0
+    for j in range(parts - 2):
+        points = [3.0 if i == j else 1.0 for i in range(parts - 2)]
+        bent = replace(curve, points=tuple(points))
+        moved += any(bent.at(depth) != curve.at(depth) for depth in (0.25, 0.75))
+    assert (moved < parts - 2) is bool(told)
