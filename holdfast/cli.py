@@ -264,11 +264,12 @@ def _search(chosen: argparse.Namespace) -> None:
 
 def _report(chosen: argparse.Namespace) -> None:
     from holdfast.report import comparison_table, find_records, matrix_table, write_report
-    from holdfast.report.search import FACTS, load_search, search_table, write_search_report
+    from holdfast.report.search import FACTS, load_search, said, search_table, write_search_report
 
     if len(chosen.paths) == 1 and (chosen.paths[0] / FACTS).is_file():
         found = load_search(chosen.paths[0])
-        _print(search_table(found), write_search_report(found, chosen.out))
+        page = write_search_report(found, chosen.out)
+        _print(search_table(found), ": ".join(said(found)), page)
         return
     records = find_records(chosen.paths)
     table = matrix_table(records[0]) if len(records) == 1 else comparison_table(records)

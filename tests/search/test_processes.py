@@ -1,0 +1,195 @@
+"""Several processes of one search: they share, are killed, and lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fakes import make_curve, make_result, plan
+
+from holdfast.errors import Refused
+from holdfast.search import processes
+from holdfast.search.run import search
+from holdfast.search.study import Study
+
+
+def killed_once(_: object) -> object:
+    """Dies by SIGKILL in its first trial of all; then as `make_curve`."""
+    from fakes import curve
+
+    mark = Path(os.environ["HOLDFAST_TEST_MARK"])
+
+    def train(job: object, watch: object) -> object:
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return curve(job, watch)  # type: ignore[arg-type]
+
+    return train
+
+
+def refusing(_: object) -> object:
+    def train(job: object, watch: object) -> object:
+        raise Refused("No space left on device", where="trials/0")
+
+    return train
+
+
+@pytest.fixture
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spawned processes find the tests' own modules."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_killed_process_is_replaced_and_costs_no_trial(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLDFAST_TEST_MARK", str(tmp_path / "mark"))
+    of = Study(tmp_path / "out", plan(place))
+    processes.spread(of, 2, killed_once, make_result, progress=False)  # type: ignore[arg-type]
+    assert of.counts() == {"complete": 12}
+    assert sorted(t.user_attrs["attempts"] for t in of.trials()) == [1] * 11 + [2]
+
+
+def full(_: object) -> object:
+    def train(job: object, watch: object) -> object:
+        raise OSError(28, "No space left on device", "x")
+
+    return train
+
+
+def killed(_: object) -> object:
+    def train(job: object, watch: object) -> object:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return train
+
+
+@pytest.mark.usefixtures("_importable")
+def test_what_ends_processes_is_told_in_a_line(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk, or memory that does not suffice: each with what to do."""
+    of = Study(tmp_path, plan(place))
+    with pytest.raises(OSError, match="No space left"):
+        processes.spread(of, 1, full, make_result, progress=False)  # type: ignore[arg-type]
+    with pytest.raises(Refused, match=r"by SIGKILL; .*fewer --workers"):
+        processes.spread(of, 1, killed, make_result, progress=False)  # type: ignore[arg-type]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("_importable")
+def test_what_one_process_is_refused_ends_all(place: Path, tmp_path: Path) -> None:
+    of = Study(tmp_path, plan(place))
+    with pytest.raises(Refused, match="No space left"):
+        processes.spread(of, 2, refusing, make_result, progress=False)  # type: ignore[arg-type]
+    assert of.counts()["complete"] == 0
+
+
+JOIN = """
+import sys
+from pathlib import Path
+from fakes import make_curve, make_result
+from holdfast.search.run import search
+if __name__ == "__main__":
+    place, out = map(Path, sys.argv[1:])
+    tasks = [place / "mood.jsonl", place / "question.jsonl"]
+    search(str(place / "bert"), tasks, out=out, train=make_curve, evaluate=make_result,
+           progress=False, trials=12, sampler="random", pruner="none", epochs=1.0, max_length=16,
+           selection=12, parts=4)
+"""
+
+
+@pytest.mark.usefixtures("_importable")
+def test_searches_that_join_one_folder_agree(place: Path, tmp_path: Path) -> None:
+    """Started at once: one study, every trial once, the same files as of one alone."""
+    both = [
+        subprocess.Popen([sys.executable, "-c", JOIN, str(place), str(tmp_path / "two")])
+        for _ in range(2)
+    ]
+    assert [p.wait(120) for p in both] == [0, 0]
+    two = json.loads((tmp_path / "two" / "search.json").read_text())
+    tasks = [place / "mood.jsonl", place / "question.jsonl"]
+    one = search(str(place / "bert"), tasks, out=tmp_path / "one", train=make_curve,
+                 evaluate=make_result, progress=False, trials=12, sampler="random", pruner="none",
+                 epochs=1.0, max_length=16, selection=12, parts=4)  # fmt: skip
+    for key in ("counts", "winner", "final", "gain", "steps"):
+        assert one[key] == two[key]
+    assert [t["params"] for t in one["trials"]] == [t["params"] for t in two["trials"]]
+
+
+# --- killed at random moments -------------------------------------------------------------------
+
+
+SLOW = """
+import time
+from fakes import curve
+import holdfast.search.study as studies
+from holdfast.search.objective import Diverged
+studies.ATTEMPTS = 100  # twenty kills may all meet one trial
+def slow(_):
+    def train(job, watch):
+        at = watch.at
+        def later(*a, **k):
+            time.sleep(0.03)
+            at(*a, **k)
+        watch.at = later
+        found = curve(job, watch)
+        if job.number % 7 == 3:
+            raise Diverged("diverged: as it does", 5)
+        return found
+    return train
+"""
+
+
+def told(folder: Path) -> int:
+    """How many claims were ever taken: files, so that looking disturbs nobody."""
+    return len(list((folder / "claims").glob("*"))) if folder.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_importable")
+def test_twenty_kills_lose_nothing(place: Path, tmp_path: Path) -> None:
+    """kill -9 of a worker at 20 random moments: the study ends as if nothing had happened."""
+    import random
+
+    draw = random.Random(20)
+    code = SLOW + JOIN.replace("train=make_curve", "train=slow").replace("trials=12", "trials=30")
+    out = tmp_path / "killed"
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code, str(place), str(folder)])
+
+    kills = 0
+    while kills < 20:
+        worker = start(out)
+        # From before the study is made to some trials on: half of them, once a trial was taken.
+        before, end = told(out), time.monotonic() + 60
+        while kills % 2 and told(out) == before and time.monotonic() < end:
+            assert worker.poll() is None, "the search ended before it was killed often enough"
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.3 if kills % 2 else 3.0))
+        worker.kill()
+        worker.wait()
+        kills += 1
+    assert 0 < told(out) < 30, "the kills were to fall into the search"
+    both = [start(out), start(out)]
+    assert [p.wait(300) for p in both] == [0, 0]
+    whole = start(tmp_path / "whole")
+    assert whole.wait(300) == 0
+    one, two = (json.loads((f / "search.json").read_text()) for f in (tmp_path / "whole", out))
+    assert [t["number"] for t in two["trials"]] == list(range(30))
+    for key in ("counts", "reasons", "winner", "best_flat", "front"):
+        assert one[key] == two[key]
+    assert one["steps"]["spent"] == two["steps"]["spent"]
+    for mine, theirs in zip(one["trials"], two["trials"], strict=True):
+        for key in ("params", "state", "value", "rungs", "reason"):
+            assert mine[key] == theirs[key]
+    assert one["final"] == two["final"] and one["gain"] == two["gain"]
