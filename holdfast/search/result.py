@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import __version__
-from holdfast.experiments.record import STRICT, commit, scrub, versions, without_secrets
+from holdfast.experiments.record import STRICT, commit, versions, without_secrets
 from holdfast.experiments.sequence import describe
 from holdfast.experiments.statistics import mean_spread, paired_difference
 from holdfast.files import write_text_atomic
@@ -53,7 +53,7 @@ def facts(
         "commit": commit(Path(__file__).parent),
         "versions": versions(),
         "command": without_secrets(command),
-        "study": {"name": name, "title": plan.title, "storage": scrub(storage)},
+        "study": {"name": name, "title": plan.title, "storage": storage},
         "model": plan.model,
         "tasks": [describe(task) for task in plan.tasks],
         "shift": dict(plan.facts) or {"shift": plan.shift},

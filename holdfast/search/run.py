@@ -96,8 +96,8 @@ def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[s
     found = rows(study.trials(), plan.space)
     results = finish(jobs(study.folder, plan, found), evaluate)
     body = result.facts(
-        plan, found, contenders(plan, found), results, name=study.name, storage=study.url,
-        command=command,
+        plan, found, contenders(plan, found), results, name=study.name,
+        storage=storage.kept(study.url, study.folder), command=command,
     )  # fmt: skip
     with study.lock():
         result.write(study.folder, plan, found, body)

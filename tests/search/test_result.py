@@ -52,6 +52,14 @@ def found(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+def test_the_facts_do_not_say_where_the_folder_lies(found: Path) -> None:
+    """It may be moved, and shown to others."""
+    for path in (p for p in found.iterdir() if p.suffix in (".json", ".yaml", ".csv", ".html")):
+        assert str(found) not in path.read_text()
+    body = json.loads((found / "search.json").read_text())
+    assert body["study"]["storage"] == "sqlite:///study.db"
+
+
 # --- choosing -----------------------------------------------------------------------------------
 
 
