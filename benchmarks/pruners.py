@@ -144,10 +144,9 @@ def picture(found: Mapping[str, Any]) -> Panel:
         lines = []
         for name, colour in zip(CASES, (theme.plain, *theme.colours), strict=False):
             paths = [run["path"] for run in found[name]["runs"]]
-            steps = [
-                100 * mean(p[i][0] for p in paths) / len(paths[0]) for i in range(len(paths[0]))
-            ]
-            bests = [mean(p[i][1] for p in paths) for i in range(len(paths[0]))]
+            trials = range(found["controls"] - 1, len(paths[0]))  # all have the controls alike
+            steps = [100 * mean(p[i][0] for p in paths) / len(paths[0]) for i in trials]
+            bests = [mean(p[i][1] for p in paths) for i in trials]
             lines += axes.plot(steps, bests, color=colour, lw=1.8)
             axes.plot(steps[-1:], bests[-1:], color=colour, marker="o")
         axes.set(xlabel="steps, % of a search without a pruner", ylabel="best new + old so far")
