@@ -22,9 +22,10 @@ from typing import Any
 from results import DATA, markdown, save
 
 from holdfast.experiments.compare import compare
-from holdfast.experiments.statistics import mean_spread, paired_difference
+from holdfast.experiments.statistics import Difference, mean_spread
 from holdfast.rates import Rates
 from holdfast.recipe import Recipe
+from holdfast.report.search import differences
 from holdfast.report.search_draw import pictures
 from holdfast.search.combine import combine
 from holdfast.search.run import search
@@ -73,7 +74,7 @@ def one_pair(pair: str, chosen: argparse.Namespace, curve: Path | None = None) -
     out = folder(chosen, pair)
     body = search("minilm", paths(pair), out=out, workers=chosen.workers, seed=chosen.seed,
                   fresh=chosen.seeds, command=sys.argv, **made)  # fmt: skip
-    flat = _flat(body["final"])
+    flat = next((f for f in body["final"] if f["kind"] == "flat"), None)
     if flat is None:
         return {"pair": pair, "search": body, "beside": []}
     recipes = {name: Recipe.named(name) for name in BESIDE}
@@ -97,10 +98,6 @@ def one_pair(pair: str, chosen: argparse.Namespace, curve: Path | None = None) -
     return {"pair": pair, "search": body, "beside": beside}
 
 
-def _flat(finals: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return next((f for f in finals if f["kind"] == "flat"), None)
-
-
 # --- told ---------------------------------------------------------------------------------------
 
 
@@ -111,12 +108,13 @@ def table(pairs: list[dict[str, Any]]) -> str:
     told = []
     for found in pairs:
         body = found["search"]
-        flat = _flat(body["final"])
+        finals = [*body["final"], *found["beside"]]
+        gaps = differences({"final": finals})
         rows = [
             [f["label"], f"{f['rate']:.2g}",
              *(_spread(f, key) for key in ("new", "old", "old_after", "new_plus_old")),
-             _gap(f, flat), f"{_spent(f, body):,}"]
-            for f in [*body["final"], *found["beside"]]
+             _gap(gaps[f["label"]]), f"{_spent(f, body):,}"]
+            for f in finals
         ]  # fmt: skip
         counts = ", ".join(f"{n} {state}" for state, n in body["counts"].items() if n)
         share = body["steps"]["share"]
@@ -142,12 +140,8 @@ def _spread(final: Mapping[str, Any], key: str) -> str:
     return "–" if s.mean is None else f"{s.mean:.3f}" + (f" ± {s.sd:.3f}" if s.sd else "")
 
 
-def _gap(final: Mapping[str, Any], flat: Mapping[str, Any] | None) -> str:
-    if flat is None or final is flat:
-        return "–"
-    one, two = ({r["seed"]: r["new_plus_old"] for r in f["seeds"]} for f in (final, flat))
-    gap = paired_difference(one, two)
-    if gap.mean is None or gap.low is None or gap.high is None:
+def _gap(gap: Difference | None) -> str:
+    if gap is None or gap.mean is None or gap.low is None or gap.high is None:
         return "–"
     return f"{gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from holdfast.experiments.statistics import mean_spread
 from holdfast.report.canvas import Picture, Theme, label, legend, log_axis, name_rows, panel
 from holdfast.report.words import number
 
@@ -114,8 +115,9 @@ def rates(body: Body) -> Picture | None:
     curves = [[t["rate"] * m for m in t["multipliers"]] for t in best]
     flat = next((t["rate"] for t in done if t["number"] == body.get("best_flat")), None)
     logs = [[math.log(c[i]) for c in curves] for i in range(len(parts))]
-    centre = [sum(column) / len(column) for column in logs]
-    off = [_deviation(column) for column in logs]
+    spreads = [mean_spread(column) for column in logs]
+    centre = [s.mean or 0.0 for s in spreads]
+    off = [s.sd or 0.0 for s in spreads]
 
     def on(axes: Axes, theme: Theme) -> None:
         places = list(range(len(parts)))
@@ -214,10 +216,3 @@ def _groups(done: Trials, theme: Theme) -> list[tuple[Trials, str, str, str]]:
 
 def _done(trials: Trials) -> list[Mapping[str, Any]]:
     return [t for t in trials if t["value"] is not None]
-
-
-def _deviation(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))

@@ -85,8 +85,8 @@ def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
     winner, flat = best(found), best(found, kind="flat")
     made: list[Contender] = []
     if winner is not None and winner.kind != "flat":
-        name = f"trial {winner.number}" if winner.control is None else winner.control
-        label = name if winner.control is None else f"{name}@{winner.rate:g}"
+        shape = winner.control  # None: it was searched
+        label = f"{shape}@{winner.rate:g}" if shape else f"trial {winner.number}"
         made.append(Contender(label, "searched", winner.number, dict(winner.params)))
     if flat is None or flat.rate is None:
         return made
@@ -110,7 +110,7 @@ def jobs(folder: Path, plan: Plan, found: Sequence[Row]) -> list[FinalJob]:
     ]
 
 
-def made(job: FinalJob) -> bool:
+def ended(job: FinalJob) -> bool:
     """Whether a final run is over, by whichever process."""
     if (job.folder / DIVERGED).is_file():
         return True

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.search.final import FinalJob, jobs, made
+from holdfast.search.final import FinalJob, ended, jobs
 from holdfast.search.rows import best, rows
 from holdfast.search.study import FINISHED, Study
 
@@ -37,7 +37,7 @@ class Line:
         if self.open is None:
             self._trials()
         else:
-            self.open = [job for job in self.open if not made(job)]
+            self.open = [job for job in self.open if not ended(job)]
             self._draw(self.bar.total - len(self.open))
 
     def _trials(self) -> None:
@@ -48,7 +48,7 @@ class Line:
         if study.over:
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
-            self.open = [job for job in todo if not made(job)]
+            self.open = [job for job in todo if not ended(job)]
             self.bar = self._bar("fresh seeds", "run", len(todo), len(todo) - len(self.open))
 
     def _draw(self, done: int) -> None:
