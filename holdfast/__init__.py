@@ -22,7 +22,10 @@ _HOMES = {
     "DPS": "holdfast.methods",
     "EWC": "holdfast.methods",
     "L2SP": "holdfast.methods",
+    "LwF": "holdfast.methods",
+    "Merge": "holdfast.methods",
     "Replay": "holdfast.methods",
+    "HeadFirst": "holdfast.head_first",
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
     "Trainer": "holdfast.training.trainer",
@@ -55,12 +58,15 @@ if TYPE_CHECKING:
     from holdfast.experiments.compare import compare as compare
     from holdfast.experiments.record import Record as Record
     from holdfast.experiments.sequence import run_sequence as run_sequence
+    from holdfast.head_first import HeadFirst as HeadFirst
     from holdfast.method import Method as Method
     from holdfast.method import Range as Range
     from holdfast.method import View as View
     from holdfast.methods import DPS as DPS
     from holdfast.methods import EWC as EWC
     from holdfast.methods import L2SP as L2SP
+    from holdfast.methods import LwF as LwF
+    from holdfast.methods import Merge as Merge
     from holdfast.methods import Replay as Replay
     from holdfast.parts import Parts as Parts
     from holdfast.parts import parts as parts

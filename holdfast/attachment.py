@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import Refused
-from holdfast.parts import named_parameters, parts
+from holdfast.parts import Parts, named_parameters, parts
 from holdfast.rates import Rates, param_groups
 
 MARK = "_holdfast_bound"  # set on an optimizer while a Bound holds it
@@ -37,8 +37,10 @@ class Attachment:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         shared: nn.Module | None,
+        overrides: Mapping[str, str] | None = None,
     ) -> Attachment:
-        """`shared` is the module that tasks share (default: `default_shared`)."""
+        """`shared` is the module that tasks share (default: `default_shared`); `overrides` put
+        parameters into other parts, see `holdfast.parts`."""
         named = named_parameters(model)
         common = {id(p) for p in (shared or default_shared(model) or model).parameters()}
         key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
@@ -54,7 +56,7 @@ class Attachment:
             for p in module._parameters.values():
                 if p is not None:
                     owners.setdefault(id(p), []).append(module)
-        part_of = parts(model).names
+        part_of = parts(model, overrides).names
         weights = {key_of[n]: p for n, p in named.items() if id(p) in group_of}
         return cls(
             weights=weights,
@@ -83,6 +85,7 @@ def regroup_(
     weights: Mapping[str, nn.Parameter],
     rates: Rates,
     scheduler: Any = None,
+    parts: Parts | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Group the optimizer's parameters by other rates, and return the new group of each weight.
 
@@ -96,7 +99,7 @@ def regroup_(
         raise Refused("the optimizer's groups have no base rate", where="set_rates",
                       remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
     decay = max(group["weight_decay"] for group in before)
-    after = param_groups(model, rates, lr=before[0]["base_lr"], weight_decay=decay)
+    after = param_groups(model, rates, lr=before[0]["base_lr"], weight_decay=decay, parts=parts)
     if {id(p) for g in after for p in g["params"]} != _groups(optimizer).keys():
         raise Refused("other rates may not freeze or free a parameter", where="set_rates")
     scheduled = "initial_lr" in before[0]

@@ -9,6 +9,9 @@ served alike. Per step, in this order:
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,11 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from holdfast import distributed, mixing
-from holdfast.attachment import Attachment, Held, Hooks, check_served, finite, regroup_, unwrap
+from holdfast.attachment import (
+    Attachment,
+    Held,
+    Hooks,
+    check_served,
+    default_shared,
+    finite,
+    regroup_,
+    unwrap,
+)
+from holdfast.batches import without_labels
 from holdfast.errors import Refused
-from holdfast.forwarding import own_randomness, replaced, uncompiled, untrained
+from holdfast.forwarding import in_mode, own_randomness, replaced, returning, uncompiled, untrained
 from holdfast.gradients import clip_, total_norm, unscale_
+from holdfast.grams import Grams, measure
+from holdfast.head_first import HeadFirst
 from holdfast.method import Gradients, Method, View
+from holdfast.parts import parts
 from holdfast.rates import Rates
 from holdfast.state import State, check_fit, describe, pack, unpack
 
@@ -35,9 +51,16 @@ class Bound:
     """
 
     def __init__(
-        self, methods: Sequence[Method], *, max_grad_norm: float | None = None, seed: int = 0
+        self,
+        methods: Sequence[Method],
+        *,
+        max_grad_norm: float | None = None,
+        head_first: HeadFirst | None = None,
+        parts: Mapping[str, str] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.methods = tuple(methods)
+        self.methods, self.head_first = tuple(methods), head_first
+        self._parts = dict(parts or {})  # overrides, see `holdfast.parts`
         self.max_grad_norm = max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
         self.states = {m.name: State() for m in self.methods}
@@ -48,6 +71,12 @@ class Bound:
         self.norm: Tensor | None = None
         self.inputs: Mapping[str, Any] | None = None
         self.outputs: Any = None
+        self.features: Any = None
+        self.resuming = False
+        self.fitted: dict[str, Any] | None = None  # what fitting the head of this task took
+        self.start: Callable[[], Mapping[str, Tensor]] | None = None
+        self._grams: dict[str, Grams] = {}
+        self._core: nn.Module | None = None  # what tasks share, where it is a part of the model
         self.previous: dict[str, Tensor] = {}
         self.evaluate: Callable[[], Mapping[str, float]] = _nothing_to_evaluate
         self.data: Callable[[], Batches] = list
@@ -69,14 +98,22 @@ class Bound:
         *,
         model: nn.Module | None = None,
         shared: nn.Module | None = None,
+        data: Batches | Callable[[], Batches] | None = None,
+        start: Callable[[], Mapping[str, Tensor]] | None = None,
+        resuming: bool = False,
     ) -> None:
         """Attach to a task's optimizer (and model, where each task has its own head).
 
         `shared` is the module that all tasks share (default: see `attachment.default_shared`).
-        Parameters outside of it are named `task/name` and never anchored across tasks. Raises
-        `Refused` for what cannot be served: sparse gradients, an optimizer that runs its closure
-        more than once, parameters that belong to no module of the model, an optimizer already
-        bound; docs/optimizers.md has them all.
+        Parameters outside of it are named `task/name` and never anchored across tasks. `data` are
+        the task's training rows, as `end_task` takes them: the head is fitted to them first, if the
+        recipe says so, and methods may read them. `start` returns the shared weights by name as
+        they are now, whenever it is asked: where a checkpoint holds them, no method copies them.
+        `resuming`: a saved state is loaded next, so the head is not fitted and no row is read.
+
+        Raises `Refused` for what cannot be served: sparse gradients, an optimizer that runs its
+        closure more than once, parameters that belong to no module of the model, an optimizer
+        already bound; docs/optimizers.md has them all.
         """
         model = model if model is not None else self.models.get(self.task)
         if model is None:
@@ -92,15 +129,24 @@ class Bound:
         check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
+        self.resuming, self.start, self.fitted = resuming, start, None
+        self._core = shared or default_shared(model)
         self._forget_step()
         try:
-            self._adopt(Attachment.of(task, model, optimizer, shared))
+            self._adopt(Attachment.of(task, model, optimizer, shared, self._parts))
             recipe = {m.name: m.to_dict() for m in self.methods}
             distributed.align_(self.generator, self.weights, [task, total_steps, recipe])
             self._attach()
-            for method in self._defining("begin_task"):
-                method.begin_task(self.views[method.name])
+            with self._offering(data):
+                if not resuming:
+                    self._read_rows(offered=data is not None)
+                for method in self._defining("begin_task"):
+                    method.begin_task(self.views[method.name])
             self._install_mixing()
+            if any(m.needs_features for m in self.methods):
+                self._undo.append(self._seeing_features())
+            for method in self._defining("unbound"):
+                self._undo.append(functools.partial(method.unbound, self.views[method.name]))
             self._drawn = self.generator.get_state()
         except BaseException:
             self.unbind()
@@ -146,7 +192,7 @@ class Bound:
         self._undo.append(mixing.install(chosen, self.owners, mix))
 
     def end_task(self, data: Batches | Callable[[], Batches] | None = None) -> None:
-        """The task is learned: let methods estimate importance and keep rows.
+        """The task is learned: methods estimate importance, keep rows, and may change weights.
 
         `data` are the task's training rows in batches as the model takes them, re-iterable or a
         function that returns them. Runs in evaluation mode, without touching the global
@@ -157,25 +203,88 @@ class Bound:
         if needing and data is None:
             raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
                           where="end_task", remedy="pass data=")  # fmt: skip
-        if isinstance(data, Iterator):
-            raise Refused("an iterator can be read once only", where="end_task",
-                          remedy="pass a list, a loader, or a function returning one")  # fmt: skip
-        if data is not None:
-            batches = data
-            self.data = batches if callable(batches) else lambda: batches
         steps = self.step, self.skipped
         distributed.require_aligned(self.generator, self.weights, steps)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with own_randomness(self.generator):
-                for method in self._defining("end_task"):
-                    method.end_task(self.views[method.name])
-        finally:
-            for module, training in modes:
-                module.training = training
-            self.data = list
+        with (
+            self._offering(data),
+            in_mode(model.modules(), training=False),
+            own_randomness(self.generator),
+        ):
+            for method in self._defining("end_task"):
+                method.end_task(self.views[method.name])
+        self._grams = {}
         self.finished.append(self.task)
+
+    def remember(
+        self,
+        task: str,
+        model: nn.Module,
+        data: Batches | Callable[[], Batches],
+        *,
+        shared: nn.Module | None = None,
+    ) -> None:
+        """Take over a task that was learned elsewhere: what `end_task` would have left of it.
+
+        One pass over its rows, nothing is trained: so a deployed model is protected from the
+        first task that it learns here.
+        """
+        still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        self.begin_task(task, still, 1, model=model, shared=shared, resuming=True)
+        self.unbind()
+        self.end_task(data)
+
+    @contextlib.contextmanager
+    def _offering(self, data: Batches | Callable[[], Batches] | None) -> Iterator[None]:
+        """Within the block methods can read the task's rows, as often as they like."""
+        if isinstance(data, Iterator):
+            raise Refused("an iterator can be read once only", where="data",
+                          remedy="pass a list, a loader, or a function returning one")  # fmt: skip
+        if data is not None:
+            self.data = data if callable(data) else lambda: data
+        try:
+            yield
+        finally:
+            self.data = list
+
+    @torch.no_grad()
+    def _read_rows(self, *, offered: bool) -> None:
+        """One pass over the rows before the first step: for methods, and to fit the head."""
+        readers = [m for m in self._defining("read_rows") if m.wants_rows(self.views[m.name])]
+        model, head = self.models[self.task], None
+        if self.head_first is not None:
+            head = self.head_first.of(model, self._core, self.total_steps)
+        if not readers and head is None:
+            return
+        if not offered:
+            who = [*(m.name for m in readers), *(["head_first"] if head else [])]
+            raise Refused(f"{', '.join(who)} reads the rows of a task before its first step",
+                          where="begin_task", remedy="pass data=")  # fmt: skip
+        began, undo = time.monotonic(), self._seeing_features(always=True)
+        try:
+            with in_mode(model.modules(), training=False):
+                for batch in self.data():
+                    self.inputs = batch
+                    with head.watching(batch) if head is not None else contextlib.nullcontext():
+                        self.outputs = self.forward(batch)
+                    for method in readers:
+                        method.read_rows(self.views[method.name])
+                self._forget_step()
+                if head is not None:
+                    with own_randomness(self.generator):
+                        self.fitted = head.fit(self.data)
+                    self.fitted["seconds"] = round(time.monotonic() - began, 3)
+        finally:
+            undo()
+            self._forget_step()
+
+    def _seeing_features(self, *, always: bool = False) -> Callable[[], None]:
+        """Keep what the shared module returns, until the step or the next forward pass."""
+
+        def see(module: nn.Module, _: Any, outputs: Any) -> None:
+            if always or (module.training and torch.is_grad_enabled()):
+                self.features = outputs
+
+        return self._core.register_forward_hook(see).remove if self._core else lambda: None
 
     def unbind(self) -> None:
         """Take every hook off the optimizer and the model; state stays."""
@@ -232,7 +341,7 @@ class Bound:
         self._asked = False
         self._measured = None
         self._drawn = self.generator.get_state()  # a step that is left out has drawn nothing
-        self.inputs = self.outputs = None
+        self.inputs = self.outputs = self.features = None
         self.previous = {}
         for view in self.views.values():
             view.scratch.clear()
@@ -286,12 +395,14 @@ class Bound:
         total = torch.zeros((), device=device)
         for method in self._defining("penalty"):
             total = total + method.penalty(self.views[method.name])
+        self.features = None  # it holds the graph of this micro-batch
         return total
 
     def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
         """Train the task on with other rates over the same base rate; see `attachment.regroup_`."""
         model = self._model()
-        self.group_of = regroup_(self.optimizer, model, self.weights, rates, scheduler)
+        placed = parts(model, self._parts)
+        self.group_of = regroup_(self.optimizer, model, self.weights, rates, scheduler, placed)
 
     @property
     def has_penalty(self) -> bool:
@@ -304,26 +415,48 @@ class Bound:
         *,
         weights: Mapping[str, Tensor] | None = None,
         task: str | None = None,
+        training: bool | None = None,
+        features: Any = None,
     ) -> Any:
-        """See `View.forward`."""
+        """See `View.forward`; with `features` the shared module returns these."""
         task = task or self.task
         if task not in self.models:
             raise Refused(f"no model of task {task!r}", where="view.forward",
                           remedy=f"set bound.models[{task!r}] after loading a state")  # fmt: skip
         model, ours = self.models[task], self.models[self.task]
-        if model.training != ours.training:  # another task's; loaded ones are in evaluation mode
-            for module in {*model.modules()} - {*ours.modules()}:  # what tasks share stays as it is
-                module.training = ours.training
         batch = inputs if inputs is not None else self.inputs
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
-        with (
-            own_randomness(self.generator),
-            replaced(self.weights, weights or {}),
-            untrained(model, self.weights),
-            uncompiled(),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(own_randomness(self.generator))
+            stack.enter_context(replaced(self.weights, weights or {}))
+            stack.enter_context(untrained(model, self.weights))
+            stack.enter_context(uncompiled())
+            concerned = {*model.modules()}
+            if features is not None and self._core is not None:
+                stack.enter_context(returning(self._core, features))
+                concerned -= {*self._core.modules()}
+            if training is not None:
+                stack.enter_context(in_mode(concerned, training))
+            elif model.training != ours.training:  # another task's; loaded ones are in evaluation
+                stack.enter_context(in_mode(concerned - {*ours.modules()}, ours.training))
             return model(**batch)
+
+    def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See `View.old_outputs`."""
+        batch = without_labels(inputs if inputs is not None else self.inputs or {})
+        features = self.features if inputs is None else None
+        found = {}
+        for task in dict.fromkeys(self.finished):
+            found[task] = self.forward(batch, task=task, training=False, features=features)
+        return found
+
+    def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
+        """See `View.grams`; methods that ask alike share one pass over the rows."""
+        key = repr([merged, sorted(how.items())])
+        if key not in self._grams:
+            self._grams[key] = measure(self, **how)
+        return self._grams[key]
 
     # --- saving -------------------------------------------------------------------------------
 
@@ -354,11 +487,14 @@ class Bound:
         """Take up a saved state; nothing is captured anew.
 
         Call it after `begin_task` of the same task, or before any. Raises `Refused` where the
-        methods, or the names, shapes or types of the parameters differ.
+        methods, or the names, shapes or types of the parameters differ. Between tasks, a method's
+        `tunable` settings may be others than those of the saved state.
         """
         meta, tensors = state["meta"], dict(state["tensors"])
+        between = meta["task"] in meta["finished"]
         ours = {m.name: m.to_dict() for m in self.methods}
-        if meta["methods"] != ours:
+        loose = {m.name: m.tunable if between else () for m in self.methods}
+        if _firm(meta["methods"], loose) != _firm(ours, loose):
             raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
         attached = bool(self.weights)
         if attached:
@@ -371,7 +507,20 @@ class Bound:
         if attached:
             self.step, self.total_steps = meta["step"], meta["total_steps"]
         self._signature = dict(meta["shared"])
+        self.resuming = False
         self._forget_step()
+        for method in self._defining("loaded"):
+            method.loaded(self.views[method.name])
+
+
+def _firm(
+    methods: Mapping[str, Mapping[str, Any]], loose: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of each method without those that may differ."""
+    return {
+        name: {k: v for k, v in settings.items() if k not in loose.get(name, ())}
+        for name, settings in methods.items()
+    }
 
 
 def _nothing_to_evaluate() -> Mapping[str, float]:

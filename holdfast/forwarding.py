@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,33 @@ def uncompiled() -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     eager: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return eager
+
+
+@contextlib.contextmanager
+def in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    """Training or evaluation mode within the block, and each module's own after it."""
+    before = [(module, module.training) for module in modules]
+    for module, _ in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def returning(module: nn.Module, outputs: Any) -> Iterator[None]:
+    """Within the block `module` returns `outputs`, whatever it is given, and computes nothing."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *_, **__: outputs
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
 
 
 @contextlib.contextmanager

@@ -12,28 +12,18 @@ sums are added: the same numbers on all ranks as in one process, but for the ord
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from holdfast import distributed
+from holdfast.batches import Batch, Seen, first_rows, rows_in, rows_of
 from holdfast.errors import Refused
 from holdfast.squares import Layers
 
 Labels = Literal["auto", "true", "sampled", "expected"]
-Batch = Mapping[str, Any]
-
-
-def rows_of(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
-    """Each row of each batch as a batch of one."""
-    for batch in batches:
-        for row in range(rows_in(batch)):
-            yield {
-                key: value[row : row + 1] if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-            }
 
 
 def diagonal_fisher(
@@ -78,7 +68,7 @@ def diagonal_fisher(
     held = (p for m in owners for p in m._parameters.values() if p is not None)
     touched = [*learned.values(), *held]
     seen, ranks = Seen(), 1 if shards else distributed.world()
-    for turn, batch in enumerate(seen.through(_first(batches, rows))):
+    for turn, batch in enumerate(seen.through(first_rows(batches, rows))):
         size = rows_in(batch)
         if turn % ranks != distributed.rank() % ranks:
             torch.rand(size, 1, generator=draws, dtype=torch.float64)  # that another rank uses
@@ -108,31 +98,6 @@ def diagonal_fisher(
         distributed.reduce_(total.values())
     torch._foreach_div_([distributed.local(t) for t in total.values()], seen.count)
     return total
-
-
-class Seen:
-    """The rows that a rank was given: how many, and what tells them from others."""
-
-    def __init__(self) -> None:
-        self.count, self.prints = 0, 0
-
-    def through(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, taken note of."""
-        for batch in batches:
-            self.count += rows_in(batch)
-            if distributed.world() > 1:
-                tensors = (v for v in batch.values() if isinstance(v, Tensor))
-                self.prints = distributed.digest([self.prints, distributed.fingerprint(tensors)])
-            yield batch
-
-    def require_equal(self, device: torch.device) -> None:
-        """Every rank must have been given all rows: slices would count some twice, others never."""
-        if distributed.world() > 1:
-            distributed.require_equal(
-                {"the number of rows": self.count, "the rows": self.prints},
-                device,
-                remedy="pass all rows, in one order, on every rank: they are divided here",
-            )
 
 
 def _add_squares_of_shards_(
@@ -209,29 +174,6 @@ def _has_classes(output: Any) -> bool:
     """Whether each row has one vector of class logits."""
     logits = getattr(output, "logits", None)
     return logits is not None and logits.ndim == 2 and logits.shape[1] > 1
-
-
-def rows_in(batch: Batch) -> int:
-    """How many rows a batch has."""
-    values: Iterable[Any] = getattr(batch, "values", list)()
-    first = next((v for v in values if isinstance(v, Tensor)), None)
-    if first is None:
-        raise Refused("a batch holds no tensors by name", remedy="pass what model(**batch) takes")
-    return len(first)
-
-
-def _first(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
-    """The batches up to `rows` rows, the last one cut."""
-    left = rows
-    for batch in batches:
-        size = rows_in(batch)
-        if left is not None:
-            if left <= 0:
-                return
-            if size > left:
-                batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
-            left -= size
-        yield batch
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

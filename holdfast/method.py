@@ -5,33 +5,48 @@ keyed by canonical parameter names, so that it is saved, resumed and counted in 
 
 Hooks run in fixed phases; the order of methods in a recipe counts only within a phase::
 
-    prepare → begin_task → (weights → penalty → penalty_grad_ → before_step → after_step)*
+    prepare → read_rows* → begin_task → loaded?
+            → (weights → penalty → penalty_grad_ → before_step → after_step)* → unbound
             → end_task
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from holdfast.batches import identities
 from holdfast.config import Checked
+from holdfast.errors import Refused
 from holdfast.state import State
 
 if TYPE_CHECKING:
     from holdfast.bound import Bound
+    from holdfast.grams import Grams
 
 HOOKS = (
     "prepare",
+    "read_rows",
     "begin_task",
+    "loaded",
     "weights",
     "penalty",
     "penalty_grad_",
     "before_step",
     "after_step",
+    "unbound",
     "end_task",
 )
 
@@ -46,7 +61,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Checked):
-    """One paper's idea: a frozen configuration with up to eight optional hooks.
+    """One paper's idea: a frozen configuration with up to eleven optional hooks.
 
     Subclasses are frozen dataclasses whose fields are checked against their annotations
     (`Refused` names the field). A hook that no method of a recipe defines costs nothing.
@@ -58,6 +73,11 @@ class Method(Checked):
     bytes_per_weight: ClassVar[str]  # what the method adds to memory, in words and numbers
     ranges: ClassVar[Mapping[str, Range]] = {}
     needs_previous: ClassVar[bool] = False  # after_step reads the weights before the step
+    needs_features: ClassVar[bool] = False  # penalty reads `view.features`
+    needs_old_task: ClassVar[bool] = False  # does nothing before a second task
+    changes_weights: ClassVar[bool] = False  # end_task may change weights: scores are taken after
+    # Fields that say how strongly what is remembered acts: between tasks they may be others.
+    tunable: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def where(cls, name: str) -> str:
@@ -67,6 +87,11 @@ class Method(Checked):
     def needs_data(self) -> bool:
         """Whether `end_task` reads the rows of the finished task."""
         return False
+
+    @property
+    def idle_at_first(self) -> bool:
+        """Whether the first task is trained as it would be without this method."""
+        return self.needs_old_task
 
     @classmethod
     def defines(cls, hook: str) -> bool:
@@ -79,8 +104,22 @@ class Method(Checked):
         """Change the network itself, once, before the optimizer and any checkpoint (PEFT)."""
         return model
 
+    def wants_rows(self, view: View) -> bool:
+        """Whether `read_rows` is to be called before this task."""
+        return self.defines("read_rows")
+
+    def read_rows(self, view: View) -> None:
+        """A batch of the task's rows before its first step, in evaluation mode, without gradients.
+
+        `view.inputs`, `view.outputs` and `view.features` are of this batch; all methods share the
+        one pass. Not called where a saved state is to be loaded (`view.resuming`).
+        """
+
     def begin_task(self, view: View) -> None:
-        """A task starts: make state, remember anchors."""
+        """A task starts, and its rows were read: make state, remember anchors."""
+
+    def loaded(self, view: View) -> None:
+        """A saved state was taken up: make again what is not saved (`view.state.cache`)."""
 
     def mixed(self, view: View) -> Collection[str]:
         """Names of the parameters that `weights` replaces, asked once a task: all by default."""
@@ -103,8 +142,14 @@ class Method(Checked):
     def after_step(self, view: View) -> None:
         """Read or change weights after the optimizer's step."""
 
+    def unbound(self, view: View) -> None:
+        """The recipe lets go of the model and the optimizer: take off what was put on them."""
+
     def end_task(self, view: View) -> None:
-        """A task is learned: estimate importance, keep rows."""
+        """A task is learned: estimate importance, keep rows, merge weights.
+
+        A method that writes to weights declares `changes_weights`.
+        """
 
 
 class Gradients(MutableMapping[str, Tensor | None]):
@@ -196,9 +241,37 @@ class View:
         return self.bound.outputs
 
     @property
+    def rows(self) -> Tensor:
+        """What tells the rows of the micro-batch apart: int64 of shape (rows,), by their content.
+
+        The same row has the same number in any batch, whatever its padding; labels do not count.
+        """
+        if self.inputs is None:
+            raise Refused(
+                "no batch here", where="view.rows", remedy="call bound.penalty(batch, outputs)"
+            )
+        return identities(self.inputs)
+
+    @property
+    def features(self) -> Any:
+        """What the shared module returned for the micro-batch, with its graph, for methods that
+        declare `needs_features`; None where it was not seen (a compiled model)."""
+        return self.bound.features
+
+    @property
     def data(self) -> Callable[[], Iterable[Mapping[str, Any]]]:
-        """The finished task's training rows in batches, inside `end_task`."""
+        """The task's training rows in batches, inside `begin_task` and `end_task`."""
         return self.bound.data
+
+    @property
+    def finished(self) -> Sequence[str]:
+        """The tasks learned before this one, in order."""
+        return self.bound.finished
+
+    @property
+    def resuming(self) -> bool:
+        """Whether a saved state is loaded next, so that `begin_task` need measure nothing."""
+        return self.bound.resuming
 
     @property
     def generator(self) -> torch.Generator:
@@ -219,13 +292,42 @@ class View:
         *,
         weights: Mapping[str, Tensor] | None = None,
         task: str | None = None,
+        training: bool | None = None,
     ) -> Any:
         """Run a task's model (default: this one) on a batch (default: this micro-batch).
 
         Dropout draws from `generator`, so that a method never changes what the training
         forward draws. `weights` replaces parameters by name; only without gradients.
+        `training=False` runs it in evaluation mode, whatever the model is in.
         """
-        return self.bound.forward(inputs, weights=weights, task=task)
+        return self.bound.forward(inputs, weights=weights, task=task, training=training)
+
+    def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the model of every finished task returns for a batch, in evaluation mode.
+
+        For this micro-batch the heads read `features`, so that the encoder is not run again;
+        labels are left out, for they are of another task.
+        """
+        return self.bound.old_outputs(inputs)
+
+    def grams(self, **how: Any) -> Grams:
+        """The Gram matrices of the shared layers' inputs on `data`, measured once a task's end.
+
+        how: `rows`, `structure`, `width`, `rank`, see `holdfast.grams.measure`; `merged=True` asks
+        for those of the network as a method of this task's end has changed it.
+        """
+        return self.bound.measured_grams(**how)
+
+    def start(self) -> Mapping[str, Tensor] | None:
+        """The shared weights as the task began, where the caller keeps them (a checkpoint)."""
+        return self.bound.start() if self.bound.start is not None else None
+
+    def score(self) -> float:
+        """One number of `evaluate`, higher is better: its `score`, or minus its loss."""
+        found = self.evaluate()
+        if "score" in found:
+            return float(found["score"])
+        return -float(found["eval_loss"])
 
     def evaluate(self) -> Mapping[str, float]:
         """Scores of the task on rows kept for selection, where the caller offers them."""

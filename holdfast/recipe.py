@@ -19,8 +19,10 @@ from torch import nn
 from holdfast.bound import Bound
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
+from holdfast.head_first import HeadFirst
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, METHODS, Replay
+from holdfast.methods import DPS, EWC, L2SP, LwF, Merge, Replay, method_named
+from holdfast.parts import parts
 from holdfast.rates import Rates, param_groups
 
 
@@ -30,15 +32,20 @@ class Recipe:
 
     `max_grad_norm=None` clips nothing in a plain loop and inherits
     `TrainingArguments.max_grad_norm` in a Trainer. `name` names the recipe in tables.
+    `head_first` fits a task's fresh head before its first step. `parts` are
+    {glob on parameter names: part}, for weights that are not where `holdfast.parts` puts them.
     """
 
     rates: Rates = field(default_factory=Rates.flat)
     methods: Sequence[Method] = ()
     max_grad_norm: float | None = None
     name: str = "custom"
+    head_first: HeadFirst | None = None
+    parts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
+        _check_parts(self.parts)
         names = [m.name for m in self.methods if isinstance(m, Method)]
         for m in self.methods:
             if not isinstance(m, Method):
@@ -74,13 +81,15 @@ class Recipe:
                 methods=[_method(name, settings) for name, settings in methods.items()],
                 max_grad_norm=values.get("max_grad_norm"),
                 name=str(values.get("name") or "custom"),
+                head_first=_head_first(values.get("head_first")),
+                parts=_check_parts(values.get("parts") or {}),
             )
         except Refused as error:
             raise error.within(where) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in a recipe file."""
-        return {
+        body = {
             "kind": "recipe",
             "schema": 1,
             "name": self.name,
@@ -88,6 +97,12 @@ class Recipe:
             "methods": {m.name: m.to_dict() for m in self.methods},
             "max_grad_norm": self.max_grad_norm,
         }
+        # Left out where they say nothing: recipes written before they existed keep their hash.
+        if self.head_first is not None:
+            body["head_first"] = self.head_first.to_dict()
+        if self.parts:
+            body["parts"] = dict(self.parts)
+        return body
 
     def save(self, path: str | Path) -> None:
         """Write the recipe as YAML."""
@@ -113,7 +128,8 @@ class Recipe:
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
         """Optimizer groups with this recipe's rates; see `holdfast.rates.param_groups`."""
-        return param_groups(model, self.rates, lr=lr, weight_decay=weight_decay)
+        placed = parts(model, self.parts) if self.parts else None
+        return param_groups(model, self.rates, lr=lr, weight_decay=weight_decay, parts=placed)
 
     def bind(
         self,
@@ -123,16 +139,27 @@ class Recipe:
         total_steps: int,
         task: str = "task",
         shared: nn.Module | None = None,
+        data: Any = None,
         seed: int = 0,
     ) -> Bound:
         """Attach to a model and an optimizer and begin the first task; see `Bound.begin_task`."""
         bound = self.unbound(seed=seed)
-        bound.begin_task(task, optimizer, total_steps, model=model, shared=shared)
+        bound.begin_task(task, optimizer, total_steps, model=model, shared=shared, data=data)
         return bound
 
     def unbound(self, *, seed: int = 0) -> Bound:
         """The state holder of a whole sequence, before its first task."""
-        return Bound(self.methods, max_grad_norm=self.max_grad_norm, seed=seed)
+        return Bound(
+            self.methods,
+            max_grad_norm=self.max_grad_norm,
+            head_first=self.head_first,
+            parts=self.parts,
+            seed=seed,
+        )
+
+    def idle_alone(self) -> list[str]:
+        """The methods that change nothing of a task that is learned first, or by itself."""
+        return [m.name for m in self.methods if m.idle_at_first]
 
 
 def _rates(values: Any) -> Rates:
@@ -145,12 +172,30 @@ def _rates(values: Any) -> Rates:
     raise Refused("rates must be a name or a mapping")
 
 
+def _head_first(values: Any) -> HeadFirst | None:
+    if values is None or values is False:
+        return None
+    if values is True:
+        return HeadFirst()
+    if not isinstance(values, Mapping):
+        raise Refused("head_first must be true or a mapping", remedy="head_first: {fit: logistic}")
+    return HeadFirst.from_dict(values)
+
+
+def _check_parts(values: Any) -> Mapping[str, str]:
+    plain = isinstance(values, Mapping) and all(
+        isinstance(k, str) and isinstance(v, str) for k, v in values.items()
+    )
+    if not plain:
+        raise Refused("parts must map patterns of parameter names to parts", where="recipe.parts",
+                      remedy="parts: {'*.pooler.*': layer.5}")  # fmt: skip
+    return values
+
+
 def _method(name: str, settings: Any) -> Method:
-    if name not in METHODS:
-        raise Refused(f"no method {name!r}", remedy=nearest(name, list(METHODS)))
     if not isinstance(settings, Mapping | None):
         raise Refused(f"the settings of {name} must be a mapping")
-    return METHODS[name].from_dict(settings or {})
+    return method_named(name).from_dict(settings or {})
 
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
@@ -164,6 +209,10 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "ewc": lambda: Recipe(methods=[EWC()], name="ewc"),
     "l2sp": lambda: Recipe(methods=[L2SP()], name="l2sp"),
     "replay": lambda: Recipe(methods=[Replay()], name="replay"),
+    "head_first": lambda: Recipe(head_first=HeadFirst(), name="head_first"),
+    "lwf": lambda: Recipe(head_first=HeadFirst(), methods=[LwF()], name="lwf"),
+    "merge": lambda: Recipe(head_first=HeadFirst(), methods=[Merge()], name="merge"),
+    "lwf_merge": lambda: Recipe(head_first=HeadFirst(), methods=[LwF(), Merge()], name="lwf_merge"),
     # Chosen on selection rows (docs/results): it keeps most of the old task without keeping rows.
     "default": lambda: Recipe(methods=[DPS(score="retention", drop=0.9)], name="default"),
 }

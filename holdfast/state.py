@@ -16,13 +16,15 @@ class State:
     """What one method remembers.
 
     `weights[slot][name]` are tensors shaped like the parameter `name` or broadcast to it;
-    `tensors[slot][key]` are any other tensors; `numbers` is JSON.
+    `tensors[slot][key]` are any other tensors; `numbers` is JSON. `cache` is anything that can be
+    made again: it is not saved, and empty after loading.
     """
 
     def __init__(self) -> None:
         self.weights: dict[str, dict[str, Tensor]] = {}
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self.numbers: dict[str, Any] = {}
+        self.cache: dict[str, Any] = {}
 
     def slot(self, name: str) -> dict[str, Tensor]:
         """The per-parameter tensors called `name`, made empty on first use."""
@@ -74,7 +76,7 @@ def unpack(
     a weight in shards each rank keeps its part.
     """
     for method, state in states.items():
-        state.weights, state.tensors = {}, {}
+        state.weights, state.tensors, state.cache = {}, {}, {}
         state.numbers = copy.deepcopy(numbers[method])
     for key, tensor in tensors.items():
         method, kind, slot, name = key.split("/", 3)

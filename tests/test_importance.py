@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdfast.batches import rows_of
 from holdfast.errors import Refused
-from holdfast.importance import diagonal_fisher, rows_of
+from holdfast.importance import diagonal_fisher
 
 ROWS, FEATURES, CLASSES = 16, 3, 4
 

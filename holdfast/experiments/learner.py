@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from holdfast.experiments.heads import (
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, check_held
 from holdfast.experiments.sequence import HISTORY_ROWS, Settings
-from holdfast.parts import parts
+from holdfast.parts import named_parameters, parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.training.checkpoints import load_state, save_state
@@ -163,6 +164,7 @@ class Learner:
             bound=self.bound,
             task=task.name,
             shared=model.base_model,
+            start=self._start(index, model),
             callbacks=self._callbacks(index),
         )
         trainer.remove_callback(PrinterCallback)
@@ -178,6 +180,10 @@ class Learner:
         self.bound = trainer.bound
         steps = trainer.state.global_step
         skipped = self._skipped(task, steps)
+        self._note_head(index)
+        self.bound.evaluate = lambda: {"score": self.score(index, "selection")}
+        if index and any(m.changes_weights for m in self.recipe.methods):
+            self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
         self._keep(index, model)
@@ -188,6 +194,18 @@ class Learner:
         self.note_time()
         self.record.seconds.append(self.record.elapsed)
         self.record.elapsed = 0.0
+
+    def _start(self, index: int, model: Any) -> Callable[[], dict[str, torch.Tensor]] | None:
+        """Where the weights that the task begins with lie, so that no method need copy them."""
+        before = self.home(index - 1)
+        kept = index > 0 and (before / "config.json").is_file()
+        return functools.partial(_weights_of, before, model) if kept else None
+
+    def _note_head(self, index: int) -> None:
+        """What fitting the head took; of a resumed task, the process before said it."""
+        assert self.bound is not None
+        if self.bound.fitted is not None:
+            self.record.head_first[self.tasks[index].name] = self.bound.fitted
 
     def note_time(self) -> None:
         """Seconds spent on this task so far, those of killed processes included."""
@@ -318,6 +336,7 @@ class Learner:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            per_device_eval_batch_size=32,
         )
 
 
@@ -365,6 +384,16 @@ class _History(TrainerCallback):
         self.learner.note_time()
         check_held(self.learner.folder)
         self.learner.record.save(self.learner.folder / RECORD)
+
+
+def _weights_of(folder: Path, model: Any) -> dict[str, torch.Tensor]:
+    """The encoder's weights by name, as the checkpoint of the task before holds them."""
+    named = named_parameters(model)
+    before = type(model).from_pretrained(folder, dtype=torch.float32)
+    shared = {id(p) for p in model.base_model.parameters()}
+    saved = named_parameters(before)
+    device = next(model.parameters()).device
+    return {n: saved[n].detach().to(device) for n, p in named.items() if id(p) in shared}
 
 
 def _unprepare(model: nn.Module) -> None:

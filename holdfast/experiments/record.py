@@ -96,6 +96,10 @@ class Record:
     created: str = field(default_factory=_now)
     model: dict[str, Any] = field(default_factory=dict)  # name, architecture, parameters, layers, …
     selection_scores: list[list[Cell]] | None = None  # T x T, selection rows
+    before_end: dict[str, list[Cell]] = field(default_factory=dict)  # task name -> scores (T,) just
+    # before methods changed weights at its end (merging), evaluation rows
+    head_first: dict[str, dict[str, Any]] = field(default_factory=dict)  # task name -> fit, steps,
+    # rows, seconds
     alone: dict[str, Cell] = field(default_factory=dict)  # task name -> score trained alone
     history: list[dict[str, Any]] = field(default_factory=list)  # learning, step, epoch, loss,
     # scores (T,) on selection rows
@@ -172,6 +176,9 @@ class Record:
             matrix[index:] = [[None] * len(self.tasks) for _ in matrix[index:]]
         for values in (self.seconds, self.steps, self.skipped_steps):
             del values[index:]
+        for name in self.names[index:]:
+            self.before_end.pop(name, None)
+            self.head_first.pop(name, None)
         self.history = [h for h in self.history if h["learning"] < index]
         self.elapsed = 0.0
 
@@ -236,7 +243,8 @@ STRICT: dict[str, Any] = {"ensure_ascii": False, "indent": 1, "allow_nan": False
 
 
 _LISTS = ("tasks", "scores", "history", "seconds", "steps", "skipped_steps", "warnings")
-_DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state")
+_DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state",
+          "before_end", "head_first")  # fmt: skip
 
 
 def _check(body: Mapping[str, Any], where: str | None) -> None:

@@ -49,6 +49,8 @@ class EWC(Method):
         "Kirkpatrick et al., PNAS 2017, arXiv 1612.00796; online: arXiv 1805.06370"
     )
     bytes_per_weight: ClassVar[str] = "8 (Fisher information and anchor), for any number of tasks"
+    needs_old_task: ClassVar[bool] = True
+    tunable: ClassVar[tuple[str, ...]] = ("strength",)
     ranges: ClassVar[Mapping[str, Range]] = {
         "strength": Range(1e1, 1e5, log=True),
         "decay": Range(0.5, 1.0),

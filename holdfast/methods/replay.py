@@ -23,9 +23,9 @@ from pydantic import Field
 from torch import Tensor
 
 from holdfast import distributed
+from holdfast.batches import Seen, rows_in, rows_of
 from holdfast.config import Share, count
 from holdfast.errors import Refused
-from holdfast.importance import Seen, rows_in, rows_of
 from holdfast.method import Method, Range, View
 
 
@@ -44,6 +44,8 @@ class Replay(Method):
     paper: ClassVar[str] = "Chaudhry et al. 2019, arXiv 1902.10486"
     bytes_per_weight: ClassVar[str] = "0 (the kept rows: 8 bytes a token and field)"
     shares: ClassVar[tuple[str, ...]] = ("memory",)
+    needs_old_task: ClassVar[bool] = True
+    tunable: ClassVar[tuple[str, ...]] = ("share", "every", "weight")
     ranges: ClassVar[Mapping[str, Range]] = {
         "share": Range(0.05, 1.0, log=True),
         "weight": Range(0.1, 10.0, log=True),

@@ -121,7 +121,8 @@ class Pupil:
         self.optimizer = torch.optim.AdamW(
             parameters[::-1] if self.reverse else parameters, lr=0.02, weight_decay=0.1
         )
-        self.bound.begin_task(task, self.optimizer, self.steps, model=self.model)
+        rows = [make_batch(task, step) for step in range(self.steps)]
+        self.bound.begin_task(task, self.optimizer, self.steps, model=self.model, data=rows)
 
     def backward(self, step: int, *, pieces: int = 1) -> None:
         """The gradients of a step, its rows in one or several micro-batches."""

@@ -37,6 +37,7 @@ class SavingMixin(_Base):
     _ours: Files
     _limit: int | None = None
     _to_push: str | None = None
+    _resuming = False
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.
@@ -53,6 +54,7 @@ class SavingMixin(_Base):
         elif resume_from_checkpoint and (wrong := damage(resume_from_checkpoint)):
             raise Refused(wrong, where=str(resume_from_checkpoint),
                           remedy="resume from one that was saved with a recipe")  # fmt: skip
+        self._resuming = bool(resume_from_checkpoint)
         saver = _StopSaved()
         self.add_callback(saver)
         # Trainer's own rotation is off, also the one at the end, which would take the newest.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class RecipeMixin(SavingMixin):
     recipe: the `Recipe` (default: plain).
     bound: the `Bound` of earlier tasks, to go on with a sequence.
     task: this task's name; shared: the module that tasks share (default: see `bound`).
+    start: returns the shared weights as the task began, where you keep them; see `Bound`.
     exact_resume: refuse a checkpoint of other optimizer settings; False goes on with a warning.
     stop_on_signals: on SIGTERM or Ctrl-C finish the step, save, and leave with 143 or 130.
     """
@@ -47,13 +48,14 @@ class RecipeMixin(SavingMixin):
         bound: Bound | None = None,
         task: str = "task",
         shared: nn.Module | None = None,
+        start: Callable[[], Mapping[str, Tensor]] | None = None,
         exact_resume: bool = True,
         stop_on_signals: bool = False,
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe(name="plain")
         self.bound = bound
-        self.task, self._shared = task, shared
+        self.task, self._shared, self.start = task, shared, start
         self.exact_resume, self.stop_on_signals = exact_resume, stop_on_signals
         self._window = 0.0
         self._ignores_items: bool | None = None
@@ -119,6 +121,9 @@ class RecipeMixin(SavingMixin):
             num_training_steps,
             model=self.accelerator.unwrap_model(self.model),
             shared=self._shared,
+            data=self._batches(order=None),
+            start=self.start,
+            resuming=self._resuming,
         )
         if self.bound.has_penalty and self._watch is None:
             self._watch = self.model.register_forward_hook(self._see)
@@ -133,17 +138,26 @@ class RecipeMixin(SavingMixin):
         if self.bound is None:
             raise Refused("nothing was trained yet", where="end_task", remedy="call train() first")
 
+        self.bound.end_task(self._batches(order=self.bound.generator))
+
+    def _batches(self, *, order: torch.Generator | None) -> Callable[[], Iterator[Any]]:
+        """The training rows in batches, on this device, in an order drawn from `order`.
+
+        Not in file order: a file sorted by label would show a method one class only. None draws
+        from the seed of the data, which leaves a bound's own generator as it is.
+        """
         rows = self.train_dataset
         if hasattr(rows, "__len__"):
-            # Not in file order: a file sorted by label would show a method one class only.
-            order = torch.randperm(len(rows), generator=self.bound.generator).tolist()
-            rows = rows.select(order) if hasattr(rows, "select") else Subset(rows, order)
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            order = order or torch.Generator().manual_seed(seed)
+            picked = torch.randperm(len(rows), generator=order).tolist()
+            rows = rows.select(picked) if hasattr(rows, "select") else Subset(rows, picked)
 
         def batches() -> Iterator[Mapping[str, Any]]:
             for batch in self._undivided(rows):
                 yield self._prepare_inputs(batch)
 
-        self.bound.end_task(batches)
+        return batches
 
     def _undivided(self, rows: Any) -> Any:
         """A loader of all rows, each once, on every rank: methods divide them by themselves.

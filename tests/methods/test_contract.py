@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, METHODS, Replay
+from holdfast.methods import DPS, EWC, L2SP, METHODS, LwF, Merge, Replay
 from holdfast.testing import MethodContract
 
 # name -> [(configuration, bytes a weight it may remember)]
@@ -23,6 +23,12 @@ CONFIGURATIONS: dict[str, list[tuple[Method, float]]] = {
         (EWC(rows=5), 8),
         (EWC(online=True, decay=0.5, labels="expected", rows=3), 8),
         (EWC(strength=0.0, labels="true", rows=3), 8),
+    ],
+    "lwf": [(LwF(), 0), (LwF(strength=0.3, temperature=1.0), 0)],
+    "merge": [
+        (Merge(rows=20), 4),
+        (Merge(strength=3.0, rows=5, again=True, structure="block", width=4), 4),
+        (Merge(rows=24, structure="low_rank", width=1, rank=3), 4),
     ],
     "l2sp": [(L2SP(), 4), (L2SP(strength=1.0, head_strength=0.0), 4)],
     "replay": [(Replay(memory=4), 0), (Replay(memory=0.3, share=1.0, every=2, weight=2.0), 0)],

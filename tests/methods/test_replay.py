@@ -77,9 +77,9 @@ def second_task(method: Replay) -> tuple[Bound, list[Any]]:
     replayed: list[Any] = []
     forward = bound.forward
 
-    def spy(inputs: Any, *, weights: Any = None, task: str | None = None) -> Any:
+    def spy(inputs: Any, *, task: str | None = None, **how: Any) -> Any:
         replayed.append((task, inputs))
-        return forward(inputs, weights=weights, task=task)
+        return forward(inputs, task=task, **how)
 
     bound.forward = spy  # type: ignore[method-assign]
     return bound, replayed

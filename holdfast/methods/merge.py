@@ -1,0 +1,174 @@
+"""Merging in function space: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) in a sequence.
+
+When a task is learned, every linear layer becomes the one whose outputs differ least from those of
+the new weights W₁ on the new task's inputs and from those of the start weights W₀ on the old ones':
+
+    argmin_W  Σ_new ‖(W − W₁) x̃‖² + γ Σ_old ‖(W − W₀) x̃‖² + ε ‖W − W₀‖²
+            = W₀ + (W₁ − W₀) G_new (G_new + γ G_old + ε I)⁻¹
+
+with x̃ the input with a 1 appended (weight and bias are one matrix) and G the Gram matrices of
+`holdfast.grams`, means over rows. An embedding's row moves by its share of counts
+n_new / (n_new + γ n_old), which is the same equation for one-hot inputs; norms, and weights of
+modules that are no such layer, by `others`. Afterwards G_old ← G_old + G_new.
+
+No row of an old task is kept, and no step of training pays for it. Deviations from the paper: it
+merges models that were trained side by side, and shrinks the off-diagonals of G by .9 where we add
+ε; it takes sums over rows where we take means, so that tasks count alike, however large.
+
+LoRA: of the product B A the merged one is computed, and the factors are refitted to it by singular
+values (a product of rank 2r, of which the nearest of rank r is kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from holdfast import distributed
+from holdfast.anchor import remember
+from holdfast.grams import Grams, Structure, factors_of, layers_of
+from holdfast.method import Method, Range, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Method):
+    """Merge each task's weights with those it began with, layer by layer, in closed form.
+
+    strength: γ ≥ 0, how much a row of old tasks counts beside one of the new; 0 keeps the new
+        weights wherever the new task has inputs, ∞ the start weights on old inputs.
+    ridge: ε as a share of the mean diagonal; it holds what no task's inputs reach at W₀.
+    rows: rows of the finished task that are measured.
+    again: measure once more on the merged network, whose inputs are other ones, before adding up.
+    others: share of its change that a norm, or any weight but those of linear layers and
+        embeddings, keeps.
+    structure, width, rank: of Gram matrices wider than `width`: `full`, `block` (diagonal blocks
+        of at most `width`) or `low_rank` (`rank` directions and a diagonal).
+    choose: how much of the new task's selection score may be given up: the largest of γ · 10, 3, 1,
+        .3 that costs no more is taken, or else the smallest. None: `strength` as it is.
+    """
+
+    name: ClassVar[str] = "merge"
+    summary: ClassVar[str] = "merges old and new weights so that each task's outputs stay"
+    paper: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    bytes_per_weight: ClassVar[str] = (
+        "4 d² an input of d: about 6 per linear weight of a BERT, up to `width`; "
+        "4 more while a task is learned, where no checkpoint holds the start weights"
+    )
+    needs_old_task: ClassVar[bool] = True
+    changes_weights: ClassVar[bool] = True
+    tunable: ClassVar[tuple[str, ...]] = ("strength", "ridge", "others", "choose", "rows", "again")
+    ranges: ClassVar[Mapping[str, Range]] = {"strength": Range(0.3, 10.0, log=True)}
+
+    strength: Annotated[float, Field(ge=0)] = 1.0
+    ridge: Annotated[float, Field(gt=0)] = 1e-4
+    rows: Annotated[int, Field(gt=0)] = 400
+    again: bool = False
+    others: Annotated[float, Field(ge=0, le=1)] = 0.5
+    structure: Structure = "block"
+    width: Annotated[int, Field(gt=0)] = 4096
+    rank: Annotated[int, Field(gt=0)] = 256
+    choose: Annotated[float, Field(ge=0)] | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def begin_task(self, view: View) -> None:
+        view.state.weights.pop("start", None)
+        if "readers" in view.state.numbers and view.bound.start is None and not view.resuming:
+            view.state.weights["start"] = remember(view.shared)
+
+    @torch.no_grad()
+    def end_task(self, view: View) -> None:
+        state, how = view.state, self._how()
+        new, old = view.grams(**how), Grams.load(state.tensors, state.numbers, self.rank)
+        start = state.weights.pop("start", None) or (view.start() if old is not None else None)
+        if old is not None and start is not None:
+            merger = _Merger(view, old, new, start, self)
+            state.numbers["strength"] = self._merge(view, merger)
+            if self.again:
+                new = view.grams(**how, merged=True)
+        if old is not None:
+            old.add_(new)
+        (old or new).save(state.tensors, state.numbers)
+
+    def _how(self) -> dict[str, Any]:
+        return {"rows": self.rows, "structure": self.structure, "width": self.width,
+                "rank": self.rank}  # fmt: skip
+
+    def _merge(self, view: View, merger: _Merger) -> float:
+        """Merge with `strength`, or with the largest γ that costs no more than `choose`."""
+        if self.choose is None:
+            merger.merge_(self.strength)
+            return self.strength
+        before, strength = view.score(), self.strength
+        for factor in (10.0, 3.0, 1.0, 0.3):
+            strength = self.strength * factor
+            merger.merge_(strength)
+            if view.score() >= before - self.choose:
+                break
+        return strength
+
+
+class _Merger:
+    """What can be merged: the weights before and after a task, and what both tasks' rows gave.
+
+    The learned weights are kept while several strengths are tried (`choose`), or else only the
+    layer at work.
+    """
+
+    def __init__(
+        self, view: View, old: Grams, new: Grams, start: Mapping[str, Tensor], how: Merge
+    ) -> None:
+        self.view, self.old, self.new, self.start, self.how = view, old, new, start, how
+        self.learned: Mapping[str, Tensor] = view.shared
+        if how.choose is not None:
+            self.learned = remember(view.shared)
+
+    def merge_(self, strength: float) -> None:
+        """Write the merged weights into the network, one input's layers at a time."""
+        shared = self.view.shared
+        layers, _ = layers_of(shared, self.view.modules)
+        left = {name for name in shared if name in self.start}
+        for pair in factors_of(shared):
+            moments = (
+                self.old.moments[self.old.readers[pair.a]],
+                self.new.moments[self.new.readers[pair.a]],
+            )
+            self._write(pair.refitted(self.start, self.learned, moments, strength, self.how.ridge))
+            left -= {pair.a, pair.b}
+        for layer in layers:
+            if layer.lora or layer.weight not in left:
+                continue
+            key, names = self.new.readers.get(layer.weight), {layer.weight, layer.bias}
+            if key is None or key not in self.old.moments:
+                continue  # never called: what else moves
+            before, after = layer.matrix(self.start), layer.matrix(self.learned)
+            kept = self.new.moments[key].shrunk(
+                after - before, self.old.moments[key], strength, self.how.ridge,  # type: ignore[arg-type]
+                bias=layer.bias is not None,
+            )  # fmt: skip
+            self._write(layer.tensors(before + kept))
+            left -= names
+        for name in left:
+            self._write({name: self._elsewhere(name, strength)})
+
+    def _elsewhere(self, name: str, strength: float) -> Tensor:
+        """An embedding's rows by their counts, anything else by a fixed share."""
+        before, after = (distributed.full(w[name]).float() for w in (self.start, self.learned))
+        if name not in self.new.counts:
+            return torch.lerp(before, after, self.how.others)
+        mine, theirs = self.new.counts[name], strength * self.old.counts[name]
+        share = torch.where(mine > 0, mine / (mine + theirs).clamp(min=1e-30), 0.0)
+        return torch.lerp(before, after, share[:, None].to(before.device))
+
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in weights.items():
+            w = self.view.shared[name]
+            mine = distributed.local(distributed.beside(value.to(w.dtype), w.detach()))
+            distributed.local(w.detach()).copy_(mine)
