@@ -1,101 +1,375 @@
-"""What is learned and what is lost: recipes beside flat learning rates on tasks that forget.
+"""What is learned and what is lost: every remedy beside flat learning rates, on pairs and chains.
 
-    python benchmarks/forgetting.py --quick --json docs/results/forgetting-quick.json
+    python benchmarks/forgetting.py --pairs 10 --seeds 5 --json docs/results/forgetting.json
 
-Writes the JSON, and beside it a picture (.svg) and the table (.md). Runs are kept under --runs:
-the same command goes on where it was stopped.
+Real tasks of at most 48 tokens, 800 training rows, 100 steps of 16 a task. All arms of a sequence
+and seed start from one checkpoint of the first task, trained once at a flat rate. The JSON is also
+what is done: the same command goes on with what it does not hold yet, seed by seed, the most
+telling arms first, and may be stopped at any time. Beside it: tables (.md) and a picture (.svg).
+
+Tuned things (rates, strengths) were chosen on the TUNING pairs, by scores on selection rows; the
+others are reported, on evaluation rows. `--sequences tuning` runs the former.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import os
 import shlex
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from holdfast.experiments.compare import compare
+import torch
+from results import DATA
+from torch import nn
+from tqdm.auto import tqdm
+
+from holdfast import DPS, EWC, HeadFirst, LwF, Merge, Recipe, Replay
 from holdfast.experiments.record import commit, versions
-from holdfast.recipe import Recipe
+from holdfast.recipe import PRESETS
+from holdfast.tasks import Task, load_task
 
-FLAT = (5e-5, 1e-4, 2e-4)
-QUICK = ("bertcl", "ewc", "dps", "dps_retention", "replay")
-RECIPES = (*QUICK, "l2sp", "dps_mix")
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Chosen before any run: far and near domains, single sentences and pairs, 2 to 14 classes, one
+# regression. The first four are for tuning only.
+TUNING = ["trec6>sst2", "trec6>snli", "snli>sick", "sst2>amazon5"]
+PAIRS = [
+    "sst2>trec6", "sick>snli", "amazon5>sst2", "snli>mnli", "ag_news>dbpedia14", "trec6>stsb",
+    "qqp>mrpc", "cola>sst2", "dbpedia14>qqp", "mnli>ag_news",
+]  # fmt: skip
+CHAINS = ["trec6>snli>sst2>dbpedia14", "sst2>amazon5>cola>sick"]
+TEN = ["trec6>sst2>snli>ag_news>stsb>cola>qqp>dbpedia14>sick>amazon5"]
+ALONE = ["trec6", "sst2", "snli", "mrpc", "cola", "stsb", "dbpedia14", "amazon5"]  # by themselves
+SIZES = {"train_size": 800, "selection": 200, "evaluation_size": 500}
+FEW = {"train_size": 500, "selection": 200, "evaluation_size": 500}  # of a task by itself
+ROWS, STEPS, LENGTH = 16, 100, 48  # rows a step, steps a task, tokens a row
+FIRST = 2e-4  # the rate of the shared first task
 
 
-def plan(chosen: argparse.Namespace) -> dict[str, tuple[Recipe, dict[str, Any]]]:
-    """Label → recipe and settings: plain at every flat rate, each recipe at the given rates."""
-    runs: dict[str, tuple[Recipe, dict[str, Any]]] = {}
-    for lr in chosen.flat:
-        runs[f"plain-{lr:g}"] = (Recipe.named("plain"), {"lr": lr})
-    for name in chosen.recipes:
-        for lr in chosen.rates:
-            runs[f"{Path(name).stem}-{lr:g}"] = (Recipe.named(name), {"lr": lr})
-    return runs
+def flat(lr: float) -> tuple[Recipe, float]:
+    return Recipe(name="plain"), lr
+
+
+def with_methods(*methods: Any, head_first: bool = True, lr: float = 2e-4) -> tuple[Recipe, float]:
+    return Recipe(methods=methods, head_first=HeadFirst() if head_first else None), lr
+
+
+def preset(name: str, lr: float = 2e-4) -> tuple[Recipe, float]:
+    return PRESETS[name](), lr
+
+
+# Name → recipe and base rate, the most telling first; `joint` trains all tasks at once.
+ARMS: dict[str, Callable[[], tuple[Recipe, float]]] = {
+    "default": lambda: preset("default"),
+    "flat 1e-4": lambda: flat(1e-4),
+    "flat 2e-4": lambda: flat(2e-4),
+    "joint": lambda: flat(2e-4),
+    "flat 4e-4": lambda: flat(4e-4),
+    "flat 5e-5": lambda: flat(5e-5),
+    "head first + lwf": lambda: with_methods(LwF()),
+    "head first + merge": lambda: with_methods(Merge(rows=128)),
+    "head first": lambda: with_methods(),
+    "head first + lwf + merge": lambda: with_methods(LwF(), Merge(rows=128)),
+    "head first + lwf .3 + merge": lambda: with_methods(LwF(strength=0.3), Merge(rows=128)),
+    "head first + lwf + merge 3": lambda: with_methods(LwF(), Merge(strength=3.0, rows=128)),
+    "head first + lwf + merge, 4e-4": lambda: with_methods(LwF(), Merge(rows=128), lr=4e-4),
+    "merge": lambda: with_methods(Merge(rows=128), head_first=False),
+    "lwf": lambda: with_methods(LwF(), head_first=False),
+    "flat 2e-5": lambda: flat(2e-5),
+    "replay 5%": lambda: with_methods(Replay(), head_first=False),
+    "ewc 1e3": lambda: with_methods(EWC(strength=1e3), head_first=False),
+    "ewc 1e4": lambda: with_methods(EWC(strength=1e4), head_first=False),
+    "ewc 1e5": lambda: with_methods(EWC(strength=1e5), head_first=False),
+    "retention": lambda: with_methods(DPS(score="retention", drop=0.9), head_first=False),
+    "bertcl": lambda: preset("bertcl"),
+    "kl_anchor": lambda: preset("kl_anchor"),
+    "gpm": lambda: preset("gpm"),
+    "wise": lambda: preset("wise"),
+    "kfac_ewc": lambda: preset("kfac_ewc"),
+}
+MAIN = list(ARMS)[:6]
+
+
+# --- one run ----------------------------------------------------------------------------------
+
+
+@cache
+def task(name: str, seed: int, few: bool = False) -> Task:
+    return load_task(DATA / name, seed=seed, **(FEW if few else SIZES))
+
+
+class Bench:
+    """What the runs of one process share: the tokenizer, encoded rows, the first tasks."""
+
+    def __init__(self, model: str, home: Path, bf16: bool) -> None:
+        from transformers import DataCollatorWithPadding
+
+        from holdfast.experiments import heads
+
+        torch.set_num_threads(1)
+        heads.quiet()
+        self.heads, self.home, self.bf16 = heads, home, bf16
+        self.source = heads.locate(model)
+        self.tokenizer = heads.load_tokenizer(self.source)
+        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.few = False  # whether tasks are those of few rows
+        self._rows: dict[tuple[str, int, str, bool], Any] = {}
+
+    def rows(self, name: str, seed: int, split: str) -> Any:
+        key = name, seed, split, self.few
+        if key not in self._rows:
+            found = task(name, seed, self.few)
+            self._rows[key] = self.heads.encode(
+                getattr(found, split), found, self.tokenizer, max_length=LENGTH
+            )
+        return self._rows[key]
+
+    def scores(self, models: dict[str, Any], seed: int, split: str) -> list[float]:
+        with self._precision():
+            return [
+                self.heads.evaluate(
+                    m, self.rows(n, seed, split), task(n, seed, self.few), self.collate
+                )
+                for n, m in models.items()
+            ]
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def train(self, name: str, model: Any, seed: int, recipe: Recipe, lr: float, **how: Any) -> Any:
+        from transformers import PrinterCallback, TrainingArguments
+
+        from holdfast import Trainer
+
+        arguments = TrainingArguments(
+            output_dir=str(self.home / "unused"), max_steps=STEPS, per_device_train_batch_size=ROWS,
+            per_device_eval_batch_size=32, learning_rate=lr, weight_decay=0.01, warmup_steps=0.1,
+            bf16=self.bf16, optim="adamw_torch_fused", seed=seed, data_seed=seed, use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=self.rows(name, seed, "train"),
+            data_collator=self.collate, processing_class=self.tokenizer, recipe=recipe, task=name,
+            shared=model.base_model, **how,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def first(self, name: str, seed: int) -> Path:
+        """The checkpoint of a first task, trained plainly once for all arms."""
+        folder = self.home / "first" / f"{name}-{seed}"
+        if not folder.exists():
+            model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
+            self.train(name, model, 1000 * seed, Recipe(name="plain"), FIRST).train()
+            unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
+            strip(model)
+            model.save_pretrained(unfinished)
+            scores = {s: self.scores({name: model}, seed, s) for s in ("evaluation", "selection")}
+            (unfinished / "scores.json").write_text(json.dumps(scores))
+            with contextlib.suppress(OSError):  # another process was first
+                unfinished.rename(folder)
+        return folder
+
+    def run(self, names: list[str], seed: int, arm: str) -> dict[str, Any]:
+        """All tasks after the first with one arm: scores after each, on both kinds of rows."""
+        began = time.monotonic()
+        recipe, lr = ARMS[arm]()
+        self.few = len(names) == 1
+        run = self._joint if arm == "joint" else self._sequence
+        run = self._alone if len(names) == 1 else run
+        found = run(names, seed, recipe, lr)
+        return {"sequence": ">".join(names), "seed": seed, "arm": arm, "lr": lr,
+                **found, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+
+    def _sequence(self, names: list[str], seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
+        from transformers import AutoModelForSequenceClassification
+
+        one = AutoModelForSequenceClassification.from_pretrained(self.first(names[0], seed))
+        models, bound = {names[0]: one}, recipe.unbound(seed=seed)
+        start = json.loads((self.first(names[0], seed) / "scores.json").read_text())
+        found: dict[str, Any] = {"fit_seconds": [], "end_seconds": []}
+        found |= {"scores": [start["evaluation"]], "selection": [start["selection"]]}
+        bound.remember(names[0], one, self._batches(names[0], seed), shared=one.base_model)
+        for i, name in enumerate(names[1:], 1):
+            model = self.heads.add_head(one, task(name, seed), seed=1000 * seed + i)
+            models[name] = model
+            trainer = self.train(name, model, 1000 * seed + i, recipe, lr, bound=bound)
+            for old in models.values():
+                trainer.accelerator.prepare_model(old, evaluation_mode=True)
+            trainer.train()
+            for each in models.values():
+                strip(each)
+            at = time.monotonic()
+            trainer.end_task()
+            found["end_seconds"].append(round(time.monotonic() - at, 2))
+            found["fit_seconds"].append((bound.fitted or {}).get("seconds", 0.0))
+            found["scores"].append(self.scores(models, seed, "evaluation"))
+            if ">".join(names) in TUNING:
+                found["selection"].append(self.scores(models, seed, "selection"))
+        return found
+
+    def _alone(self, names: list[str], seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
+        """A single task, from the pre-trained weights."""
+        model = self.heads.load_model(self.source, task(names[0], seed, True), seed=1000 * seed)
+        trainer = self.train(names[0], model, 1000 * seed, recipe, lr)
+        trainer.train()
+        strip(model)
+        splits = {s: [self.scores({names[0]: model}, seed, s)] for s in ("evaluation", "selection")}
+        return {"scores": splits["evaluation"], "selection": splits["selection"]}
+
+    def _batches(self, name: str, seed: int) -> Callable[[], Iterator[Any]]:
+        rows = self.rows(name, seed, "train")
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+
+        def batches() -> Iterator[Any]:
+            for start in range(0, len(order), 32):
+                yield self.collate([rows[i] for i in order[start : start + 32]])
+
+        return batches
+
+    def _joint(self, names: list[str], seed: int, _: Recipe, lr: float) -> dict[str, Any]:
+        """All tasks' rows trained together, in as many steps as all tasks have one by one."""
+        from transformers import get_linear_schedule_with_warmup
+
+        one = self.heads.load_model(self.source, task(names[0], seed), seed=1000 * seed)
+        models: dict[str, Any] = {names[0]: one}
+        for i, name in enumerate(names[1:], 1):
+            models[name] = self.heads.add_head(one, task(name, seed), seed=1000 * seed + i)
+        own = nn.ModuleList(models.values())
+        groups = Recipe().param_groups(own, lr=lr, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        total = STEPS * len(names)
+        schedule = get_linear_schedule_with_warmup(optimizer, total // 10, total)
+        own.train()
+        torch.manual_seed(1000 * seed)
+        for name, picked in mixed(names, total, seed):
+            batch = self.collate([self.rows(name, seed, "train")[i] for i in picked])
+            with self._precision():
+                loss = models[name](**batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(own.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return {"scores": [self.scores(models, seed, "evaluation")], "selection": []}
+
+
+def mixed(names: list[str], total: int, seed: int) -> Iterator[tuple[str, list[int]]]:
+    """Batches of one task each, tasks and rows in random order: (task, rows)."""
+    draw = torch.Generator().manual_seed(seed)
+    turns = torch.randperm(total, generator=draw) % len(names)
+    left: dict[str, list[int]] = {name: [] for name in names}
+    for turn in turns.tolist():
+        name = names[turn]
+        if len(left[name]) < ROWS:
+            left[name] = torch.randperm(SIZES["train_size"], generator=draw).tolist()
+        yield name, [left[name].pop() for _ in range(ROWS)]
+
+
+def strip(model: nn.Module) -> None:
+    """Take off what Accelerate laid around `forward`: a loaded model would not have it."""
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        model.__dict__.pop(name, None)
+
+
+# --- all runs -----------------------------------------------------------------------------------
+
+BENCH: Bench | None = None
+
+
+def begin(model: str, home: Path, bf16: bool) -> None:
+    global BENCH
+    BENCH = Bench(model, home, bf16)
+
+
+def work(names: list[str], seed: int, arm: str | None) -> dict[str, Any] | None:
+    assert BENCH is not None
+    if arm is None:
+        BENCH.few = False
+        BENCH.first(names[0], seed)
+        return None
+    return BENCH.run(names, seed, arm)
 
 
 def main() -> int:
     """Run or go on with the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="3 seeds, 960 rows a task")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=[str(DATA / "trec6"), str(DATA / "sst2")])
-    parser.add_argument("--flat", nargs="*", type=float, default=list(FLAT), help="plain's rates")
-    parser.add_argument("--recipes", nargs="+", help="names or files")
-    parser.add_argument("--rates", nargs="+", type=float, help="of the recipes (2e-4)")
-    parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--train-size", type=int)
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--pairs", type=int, default=10, help="how many of the reported pairs")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--sequences", nargs="+", help="tuning, chains, ten, alone, or task>task…")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="main, or names")
+    parser.add_argument("--quick", action="store_true", help="2 tuning pairs, main arms, 1 seed")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--no-bf16", action="store_true")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--runs", type=Path, default=Path("runs/forgetting"))
+    parser.add_argument(
+        "--draw", action="store_true", help="only tables and picture of what is done"
+    )
     chosen = parser.parse_args()
-    seeds = chosen.seeds or ([0, 1, 2] if chosen.quick else [0, 1, 2, 3, 4])
-    size = chosen.train_size or (960 if chosen.quick else 4000)
-    chosen.recipes = chosen.recipes or list(QUICK if chosen.quick else RECIPES)
-    chosen.rates = chosen.rates or ([2e-4] if chosen.quick else [1e-4, 2e-4])
-    recipes = plan(chosen)
-    steps = math.ceil(size / 16) * math.ceil(chosen.epochs) * len(chosen.tasks)
-    print(f"{len(recipes) * len(seeds)} runs of {steps} training steps", flush=True)
-    settings = {
-        "train_size": size, "epochs": chosen.epochs, "save_steps": 0, "max_length": 64,
-        "selection": 250, "evaluation_size": 600,
-    }  # fmt: skip
-    records = compare(
-        "minilm", chosen.tasks, recipes, seeds=seeds, out=chosen.runs, workers=chosen.workers,
-        **settings,
-    )  # fmt: skip
+    known = {"tuning": TUNING, "chains": CHAINS, "ten": TEN, "alone": ALONE}
+    asked = chosen.sequences or [*PAIRS[: chosen.pairs], "chains"]
+    arms = MAIN if chosen.arms == ["main"] else chosen.arms
+    seeds = list(range(chosen.seeds))
+    if chosen.quick:
+        asked, arms, seeds = TUNING[:2], MAIN, [0]
+    sequences = [s for word in asked for s in known.get(word, [word])]
+    if wrong := [a for a in arms if a not in ARMS]:
+        parser.error(f"no arm {wrong[0]!r}; there are {', '.join(ARMS)}")
 
-    from holdfast.report import as_text, comparison_rows, comparison_table
-    from holdfast.report.draw import tradeoff
-    from holdfast.report.facts import comparisons
+    body = json.loads(chosen.json.read_text()) if chosen.json.exists() else {"runs": []}
+    done = {(r["sequence"], r["seed"], r["arm"]) for r in body["runs"]}
+    jobs = [(s.split(">"), seed, arm) for group in (arms[:6], arms[6:]) for seed in seeds
+            for s in sequences for arm in group if (s, seed, arm) not in done]  # fmt: skip
+    firsts = dict.fromkeys((n[0], seed) for n, seed, arm in jobs if len(n) > 1 and arm != "joint")
+    steps = STEPS * (len(firsts) + sum(len(n) - (a != "joint" and len(n) > 1) for n, _, a in jobs))
+    print(f"{len(jobs)} runs of {steps:,} training steps to go, about "
+          f"{steps * 0.3 / chosen.workers / 3600:.1f} hours", flush=True)  # fmt: skip
+    if jobs and not chosen.draw:
+        with ProcessPoolExecutor(
+            chosen.workers, get_context("spawn"), initializer=begin,
+            initargs=(chosen.model, chosen.runs, not chosen.no_bf16),
+        ) as pool:  # fmt: skip
+            before = [pool.submit(work, [name], seed, None) for name, seed in firsts]
+            after = [pool.submit(work, *job) for job in jobs]
+            for future in before:
+                future.result()
+            for future in tqdm(as_completed(after), total=len(after), unit="run"):
+                body["runs"].append(future.result())
+                save(chosen.json, body)
+    save(chosen.json, body)
 
-    rows = comparison_rows(records)
-    command = f"python {shlex.join(sys.argv)}"
-    body = {
-        "command": command,
-        "commit": commit(Path(__file__).parent),
-        "versions": versions(),
-        "settings": settings,
-        "rows": rows,
-        "runs": [
-            {"recipe": r.recipe["name"], "lr": r.settings["lr"], "seed": r.seed,
-             "commit": r.commit, "scores": r.scores, "seconds": r.seconds, "steps": r.steps}
-            for r in records
-        ],
-    }  # fmt: skip
-    chosen.json.parent.mkdir(parents=True, exist_ok=True)
-    chosen.json.write_text(json.dumps(body, indent=1) + "\n")
-    table = as_text(comparison_table(records), width=160)
-    chosen.json.with_suffix(".md").write_text(f"`{command}`\n\n```\n{table}\n```\n")
-    picture = tradeoff(comparisons(records)[0])
-    if picture is not None:
-        picture.panels[0].save(chosen.json.with_suffix(".svg"))
-    print(table)
+    from forgetting_page import draw, tables
+
+    told = tables(body["runs"])
+    chosen.json.with_suffix(".md").write_text(f"`{body['command']}`\n\n{told}\n")
+    draw(body["runs"], chosen.json.with_suffix(".svg"))
+    print(told)
     return 0
+
+
+def save(path: Path, body: dict[str, Any]) -> None:
+    """Write what is done so far: one line a run."""
+    body |= {"command": f"python {shlex.join(sys.argv)}", "commit": commit(Path(__file__).parent),
+             "versions": versions(), "settings": {**SIZES, "rows a step": ROWS, "steps": STEPS,
+             "tokens": LENGTH, "rate of the first task": FIRST}}  # fmt: skip
+    runs = sorted(
+        body["runs"], key=lambda r: (r["sequence"], r["seed"], list(ARMS).index(r["arm"]))
+    )
+    lines = ",\n".join(json.dumps(r) for r in runs)
+    rest = json.dumps({k: v for k, v in body.items() if k != "runs"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(f'{rest[:-1]},\n"runs": [\n{lines}\n]}}\n')
+    unfinished.replace(path)
 
 
 if __name__ == "__main__":

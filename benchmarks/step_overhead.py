@@ -6,8 +6,9 @@ Each method steps beside plain fused AdamW in one process, in pairs of random or
 batch, each on a copy of the model of its own; "plain again" is a second plain copy: the noise. Both
 sides clip (plain by `clip_grad_norm_`), which counts as optimizer phase, as everything between
 backward and the end of `optimizer.step()` does. Cycles of DPS that are longer than the run are
-measured by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle.
-EWC's importance is that of 512 rows of --rows: which words they use decides what it costs.
+measured by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle;
+so are the steps in which K-FAC EWC pulls. EWC's importance is that of 512 rows of --rows: which
+words they use decides what it costs. GPM and K-FAC EWC measure their Gram matrices on these rows.
 Writes the JSON, and beside it the table (.md) and a picture (.png).
 """
 
@@ -33,7 +34,7 @@ from transformers import DataCollatorWithPadding
 
 from holdfast.experiments.heads import encode, load_tokenizer, locate, quiet
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, Replay
 from holdfast.recipe import Recipe
 from holdfast.tasks import load_task
 
@@ -49,6 +50,10 @@ ARMS: dict[str, Method | None] = {
     "ewc": EWC(),
     "l2sp": L2SP(),
     "replay-off": Replay(),
+    "kfac-1": KfacEWC(every=1),
+    "kfac-10": KfacEWC(every=10),
+    "gpm": GPM(),
+    "gpm-gradient": GPM(project="gradient"),
 }
 TARGETS = {"dps-dense-50": 1.05, "dps-dense-5": 1.05, "dps-mix-50": 1.15, "dps-mix-5": 1.15,
            "ewc": 1.03, "l2sp": 1.03}  # fmt: skip
@@ -81,7 +86,7 @@ class Arm:
         begin("one")
         for method in self.bound.methods:
             slots = self.bound.states[method.name].weights
-            if isinstance(method, EWC):
+            if isinstance(method, EWC | GPM | KfacEWC):
                 self.bound.end_task(partial(read_rows, self.chosen))
                 begin("two")
             elif isinstance(method, DPS) and method.score == "retention":
@@ -172,7 +177,9 @@ def read_rows(chosen: argparse.Namespace) -> list[dict[str, Tensor]]:
 
 
 def kind_of(method: Method | None, step: int) -> str:
-    """What a step of DPS does; other methods do the same in every step."""
+    """What a step of DPS or K-FAC does; other methods do the same in every step."""
+    if isinstance(method, KfacEWC):
+        return "pull" if (step + 1) % method.every == 0 else "pass"
     if not isinstance(method, DPS):
         return "step"
     odd, last = step // method.stage % 2 == 1, (step + 1) % method.stage == 0
@@ -183,9 +190,12 @@ def kind_of(method: Method | None, step: int) -> str:
 
 def cycle(method: Method | None) -> dict[str, float]:
     """How often each kind of step occurs, as shares of all steps."""
-    if not isinstance(method, DPS):
+    if isinstance(method, KfacEWC):
+        length = method.every
+    elif isinstance(method, DPS):
+        length = 2 * method.stage
+    else:
         return {"step": 1.0}
-    length = 2 * method.stage
     kinds = [kind_of(method, s) for s in range(length)]
     return {k: kinds.count(k) / length for k in dict.fromkeys(kinds)}
 
@@ -198,6 +208,8 @@ def schedule(method: Method | None, pairs: int) -> list[int | None]:
 
     Whole cycles where they fit, else rounds that jump to the end of each stage.
     """
+    if isinstance(method, KfacEWC):
+        return list(range(WARM + pairs))
     if not isinstance(method, DPS):
         return [None] * (WARM + pairs)
     k = method.stage

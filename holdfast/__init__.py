@@ -21,10 +21,14 @@ _HOMES = {
     "Range": "holdfast.method",
     "DPS": "holdfast.methods",
     "EWC": "holdfast.methods",
+    "GPM": "holdfast.methods",
+    "KfacEWC": "holdfast.methods",
+    "KLAnchor": "holdfast.methods",
     "L2SP": "holdfast.methods",
     "LwF": "holdfast.methods",
     "Merge": "holdfast.methods",
     "Replay": "holdfast.methods",
+    "WiSE": "holdfast.methods",
     "HeadFirst": "holdfast.head_first",
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
@@ -64,10 +68,14 @@ if TYPE_CHECKING:
     from holdfast.method import View as View
     from holdfast.methods import DPS as DPS
     from holdfast.methods import EWC as EWC
+    from holdfast.methods import GPM as GPM
     from holdfast.methods import L2SP as L2SP
+    from holdfast.methods import KfacEWC as KfacEWC
+    from holdfast.methods import KLAnchor as KLAnchor
     from holdfast.methods import LwF as LwF
     from holdfast.methods import Merge as Merge
     from holdfast.methods import Replay as Replay
+    from holdfast.methods import WiSE as WiSE
     from holdfast.parts import Parts as Parts
     from holdfast.parts import parts as parts
     from holdfast.rates import Rates as Rates

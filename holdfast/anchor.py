@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from holdfast.blocks import blocks, room
 from holdfast.distributed import sharded
+
+if TYPE_CHECKING:
+    from holdfast.method import View
 
 Weights = Mapping[str, Tensor]
 NO_ROWS: Weights = MappingProxyType({})
@@ -25,6 +29,19 @@ NO_ROWS: Weights = MappingProxyType({})
 def remember(weights: Weights) -> dict[str, Tensor]:
     """A copy of each weight in its own dtype and layout."""
     return {name: w.detach().clone() for name, w in weights.items()}
+
+
+def keep_start(view: View) -> None:
+    """In `begin_task`: remember the shared weights, unless the caller keeps them (a checkpoint)."""
+    view.state.weights.pop("start", None)
+    if view.bound.start is None and not view.resuming:
+        view.state.weights["start"] = remember(view.shared)
+
+
+def start_of(view: View) -> Weights | None:
+    """In `end_task`: the shared weights as the task began, no longer remembered; None if no one
+    kept them."""
+    return view.state.weights.pop("start", None) or view.start()
 
 
 @torch.no_grad()

@@ -124,12 +124,15 @@ def default_shared(model: nn.Module) -> nn.Module | None:
     """What tasks share: the encoder below a task head, or all of a model without one (None).
 
     A language model's head belongs to the pre-trained model; a classifier's does not. The two
-    are told apart by whether the model names output embeddings.
+    are told apart by whether the model names output embeddings. Of a PEFT model the encoder is
+    shared with the adapters in it; a head of `modules_to_save` is the task's own.
     """
-    base = getattr(model, "base_model", None)
-    if not isinstance(base, nn.Module) or base is model:
+    below = getattr(model, "get_base_model", None)
+    inner = below() if callable(below) else model  # of PEFT: the model that its adapters are in
+    base = getattr(inner, "base_model", None)
+    if not isinstance(base, nn.Module) or base is inner:
         return None
-    outputs = getattr(model, "get_output_embeddings", None)
+    outputs = getattr(inner, "get_output_embeddings", None)
     return base if callable(outputs) and outputs() is None else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ LABELS = frozenset({"labels", "label", "label_ids"})
 def rows_in(batch: Batch) -> int:
     """How many rows a batch has."""
     values: Iterable[Any] = getattr(batch, "values", list)()
-    first = next((v for v in values if isinstance(v, Tensor)), None)
+    first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
         raise Refused("a batch holds no tensors by name", remedy="pass what model(**batch) takes")
     return len(first)
@@ -56,40 +57,40 @@ def without_labels(batch: Batch) -> dict[str, Any]:
 def identities(batch: Batch) -> Tensor:
     """A number for each row, by its content without labels and padding: int64, (rows,).
 
-    A polynomial of the mixed entries modulo 2^64: two rows share one by chance in 2^-64.
+    A row's number is the sum over its entries of a mixture of input, place and value, modulo 2^64:
+    two rows share one by chance in 2^-64. Padding is what `attention_mask` says it is, before the
+    row or after it, in every input that begins with the mask's shape; without a mask, all counts.
     """
     size, mask = rows_in(batch), batch.get("attention_mask")
     total: Tensor | None = None
-    for key, values in sorted(without_labels(batch).items()):
-        if key == "attention_mask" or not isinstance(values, Tensor) or len(values) != size:
+    for key, values in without_labels(batch).items():
+        ours = isinstance(values, Tensor) and values.ndim > 0 and len(values) == size
+        if key == "attention_mask" or not ours:
             continue
-        entries = _mixed(values.detach().reshape(size, -1), salt=sum(key.encode()))
-        if mask is not None and values.shape == mask.shape:
-            present = mask.to(torch.int64)
-            place = present.cumsum(1) * present  # padding stands at place 0, of weight 0
-        else:
-            place = torch.arange(1, entries.shape[1] + 1, device=entries.device).expand_as(entries)
-        powers = torch.full((entries.shape[1] + 1,), _ODD, device=entries.device).cumprod(0)
-        powers = powers.masked_fill(torch.arange(len(powers), device=powers.device) == 0, 0)
-        mine = (entries * powers[place]).sum(1)
-        total = mine if total is None else total * _ODD + mine
+        entries = _integers(values.detach()).reshape(size, -1)
+        present = torch.ones_like(entries)
+        if mask is not None and values.shape[: mask.ndim] == mask.shape:
+            each = entries.shape[1] // max(1, mask[0].numel())  # a vector a token, or a number
+            present = (mask != 0).to(entries.dtype).reshape(size, -1).repeat_interleave(each, 1)
+        place = present.cumsum(1)
+        mixed = _mixed(_mixed(entries + zlib.crc32(key.encode())) + place)
+        mine = (mixed * present).sum(1)
+        total = mine if total is None else total + mine
     if total is None:
         raise Refused("a batch holds no inputs by name", remedy="pass what model(**batch) takes")
     return total
 
 
-_ODD = 0x5851F42D4C957F2D  # the multiplier of Knuth's MMIX generator
+def _integers(values: Tensor) -> Tensor:
+    """Each value as an int64 of its own."""
+    return values.double().view(torch.int64) if values.is_floating_point() else values.long()
 
 
-def _mixed(values: Tensor, *, salt: int) -> Tensor:
-    """Entries as int64 whose bits hang on all of the value's: (rows, n)."""
-    if values.dtype is torch.bool:
-        values = values.to(torch.uint8)
-    if values.is_floating_point():
-        values = values.double().view(torch.int64)
-    mixed = (values.to(torch.int64) + salt + 1) * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 29)) * -0x40A7B892E31B1A47
-    return mixed ^ (mixed >> 32)
+def _mixed(x: Tensor) -> Tensor:
+    """One to one on int64, each bit of the result hanging on all of x (a finalizer of hashes)."""
+    for shift, odd in ((32, -0x61C8864680B583EB), (29, -0x40A7B892E31B1A47), (32, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * odd  # >> carries the sign down
+    return x
 
 
 class Seen:

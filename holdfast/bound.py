@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from holdfast.attachment import (
     regroup_,
     unwrap,
 )
-from holdfast.batches import without_labels
+from holdfast.batches import Seen, without_labels
 from holdfast.errors import Refused
 from holdfast.forwarding import in_mode, own_randomness, replaced, returning, uncompiled, untrained
 from holdfast.gradients import clip_, total_norm, unscale_
@@ -128,6 +129,7 @@ class Bound:
         self.unbind()
         check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
+        learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
         self.resuming, self.start, self.fitted = resuming, start, None
         self._core = shared or default_shared(model)
@@ -137,16 +139,16 @@ class Bound:
             recipe = {m.name: m.to_dict() for m in self.methods}
             distributed.align_(self.generator, self.weights, [task, total_steps, recipe])
             self._attach()
+            for method in self._defining("unbound"):
+                self._undo.append(functools.partial(method.unbound, self.views[method.name]))
             with self._offering(data):
                 if not resuming:
-                    self._read_rows(offered=data is not None)
+                    self._read_rows(learned, offered=data is not None)
                 for method in self._defining("begin_task"):
                     method.begin_task(self.views[method.name])
             self._install_mixing()
             if any(m.needs_features for m in self.methods):
                 self._undo.append(self._seeing_features())
-            for method in self._defining("unbound"):
-                self._undo.append(functools.partial(method.unbound, self.views[method.name]))
             self._drawn = self.generator.get_state()
         except BaseException:
             self.unbind()
@@ -229,8 +231,9 @@ class Bound:
         first task that it learns here.
         """
         still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        self.begin_task(task, still, 1, model=model, shared=shared, resuming=True)
+        self.begin_task(task, still, 1, model=model, shared=shared, data=data, resuming=True)
         self.unbind()
+        self.resuming = False  # no state is loaded
         self.end_task(data)
 
     @contextlib.contextmanager
@@ -247,32 +250,43 @@ class Bound:
             self.data = list
 
     @torch.no_grad()
-    def _read_rows(self, *, offered: bool) -> None:
-        """One pass over the rows before the first step: for methods, and to fit the head."""
+    def _read_rows(self, learned: Sequence[nn.Module], *, offered: bool) -> None:
+        """One pass over the rows before the first step: for methods, and to fit the head.
+
+        `learned` are the models of finished tasks: their heads are not fitted again.
+        """
         readers = [m for m in self._defining("read_rows") if m.wants_rows(self.views[m.name])]
         model, head = self.models[self.task], None
         if self.head_first is not None:
-            head = self.head_first.of(model, self._core, self.total_steps)
+            steps = self.total_steps
+            head = self.head_first.of(model, self._core, steps, learned=learned)
         if not readers and head is None:
             return
         if not offered:
             who = [*(m.name for m in readers), *(["head_first"] if head else [])]
             raise Refused(f"{', '.join(who)} reads the rows of a task before its first step",
                           where="begin_task", remedy="pass data=")  # fmt: skip
-        began, undo = time.monotonic(), self._seeing_features(always=True)
+
+        def wanted(_: Any) -> bool:
+            return bool(readers) or (head is not None and head.looking)
+
+        began, undo, rows = time.monotonic(), self._seeing_features(always=True), Seen()
         try:
             with in_mode(model.modules(), training=False):
-                for batch in self.data():
+                for batch in itertools.takewhile(wanted, rows.through(self.data())):
                     self.inputs = batch
-                    with head.watching(batch) if head is not None else contextlib.nullcontext():
+                    with head.watching() if head is not None else contextlib.nullcontext():
                         self.outputs = self.forward(batch)
+                    if head is not None:
+                        head.see(batch, self.outputs)
                     for method in readers:
                         method.read_rows(self.views[method.name])
                 self._forget_step()
                 if head is not None:
                     with own_randomness(self.generator):
-                        self.fitted = head.fit(self.data)
+                        self.fitted = head.fit(lambda: rows.through(self.data()))
                     self.fitted["seconds"] = round(time.monotonic() - began, 3)
+            rows.require_equal(next(model.parameters()).device)
         finally:
             undo()
             self._forget_step()
@@ -321,8 +335,9 @@ class Bound:
             method.before_step(self.views[method.name])
         if self.max_grad_norm is not None:
             clip_(self._gradients(), self.gradient_norm(), self.max_grad_norm)
-        if any(m.needs_previous for m in self.methods):
-            self.previous = {n: w.detach().clone() for n, w in self.weights.items()}
+        asking = (m for m in self.methods if m.needs_previous)
+        kept = {n for m in asking for n in m.previous_of(self.views[m.name])}
+        self.previous = {n: w.detach().clone() for n, w in self.weights.items() if n in kept}
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -393,7 +408,9 @@ class Bound:
         self._asked, self.inputs, self.outputs = True, inputs, outputs
         device = next(self._model().parameters()).device
         total = torch.zeros((), device=device)
+        features = self.features
         for method in self._defining("penalty"):
+            self.features = features  # the forward pass of another method has had its own
             total = total + method.penalty(self.views[method.name])
         self.features = None  # it holds the graph of this micro-batch
         return total
@@ -491,7 +508,7 @@ class Bound:
         `tunable` settings may be others than those of the saved state.
         """
         meta, tensors = state["meta"], dict(state["tensors"])
-        between = meta["task"] in meta["finished"]
+        between = meta["finished"][-1:] == [meta["task"]]
         ours = {m.name: m.to_dict() for m in self.methods}
         loose = {m.name: m.tunable if between else () for m in self.methods}
         if _firm(meta["methods"], loose) != _firm(ours, loose):

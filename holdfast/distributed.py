@@ -75,6 +75,16 @@ def beside(t: Tensor, weight: Tensor) -> Tensor:
     return distribute_tensor(on, laid.device_mesh, laid.placements, src_data_rank=None)
 
 
+def reshard_(model: nn.Module) -> None:
+    """Drop what FSDP2 gathered for a forward pass without a backward one.
+
+    Until then modules hold whole weights, which would not see what is written to the shards.
+    """
+    for module in model.modules():
+        if callable(reshard := getattr(module, "reshard", None)):
+            reshard()
+
+
 def spread(t: Tensor) -> Spread:
     """The groups whose ranks hold different parts of a tensor; () where every rank holds it all."""
     if not sharded(t):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.distributed import sharded
+from holdfast.errors import Refused
 
 
 @contextlib.contextmanager
@@ -67,14 +68,50 @@ def replaced(weights: Mapping[str, nn.Parameter], by: Mapping[str, Tensor]) -> I
     """Other values in place of some weights; only without gradients."""
     if by and torch.is_grad_enabled():
         raise RuntimeError("view.forward(weights=...) works only under torch.no_grad()")
+    if any(sharded(weights[name]) for name in by):
+        raise Refused("weights in shards cannot be replaced", where="view.forward",
+                      remedy="train with DistributedDataParallel")  # fmt: skip
     kept = {name: weights[name].data for name in by}
     try:
+        if by:  # autocast keeps the narrow copy of each weight for its block
+            torch.clear_autocast_cache()
         for name, w in by.items():
             weights[name].data = w
         yield
     finally:
         for name, w in kept.items():
             weights[name].data = w
+        if by:
+            torch.clear_autocast_cache()
+
+
+def adapters(model: nn.Module) -> list[Any]:
+    """The layers of a model that PEFT has put adapters on."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model below PEFT's adapters within the block; its own heads stay as they are.
+
+    (PEFT's `disable_adapter` changes `modules_to_save` back too, and after it trains what was
+    frozen.)
+    """
+    layers = [layer for layer in adapters(model) if not layer.disable_adapters]
+    trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for p, learns in trained:
+            p.requires_grad_(learns)
 
 
 @contextlib.contextmanager

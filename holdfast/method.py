@@ -76,6 +76,8 @@ class Method(Checked):
     needs_features: ClassVar[bool] = False  # penalty reads `view.features`
     needs_old_task: ClassVar[bool] = False  # does nothing before a second task
     changes_weights: ClassVar[bool] = False  # end_task may change weights: scores are taken after
+    # Methods that it cannot stand beside in a recipe, and why.
+    excludes: ClassVar[Mapping[str, str]] = {}
     # Fields that say how strongly what is remembered acts: between tasks they may be others.
     tunable: ClassVar[tuple[str, ...]] = ()
 
@@ -97,6 +99,10 @@ class Method(Checked):
     def defines(cls, hook: str) -> bool:
         """Whether this method overrides `hook`."""
         return getattr(cls, hook) is not getattr(Method, hook)
+
+    def previous_of(self, view: View) -> Collection[str]:
+        """Names whose weights before a step `after_step` reads, if it `needs_previous`: all."""
+        return list(view.weights)
 
     # --- the hooks -------------------------------------------------------------------------
 
@@ -143,7 +149,10 @@ class Method(Checked):
         """Read or change weights after the optimizer's step."""
 
     def unbound(self, view: View) -> None:
-        """The recipe lets go of the model and the optimizer: take off what was put on them."""
+        """The recipe lets go of the model and the optimizer: take off what was put on them.
+
+        Also called where the task failed to begin, and there may be nothing to take off.
+        """
 
     def end_task(self, view: View) -> None:
         """A task is learned: estimate importance, keep rows, merge weights.

@@ -21,7 +21,19 @@ from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
 from holdfast.head_first import HeadFirst
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, LwF, Merge, Replay, method_named
+from holdfast.methods import (
+    DPS,
+    EWC,
+    GPM,
+    L2SP,
+    KfacEWC,
+    KLAnchor,
+    LwF,
+    Merge,
+    Replay,
+    WiSE,
+    method_named,
+)
 from holdfast.parts import parts
 from holdfast.rates import Rates, param_groups
 
@@ -52,6 +64,12 @@ class Recipe:
                 raise Refused(f"{m!r} is no method", where="recipe.methods")
             if names.count(m.name) > 1:
                 raise Refused(f"{m.name} stands twice", where="recipe.methods")
+            for other in m.excludes.keys() & {*names}:
+                raise Refused(f"{m.name} cannot stand beside {other}: {m.excludes[other]}",
+                              where="recipe.methods", remedy="keep one of them")  # fmt: skip
+        if not isinstance(self.head_first, HeadFirst | None):
+            raise Refused(f"must be a HeadFirst, not {self.head_first!r}",
+                          where="recipe.head_first", remedy="HeadFirst()")  # fmt: skip
         norm = self.max_grad_norm
         number = isinstance(norm, int | float) and not isinstance(norm, bool)
         if norm is not None and not (number and 0 < norm < math.inf):
@@ -140,11 +158,13 @@ class Recipe:
         task: str = "task",
         shared: nn.Module | None = None,
         data: Any = None,
+        resuming: bool = False,
         seed: int = 0,
     ) -> Bound:
         """Attach to a model and an optimizer and begin the first task; see `Bound.begin_task`."""
         bound = self.unbound(seed=seed)
-        bound.begin_task(task, optimizer, total_steps, model=model, shared=shared, data=data)
+        bound.begin_task(task, optimizer, total_steps, model=model, shared=shared, data=data,
+                         resuming=resuming)  # fmt: skip
         return bound
 
     def unbound(self, *, seed: int = 0) -> Bound:
@@ -157,9 +177,13 @@ class Recipe:
             seed=seed,
         )
 
-    def idle_alone(self) -> list[str]:
-        """The methods that change nothing of a task that is learned first, or by itself."""
-        return [m.name for m in self.methods if m.idle_at_first]
+    def idle_alone(self) -> str | None:
+        """A line that says so, where nothing of this recipe acts on a task learned by itself."""
+        acts = self.head_first is not None or self.rates != Rates.flat()
+        if acts or not self.methods or not all(m.idle_at_first for m in self.methods):
+            return None
+        return (f"every method of recipe {self.name!r} waits for a second task: "
+                "this run is plain fine-tuning")  # fmt: skip
 
 
 def _rates(values: Any) -> Rates:
@@ -211,7 +235,11 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "replay": lambda: Recipe(methods=[Replay()], name="replay"),
     "head_first": lambda: Recipe(head_first=HeadFirst(), name="head_first"),
     "lwf": lambda: Recipe(head_first=HeadFirst(), methods=[LwF()], name="lwf"),
+    "gpm": lambda: Recipe(head_first=HeadFirst(), methods=[GPM()], name="gpm"),
+    "kfac_ewc": lambda: Recipe(head_first=HeadFirst(), methods=[KfacEWC()], name="kfac_ewc"),
+    "kl_anchor": lambda: Recipe(head_first=HeadFirst(), methods=[KLAnchor()], name="kl_anchor"),
     "merge": lambda: Recipe(head_first=HeadFirst(), methods=[Merge()], name="merge"),
+    "wise": lambda: Recipe(head_first=HeadFirst(), methods=[WiSE()], name="wise"),
     "lwf_merge": lambda: Recipe(head_first=HeadFirst(), methods=[LwF(), Merge()], name="lwf_merge"),
     # Chosen on selection rows (docs/results): it keeps most of the old task without keeping rows.
     "default": lambda: Recipe(methods=[DPS(score="retention", drop=0.9)], name="default"),

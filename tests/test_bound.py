@@ -316,8 +316,13 @@ def test_the_forward_pass_of_another_task_leaves_what_is_shared_in_its_mode() ->
     other = pupil.bound.models["one"]
     for module in (other, other.get_submodule("classifier")):
         module.training = False  # as loaded
+    seen: list[list[bool]] = []
+    head, shared = other.get_submodule("classifier"), other.get_submodule("encoder")
+    modules = (head, shared, frozen)
+    head.register_forward_hook(lambda *_: seen.append([m.training for m in modules]))
     pupil.bound.forward(make_batch("one", 0), task="one")
-    assert other.training and other.get_submodule("classifier").training
+    assert seen == [[True, True, False]]  # as the model that is trained
+    assert not other.training and not head.training  # and after it as they were
     assert pupil.model.training and not frozen.training
 
 

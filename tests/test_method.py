@@ -35,8 +35,14 @@ class Logged(Method):
         LOG.append(("prepare", self.name))
         return model
 
+    def read_rows(self, view: View) -> None:
+        LOG.append(("read_rows", self.name))
+
     def begin_task(self, view: View) -> None:
         LOG.append(("begin_task", self.name))
+
+    def loaded(self, view: View) -> None:
+        LOG.append(("loaded", self.name))
 
     def mixed(self, view: View) -> Collection[str]:
         return ["encoder.layers.0.up.weight"]
@@ -58,6 +64,9 @@ class Logged(Method):
     def after_step(self, view: View) -> None:
         LOG.append(("after_step", self.name))
 
+    def unbound(self, view: View) -> None:
+        LOG.append(("unbound", self.name))
+
     def end_task(self, view: View) -> None:
         LOG.append(("end_task", self.name))
 
@@ -72,7 +81,8 @@ def bind(*methods: Method, **optimizer: Any) -> Bound:
     recipe = Recipe(methods=methods)
     model = recipe.prepare(Classifier())
     made = torch.optim.AdamW(model.parameters(), **({"lr": 0.01} | optimizer))
-    return recipe.bind(model, made, total_steps=5, task="one")
+    rows = [make_batch("one", 50)]
+    return recipe.bind(model, made, total_steps=5, task="one", data=rows)
 
 
 def step(bound: Bound, number: int = 0) -> Any:
@@ -88,10 +98,13 @@ def step(bound: Bound, number: int = 0) -> Any:
 @pytest.mark.parametrize("order", [(Logged(), Second()), (Second(), Logged())])
 def test_hooks_run_in_phases_and_in_recipe_order_within(order: tuple[Method, Method]) -> None:
     bound = bind(*order)
+    bound.load_state_dict(bound.state_dict())
     step(bound)
+    bound.unbind()
     bound.end_task()
-    wanted = [(hook, m.name) for hook in HOOKS for m in order]
-    assert wanted == LOG
+    # What was put on last comes off first.
+    in_turn = {hook: order[::-1] if hook == "unbound" else order for hook in HOOKS}
+    assert [(hook, m.name) for hook in HOOKS for m in in_turn[hook]] == LOG
 
 
 def test_a_method_defines_what_it_overrides() -> None:

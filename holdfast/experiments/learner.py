@@ -168,6 +168,7 @@ class Learner:
             callbacks=self._callbacks(index),
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_HeadNoted(self.record, trainer))
         for old in self.models[:-1]:
             trainer.accelerator.prepare_model(old, evaluation_mode=True)
         checkpoint = newest_complete(
@@ -180,7 +181,6 @@ class Learner:
         self.bound = trainer.bound
         steps = trainer.state.global_step
         skipped = self._skipped(task, steps)
-        self._note_head(index)
         self.bound.evaluate = lambda: {"score": self.score(index, "selection")}
         if index and any(m.changes_weights for m in self.recipe.methods):
             self.record.before_end[task.name] = self._scores(index, "evaluation")
@@ -200,12 +200,6 @@ class Learner:
         before = self.home(index - 1)
         kept = index > 0 and (before / "config.json").is_file()
         return functools.partial(_weights_of, before, model) if kept else None
-
-    def _note_head(self, index: int) -> None:
-        """What fitting the head took; of a resumed task, the process before said it."""
-        assert self.bound is not None
-        if self.bound.fitted is not None:
-            self.record.head_first[self.tasks[index].name] = self.bound.fitted
 
     def note_time(self) -> None:
         """Seconds spent on this task so far, those of killed processes included."""
@@ -294,7 +288,7 @@ class Learner:
     def _describe(self, model: nn.Module) -> None:
         if has_head(load_config(self.source)):
             self.warn("The model was a classifier: its own head was dropped.")
-        named = parts(model)
+        named = parts(model, self.recipe.parts)
         rates = self.recipe.rates.of(named)
         self.record.model = {
             "name": self.record.settings["model"],
@@ -338,6 +332,17 @@ class Learner:
             dataloader_pin_memory=False,
             per_device_eval_batch_size=32,
         )
+
+
+class _HeadNoted(TrainerCallback):
+    """What fitting the head took; of a resumed task, the process before has noted it."""
+
+    def __init__(self, record: Record, trainer: Any) -> None:
+        self.record, self.trainer = record, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.bound.fitted is not None:
+            self.record.head_first[self.trainer.task] = self.trainer.bound.fitted
 
 
 class _History(TrainerCallback):

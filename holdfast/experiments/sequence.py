@@ -89,6 +89,8 @@ def run_sequence(
     for task in loaded:
         for line in task.warnings:
             _tell_once(f"{task.name}: {line}")
+    if len(loaded) == 1 and (idle := chosen.idle_alone()):
+        _tell_once(idle)
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
               bar=(label or "") if progress else None)  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
@@ -141,7 +143,7 @@ class Job:
     def _fresh(self, tasks: list[Task], plan: Settings) -> Record:
         from holdfast.experiments.heads import MINILM
 
-        return Record(
+        record = Record(
             tasks=[describe(t) for t in tasks],
             kind="sequence" if len(tasks) > 1 else "train",
             settings={**plan.to_dict(), "model": self.model, "optimizer": "adamw_torch_fused"},
@@ -151,6 +153,9 @@ class Job:
             exposure=MINILM["exposure"] if self.model == "minilm" else None,
             status="running",
         )
+        if len(tasks) == 1 and (idle := self.recipe.idle_alone()):
+            record.warn(idle)
+        return record
 
     def _learn(
         self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record

@@ -14,12 +14,18 @@ from holdfast.errors import Refused, nearest
 from holdfast.method import Method
 from holdfast.methods.dps import DPS
 from holdfast.methods.ewc import EWC
+from holdfast.methods.gpm import GPM
+from holdfast.methods.kfac_ewc import KfacEWC
+from holdfast.methods.kl_anchor import KLAnchor
 from holdfast.methods.l2sp import L2SP
 from holdfast.methods.lwf import LwF
 from holdfast.methods.merge import Merge
 from holdfast.methods.replay import Replay
+from holdfast.methods.wise import WiSE
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (DPS, EWC, L2SP, LwF, Merge, Replay)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (DPS, EWC, GPM, KfacEWC, KLAnchor, L2SP, LwF, Merge, Replay, WiSE)
+}
 GROUP = "holdfast.methods"
 
 
@@ -34,7 +40,11 @@ def method_named(name: str) -> type[Method]:
     if len(found) > 1:
         raise Refused(f"two packages have a method {name!r}: {', '.join(map(_package, found))}",
                       remedy="uninstall one of them")  # fmt: skip
-    made = found[0].load()
+    try:
+        made = found[0].load()
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"{found[0].value} of {_package(found[0])} cannot be loaded: {error}",
+                      remedy="install it again") from None  # fmt: skip
     if not (isinstance(made, type) and issubclass(made, Method) and made.name == name):
         raise Refused(f"{found[0].value} of {_package(found[0])} is no method called {name!r}",
                       remedy="derive it from holdfast.Method, and give it this name")  # fmt: skip
@@ -45,4 +55,17 @@ def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
-__all__ = ["DPS", "EWC", "L2SP", "METHODS", "LwF", "Merge", "Replay", "method_named"]
+__all__ = [
+    "DPS",
+    "EWC",
+    "GPM",
+    "L2SP",
+    "METHODS",
+    "KLAnchor",
+    "KfacEWC",
+    "LwF",
+    "Merge",
+    "Replay",
+    "WiSE",
+    "method_named",
+]

@@ -112,6 +112,11 @@ class DPS(Method):
         """Retention estimates the Fisher information of the task it has learned."""
         return self.score == "retention"
 
+    @property
+    def idle_at_first(self) -> bool:
+        """Retention has nothing to retain in the first task."""
+        return self.score == "retention"
+
     # --- what takes part ----------------------------------------------------------------------
 
     def covered(self, view: View) -> list[str]:

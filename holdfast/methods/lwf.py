@@ -5,10 +5,10 @@ changing encoder is held to these answers:
 
     P = λ Σ_old T² · mean over rows of KL(softmax(z⁰/T) ‖ softmax(z/T))
 
-z⁰ are the logits before the task, z those of now. Of one output (regression) ½ (z⁰ − z)² stands in
-place of the divergence: that of two normal distributions of variance 1. No row of an old task is
-kept, and the answers (a number a class and row) are told by the content of a row, so that the order
-of batches does not matter. The old heads read what the encoder returned for the task's own loss:
+z⁰ are the logits before the task, z those of now. Of a regression ½ (z⁰ − z)² stands in place of
+the divergence: that of two normal distributions of variance 1; of several labels a row the sum of
+each label's. No row of an old task is kept, and the answers (a number a class and row) are told by
+the content of a row, so that the order of batches does not matter. The old heads read what the encoder returned for the task's own loss:
 a step has no second pass. They are themselves not trained. Deviation: the paper's loss is a cross
 entropy, which differs by the constant entropy of the answers.
 
@@ -27,6 +27,8 @@ from torch import Tensor
 
 from holdfast.errors import Refused
 from holdfast.method import Method, Range, View
+from holdfast.methods import answers
+from holdfast.methods.answers import divergence, kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,59 +58,38 @@ class LwF(Method):
         return bool(view.finished)
 
     def read_rows(self, view: View) -> None:
-        answers = view.state.cache.setdefault("answers", {})
+        found = view.state.cache.setdefault("answers", {"rows": [], "by task": {}})
         for task, outputs in view.old_outputs().items():
-            answers.setdefault(task, []).append(_logits(outputs, task))
-        answers.setdefault("rows", []).append(view.rows)
+            found["by task"].setdefault(task, []).append(_logits(outputs, task))
+        found["rows"].append(view.rows)
 
     def begin_task(self, view: View) -> None:
         if view.resuming:
             return
-        answers = view.state.cache.pop("answers", {})
-        view.state.tensors["answers"] = {}
-        if answers:
-            rows = torch.cat(answers.pop("rows"))
-            _, order = torch.sort(rows, stable=True)
-            kept = {task: torch.cat(found)[order] for task, found in answers.items()}
-            view.state.tensors["answers"] = {"rows": rows[order], **kept}
+        answers.forget(view.state)
+        found = view.state.cache.pop("answers", None)
+        if found is not None:
+            answers.keep(view.state, found["rows"], found["by task"])
 
     def penalty(self, view: View) -> Tensor:
-        answers = view.state.tensors.get("answers", {})
-        device = next(iter(view.weights.values())).device
-        total = torch.zeros((), device=device)
-        if not answers:
+        total = torch.zeros((), device=next(iter(view.weights.values())).device)
+        if not answers.kept(view.state):
             return total
-        known = answers["rows"]
-        place = torch.searchsorted(known, view.rows).clamp_(max=len(known) - 1)
-        if not torch.equal(known[place], view.rows):
-            raise Refused(
-                "a row was not among those read before the task",
-                where="lwf",
-                remedy="pass the rows as training sees them, not changed at random",
-            )
+        before = answers.recall(view.state, view.rows, where="lwf",
+                                remedy="pass the rows as training sees them, not changed at "
+                                "random")  # fmt: skip
         for task, outputs in view.old_outputs().items():
-            now, before = _logits(outputs, task), answers[task][place]
-            total = total + divergence(before, now, self.temperature)
+            now = _logits(outputs, task)
+            kind = kind_of(view.bound.models[task], now)
+            total = total + divergence(before[task], now, kind, temperature=self.temperature)
         return self.strength * total
 
     def end_task(self, view: View) -> None:
-        view.state.tensors.pop("answers", None)
-
-
-def divergence(before: Tensor, now: Tensor, temperature: float) -> Tensor:
-    """T² · mean over rows of KL(softmax(before/T) ‖ softmax(now/T)), logits (rows, classes).
-
-    Of one output, ½ (before − now)².
-    """
-    if now.shape[-1] == 1:
-        return 0.5 * (before - now).square().mean()
-    p = (before / temperature).log_softmax(-1)
-    q = (now / temperature).log_softmax(-1)
-    return temperature**2 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
+        answers.forget(view.state)
 
 
 def _logits(outputs: Any, task: str) -> Tensor:
-    """Logits of a row each, in float32: (rows, classes)."""
+    """Logits of a row each, in float32 at least: (rows, classes)."""
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise Refused(
@@ -116,4 +97,4 @@ def _logits(outputs: Any, task: str) -> Tensor:
             where="lwf",
             remedy="kl_anchor holds the outputs of other models",
         )
-    return logits.float()
+    return answers.exact(logits)

@@ -8,8 +8,10 @@ the new weights W₁ on the new task's inputs and from those of the start weight
 
 with x̃ the input with a 1 appended (weight and bias are one matrix) and G the Gram matrices of
 `holdfast.grams`, means over rows. An embedding's row moves by its share of counts
-n_new / (n_new + γ n_old), which is the same equation for one-hot inputs; norms, and weights of
-modules that are no such layer, by `others`. Afterwards G_old ← G_old + G_new.
+n_new / (n_new + γ n_old), which is the same equation for one-hot inputs, without ε. A norm
+y_i = g_i x̂_i + b_i has one of two inputs (x̂_i, 1) for each feature i (`norms="solve"`), or moves by
+the share `others`, as weights of modules that are no such layer do; a layer that the new task never
+called stays. Afterwards G_old ← G_old + G_new.
 
 No row of an old task is kept, and no step of training pays for it. Deviations from the paper: it
 merges models that were trained side by side, and shrinks the off-diagonals of G by .9 where we add
@@ -23,15 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from holdfast import distributed
-from holdfast.anchor import remember
-from holdfast.grams import Grams, Structure, factors_of, layers_of
+from holdfast.anchor import keep_start, remember, start_of
+from holdfast.errors import Refused
+from holdfast.grams import Grams, Layer, Structure, factors_of, layers_of, norms_of
 from holdfast.method import Method, Range, View
 
 
@@ -44,8 +47,9 @@ class Merge(Method):
     ridge: ε as a share of the mean diagonal; it holds what no task's inputs reach at W₀.
     rows: rows of the finished task that are measured.
     again: measure once more on the merged network, whose inputs are other ones, before adding up.
-    others: share of its change that a norm, or any weight but those of linear layers and
-        embeddings, keeps.
+    norms: `share`, or `solve` the same equation for each feature's scale and shift.
+    others: share of its change that a norm (unless solved for), or any weight but those of linear
+        layers and embeddings, keeps.
     structure, width, rank: of Gram matrices wider than `width`: `full`, `block` (diagonal blocks
         of at most `width`) or `low_rank` (`rank` directions and a diagonal).
     choose: how much of the new task's selection score may be given up: the largest of γ · 10, 3, 1,
@@ -68,6 +72,7 @@ class Merge(Method):
     ridge: Annotated[float, Field(gt=0)] = 1e-4
     rows: Annotated[int, Field(gt=0)] = 400
     again: bool = False
+    norms: Literal["share", "solve"] = "share"
     others: Annotated[float, Field(ge=0, le=1)] = 0.5
     structure: Structure = "block"
     width: Annotated[int, Field(gt=0)] = 4096
@@ -80,15 +85,19 @@ class Merge(Method):
 
     def begin_task(self, view: View) -> None:
         view.state.weights.pop("start", None)
-        if "readers" in view.state.numbers and view.bound.start is None and not view.resuming:
-            view.state.weights["start"] = remember(view.shared)
+        if "readers" in view.state.numbers:
+            keep_start(view)
 
     @torch.no_grad()
     def end_task(self, view: View) -> None:
         state, how = view.state, self._how()
         new, old = view.grams(**how), Grams.load(state.tensors, state.numbers, self.rank)
-        start = state.weights.pop("start", None) or (view.start() if old is not None else None)
+        start = start_of(view) if old is not None else None
+        if old is not None and start is None and view.step:
+            raise Refused("the weights that the task began with were not kept", where="merge",
+                          remedy="pass start= to begin_task, as before")  # fmt: skip
         if old is not None and start is not None:
+            old.require_like(new)
             merger = _Merger(view, old, new, start, self)
             state.numbers["strength"] = self._merge(view, merger)
             if self.again:
@@ -98,8 +107,10 @@ class Merge(Method):
         (old or new).save(state.tensors, state.numbers)
 
     def _how(self) -> dict[str, Any]:
-        return {"rows": self.rows, "structure": self.structure, "width": self.width,
-                "rank": self.rank}  # fmt: skip
+        how = {"rows": self.rows, "structure": self.structure, "width": self.width,
+               "rank": self.rank}  # fmt: skip
+        # As other methods ask, where norms are not solved for: they share one pass.
+        return how | ({"norms": True} if self.norms == "solve" else {})
 
     def _merge(self, view: View, merger: _Merger) -> float:
         """Merge with `strength`, or with the largest γ that costs no more than `choose`."""
@@ -119,7 +130,7 @@ class _Merger:
     """What can be merged: the weights before and after a task, and what both tasks' rows gave.
 
     The learned weights are kept while several strengths are tried (`choose`), or else only the
-    layer at work.
+    layers at work.
     """
 
     def __init__(
@@ -127,48 +138,56 @@ class _Merger:
     ) -> None:
         self.view, self.old, self.new, self.start, self.how = view, old, new, start, how
         self.learned: Mapping[str, Tensor] = view.shared
+        distributed.reshard_(view.bound.models[view.task])
+        layers, _ = layers_of(view.shared, view.modules)
+        # Layers of one input are solved for in one go; what only old tasks called stands still.
+        self.groups: dict[tuple[str, bool], list[Layer]] = {}
+        self.still: set[str] = {n for n in old.counts if n not in new.counts}
+        for layer in [*layers, *norms_of(view.shared, view.modules)]:
+            if layer.weight in new.readers.keys() & old.readers.keys() and not layer.lora:
+                key = new.readers[layer.weight], layer.has_one
+                self.groups.setdefault(key, []).append(layer)
+            elif layer.weight in old.readers:
+                self.still.update(layer.names)
         if how.choose is not None:
             self.learned = remember(view.shared)
 
     def merge_(self, strength: float) -> None:
         """Write the merged weights into the network, one input's layers at a time."""
-        shared = self.view.shared
-        layers, _ = layers_of(shared, self.view.modules)
-        left = {name for name in shared if name in self.start}
-        for pair in factors_of(shared):
-            moments = (
-                self.old.moments[self.old.readers[pair.a]],
-                self.new.moments[self.new.readers[pair.a]],
-            )
-            self._write(pair.refitted(self.start, self.learned, moments, strength, self.how.ridge))
-            left -= {pair.a, pair.b}
-        for layer in layers:
-            if layer.lora or layer.weight not in left:
-                continue
-            key, names = self.new.readers.get(layer.weight), {layer.weight, layer.bias}
-            if key is None or key not in self.old.moments:
-                continue  # never called: what else moves
-            before, after = layer.matrix(self.start), layer.matrix(self.learned)
-            kept = self.new.moments[key].shrunk(
-                after - before, self.old.moments[key], strength, self.how.ridge,  # type: ignore[arg-type]
-                bias=layer.bias is not None,
-            )  # fmt: skip
-            self._write(layer.tensors(before + kept))
-            left -= names
+        distributed.reshard_(self.view.bound.models[self.view.task])
+        left, ridge = dict.fromkeys(self.view.shared), self.how.ridge
+        for pair in factors_of(self.view.shared):
+            if pair.a in self.old.readers and pair.a in self.new.readers:
+                moments = [g.moments[g.readers[pair.a]] for g in (self.old, self.new)]
+                self._write(pair.refitted(self.start, self.learned, moments, strength, ridge))
+                del left[pair.a], left[pair.b]
+        for (key, one), layers in self.groups.items():
+            mine, theirs = cast(Any, self.new.moments[key]), self.old.moments[key]
+            changes = [layer.matrix(self.learned) - layer.matrix(self.start) for layer in layers]
+            kept = mine.shrunk(torch.cat(changes), theirs, strength, ridge, bias=one)
+            for layer, part in zip(layers, kept.split([len(c) for c in changes]), strict=True):
+                self._move(layer.tensors(part))
+                for name in layer.names:
+                    del left[name]
         for name in left:
-            self._write({name: self._elsewhere(name, strength)})
+            before, after = (distributed.full(w[name]).float() for w in (self.start, self.learned))
+            self._move({name: (after - before) * self._share(name, strength)})
 
-    def _elsewhere(self, name: str, strength: float) -> Tensor:
-        """An embedding's rows by their counts, anything else by a fixed share."""
-        before, after = (distributed.full(w[name]).float() for w in (self.start, self.learned))
-        if name not in self.new.counts:
-            return torch.lerp(before, after, self.how.others)
+    def _share(self, name: str, strength: float) -> Tensor | float:
+        """Of an embedding's rows by their counts, of anything else a fixed one."""
+        if name in self.still:
+            return 0.0
+        if name not in self.new.counts or name not in self.old.counts:
+            return self.how.others
         mine, theirs = self.new.counts[name], strength * self.old.counts[name]
         share = torch.where(mine > 0, mine / (mine + theirs).clamp(min=1e-30), 0.0)
-        return torch.lerp(before, after, share[:, None].to(before.device))
+        return share[:, None]
+
+    def _move(self, changes: Mapping[str, Tensor]) -> None:
+        """Write the start weights with these changes."""
+        self._write({n: distributed.full(self.start[n]) + c for n, c in changes.items()})
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
-            w = self.view.shared[name]
-            mine = distributed.local(distributed.beside(value.to(w.dtype), w.detach()))
-            distributed.local(w.detach()).copy_(mine)
+            w = self.view.shared[name].detach()
+            distributed.local(w).copy_(distributed.local(distributed.beside(value.to(w.dtype), w)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -112,6 +113,9 @@ class RecipeMixin(SavingMixin):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.bound is None:
             self.bound = self.recipe.unbound(seed=self.args.seed)
+            # A task that was given a name is the first of several.
+            if self.task == "task" and (idle := self.recipe.idle_alone()) and self.args.should_log:
+                logging.getLogger("holdfast").warning(idle)
         clip = self.recipe.max_grad_norm
         self.bound.max_grad_norm = self.args.max_grad_norm or None if clip is None else clip
         self.bound.evaluate = self.evaluate
@@ -121,7 +125,7 @@ class RecipeMixin(SavingMixin):
             num_training_steps,
             model=self.accelerator.unwrap_model(self.model),
             shared=self._shared,
-            data=self._batches(order=None),
+            data=lambda: self._batches(order=None)(),
             start=self.start,
             resuming=self._resuming,
         )

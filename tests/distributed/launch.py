@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("steps", "shards", "trainers")
+MODULES = ("steps", "shards", "merging", "trainers")
 
 
 def torchrun(script: Path, *words: str, limit: float) -> subprocess.CompletedProcess[str]:

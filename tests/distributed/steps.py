@@ -14,6 +14,7 @@ from torch import nn
 
 from holdfast import distributed
 from holdfast.errors import Refused
+from holdfast.head_first import HeadFirst
 from holdfast.importance import diagonal_fisher
 from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
@@ -273,3 +274,25 @@ def check_agreement_by_content() -> Iterator[None]:
         assert len({distributed.fingerprint(p) for p in prints}) == len(prints)
     assert distributed.gather([rank(), 5], torch.device("cpu")) == [[0, 5], [1, 5]]
     assert dist.get_world_size() == distributed.world() == 2
+
+
+def check_a_head_fitted_first_is_that_of_one_process() -> Iterator[None]:
+    """Every rank fits the same head to all rows, and rows of a rank's own are refused."""
+    rows = [make_batch("one", step) for step in range(4)]
+
+    def fitted(how: HeadFirst, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        torch.manual_seed(rank())
+        model = Classifier()
+        net = ddp(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        bound = Recipe(head_first=how).bind(net, optimizer, total_steps=20, data=rows)
+        assert bound.fitted is not None
+        return model.classifier.weight.detach()
+
+    kinds = [HeadFirst(), HeadFirst(steps=6)]
+    alone = [fitted(how, rows) for how in kinds]
+    yield
+    for how, head in zip(kinds, alone, strict=True):
+        assert torch.equal(fitted(how, rows), head)
+        with pytest.raises(Refused, match="the rows"):
+            fitted(how, rows[rank() : rank() + 2])

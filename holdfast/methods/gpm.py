@@ -1,0 +1,232 @@
+"""GPM: gradient projection memory (Saha, Garg & Roy, ICLR 2021, arXiv 2103.09762).
+
+A layer y = W x̃, x̃ = (x, 1), answers old inputs as before if its change has nothing of their
+directions. With U (k, d) orthonormal rows that span them,
+
+    g ← g (I − UᵀU)                            ΔW ← ΔW (I − UᵀU),   so that ΔW x̃ = 0 in the span
+
+U are eigenvectors of the Gram matrix G of old inputs (`holdfast.grams`). A task adds the fewest
+leading ones v of what U does not hold yet, so that together they hold the share ε of its inputs:
+
+    Ĝ = (I − UᵀU) G (I − UᵀU)                  tr(U G Uᵀ) + Σ vᵀ Ĝ v ≥ ε tr G
+
+Layers that read the same tensor share one U. LoRA's factors are linear layers like any other: A
+keeps A x of old inputs, B keeps B (A x). Embeddings, norms and what else is no linear layer have
+no such span: by `others` they stand still, or train freely and change what later layers are given.
+The first task of all trains as if the method were not there. No row of an old task is kept.
+
+Deviations from the paper: a projected gradient is not a projected update, for momentum of other
+steps and weight decay move weights within the span. So `project="update"` projects the gradient,
+and after the step what the optimizer made of it, which is exact up to rounding (coarse for bfloat16
+weights); `"gradient"` is as published. The paper has no biases; they are a column of W here.
+Directions that hold less than a millionth of tr G are rounding, and never in U.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from holdfast.distributed import local
+from holdfast.grams import Blocks, Grams, Layer, Moment, Structure, layers_of
+from holdfast.method import Method, Range, View
+
+ROUNDING = 1e-6  # of the trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPM(Method):
+    """Learn only in directions that old tasks' inputs of a layer do not use.
+
+    threshold: ε, the share of each old task's inputs that is protected, 0 < ε ≤ 1; 1 leaves
+        nothing to a layer whose inputs use all directions.
+    project: "update" is exact; "gradient", as published, is not under momentum or weight decay.
+    others: whether shared weights that are in no linear layer stand still ("freeze") or "train"
+        once a task is remembered.
+    rows: rows of the finished task that are measured.
+    structure, width, rank: of inputs wider than `width`, see `Merge`; of `low_rank` a task can
+        protect `rank` directions at most.
+    """
+
+    name: ClassVar[str] = "gpm"
+    summary: ClassVar[str] = "learns only in directions that old inputs do not use"
+    paper: ClassVar[str] = "Saha et al., ICLR 2021, arXiv 2103.09762"
+    bytes_per_weight: ClassVar[str] = (
+        "4 k d an input of d with k protected directions: at most about 6 per linear weight of a "
+        "BERT; during a step 4 more per linear weight, unless project=gradient"
+    )
+    needs_previous: ClassVar[bool] = True
+    needs_old_task: ClassVar[bool] = True
+    ranges: ClassVar[Mapping[str, Range]] = {"threshold": Range(0.8, 0.99)}
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
+    project: Literal["update", "gradient"] = "update"
+    others: Literal["train", "freeze"] = "freeze"
+    rows: Annotated[int, Field(gt=0)] = 400
+    structure: Structure = "block"
+    width: Annotated[int, Field(gt=0)] = 4096
+    rank: Annotated[int, Field(gt=0)] = 256
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def begin_task(self, view: View) -> None:
+        view.state.cache.clear()
+
+    def previous_of(self, view: View) -> Collection[str]:
+        if self.project == "gradient":
+            return ()
+        return [n for layer in _covered(view) for n in layer.names]
+
+    def before_step(self, view: View) -> None:
+        covered = _covered(view)
+        if covered and self.others == "freeze":
+            for name in view.shared.keys() - {n for layer in covered for n in layer.names}:
+                view.grads[name] = None
+        for layer in covered:
+            grads = {n: local(g) for n in layer.names if (g := view.grads[n]) is not None}
+            for name, free in _projected(view, layer, grads).items():
+                grads[name].copy_(free)
+
+    def after_step(self, view: View) -> None:
+        if self.project == "gradient":
+            return
+        for layer in _covered(view):
+            # Without a gradient a weight has not moved, and is not to.
+            moved = [n for n in layer.names if view.grads[n] is not None]
+            before = {n: local(view.previous[n]) for n in moved}
+            now = {n: local(view.weights[n].detach()) for n in moved}
+            change = {n: now[n].float() - before[n].float() for n in moved}
+            for name, free in _projected(view, layer, change).items():
+                now[name].copy_(before[name].float() + free)
+
+    @torch.no_grad()
+    def end_task(self, view: View) -> None:
+        state = view.state
+        new = view.grams(rows=self.rows, structure=self.structure, width=self.width, rank=self.rank)
+        readers, inputs = (state.numbers.setdefault(k, {}) for k in ("readers", "inputs"))
+        Grams(readers=readers).require_like(new)
+        bases = state.tensors.setdefault("basis", {})
+        for key, moment in new.moments.items():
+            bases[key] = widened(moment, bases.get(key), self.threshold)
+            inputs[key] = moment.d
+        readers.update(new.readers)
+        state.cache.clear()
+
+
+# --- which directions -----------------------------------------------------------------------------
+
+
+def widened(moment: Moment, old: Tensor | None, threshold: float) -> Tensor:
+    """U with the leading directions of a task's inputs that it did not hold.
+
+    Orthonormal rows a block, (blocks, k, b), filled up with rows of zeros: a Gram matrix in
+    diagonal blocks has its eigenvectors in these. One block is the whole input.
+    """
+    values, vectors, held, total = _leading(moment, old)
+    value, order = values.flatten().sort(descending=True)
+    before = held + value.cumsum(0) - value  # the share that is held without this one
+    chosen = (before < (threshold - ROUNDING) * total) & (value > ROUNDING * total)
+    marks = torch.zeros_like(value, dtype=torch.bool)
+    marks[order] = chosen
+    found = []
+    for block, (mine, mark) in enumerate(zip(vectors, marks.view_as(values), strict=True)):
+        rows = mine[mark]
+        if old is not None:
+            kept = old[block].to(rows)
+            rows = torch.cat([kept[kept.any(1)], rows])
+        found.append(_orthonormal(rows, moment.d - block * rows.shape[1]))
+    longest = max(map(len, found))
+    return torch.stack([functional.pad(u, (0, 0, 0, longest - len(u))) for u in found]).float()
+
+
+def _orthonormal(rows: Tensor, width: int) -> Tensor:
+    """Rows of the same span. Of all of `width` entries the unit vectors, so that nothing is left
+    of a gradient: Adam would make steps of its rounding."""
+    if len(rows) >= min(width, rows.shape[1]):
+        return torch.eye(*rows.shape, dtype=rows.dtype, device=rows.device)
+    return torch.linalg.qr(rows.T)[0].T
+
+
+def _leading(moment: Moment, old: Tensor | None) -> tuple[Tensor, Tensor, float, float]:
+    """vᵀ G v (blocks, m) and v (blocks, m, b) of the eigenvectors v of Ĝ; tr(U G Uᵀ) and tr G."""
+    if isinstance(moment, Blocks):
+        gram = _wide(moment.matrix)
+        total, held, rest = float(gram.diagonal(dim1=1, dim2=2).sum()), 0.0, gram
+        if old is not None:
+            u = old.to(gram)
+            inside = u @ gram
+            held = float((inside * u).sum())
+            half = gram - u.mT @ inside
+            rest = half - (half @ u.mT) @ u
+        values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)
+        return values, vectors.mT, held, total
+    factor, diagonal = _wide(moment.factor), _wide(moment.rest)
+    total, held = float(factor.square().sum() + diagonal.sum()), 0.0
+    if old is not None:
+        u = old[0].to(factor)
+        inside = factor @ u.T
+        held = float(inside.square().sum() + (u.square() @ diagonal).sum())
+        factor = factor - inside @ u
+    _, s, vt = torch.linalg.svd(factor, full_matrices=False)
+    values = torch.where(s > 0, s.square() + vt.square() @ diagonal, 0.0)
+    return values[None], vt[None], held, total
+
+
+def _wide(t: Tensor) -> Tensor:
+    """In double where that is cheap and to be had."""
+    return t if t.shape[-1] > 2048 or t.device.type == "mps" else t.double()
+
+
+# --- projecting -----------------------------------------------------------------------------------
+
+
+def _covered(view: View) -> list[Layer]:
+    """The layers whose old inputs are known: none in the first task."""
+    if "covered" not in view.state.cache:
+        readers = view.state.numbers.get("readers", {})
+        linear, _ = layers_of(view.shared, view.modules)
+        view.state.cache["covered"] = [layer for layer in linear if layer.weight in readers]
+        for layer in view.state.cache["covered"]:
+            layer.require_rows(view.shared)
+    covered: list[Layer] = view.state.cache["covered"]
+    return covered
+
+
+def _projected(view: View, layer: Layer, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a layer's change leaves its outputs on old inputs alone.
+
+    Without the bias, or the weight, in `change` the other one alone must do so.
+    """
+    if layer.weight not in change:  # each old input has the appended 1
+        return {name: torch.zeros_like(c) for name, c in change.items()}
+    if layer.bias not in change:
+        layer = replace(layer, bias=None)
+    key = view.state.numbers["readers"][layer.weight]
+    u, d = view.state.tensors["basis"][key], view.state.numbers["inputs"][key]
+    if layer.bias is None:
+        u = _of_inputs(view.state.cache.setdefault("of inputs", {}), key, u, d)
+    cutter = Blocks(u, d)
+    pieces = cutter.cut(layer.matrix(change))
+    pieces = torch.baddbmm(pieces, pieces @ u.mT, u, alpha=-1)
+    return layer.tensors(cutter.joined(pieces))
+
+
+def _of_inputs(cache: dict[str, Tensor], key: str, u: Tensor, d: int) -> Tensor:
+    """U without the appended 1: orthonormal rows that span what is left of it."""
+    if key not in cache:
+        block, place = divmod(d - 1, u.shape[-1])
+        u = u.clone()
+        u[block, :, place] = 0
+        _, s, vt = torch.linalg.svd(u[block], full_matrices=False)
+        rows = _orthonormal(vt[s > 1e-4], place)
+        u[block] = functional.pad(rows, (0, 0, 0, u.shape[1] - len(rows)))
+        cache[key] = u
+    return cache[key]

@@ -1,0 +1,141 @@
+"""WiSE-FT: between the weights before and after (Wortsman et al., CVPR 2022, arXiv 2109.01903).
+
+When a task is learned, every shared weight goes back part of its way:
+
+    w ← w₀ + α (w₁ − w₀)
+
+with w₀ the weights as the task began and w₁ the learned ones. α is fixed, or the smallest of
+.1, .2, … .9 whose selection score of the task stays within a tolerance of the learned weights'
+(1 if none does: they stay as they are). No row is kept and no step of training pays for it.
+
+Of LoRA the product B A is interpolated, not its factors, and the factors are refitted to it by
+singular values (a product of rank 2r, of which the nearest of rank r is kept). Buffers, such as
+the running means of a batch norm, stay. Deviation: the paper starts from a zero-shot model, whose
+head is interpolated too; a fresh head has no weights worth going back to, unless it was fitted
+first, so that `head` must ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from holdfast import distributed
+from holdfast.anchor import keep_start, remember, start_of
+from holdfast.errors import Refused
+from holdfast.grams import factors_of
+from holdfast.importance import wide
+from holdfast.method import Method, Range, View
+
+ALPHAS = tuple(tenths / 10 for tenths in range(1, 10))  # tried in this order
+
+
+@dataclass(frozen=True, kw_only=True)
+class WiSE(Method):
+    """Interpolate between the weights as a task began and as it ended.
+
+    alpha: α, the share of each weight's way that is kept, 0 ≤ α ≤ 1.
+    choose: how much of the task's selection score may be given up, in its units: the smallest of
+        .1, .2, … .9 that costs no more is taken, or else 1. None: `alpha` as it is.
+    first: also the first task, with the pre-trained weights (else it is learned plainly).
+    head: also the task's own head, which should have been fitted first.
+    """
+
+    name: ClassVar[str] = "wise"
+    summary: ClassVar[str] = "goes back part of the way to the weights before the task"
+    paper: ClassVar[str] = "Wortsman et al., CVPR 2022, arXiv 2109.01903"
+    bytes_per_weight: ClassVar[str] = (
+        "4 while a task is learned, where no checkpoint holds the start weights"
+    )
+    changes_weights: ClassVar[bool] = True
+    excludes: ClassVar[Mapping[str, str]] = {
+        "merge": "both go back from the learned weights to those before the task"
+    }
+    tunable: ClassVar[tuple[str, ...]] = ("alpha", "choose", "first", "head")
+    ranges: ClassVar[Mapping[str, Range]] = {"alpha": Range(0.1, 0.9)}
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    choose: Annotated[float, Field(ge=0)] | None = None
+    first: bool = False
+    head: bool = False
+
+    @property
+    def idle_at_first(self) -> bool:
+        return not self.first
+
+    def begin_task(self, view: View) -> None:
+        for slot in ("start", "head"):
+            view.state.weights.pop(slot, None)
+        if self._acts(view):
+            keep_start(view)
+            if self.head and not view.resuming:
+                view.state.weights["head"] = remember(_own(view))
+
+    @torch.no_grad()
+    def end_task(self, view: View) -> None:
+        head = view.state.weights.pop("head", {})
+        if not self._acts(view) or view.step == 0:  # nothing moved: a task learned elsewhere
+            view.state.weights.pop("start", None)
+            return
+        shared = start_of(view)
+        if shared is None:
+            raise Refused("nobody kept the weights that the task began with", where="wise",
+                          remedy="pass start= to begin_task, as before")  # fmt: skip
+        start = {**shared, **head}
+        view.state.numbers["alpha"] = self._interpolate(view, start)
+
+    def _acts(self, view: View) -> bool:
+        return self.first or bool(view.finished)
+
+    def _interpolate(self, view: View, start: Mapping[str, Tensor]) -> float:
+        """Write the interpolated weights into the network; returns α."""
+        weights = {n: w.detach() for n, w in view.weights.items() if n in start}
+        if self.choose is None:
+            _write(weights, start, weights, self.alpha)
+            return self.alpha
+        learned, least = remember(weights), view.score() - self.choose
+        for alpha in ALPHAS:
+            _write(weights, start, learned, alpha)
+            if view.score() >= least:
+                return alpha
+        _write(weights, start, learned, 1.0)
+        return 1.0
+
+
+def _own(view: View) -> dict[str, Tensor]:
+    return {name: w for name, w in view.weights.items() if name not in view.shared}
+
+
+def _write(
+    weights: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    learned: Mapping[str, Tensor],
+    alpha: float,
+) -> None:
+    """weights ← start + α (learned − start), in place; each of LoRA's pairs as its product."""
+    share: Any = _Share(alpha)
+    refitted: dict[str, Tensor] = {}
+    for pair in factors_of(weights) if 0 < alpha < 1 else ():
+        refitted |= pair.refitted(start, learned, (share, share), 0.0, 0.0)
+    for name, w in weights.items():
+        if name in refitted:
+            value = distributed.local(distributed.beside(refitted[name], w))
+        else:
+            before = distributed.local(distributed.beside(start[name], w)).to(wide(w.dtype))
+            value = torch.lerp(before, distributed.local(learned[name]).to(before.dtype), alpha)
+        distributed.local(w).copy_(value)
+
+
+class _Share:
+    """Stands where a Gram matrix does: of every change the same share is kept."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def shrunk(self, change: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.alpha * change

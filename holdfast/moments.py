@@ -1,0 +1,197 @@
+"""Second moments of a layer's inputs: sums Σ x xᵀ of (n, d) inputs, and the solves they are for.
+
+Three structures:
+
+    full       G itself, 4 d² bytes
+    block      its diagonal blocks of at most `width` inputs: what blocks have in common is left out
+    low_rank   G ≈ FᵀF + diag(r), F of (rank, d): 4 d (rank + 1) bytes
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SMALL = 512  # matrices up to this size are solved in double
+
+
+@dataclass
+class Blocks:
+    """Diagonal blocks of a Gram matrix: `matrix` (blocks, b, b); one block is the whole of it."""
+
+    matrix: Tensor
+    d: int  # inputs + 1; the last block is filled up with zeros
+
+    @classmethod
+    def empty(cls, d: int, width: int | None, device: torch.device) -> Blocks:
+        """For d − 1 inputs, and the 1 beside them, in blocks of at most `width` (None: one)."""
+        blocks = 1 if width is None else max(1, math.ceil((d - 1) / width))
+        b = math.ceil(d / blocks)
+        return cls(torch.zeros(blocks, b, b, device=device), d)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """(n, d) as (blocks, n, b)."""
+        blocks, _, b = self.matrix.shape
+        x = functional.pad(x, (0, blocks * b - self.d))
+        return x.reshape(len(x), blocks, b).transpose(0, 1)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """(blocks, n, b) as (n, d)."""
+        return x.transpose(0, 1).flatten(1)[:, : self.d]
+
+    def see_(self, x: Tensor) -> None:
+        """Add Σ x xᵀ of inputs (n, d): in strips, of which `close_` mirrors what they leave out."""
+        pieces, b = self.cut(x), self.matrix.shape[-1]
+        strip = max(64, math.ceil(b / 6))
+        for i in range(0, b, strip):
+            mine = pieces[:, :, i : i + strip].mT
+            self.matrix[:, i : i + strip, i:].baddbmm_(mine, pieces[:, :, i:])
+
+    def close_(self) -> None:
+        """All inputs were seen."""
+        upper = self.matrix.triu_()
+        self.matrix = upper + upper.triu(1).mT
+
+    def add_(self, other: Blocks) -> None:
+        """Add another's; no tensor is written to, for other methods may hold it."""
+        self.matrix = self.matrix + other.matrix
+
+    def scale_(self, factor: float) -> None:
+        self.matrix.mul_(factor)
+
+    def shrunk(
+        self, delta: Tensor, old: Blocks, strength: float, ridge: float, *, bias: bool = True
+    ) -> Tensor:
+        """Δ G (G + γ G_old + εI)⁻¹ of Δ (n, d): what of a change is kept.
+
+        ε is `ridge` times the mean diagonal of the sum. bias=False leaves the appended 1 out.
+        """
+        new = self.matrix if bias else self._without_one()
+        both = new + strength * (old.matrix if bias else old._without_one())
+        diagonal = both.diagonal(dim1=1, dim2=2)
+        # Where neither task has any input there is nothing to solve, nor to change.
+        mean = diagonal.sum() / max(self.d - (not bias), 1)
+        diagonal.add_(torch.where(mean > 0, mean * ridge, 1.0))
+        right = torch.bmm(self.cut(delta.to(new.dtype)), new).mT
+        return self.joined(_solve(both, right).mT).to(delta.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x G of x (n, d)."""
+        return self.joined(torch.bmm(self.cut(x), self.matrix))
+
+    def _without_one(self) -> Tensor:
+        matrix, b = self.matrix.clone(), self.matrix.shape[1]
+        block, place = divmod(self.d - 1, b)
+        matrix[block, place] = matrix[block, :, place] = 0
+        return matrix
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"gram": self.matrix}
+
+
+@dataclass
+class LowRank:
+    """FᵀF + diag(rest): `factor` (at most rank, d), `rest` (d,)."""
+
+    factor: Tensor
+    rest: Tensor
+    rank: int
+
+    @property
+    def d(self) -> int:
+        return len(self.rest)
+
+    @classmethod
+    def empty(cls, d: int, rank: int, device: torch.device) -> LowRank:
+        return cls(torch.zeros(0, d, device=device), torch.zeros(d, device=device), rank)
+
+    def see_(self, x: Tensor) -> None:
+        """Add Σ x xᵀ of inputs (n, d).
+
+        Of the rows X, those of F included, F becomes the best of its rank, Uᵀ X with U the leading
+        eigenvectors of X Xᵀ; the diagonal of what it leaves out goes to `rest`.
+        """
+        for piece in x.split(max(2 * self.rank, 64)):
+            rows = torch.cat([self.factor, piece.to(self.factor.dtype)])
+            if not bool(rows.isfinite().all()):
+                self.rest = self.rest + torch.nan  # told when all is measured, on every rank
+                return
+            if len(rows) > self.d:
+                rows = torch.linalg.qr(rows, mode="r")[1]  # fewer rows, the same XᵀX
+            if len(rows) > self.rank:
+                _, vectors = torch.linalg.eigh(rows @ rows.T)
+                leading = vectors[:, -self.rank :].T @ rows
+                left = rows.square().sum(0) - leading.square().sum(0)
+                self.rest = self.rest + left.clamp_(min=0)
+                rows = leading
+            self.factor = rows
+
+    def close_(self) -> None:
+        """All inputs were seen."""
+
+    def add_(self, other: LowRank) -> None:
+        """Add another's; no tensor is written to."""
+        self.rest = self.rest + other.rest
+        self.see_(other.factor)
+
+    def scale_(self, factor: float) -> None:
+        self.factor, self.rest = self.factor * math.sqrt(factor), self.rest * factor
+
+    def shrunk(
+        self, delta: Tensor, old: LowRank, strength: float, ridge: float, *, bias: bool = True
+    ) -> Tensor:
+        """As `Blocks.shrunk`, by the Woodbury identity: nothing of d × d is made.
+
+        With M = D + CᵀC, C = (F, √γ F_old):  M⁻¹ = D⁻¹ − D⁻¹Cᵀ (I + C D⁻¹ Cᵀ)⁻¹ C D⁻¹
+        """
+        wide, dtype = _exact(delta.device), delta.dtype
+        delta, mine, theirs = (t.to(wide) for t in (delta, self.factor, old.factor))
+        rest, other = self.rest.to(wide), old.rest.to(wide)
+        if not bias:
+            mine, theirs, rest, other = (
+                functional.pad(t[..., :-1], (0, 1)) for t in (mine, theirs, rest, other)
+            )
+        c = torch.cat([mine, math.sqrt(strength) * theirs])
+        diagonal = rest + strength * other
+        mean = (diagonal.sum() + c.square().sum()) / max(self.d - (not bias), 1)
+        diagonal = diagonal + torch.where(mean > 0, mean * ridge, 1.0)
+        changed = (delta @ mine.T) @ mine + delta * rest  # Δ G
+        scaled = c / diagonal
+        inner = torch.eye(len(c), dtype=wide, device=c.device) + scaled @ c.T
+        first = changed / diagonal
+        correction = torch.cholesky_solve((first @ c.T).T, torch.linalg.cholesky(inner)).T
+        return (first - correction @ scaled).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x G of x (n, d)."""
+        return torch.addcmul((x @ self.factor.T) @ self.factor, x, self.rest)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"factor": self.factor, "rest": self.rest}
+
+
+Moment = Blocks | LowRank
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix⁻¹ right of positive definite matrices (k, b, b), in double where that is cheap.
+
+    Rounding of large sums may outweigh a small ridge: then double, and then eigenvalues below what
+    rounding leaves certain are raised to that.
+    """
+    wide = _exact(matrix.device)
+    for dtype in (wide,) if matrix.shape[-1] <= SMALL else (matrix.dtype, wide):
+        factor, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
+        if not bool(failed.any()):
+            return torch.cholesky_solve(right.to(dtype), factor).to(right.dtype)
+    values, vectors = torch.linalg.eigh(matrix.to(wide))
+    values = values.maximum(1e-7 * values[..., -1:])
+    return (vectors @ ((vectors.mT @ right.to(wide)) / values[..., None])).to(right.dtype)
