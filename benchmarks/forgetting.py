@@ -19,6 +19,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,6 +34,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from holdfast import DPS, EWC, HeadFirst, LwF, Merge, Recipe, Replay
+from holdfast.experiments.compare import end_with_parent
 from holdfast.experiments.record import commit, versions
 from holdfast.recipe import PRESETS
 from holdfast.tasks import Task, load_task
@@ -286,6 +288,7 @@ BENCH: Bench | None = None
 
 def begin(model: str, home: Path, bf16: bool) -> None:
     global BENCH
+    threading.Thread(target=end_with_parent, daemon=True).start()
     BENCH = Bench(model, home, bf16)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from holdfast import distributed
 from holdfast.errors import Refused
 
 Batch = Mapping[str, Any]
+Batches = Iterable[Batch]
+Data = Batches | Callable[[], Batches]  # re-iterable, or a function that returns them
 LABELS = frozenset({"labels", "label", "label_ids"})
 
 

@@ -250,6 +250,12 @@ class View:
         return self.bound.outputs
 
     @property
+    def loss(self) -> Tensor | None:
+        """The task's own loss of the micro-batch, to which `penalty` is added, where it is known:
+        its mean, or its share of a mean over several micro-batches."""
+        return self.bound.loss
+
+    @property
     def rows(self) -> Tensor:
         """What tells the rows of the micro-batch apart: int64 of shape (rows,), by their content.
 

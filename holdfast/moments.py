@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SMALL = 512  # matrices up to this size are solved in double
+SMALL = 256  # matrices up to this size are solved in double
 
 
 @dataclass
@@ -76,8 +76,12 @@ class Blocks:
         # Where neither task has any input there is nothing to solve, nor to change.
         mean = diagonal.sum() / max(self.d - (not bias), 1)
         diagonal.add_(torch.where(mean > 0, mean * ridge, 1.0))
-        right = torch.bmm(self.cut(delta.to(new.dtype)), new).mT
-        return self.joined(_solve(both, right).mT).to(delta.dtype)
+        pieces = self.cut(delta.to(new.dtype))
+        if len(delta) > new.shape[-1]:  # fewer right sides: the matrix itself
+            kept = torch.bmm(pieces, _solve(both, new).mT)
+        else:
+            kept = _solve(both, torch.bmm(pieces, new).mT).mT
+        return self.joined(kept).to(delta.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """x G of x (n, d)."""

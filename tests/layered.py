@@ -19,6 +19,8 @@ Batch = dict[str, Tensor]
 class Net(nn.Module):
     """A shared encoder, any module of one tensor, below a head of one number a row."""
 
+    encoder: Any
+
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.head = encoder, nn.Linear(1, 1)

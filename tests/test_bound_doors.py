@@ -357,6 +357,33 @@ def test_unbound_is_called_where_a_task_fails_to_begin(order: list[Method]) -> N
     Recipe().bind(model, optimizer, total_steps=3)  # the optimizer is free again
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Method):
+    """Measures at a task's end, and fails the first time if told so."""
+
+    name: ClassVar[str] = "measuring"
+    fails: bool = False
+
+    def end_task(self, view: View) -> None:
+        again = "counts" in view.state.cache
+        (view.state.cache["counts"],) = view.grams().counts.values()
+        if self.fails and not again:
+            raise Refused("this task cannot be closed", where="measuring")
+
+
+def test_after_an_end_that_failed_gram_matrices_are_measured_anew() -> None:
+    counts = []
+    for fails in (False, True):
+        model = Classifier()
+        bound = Recipe(methods=[Measuring(fails=fails)]).bind(model, sgd(model), total_steps=3)
+        if fails:
+            with pytest.raises(Refused, match="cannot be closed"):
+                bound.end_task(data("one"))
+        bound.end_task(data("two"))
+        counts.append(bound.states["measuring"].cache["counts"])
+    assert torch.equal(*counts)
+
+
 def test_a_cache_is_not_saved_and_made_again_when_a_state_was_loaded() -> None:
     model = Classifier()
     bound = Recipe(methods=[Handle()]).bind(model, sgd(model), total_steps=5)

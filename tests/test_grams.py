@@ -171,8 +171,7 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in "abcde":
-            self.add_module(name, nn.Linear(4, 4))
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(4, 4) for _ in range(5))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -255,11 +254,12 @@ def test_inputs_that_are_not_finite_are_refused(structure: Any, value: float) ->
     with pytest.raises(Refused, match=r"encoder\.0\.weight: the inputs of this layer are not fin"):
         measure(bound, structure=structure, width=1, rank=2)
     # Hooks are off, whatever happened.
-    assert not bound.models["one"].encoder[0]._forward_pre_hooks  # type: ignore[index,union-attr]
+    encoder: Any = bound.models["one"].encoder
+    assert not encoder[0]._forward_pre_hooks
 
 
 def test_no_rows_are_refused() -> None:
-    with pytest.raises(Refused, match="no rows to measure.*data="):
+    with pytest.raises(Refused, match=r"no rows to measure.*data="):
         measure(bound_to(Net(nn.Linear(4, 3)), []))
 
 
@@ -338,10 +338,11 @@ def test_low_rank_of_enough_rank_is_the_whole() -> None:
 
 
 @pytest.mark.parametrize("d", [11, 600])  # solved in double, and in the sums' own precision
+@pytest.mark.parametrize("outputs", [3, 700])  # fewer than inputs, and more
 @pytest.mark.parametrize("bias", [True, False])
-def test_what_is_kept_solves_the_equation(d: int, bias: bool) -> None:
+def test_what_is_kept_solves_the_equation(d: int, outputs: int, bias: bool) -> None:
     torch.manual_seed(0)
-    new, old, delta = torch.randn(2 * d, d), torch.randn(2 * d, d), torch.randn(3, d)
+    new, old, delta = torch.randn(2 * d, d), torch.randn(2 * d, d), torch.randn(outputs, d)
     if not bias:
         delta[:, -1] = 0
     moments = []
@@ -359,7 +360,7 @@ def test_what_is_kept_solves_the_equation(d: int, bias: bool) -> None:
     both = both + 1e-3 * both.diagonal().mean() * torch.eye(end)
     expected = torch.linalg.solve(both, (delta_ @ g).T).T
     for mine, theirs in zip(*moments, strict=True):
-        kept = mine.shrunk(delta, theirs, 3.0, 1e-3, bias=bias)  # type: ignore[arg-type]
+        kept = mine.shrunk(delta, theirs, 3.0, 1e-3, bias=bias)
         torch.testing.assert_close(kept.double()[:, :end], expected, rtol=1e-3, atol=1e-4)
         if not bias:
             assert not kept[:, -1].any()
@@ -400,7 +401,9 @@ def test_adding_up_leaves_what_other_methods_hold() -> None:
             assert torch.equal(states[1].tensors["gram"]["encoder.weight"], held)
     one, two = (s.tensors["gram"]["encoder.weight"] for s in states)
     assert torch.equal(one, two)
-    torch.testing.assert_close(one, held + second.moments["encoder.weight"].matrix)
+    added = second.moments["encoder.weight"]
+    assert isinstance(added, Blocks)
+    torch.testing.assert_close(one, held + added.matrix)
 
 
 def test_another_structure_is_refused() -> None:

@@ -41,7 +41,8 @@ def test_the_public_names_are_these() -> None:
     """Others script against them: a change here is a change of the public face."""
     assert sorted(holdfast.__all__) == sorted([
         "__version__", "parts", "Parts", "Rates", "Recipe", "Bound", "Method", "View",
-        "Range", "DPS", "EWC", "L2SP", "Replay", "Refused", "with_recipe", "Trainer",
+        "Range", "DPS", "EWC", "GPM", "KfacEWC", "KLAnchor", "L2SP", "LwF", "Merge", "Replay",
+        "WiSE", "HeadFirst", "Refused", "with_recipe", "Trainer",
         "Task", "load_task", "run_sequence", "compare", "Record", "write_report",
     ])  # fmt: skip
 

@@ -109,20 +109,20 @@ def _alone(lock: Any, number: Any) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopping.install(only=(signal.SIGTERM,), patient=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
     from tqdm.auto import tqdm
 
-    from holdfast.experiments import learner
+    from holdfast.experiments import callbacks
 
     torch.set_num_threads(1)
     tqdm.set_lock(lock)
     with number.get_lock():
         number.value += 1
-        learner.BAR_LINE = number.value
+        callbacks.BAR_LINE = number.value
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed first process must not leave others training into its folders."""
     parent = parent_process()
     if parent is not None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -24,6 +23,7 @@ from transformers import (
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
+from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.heads import (
     add_head,
     encode,
@@ -37,17 +37,13 @@ from holdfast.experiments.heads import (
     source_hash,
 )
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import RECORD, check_held
-from holdfast.experiments.sequence import HISTORY_ROWS, Settings
+from holdfast.experiments.sequence import Settings
 from holdfast.parts import named_parameters, parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, step_of
-from holdfast.training.saving import epoch_is_over
 from holdfast.training.trainer import Trainer
-
-BAR_LINE = 0  # where this process draws its bar, below those of other processes
 
 
 class Learner:
@@ -168,7 +164,7 @@ class Learner:
             callbacks=self._callbacks(index),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_HeadNoted(self.record, trainer))
+        trainer.add_callback(HeadNoted(self.record, trainer))
         for old in self.models[:-1]:
             trainer.accelerator.prepare_model(old, evaluation_mode=True)
         checkpoint = newest_complete(
@@ -235,10 +231,10 @@ class Learner:
         return load_model(self.source, task, seed=seed)
 
     def _callbacks(self, index: int) -> list[TrainerCallback]:
-        return [_History(self, index), *self._bars(self.tasks[index].name)]
+        return [History(self, index), *self._bars(self.tasks[index].name)]
 
     def _bars(self, task: str) -> list[TrainerCallback]:
-        return [] if self.bar is None else [_Bar(self.bar, task)]
+        return [] if self.bar is None else [Bar(self.bar, task)]
 
     def steps_before(self, index: int) -> int:
         """Steps made in the tasks before this one."""
@@ -334,63 +330,6 @@ class Learner:
         )
 
 
-class _HeadNoted(TrainerCallback):
-    """What fitting the head took; of a resumed task, the process before has noted it."""
-
-    def __init__(self, record: Record, trainer: Any) -> None:
-        self.record, self.trainer = record, trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.bound.fitted is not None:
-            self.record.head_first[self.trainer.task] = self.trainer.bound.fitted
-
-
-class _History(TrainerCallback):
-    """Scores of every task learned so far on selection rows, at each epoch's end."""
-
-    def __init__(self, learner: Learner, index: int) -> None:
-        self.learner, self.index, self.loss = learner, index, None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for logs in state.log_history:  # of the run that is resumed
-            self.loss = logs.get("loss", self.loss)
-        step = self.learner.steps_before(self.index) + state.global_step
-        if state.global_step and not any(
-            h["learning"] == self.index and h["step"] == step for h in self.learner.record.history
-        ):
-            # It ended between the checkpoint of an epoch's last step and the epoch's end.
-            self.on_epoch_end(args, state, control)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if not epoch_is_over(state):
-            return  # training was stopped within it, and will go on there
-        learner, size = self.learner, len(self.learner.tasks)
-        scores = [
-            learner.score(j, "selection", most=HISTORY_ROWS)
-            if j <= self.index and learner.rows(j, "selection")
-            else None
-            for j in range(size)
-        ]
-        learner.record.history.append(
-            {
-                "learning": self.index,
-                "step": learner.steps_before(self.index) + state.global_step,
-                "epoch": state.epoch,
-                "loss": self.loss,
-                "scores": scores,
-            }
-        )
-        self.on_save(args, state, control)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.learner.note_time()
-        check_held(self.learner.folder)
-        self.learner.record.save(self.learner.folder / RECORD)
-
-
 def _weights_of(folder: Path, model: Any) -> dict[str, torch.Tensor]:
     """The encoder's weights by name, as the checkpoint of the task before holds them."""
     named = named_parameters(model)
@@ -405,26 +344,3 @@ def _unprepare(model: nn.Module) -> None:
     """Take off what Accelerate laid around `forward`: a loaded model would not have it."""
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         model.__dict__.pop(name, None)
-
-
-class _Bar(TrainerCallback):
-    """One line of progress a task."""
-
-    def __init__(self, label: str, task: str) -> None:
-        self.label = f"{label} · {task}" if label else task
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
-            leave=False, dynamic_ncols=True, position=BAR_LINE,
-        )  # fmt: skip
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()

@@ -36,6 +36,7 @@ from torch.nn import functional
 from holdfast.distributed import local
 from holdfast.grams import Blocks, Grams, Layer, Moment, Structure, layers_of
 from holdfast.method import Method, Range, View
+from holdfast.moments import SMALL
 
 ROUNDING = 1e-6  # of the trace
 
@@ -138,10 +139,8 @@ def widened(moment: Moment, old: Tensor | None, threshold: float) -> Tensor:
     marks[order] = chosen
     found = []
     for block, (mine, mark) in enumerate(zip(vectors, marks.view_as(values), strict=True)):
-        rows = mine[mark]
-        if old is not None:
-            kept = old[block].to(rows)
-            rows = torch.cat([kept[kept.any(1)], rows])
+        kept = old[block].to(mine) if old is not None else mine[:0]
+        rows = torch.cat([kept[kept.any(1)], mine[mark]])
         found.append(_orthonormal(rows, moment.d - block * rows.shape[1]))
     longest = max(map(len, found))
     return torch.stack([functional.pad(u, (0, 0, 0, longest - len(u))) for u in found]).float()
@@ -182,7 +181,7 @@ def _leading(moment: Moment, old: Tensor | None) -> tuple[Tensor, Tensor, float,
 
 def _wide(t: Tensor) -> Tensor:
     """In double where that is cheap and to be had."""
-    return t if t.shape[-1] > 2048 or t.device.type == "mps" else t.double()
+    return t if t.shape[-1] > SMALL or t.device.type == "mps" else t.double()
 
 
 # --- projecting -----------------------------------------------------------------------------------

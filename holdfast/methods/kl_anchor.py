@@ -20,12 +20,15 @@ is what is added to the model's own loss:
 
     P = 1/n Σ_t (sg[p(y_t)] − 1) · (−log p(y_t)) + λ KL
 
-so the model's own loss must be that plain mean, without label smoothing. λ = 0 leaves DFT.
+where 1/n is what the model's own loss has in its place, told by its value: a Trainer divides by the
+labels of several micro-batches. That loss must be of every label alike, without label smoothing.
+λ = 0 leaves DFT.
 
 π₀ of classes is kept by row, from one pass over the rows before the first step, so that a step
 costs nothing more. A vocabulary is too large for that: there each micro-batch has a second forward
 pass, without gradients, of remembered weights (4 bytes a weight that is trained), or of the base
-with PEFT's adapters switched off (no copy).
+with PEFT's adapters switched off (no copy). Where the training pass returns no logits, its loss
+being fused with the last layer (TRL), the model itself is run once more, with gradients.
 
 A fresh head knows nothing: held to the answers it starts with, a classifier learns less. Fit it
 first (`head_first`).
@@ -116,9 +119,11 @@ class KLAnchor(Method):
             if labels is None or kind != "classes":
                 raise Refused("only labels of classes have a probability",
                               where="kl_anchor.token_weight", remedy="use none")  # fmt: skip
-            loss = functional.cross_entropy(now, labels[counted], reduction="none")
-            # sg[p(y)] − 1 with −log p(y) = loss
-            total = total + (torch.expm1(-loss.detach()) * loss).mean()
+            each = functional.cross_entropy(now, labels[counted], reduction="none")
+            own = each.mean() if view.loss is None else view.loss
+            share = own.detach() / each.detach().sum().clamp(min=1e-30)  # 1/n
+            # sg[p(y)] − 1 with −log p(y) = each
+            total = total + share * (torch.expm1(-each.detach()) * each).sum()
         return total
 
     def end_task(self, view: View) -> None:
@@ -189,7 +194,10 @@ def _counted(view: View) -> tuple[Tensor, Tensor, Tensor | None]:
     if view.outputs is None or view.inputs is None:
         raise Refused("no outputs here", where="kl_anchor",
                       remedy="call bound.penalty(batch, outputs)")  # fmt: skip
-    return _aligned(view, _logits(view.outputs))
+    outputs = view.outputs
+    if getattr(outputs, "logits", None) is None:  # a loss that is fused with the last layer
+        outputs = view.forward()
+    return _aligned(view, _logits(outputs))
 
 
 def _aligned(view: View, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -221,12 +229,13 @@ def _shifts(model: Any) -> bool:
     """
     joint = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     kind = getattr(model, "loss_type", None)
-    return not joint and kind in (None, "ForCausalLM")
+    # A model of pictures and text is ForConditionalGeneration, as a translator is.
+    return not joint and kind in (None, "ForCausalLM", "ForConditionalGeneration")
 
 
 def _logits(outputs: Any) -> Tensor:
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         raise Refused("the model returns no logits of (rows, classes) or (rows, tokens, classes)",
-                      where="kl_anchor", remedy="switch fused losses off")  # fmt: skip
+                      where="kl_anchor", remedy="use lwf, or hold weights")  # fmt: skip
     return logits

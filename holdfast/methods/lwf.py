@@ -8,9 +8,10 @@ changing encoder is held to these answers:
 z⁰ are the logits before the task, z those of now. Of a regression ½ (z⁰ − z)² stands in place of
 the divergence: that of two normal distributions of variance 1; of several labels a row the sum of
 each label's. No row of an old task is kept, and the answers (a number a class and row) are told by
-the content of a row, so that the order of batches does not matter. The old heads read what the encoder returned for the task's own loss:
-a step has no second pass. They are themselves not trained. Deviation: the paper's loss is a cross
-entropy, which differs by the constant entropy of the answers.
+the content of a row, so that the order of batches does not matter. The old heads read what the
+encoder returned for the task's own loss: a step has no second pass. They are themselves not
+trained. Deviation: the paper's loss is a cross entropy, which differs by the constant entropy of
+the answers.
 
 Of use once the task's own head was fitted first: a random head sends the encoder away from them.
 """

@@ -212,9 +212,10 @@ class RecipeMixin(SavingMixin):
                 share = weight / (self._window if divides else float(num_items_in_batch))
                 loss = loss * share * (steps if divides else 1)
             if self.bound.has_penalty:
-                penalty = self.bound.penalty(batch, self._outputs)
+                part = 1 if divides else 1 / steps  # of each micro-batch
+                penalty = self.bound.penalty(batch, self._outputs, loss / part)
                 self._outputs = None
-                loss = loss + (penalty if divides else penalty / steps)
+                loss = loss + penalty * part
         return (loss, outputs) if return_outputs else loss
 
     def _scaled(self, items: Any) -> bool:

@@ -1,0 +1,98 @@
+"""What a run's Trainer is followed by: its record and its bar of progress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from holdfast.experiments.record import Record
+from holdfast.experiments.runs import RECORD, check_held
+from holdfast.experiments.sequence import HISTORY_ROWS
+from holdfast.training.saving import epoch_is_over
+
+if TYPE_CHECKING:
+    from holdfast.experiments.learner import Learner
+
+BAR_LINE = 0  # where this process draws its bar, below those of other processes
+
+
+class HeadNoted(TrainerCallback):
+    """What fitting the head took; of a resumed task, the process before has noted it."""
+
+    def __init__(self, record: Record, trainer: Any) -> None:
+        self.record, self.trainer = record, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.bound.fitted is not None:
+            self.record.head_first[self.trainer.task] = self.trainer.bound.fitted
+
+
+class History(TrainerCallback):
+    """Scores of every task learned so far on selection rows, at each epoch's end."""
+
+    def __init__(self, learner: Learner, index: int) -> None:
+        self.learner, self.index, self.loss = learner, index, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for logs in state.log_history:  # of the run that is resumed
+            self.loss = logs.get("loss", self.loss)
+        step = self.learner.steps_before(self.index) + state.global_step
+        if state.global_step and not any(
+            h["learning"] == self.index and h["step"] == step for h in self.learner.record.history
+        ):
+            # It ended between the checkpoint of an epoch's last step and the epoch's end.
+            self.on_epoch_end(args, state, control)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not epoch_is_over(state):
+            return  # training was stopped within it, and will go on there
+        learner, size = self.learner, len(self.learner.tasks)
+        scores = [
+            learner.score(j, "selection", most=HISTORY_ROWS)
+            if j <= self.index and learner.rows(j, "selection")
+            else None
+            for j in range(size)
+        ]
+        learner.record.history.append(
+            {
+                "learning": self.index,
+                "step": learner.steps_before(self.index) + state.global_step,
+                "epoch": state.epoch,
+                "loss": self.loss,
+                "scores": scores,
+            }
+        )
+        self.on_save(args, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.learner.note_time()
+        check_held(self.learner.folder)
+        self.learner.record.save(self.learner.folder / RECORD)
+
+
+class Bar(TrainerCallback):
+    """One line of progress a task."""
+
+    def __init__(self, label: str, task: str) -> None:
+        self.label = f"{label} · {task}" if label else task
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
+            leave=False, dynamic_ncols=True, position=BAR_LINE,
+        )  # fmt: skip
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
