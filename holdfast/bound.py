@@ -116,7 +116,7 @@ class Bound(Passes):
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
         self.resuming, self.start, self.fitted = resuming, start, None
-        self._core = shared or default_shared(model)
+        self.core = shared or default_shared(model)
         self._forget_step()
         try:
             self._adopt(Attachment.of(task, model, optimizer, shared, self._parts))

@@ -108,7 +108,7 @@ class Head:
         self.how, self.model, self.shared, self.own = how, model, shared, own
         self.total_steps = total_steps
         wanted = how.fit or ("logistic" if how.steps is None else "steps")
-        self.layer = _only_layer(model, own) if wanted == "logistic" else None
+        self.layer = only_layer(model, own) if wanted == "logistic" else None
         self._passed: list[tuple[Tensor, Tensor]] = []  # by the layer: its input and its output
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
@@ -227,7 +227,7 @@ def _same(returned: Tensor | None, logits: Any) -> bool:
     return torch.equal(returned.float().flatten(), logits.float().flatten())
 
 
-def _only_layer(model: nn.Module, own: list[nn.Parameter]) -> nn.Linear | None:
+def only_layer(model: nn.Module, own: list[nn.Parameter]) -> nn.Linear | None:
     """The linear layer that owns all of a head's parameters, if there is one."""
     ids = {id(p) for p in own}
     owners = [m for m in model.modules() if any(id(p) in ids for p in m.parameters(recurse=False))]

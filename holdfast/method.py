@@ -220,6 +220,11 @@ class View:
         return self.bound.shared
 
     @property
+    def encoder(self) -> nn.Module | None:
+        """The module that all tasks share; None where that is the whole model."""
+        return self.bound.core
+
+    @property
     def grads(self) -> Gradients:
         """The gradients by name: accumulated, reduced and unscaled."""
         return self.bound.grads

@@ -27,7 +27,7 @@ class Passes(Stepping):
     data: Callable[[], Batches]
     _grams: dict[str, Grams]  # measured on `data`
     fitted: dict[str, Any] | None = None  # what fitting the head of this task took
-    _core: nn.Module | None = None  # what tasks share, where it is a part of the model
+    core: nn.Module | None = None  # what tasks share, where it is a part of the model
 
     @contextlib.contextmanager
     def _offering(self, data: Data | None) -> Iterator[None]:
@@ -52,7 +52,7 @@ class Passes(Stepping):
         model, head = self.models[self.task], None
         if self.head_first is not None:
             steps = self.total_steps
-            head = self.head_first.of(model, self._core, steps, learned=learned)
+            head = self.head_first.of(model, self.core, steps, learned=learned)
         if not readers and head is None:
             return
         if not offered:
@@ -90,7 +90,7 @@ class Passes(Stepping):
             if always or (module.training and torch.is_grad_enabled()):
                 self.features = outputs
 
-        return self._core.register_forward_hook(see) if self._core else contextlib.nullcontext()
+        return self.core.register_forward_hook(see) if self.core else contextlib.nullcontext()
 
     def forward(
         self,
@@ -116,9 +116,9 @@ class Passes(Stepping):
             stack.enter_context(untrained(model, self.weights))
             stack.enter_context(uncompiled())
             concerned = {*model.modules()}
-            if features is not None and self._core is not None:
-                stack.enter_context(returning(self._core, features))
-                concerned -= {*self._core.modules()}
+            if features is not None and self.core is not None:
+                stack.enter_context(returning(self.core, features))
+                concerned -= {*self.core.modules()}
             if training is not None:
                 stack.enter_context(in_mode(concerned, training))
             elif model.training != ours.training:  # another task's; loaded ones are in evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from holdfast.bound import Bound
 from holdfast.method import Method
+from holdfast.moments import LowRank, Moment
 from holdfast.recipe import Recipe
 
 Batch = dict[str, Tensor]
@@ -123,3 +125,20 @@ def merged(
     right = torch.cat([x @ change, torch.zeros(len(z) + len(i), change.shape[1]).double()])
     found = torch.linalg.lstsq(left, right, driver="gelsd").solution
     return before.double() + found.T
+
+
+def whole(moment: Moment) -> Tensor:
+    """All of G, in float64, filled with zeros between blocks."""
+    if isinstance(moment, LowRank):
+        return moment.factor.double().T @ moment.factor.double() + moment.rest.double().diag()
+    return torch.block_diag(*moment.matrix.double())[: moment.d, : moment.d]
+
+
+def weights_of(layer: Any, weights: dict[str, Tensor], name: str = "encoder") -> Tensor:
+    """Weight and bias of a layer as (outputs, inputs + 1)."""
+    one = copy.deepcopy(layer)
+    with torch.no_grad():
+        for n, p in one.named_parameters():
+            p.copy_(weights[f"{name}.{n}"])
+    w, bias = matrix_of(one), getattr(one, "bias", None)
+    return w if bias is None else torch.cat([w, bias.detach()[:, None]], 1)

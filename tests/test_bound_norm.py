@@ -10,7 +10,7 @@ import torch
 from tiny import adamw, bind, net
 from torch import Tensor
 
-from holdfast import bound as engine
+from holdfast import stepping
 from holdfast.gradients import total_norm
 from holdfast.method import Method, View
 from holdfast.methods import DPS, EWC, L2SP, Replay
@@ -63,7 +63,7 @@ def test_the_norm_is_measured_once_for_each_time_gradients_are_written(
         count += 1
         return total_norm(grads)
 
-    monkeypatch.setattr(engine, "total_norm", counted)
+    monkeypatch.setattr(stepping, "total_norm", counted)
     optimizer = adamw(model)
     recipe = Recipe(methods=methods, max_grad_norm=1.0)
     bound = recipe.bind(model, optimizer, total_steps=4)

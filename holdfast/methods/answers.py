@@ -71,18 +71,22 @@ def divergence(
     *,
     temperature: float = 1.0,
     reverse: bool = False,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """How far outputs (rows, classes) have come, as a mean over rows, in nats.
 
     classes: T² · KL(softmax(before/T) ‖ softmax(now/T)); reverse: KL(now ‖ before) in its place.
     labels: the same of each label against its absence, added up.
     numbers: ½ Σ (before − now)², the divergence of two normal distributions of variance 1.
+    shares: (rows,), how much each row counts; 1 where left out.
     """
+    shares = torch.ones(len(now), device=now.device) if shares is None else shares
     if kind == "numbers":
-        return 0.5 * (before - now).square().sum(-1).mean()
+        return 0.5 * ((before - now).square().sum(-1) * shares).mean()
     if kind == "labels":  # of two classes, the absent one has the logit 0
         before, now = (torch.stack([z, torch.zeros_like(z)], -1) for z in (before, now))
     p = (before / temperature).log_softmax(-1)
     q = (now / temperature).log_softmax(-1)
     p, q = (q, p) if reverse else (p, q)
-    return temperature**2 * functional.kl_div(q, p, reduction="batchmean", log_target=True)
+    each = functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1)
+    return temperature**2 * (each * shares).mean()

@@ -70,7 +70,7 @@ class Merge(Method):
 
     strength: Annotated[float, Field(ge=0)] = 1.0
     ridge: Annotated[float, Field(gt=0)] = 1e-4
-    rows: Annotated[int, Field(gt=0)] = 400
+    rows: Annotated[int, Field(gt=0)] = 100
     again: bool = False
     norms: Literal["share", "solve"] = "share"
     others: Annotated[float, Field(ge=0, le=1)] = 0.5

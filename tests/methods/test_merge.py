@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from layered import Net, batches, begin, copied, design, learn, matrix_of, merged, wander
+from layered import Net, batches, begin, copied, design, learn, merged, wander, weights_of
 from models import bert, collate, gpt2, rows
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from holdfast.bound import Bound
-from holdfast.errors import Refused
 from holdfast.methods import Merge
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
-from holdfast.testing.pupil import Pupil, make_batch
 
 TINY = 1e-9  # a ridge that is nothing: what is left must be exact
-
-
-def whole(layer: Any, weights: dict[str, Tensor], name: str = "encoder") -> Tensor:
-    """Weight and bias of a layer as (outputs, inputs + 1)."""
-    one = copy.deepcopy(layer)
-    with torch.no_grad():
-        for n, p in one.named_parameters():
-            p.copy_(weights[f"{name}.{n}"])
-    w, bias = matrix_of(one), getattr(one, "bias", None)
-    return w if bias is None else torch.cat([w, bias.detach()[:, None]], 1)
 
 
 def outputs(model: Any, x: Tensor) -> Tensor:
@@ -118,9 +104,9 @@ def test_layers_are_merged_as_least_squares_say(name: str, strength: float, ridg
     model = Net(layer)
     _, start, end = learn(Merge(strength=strength, ridge=ridge), model,
                           [batches(4, x=old), batches(5, x=new)])  # fmt: skip
-    before, after = (whole(layer, w[1]) for w in (start, end))
+    before, after = (weights_of(layer, w[1]) for w in (start, end))
     expected = merged(design(layer, old), design(layer, new), before, after, strength, ridge)
-    found = whole(layer, copied(model))
+    found = weights_of(layer, copied(model))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -179,7 +165,7 @@ def test_blocks_are_the_twin_without_terms_between_them(width: int) -> None:
     model = Net(layer)
     _, start, end = learn(Merge(structure="block", width=width), model,
                           [batches(9, x=old), batches(9, x=new)])  # fmt: skip
-    before, after = (whole(layer, w[1]).double() for w in (start, end))
+    before, after = (weights_of(layer, w[1]).double() for w in (start, end))
     g = [torch.einsum("rpi,rpj->ij", d, d) / 9 for d in (design(layer, old), design(layer, new))]
     blocks = -(-5 // width)
     block = torch.arange(6) // -(-6 // blocks)
@@ -187,7 +173,7 @@ def test_blocks_are_the_twin_without_terms_between_them(width: int) -> None:
     both = g_new + g_old
     both = both + 1e-4 * both.diagonal().mean() * torch.eye(6)
     expected = before + torch.linalg.solve(both, ((after - before) @ g_new).T).T
-    found = whole(layer, copied(model))
+    found = weights_of(layer, copied(model))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -203,7 +189,7 @@ def test_low_rank_of_enough_rank_is_the_whole_and_of_less_is_near() -> None:
         structure: Any = "low_rank" if how else "full"
         method = Merge(structure=structure, width=1, rank=how or 1)
         _, start, _ = learn(method, model, [batches(8, x=old), batches(8, x=new)])
-        change = whole(model.encoder, copied(model)) - whole(model.encoder, start[1])
+        change = weights_of(model.encoder, copied(model)) - weights_of(model.encoder, start[1])
         found[how] = change @ torch.cat([torch.cat([old, new]).T, torch.ones(1, 80)])
     torch.testing.assert_close(found[13], found[None], rtol=1e-3, atol=1e-3)
     far = [float((found[k] - found[None]).norm() / found[None].norm()) for k in (8, 2)]
@@ -221,17 +207,17 @@ def test_three_tasks_are_held_by_the_sum_of_their_inputs(again: bool) -> None:
     g = [torch.einsum("rpi,rpj->ij", d, d) / len(d) for d in (design(layer[0], x) for x in tasks)]
     kept = bound.states["merge"].tensors["gram"]["encoder.0.weight"][0]
     torch.testing.assert_close(kept.double(), sum(g), rtol=1e-5, atol=1e-5)
-    before, after = (whole(layer[0], w[2], "encoder.0").double() for w in (start, end))
+    before, after = (weights_of(layer[0], w[2], "encoder.0").double() for w in (start, end))
     both = g[2] + 2.0 * (g[0] + g[1])
     both = both + 1e-4 * both.diagonal().mean() * torch.eye(5)
     expected = before + torch.linalg.solve(both, ((after - before) @ g[2]).T).T
-    now = whole(layer[0], copied(bound.models["task2"]), "encoder.0")
+    now = weights_of(layer[0], copied(bound.models["task2"]), "encoder.0")
     torch.testing.assert_close(now.double(), expected, rtol=1e-4, atol=1e-4)
     # Those of the second are what the first makes of them: before the merge, or again after it.
     hidden = []
     for place, x in enumerate(tasks):
         after_merging = [end[0], start[2], copied(bound.models["task2"])][place]
-        w = whole(layer[0], after_merging if again else end[place], "encoder.0")
+        w = weights_of(layer[0], after_merging if again else end[place], "encoder.0")
         h = design(layer[0], x)[:, 0] @ w.double().T
         h = torch.cat([h, torch.ones(len(h), 1)], 1)
         hidden.append(h.T @ h / len(h))
@@ -271,9 +257,9 @@ def test_a_transformer_layer_by_layer() -> None:
         bound.end_task(data[place])
     for name, layer in linear.items():
         x, z = (t.reshape(12, -1, t.shape[-1]) for t in inputs[name])
-        before, after = (whole(layer, w, f"bert.{name}") for w in (start, end))
+        before, after = (weights_of(layer, w, f"bert.{name}") for w in (start, end))
         expected = merged(design(layer, x), design(layer, z), before, after, 2.0, 1e-2)
-        found = whole(layer, copied(model), f"bert.{name}")
+        found = weights_of(layer, copied(model), f"bert.{name}")
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4, msg=name)
     for name, now in copied(model).items():
         if "LayerNorm" in name:
@@ -329,213 +315,6 @@ def test_norms_move_by_a_share_where_they_are_not_solved_for() -> None:
     for name in ("encoder.weight", "encoder.bias"):
         expected = start[1][name] + 0.2 * (end[1][name] - start[1][name])
         torch.testing.assert_close(copied(model)[name], expected)
-
-
-# --- manners --------------------------------------------------------------------------------------
-
-
-def test_only_shared_weights_change_and_no_moment() -> None:
-    pupil = Pupil(Merge(rows=20))
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    first = pupil.weights()
-    pupil.begin("two")
-    assert set(pupil.weights()) > set(first)
-    pupil.learn()
-    before = pupil.everything()
-    heads = pupil.weights()
-    pupil.end()
-    after = pupil.everything()
-    for key in before:
-        if key.startswith("optimizer") or "classifier" in key:
-            same({key: after[key]}, {key: before[key]})
-    for key, w in pupil.weights().items():
-        assert torch.equal(w, heads[key]) == ("classifier" in key), key
-
-
-def test_the_first_task_stays_as_it_was_learned() -> None:
-    model = Net(nn.Linear(4, 3))
-    bound, _, end = learn(Merge(), model, [batches(4, x=torch.randn(6, 4))])
-    same(copied(model), end[0])
-    assert "start" not in bound.states["merge"].weights
-
-
-def test_a_start_that_the_caller_keeps_is_not_copied() -> None:
-    torch.manual_seed(0)
-    x, z, layer = torch.randn(9, 4), torch.randn(9, 4), nn.Linear(4, 3)
-    found, held = [], []
-    for keeps in (False, True):
-        model = Net(copy.deepcopy(layer))
-        bound = Recipe(methods=[Merge()]).unbound(seed=0)
-        begin(bound, "one", model)
-        bound.end_task(batches(4, x=x))
-        kept = {n: w.clone() for n, w in copied(model).items() if n.startswith("encoder")}
-        begin(bound, "two", model, start=functools.partial(dict, kept) if keeps else None)
-        held.append(bound.states["merge"].bytes())
-        wander(model)
-        bound.end_task(batches(4, x=z))
-        found.append({n: w for n, w in copied(model).items() if n.startswith("encoder")})
-        assert "start" not in bound.states["merge"].weights
-    same(found[0], found[1])
-    assert held == [4 * (25 + 15), 4 * 25]  # G of (4 + 1)², and a copy of the layer
-
-
-def test_a_start_that_nobody_kept_is_refused() -> None:
-    pupil = Pupil(Merge(rows=20))
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    pupil.begin("two")
-    pupil.learn()
-    pupil.bound.states["merge"].weights.pop("start")  # as of a state that was saved with start=
-    with pytest.raises(Refused, match=r"merge.*began with were not kept.*start="):
-        pupil.end()
-
-
-def test_tasks_taken_over_are_not_merged_but_added_up() -> None:
-    x, z, model = torch.randn(6, 4), torch.randn(5, 4), Net(nn.Linear(4, 3))
-    bound = Recipe(methods=[Merge()]).unbound(seed=0)
-    before = copied(model)
-    for task, data in (("one", x), ("two", z)):
-        bound.remember(task, model, batches(4, x=data), shared=model.encoder)
-    same(copied(model), before)
-    rows_ = [torch.cat([t, torch.ones(len(t), 1)], 1) for t in (x, z)]
-    expected = sum(r.T @ r / len(r) for r in rows_)
-    torch.testing.assert_close(bound.states["merge"].tensors["gram"]["encoder.weight"][0], expected)
-
-
-def chosen(scores: list[float], choose: float) -> tuple[Bound, list[Tensor]]:
-    """Merge with a bound that gives these scores in turn; the weights at each moment."""
-    torch.manual_seed(0)
-    x, z, model = torch.randn(20, 4), torch.randn(20, 4), Net(nn.Linear(4, 3))
-    bound = Recipe(methods=[Merge(choose=choose, strength=2.0)]).unbound(seed=0)
-    begin(bound, "one", model)
-    bound.end_task(batches(5, x=x))
-    begin(bound, "two", model)
-    wander(model)
-    seen: list[Tensor] = []
-    queue: Iterator[float] = iter(scores)
-
-    def evaluate() -> dict[str, float]:
-        seen.append(copied(model)["encoder.weight"])
-        return {"score": next(queue)}
-
-    bound.evaluate = evaluate
-    bound.end_task(batches(5, x=z))
-    assert next(queue, None) is None
-    return bound, [*seen, copied(model)["encoder.weight"]]
-
-
-@pytest.mark.parametrize(
-    ("scores", "strength"),
-    [
-        ([0.9, 0.88], 20.0),  # the largest costs no more
-        ([0.9, 0.8, 0.88], 6.0),
-        ([0.9, 0.8, 0.8799, 0.9], 2.0),
-        ([0.9, 0.1, 0.1, 0.1, 0.1], 0.6),  # none is good enough: the smallest
-    ],
-)
-def test_the_largest_strength_within_tolerance_is_chosen(
-    scores: list[float], strength: float
-) -> None:
-    bound, seen = chosen(scores, 0.02)
-    assert bound.states["merge"].numbers["strength"] == pytest.approx(strength)
-    torch.manual_seed(0)
-    x, z, model = torch.randn(20, 4), torch.randn(20, 4), Net(nn.Linear(4, 3))
-    expected = Recipe(methods=[Merge(strength=strength)]).unbound(seed=0)
-    begin(expected, "one", model)
-    expected.end_task(batches(5, x=x))
-    begin(expected, "two", model)
-    wander(model)
-    learned = copied(model)["encoder.weight"]
-    expected.end_task(batches(5, x=z))
-    assert torch.equal(seen[0], learned)  # scored before anything was merged
-    # Of the learned weights, not of what a strength tried before has made of them.
-    torch.testing.assert_close(seen[-1], copied(model)["encoder.weight"], rtol=1e-6, atol=1e-6)
-
-
-def test_bfloat16_weights_are_merged_in_float32_and_rounded_once() -> None:
-    torch.manual_seed(0)
-    x, z, layer = torch.randn(20, 4), torch.randn(20, 4), nn.Linear(4, 3)
-    x, z = x.bfloat16(), z.bfloat16()
-    model = Net(layer).bfloat16()
-    _, start, end = learn(Merge(), model, [batches(7, x=x), batches(7, x=z)])
-    before, after = (whole(layer, w[1]).float() for w in (start, end))
-    twin = nn.Linear(4, 3)
-    expected = merged(design(twin, x.float()), design(twin, z.float()), before, after, 1.0, 1e-4)
-    found = whole(layer, copied(model))
-    assert found.dtype is torch.bfloat16
-    torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-8, atol=0)
-
-
-def test_what_did_not_move_stays_bit_for_bit() -> None:
-    """Also weights that float32 cannot hold."""
-    x, model = torch.randn(6, 4), Net(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))).double()
-    bound = Recipe(methods=[Merge()]).unbound(seed=0)
-    for task in ("one", "two"):
-        begin(bound, task, model)
-        before = copied(model)
-        bound.end_task(batches(4, x=x.double()))
-    same(copied(model), before)
-
-
-def test_a_layer_that_the_new_task_never_called_goes_back() -> None:
-    class Either(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(5, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) if x.shape[-1] == 4 else self.b(x)
-
-    model = Net(Either())
-    tasks = [batches(4, x=torch.randn(6, n)) for n in (4, 5)]
-    bound, start, end = learn(Merge(others=0.3), model, tasks)
-    now = copied(model)
-    assert torch.equal(now["encoder.a.weight"], start[1]["encoder.a.weight"])
-    assert torch.equal(now["encoder.a.bias"], start[1]["encoder.a.bias"])
-    before, after = start[1]["encoder.b.weight"], end[1]["encoder.b.weight"]
-    torch.testing.assert_close(now["encoder.b.weight"], torch.lerp(before, after, 0.3))
-    assert bound.states["merge"].numbers["readers"].keys() == {"encoder.a.weight",
-                                                               "encoder.b.weight"}  # fmt: skip
-
-
-def test_inputs_that_are_not_finite_are_refused_before_anything_is_written() -> None:
-    x, model = torch.randn(6, 4), Net(nn.Linear(4, 3))
-    bound = Recipe(methods=[Merge()]).unbound(seed=0)
-    begin(bound, "one", model)
-    bound.end_task(batches(4, x=x))
-    begin(bound, "two", model)
-    wander(model)
-    learned, held = copied(model), bound.states["merge"].tensors["gram"]["encoder.weight"].clone()
-    with pytest.raises(Refused, match=r"encoder\.weight: the inputs of this layer are not finite"):
-        bound.end_task(batches(4, x=torch.full((6, 4), torch.nan)))
-    same(copied(model), learned)
-    assert torch.equal(bound.states["merge"].tensors["gram"]["encoder.weight"], held)
-
-
-def test_rows_are_asked_for() -> None:
-    pupil = Pupil(Merge())
-    pupil.begin("one")
-    with pytest.raises(Refused, match=r"merge reads the rows.*pass data="):
-        pupil.bound.end_task()
-
-
-@pytest.mark.parametrize("step", [0, 5])
-def test_resumed_within_the_second_task(step: int) -> None:
-    """Norms solved for: their sums and the start weights come back too."""
-    method = Merge(norms="solve", rows=20)
-    undisturbed, first = Pupil(method).learn_all(), Pupil(method)
-    first.begin("one")
-    first.learn()
-    first.end()
-    first.begin("two")
-    first.learn(0, step)
-    second = Pupil.load(first.save(), method, closed=False)
-    second.learn(step)
-    second.end()
-    same(second.everything(), undisturbed.everything())
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -611,14 +390,3 @@ def test_lora_that_did_not_move_stays_bit_for_bit() -> None:
         before = copied(model)
         bound.end_task(batches(4, x=torch.randn(6, 6)))
     same(copied(model), before)
-
-
-def test_batches_of_the_pupil_are_what_is_measured() -> None:
-    """End to end: the embedding's counts are those of the rows that the task ended with."""
-    pupil = Pupil(Merge(rows=20))
-    pupil.begin("one")
-    pupil.end()
-    tokens = torch.cat([make_batch("one", i)["tokens"] for i in range(3)])[:20]
-    expected = torch.bincount(tokens.flatten(), minlength=11) / 20
-    state = pupil.bound.states["merge"]
-    torch.testing.assert_close(state.tensors["counts"]["encoder.embeddings.weight"], expected)
