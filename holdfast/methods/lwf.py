@@ -23,7 +23,8 @@ task's, in the inputs x̃ = (x, 1) of that task's last layer before the new task
 
 so that a row as near as the old ones are on average counts whole (but for ε, a tenth of M's mean
 diagonal, h is 1 plus the squared Mahalanobis distance). M is all that is kept of the old rows:
-4 (inputs + 1)² bytes a task. A head of several layers holds every row.
+4 (inputs + 1)² bytes a task, measured when it was learned. A head of several layers, or whose layer
+is not given one input a row, holds every row.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from holdfast.batches import first_rows
+from holdfast.batches import Seen, first_rows, rows_in
 from holdfast.errors import Refused
 from holdfast.head_first import only_layer
 from holdfast.method import Method, Range, View
@@ -61,7 +62,10 @@ class LwF(Method):
     name: ClassVar[str] = "lwf"
     summary: ClassVar[str] = "holds the old heads' answers on the new task's rows"
     paper: ClassVar[str] = "Li & Hoiem, ECCV 2016, arXiv 1606.09282"
-    bytes_per_weight: ClassVar[str] = "0 (the answers: 4 bytes a row and old class, 8 a row)"
+    bytes_per_weight: ClassVar[str] = (
+        "0 (the answers: 4 bytes a row and old class, 8 a row; near rows: 4 more a row and old "
+        "task, and 4 d² an old task with d inputs of its head)"
+    )
     needs_features: ClassVar[bool] = True
     needs_old_task: ClassVar[bool] = True
     tunable: ClassVar[tuple[str, ...]] = ("strength", "temperature")
@@ -82,23 +86,21 @@ class LwF(Method):
         return bool(view.finished)
 
     def read_rows(self, view: View) -> None:
-        found = view.state.cache.setdefault("answers", {"rows": [], "by task": {}})
-        inputs = self._inputs(view)
+        cache = view.state.cache
+        if "answers" not in cache:
+            cache["answers"] = {"rows": [], "by task": {}, "near": _near(view)}
+        found, near = cache["answers"], cache["answers"]["near"]
         with contextlib.ExitStack() as stack:
-            given = {task: stack.enter_context(layer.seen()) for task, layer in inputs.items()}
+            given = {task: stack.enter_context(_given(each.layer)) for task, each in near.items()}
             outputs = view.old_outputs()
         for task, output in outputs.items():
-            found["by task"].setdefault(task, []).append(_logits(output, task))
-            if task in given:
-                shares = inputs[task].shares(given[task][0])
+            logits = _logits(output, task)
+            found["by task"].setdefault(task, []).append(logits)
+            if task in near:
+                x = _one_a_row(given[task], len(logits))
+                shares = logits.new_ones(len(logits)) if x is None else near[task].shares(x)
                 found["by task"].setdefault(f"{task}/shares", []).append(shares)
         found["rows"].append(view.rows)
-
-    def _inputs(self, view: View) -> dict[str, _Inputs]:
-        """What is known of the rows of each finished task, where its head is one layer."""
-        moments = view.state.tensors.get("moments", {}) if self.rows == "near" else {}
-        found = {task: _Inputs.of(view, task, moments[task]) for task in moments}
-        return {task: each for task, each in found.items() if each is not None}
 
     def begin_task(self, view: View) -> None:
         if view.resuming:
@@ -124,58 +126,92 @@ class LwF(Method):
             )
         return self.strength * total
 
+    def unbound(self, view: View) -> None:
+        view.state.cache.pop("answers", None)  # of a task that failed to begin
+
     @torch.no_grad()
     def end_task(self, view: View) -> None:
         answers.forget(view.state)
-        inputs = _Inputs.of(view, view.task, torch.zeros(0)) if self.rows == "near" else None
-        if inputs is None:
-            return
-        seen, state, total = 0, view.generator.get_state(), torch.zeros(())
-        for batch in first_rows(view.data(), MEASURED):
-            with inputs.seen() as given:
-                view.forward(batch, training=False)
-            total = total + given[0].T @ given[0]
-            seen += len(given[0])
-        view.generator.set_state(state)
-        view.state.tensors.setdefault("moments", {})[view.task] = total / max(seen, 1)
+        layer = _last_layer(view, view.task) if self.rows == "near" else None
+        moment = None if layer is None else _moment(view, layer)
+        if moment is not None:
+            view.state.tensors.setdefault("moments", {})[view.task] = moment
 
 
-class _Inputs:
-    """The inputs of a head's last layer, with a 1 appended, and how near they lie to old ones."""
+class _Near:
+    """How near the inputs of a head's last layer lie to those of its own task, of moment M."""
 
     def __init__(self, layer: nn.Linear, moment: Tensor) -> None:
-        self.layer, self.moment = layer, moment
-
-    @classmethod
-    def of(cls, view: View, task: str, moment: Tensor) -> _Inputs | None:
-        """None where the head is not one linear layer."""
-        model, encoder = view.bound.models[task], view.encoder
-        below = {id(p) for p in encoder.parameters()} if encoder is not None else set()
-        layer = only_layer(model, [p for p in model.parameters() if id(p) not in below])
-        return None if layer is None else cls(layer, moment)
-
-    @contextlib.contextmanager
-    def seen(self) -> Iterator[list[Tensor]]:
-        """Within the block, what the layer is given: (rows, inputs + 1) a call."""
-        given: list[Tensor] = []
-
-        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            given.append(functional.pad(inputs[0].detach().float(), (0, 1), value=1.0))
-
-        handle = self.layer.register_forward_pre_hook(see)
-        try:
-            yield given
-        finally:
-            handle.remove()
+        moment = moment.to(layer.weight.device)  # a loaded one lies on the processor
+        eye = torch.eye(len(moment), device=moment.device)
+        self.layer = layer
+        self.factor = torch.linalg.cholesky(moment + RIDGE * moment.diagonal().mean() * eye)
+        self.usual = torch.cholesky_solve(moment, self.factor).trace()  # d
 
     def shares(self, x: Tensor) -> Tensor:
-        """How much each row (rows, inputs + 1) counts, from 0 to 1: (rows,)."""
-        moment = self.moment.to(x.device)
-        ridge = RIDGE * moment.diagonal().mean() + torch.finfo(x.dtype).tiny
-        factor = torch.linalg.cholesky(moment + ridge * torch.eye(len(moment), device=x.device))
-        near = torch.cholesky_solve(moment, factor).trace()
-        distance = (x * torch.cholesky_solve(x.T, factor).T).sum(1)
-        return (near / distance.clamp(min=torch.finfo(x.dtype).tiny)).clamp(max=1.0)
+        """How much each row of x (rows, inputs + 1) counts, from 0 to 1: (rows,)."""
+        h = (x * torch.cholesky_solve(x.T, self.factor).T).sum(1)
+        return (self.usual / h).clamp(max=1.0)
+
+
+def _near(view: View) -> dict[str, _Near]:
+    """What is known of the rows of each finished task."""
+    moments = view.state.tensors.get("moments", {})
+    layers = {task: _last_layer(view, task) for task in moments}
+    return {task: _Near(layer, moments[task]) for task, layer in layers.items() if layer}
+
+
+def _moment(view: View, layer: nn.Linear) -> Tensor | None:
+    """M of a finished task, a mean over its rows: (inputs + 1, inputs + 1)."""
+    found, seen, state = [], Seen(), view.generator.get_state()
+    for batch in seen.through(first_rows(view.data(), MEASURED)):
+        with _given(layer) as given:
+            view.forward(batch, training=False)
+        found.append(_one_a_row(given, rows_in(batch)))
+    view.generator.set_state(state)  # methods after this one draw as they would without it
+    seen.require_equal(layer.weight.device)
+    if not found:
+        raise Refused("no rows to measure", where="lwf", remedy="pass the task's rows as data=")
+    known = [x for x in found if x is not None]
+    if len(known) < len(found):
+        return None
+    x = torch.cat(known)
+    moment = x.T @ x / len(x)
+    if not bool(moment.isfinite().all()):
+        raise Refused("the inputs of the head are not finite", where="lwf",
+                      remedy="look for rows or weights that are not")  # fmt: skip
+    return moment
+
+
+def _last_layer(view: View, task: str) -> nn.Linear | None:
+    """The layer that a task's head is; None where it is not one linear layer."""
+    model, encoder = view.bound.models.get(task), view.encoder
+    if model is None:
+        return None
+    below = {id(p) for p in encoder.parameters()} if encoder is not None else set()
+    own = [p for p in model.parameters() if id(p) not in below]
+    # Beside a head in `modules_to_save` PEFT keeps the one that it took the place of, frozen.
+    return only_layer(model, [p for p in own if p.requires_grad] or own)
+
+
+@contextlib.contextmanager
+def _given(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, what a layer is given, with a 1 appended: (…, inputs + 1) a call."""
+    given: list[Tensor] = []
+
+    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given.append(functional.pad(inputs[0].detach().float(), (0, 1), value=1.0))
+
+    handle = layer.register_forward_pre_hook(see)
+    try:
+        yield given
+    finally:
+        handle.remove()
+
+
+def _one_a_row(given: list[Tensor], rows: int) -> Tensor | None:
+    """The inputs of a layer's first call: (rows, inputs + 1); None where they are not one a row."""
+    return given[0] if given and given[0].shape[:-1] == (rows,) else None
 
 
 def _logits(outputs: Any, task: str) -> Tensor:

@@ -53,7 +53,7 @@ CONFIGURATIONS: dict[str, list[tuple[Method, float]]] = {
         (KLAnchor(anchor="base", keep="logits", token_weight="detached_probability"), 4),
         (KLAnchor(anchor="base", keep="weights"), 4),
     ],
-    "lwf": [(LwF(), 0), (LwF(strength=0.3, temperature=1.0), 0)],
+    "lwf": [(LwF(), 0), (LwF(strength=0.3, temperature=1.0), 0), (LwF(rows="near"), 0)],
     "merge": [
         (Merge(rows=20), 4),
         (Merge(strength=3.0, rows=5, again=True, structure="block", width=4), 4),
