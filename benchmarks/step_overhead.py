@@ -8,7 +8,7 @@ sides clip (plain by `clip_grad_norm_`), which counts as optimizer phase, as eve
 backward and the end of `optimizer.step()` does. Cycles of DPS that are longer than the run are
 measured by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle;
 so are the steps in which K-FAC EWC pulls. EWC's importance is that of 512 rows of --rows: which
-words they use decides what it costs. GPM and K-FAC EWC measure their Gram matrices on these rows.
+words they use decides what it costs. Gram matrices of GPM, K-FAC EWC and Merge are of these rows.
 Writes the JSON, and beside it the table (.md) and a picture (.png).
 """
 
@@ -34,7 +34,7 @@ from transformers import DataCollatorWithPadding
 
 from holdfast.experiments.heads import encode, load_tokenizer, locate, quiet
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, Replay
+from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, LwF, Merge, Replay
 from holdfast.recipe import Recipe
 from holdfast.tasks import load_task
 
@@ -54,6 +54,8 @@ ARMS: dict[str, Method | None] = {
     "kfac-10": KfacEWC(every=10),
     "gpm": GPM(),
     "gpm-gradient": GPM(project="gradient"),
+    "lwf": LwF(),
+    "merge": Merge(),
 }
 TARGETS = {"dps-dense-50": 1.05, "dps-dense-5": 1.05, "dps-mix-50": 1.15, "dps-mix-5": 1.15,
            "ewc": 1.03, "l2sp": 1.03}  # fmt: skip
@@ -67,10 +69,10 @@ SIZES = {
 
 
 class Arm:
-    """A model, its fused AdamW, and a recipe at work on it (None: plain)."""
+    """A model, its fused AdamW, and a recipe at work on it (None: plain); `rows` of its task."""
 
-    def __init__(self, chosen: argparse.Namespace, recipe: Recipe | None) -> None:
-        self.chosen, self.model = chosen, make_model(chosen)
+    def __init__(self, chosen: argparse.Namespace, recipe: Recipe | None, *rows: Any) -> None:
+        self.chosen, self.model, self.rows = chosen, make_model(chosen), rows
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.scaler = torch.amp.GradScaler(chosen.device, enabled=chosen.dtype == "fp16")
         self.bound = recipe.unbound() if recipe else None
@@ -81,12 +83,12 @@ class Arm:
         """Bind; methods for later tasks are given importance, as if one task were finished."""
 
         def begin(task: str) -> None:
-            self.bound.begin_task(task, self.optimizer, 10**6, model=self.model)
+            self.bound.begin_task(task, self.optimizer, 10**6, model=self.model, data=self.rows)
 
         begin("one")
         for method in self.bound.methods:
             slots = self.bound.states[method.name].weights
-            if isinstance(method, EWC | GPM | KfacEWC):
+            if isinstance(method, EWC | GPM | KfacEWC | LwF | Merge):
                 self.bound.end_task(partial(read_rows, self.chosen))
                 begin("two")
             elif isinstance(method, DPS) and method.score == "retention":
@@ -234,7 +236,7 @@ def measure(
     method = ARMS[label]
     methods = [method] if method else []
     recipe = Recipe(methods=methods, max_grad_norm=chosen.clip or None)
-    ours = Arm(chosen, None if label == "plain again" else recipe)
+    ours = Arm(chosen, None if label == "plain again" else recipe, batch)
     pairs, held, order = list[Pair](), 0, random.Random(label)
     gc.collect()
     gc.disable()
@@ -364,11 +366,10 @@ def main() -> int:
     parser.add_argument("--rows", default=str(DATA / "trec6"), help="the old task of EWC (TREC)")
     parser.add_argument("--threads", type=int, help="of torch (its own choice)")
     chosen = parser.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(chosen.threads or torch.get_num_threads())
     chosen.pairs = chosen.pairs or (40 if chosen.quick else 200)
-    steps = 2 * sum(len(schedule(ARMS[a], chosen.pairs)) for a in chosen.arms)
-    steps *= len(chosen.lengths)
+    steps = sum(len(schedule(ARMS[a], chosen.pairs)) for a in chosen.arms)
+    steps *= 2 * len(chosen.lengths)  # of plain too
     print(f"{steps} training steps", flush=True)
     quiet()
     torch.manual_seed(0)

@@ -1,14 +1,14 @@
 """What merging costs beside training: the end of a task and the pass before it, in seconds and GiB.
 
     python benchmarks/task_end.py --quick --json task-end.json
-    python benchmarks/task_end.py --models bert-large --lengths 32 --json docs/results/task-end.json
+    python benchmarks/task_end.py --models bert-large --lengths 32 --json task-end.json
 
-A model learns a second task with head first, LwF and Merge, all at their defaults, on the processor.
+A model learns a second task with head first, LwF and Merge, all at their defaults, on processors.
 Rows are random tokens without padding; weights are random but for MiniLM's. Measured are
 
     a step        plain training of --batch rows, nothing of ours in it
     before        one pass over the task's rows: their features, the old head's answers, the fit of
-                  the head. Large models read fewer rows; seconds are then given for 1,000
+                  the head. Larger models read fewer rows; seconds are given for 1,000
     the end       of a task of which Merge measures 100 rows: forward passes, Gram products, solves
                   (products with the change of weights included), and the rest, most of it copying
 
@@ -41,6 +41,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import sklearn.linear_model  # noqa: F401  what fits the head: importing it is no part of a task
 import torch
 from results import markdown, save
 from safetensors import safe_open
@@ -212,8 +213,7 @@ def measure_model(name: str, length: int, chosen: argparse.Namespace) -> dict[st
                 total = timed(lambda: bound.begin_task(
                     task, still, max(1, EPOCHS * shape.before // chosen.batch),  # noqa: B023
                     model=model, data=rows, start=lambda: start))  # noqa: B023  # fmt: skip
-            fit = bound.fitted or {}
-            before.append({"total": total, "fit": spent["fit"], "fitted": fit["fit"],
+            before.append({"total": total, "fit": spent["fit"], "fitted": bound.fitted,
                            "peak_bytes": status("VmHWM") - base})  # fmt: skip
             with torch.no_grad():
                 for w in bound.shared.values():
@@ -257,7 +257,7 @@ def plain_steps(model: Any, shape: Shape, length: int, chosen: argparse.Namespac
 
 
 def measure_layer(width: int, chosen: argparse.Namespace) -> dict[str, Any]:
-    """State, seconds and peak of each structure, for a layer of `width` inputs and 1,024 outputs."""
+    """State, seconds and peak of each structure, for `width` inputs and 1,024 outputs."""
     torch.manual_seed(0)
     d, how, found = width + 1, Merge(), []
     device = torch.device("cpu")
@@ -276,7 +276,7 @@ def measure_layer(width: int, chosen: argparse.Namespace) -> dict[str, Any]:
         solve = timed(lambda: pair[0].shrunk(change, pair[1], 1.0, how.ridge))  # noqa: B023
         found.append({"structure": structure, "products": statistics.median(seconds),
                       "solve": solve, "peak_bytes": status("VmHWM") - base,
-                      "state_bytes": sum(t.nbytes for t in pair[0].tensors().values())})  # fmt: skip
+                      "state_bytes": sum(t.nbytes for t in moment.tensors().values())})  # fmt: skip
         print(f"layer of {width} inputs, {structure}: {found[-1]}", flush=True)
     return {"width": width, "positions": len(x), "threads": torch.get_num_threads(),
             "structures": found}  # fmt: skip
@@ -288,11 +288,13 @@ def measure_layer(width: int, chosen: argparse.Namespace) -> dict[str, Any]:
 def ratios(row: dict[str, Any]) -> dict[str, float]:
     """Medians over repeats; `before` for 1,000 rows. In seconds, in steps, in shares of a task."""
     step = statistics.median(row["step_seconds"])
-    scale = ROWS / row["before_rows"]
-    before = scale * statistics.median(t["total"] for t in row["before"])
-    fit = scale * statistics.median(t["fit"] for t in row["before"])
+    steps = EPOCHS * math.ceil(ROWS / row["batch"])
+    scale, fitted = ROWS / row["before_rows"], row["before"][0]["fitted"]["steps"]
+    reading = scale * statistics.median(t["total"] - t["fit"] for t in row["before"])
+    fit = statistics.median(t["fit"] for t in row["before"])
+    fit *= math.ceil(0.1 * steps) / fitted if fitted else scale
+    before, whole = reading + fit, steps * step
     end = {k: statistics.median(t[k] for t in row["end"]) for k in row["end"][0]}
-    whole = EPOCHS * math.ceil(ROWS / row["batch"]) * step
     return {
         "step": step, "before": before, "fit": fit, "before_steps": before / step,
         "before_share": before / whole, **end, "end_steps": end["total"] / step,
@@ -314,7 +316,7 @@ def tables(body: dict[str, Any]) -> str:
                      f"{r['weights']:.2f}", f"{state / GIB:.2f}",
                      f"{state / row['weights']:.2f}", f"{r['end_peak']:.2f}"])  # fmt: skip
         before.append([*name, row["before_rows"], r["before"], f"{r['fit']:.3f}",
-                       row["before"][0]["fitted"], f"{r['before_steps']:.1f}",
+                       row["before"][0]["fitted"]["fit"], f"{r['before_steps']:.1f}",
                        f"{100 * r['before_share']:.2f} %", f"{r['before_peak']:.2f}"])  # fmt: skip
     for layer in body["layers"]:
         for s in layer["structures"]:

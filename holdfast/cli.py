@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(train)
 
     sequence = verb("sequence", _sequence, "learn tasks one after another and show what was kept",
-                    "holdfast sequence --tasks data/trec6 data/snli --recipe ewc",
+                    "holdfast sequence --tasks data/trec6 data/snli --recipe default",
                     "--lr 2e-4 --out runs/a")  # fmt: skip
     sequence.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=TASK_HELP)
     sequence.add_argument("--alone", action="store_true",
@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     comparing = verb("compare", _compare, "run several recipes over several seeds",
                      "holdfast compare --tasks data/trec6 data/snli",
-                     "--recipes plain ewc --flat 5e-5 2e-4 --out runs/c")  # fmt: skip
+                     "--recipes plain default --flat 5e-5 1e-4 --out runs/c")  # fmt: skip
     comparing.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=TASK_HELP)
     comparing.add_argument("--recipes", required=True, nargs="+", help=RECIPE_HELP)
     comparing.add_argument("--flat", nargs="+", type=float, default=[], metavar="LR",
@@ -164,17 +164,19 @@ def _add_training(
     add = parser.add_argument
     add("--model", default="minilm", help="minilm, a saved model's folder or a Hub id")
     if single:
-        add("--recipe", default="plain" if searching else "default", help=RECIPE_HELP)
+        usual = "plain" if searching else "default"
+        add("--recipe", default=usual, help=f"{RECIPE_HELP} ({usual})")
         add("--seed", type=int, default=0)
-    add("--out", type=Path, required=searching or not single,
-        help="the folder" if searching else "the run's folder (runs/<hash>)")  # fmt: skip
+    required = searching or not single
+    add("--out", type=Path, required=required,
+        help="the folder" if required else "the run's folder (runs/<hash>)")  # fmt: skip
     add("--train-size", type=int, help="a stratified subset of the training rows")
     add("--evaluation-size", type=int, help="a stratified subset of the evaluation rows")
     add("--epochs", type=float, help="passes over the training rows (3)")
     add("--batch-size", type=int, help="rows a micro-batch (16)")
     add("--accumulation", type=int, help="micro-batches a step (1)")
     if not searching:
-        add("--lr", type=float, help="base learning rate (1e-4)")
+        add("--lr", type=float, help="base learning rate; larger models take less (2e-4)")
     add("--weight-decay", type=float, help="decoupled weight decay (0.01)")
     add("--warmup", type=number, help="steps of warm-up, or a share below 1 (0.1)")
     add("--schedule", help="a learning-rate schedule of Transformers (linear)")
@@ -291,11 +293,12 @@ def _methods(_: argparse.Namespace) -> None:
     methods = Table("method", "what it does", "paper", "bytes per weight", title="methods")
     for name, method in METHODS.items():
         methods.add_row(name, method.summary, method.paper, method.bytes_per_weight)
-    recipes = Table("recipe", "rates", "methods", title="recipes")
+    recipes = Table("recipe", "head first", "rates", "methods", title="recipes")
     for name, make in PRESETS.items():
         recipe = make()
         settings = "; ".join(_differing(m) for m in recipe.methods)
-        recipes.add_row(name, recipe.rates.name, settings or "–")
+        first = "–" if recipe.head_first is None else "yes"
+        recipes.add_row(name, first, recipe.rates.name, settings or "–")
     _print(methods)
     _print(recipes)
 

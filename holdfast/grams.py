@@ -143,7 +143,7 @@ def measure(
     for key, moment in found.moments.items():
         moment.close_()
         moment.scale_(1.0 / total)
-        if not all(bool(t.isfinite().all()) for t in moment.tensors().values()):
+        if not all(bool(t.sum().isfinite()) for t in moment.tensors().values()):
             raise Refused("the inputs of this layer are not finite", where=key,
                           remedy="look for rows or weights that are not")  # fmt: skip
     found.counts = {name: count / total for name, count in found.counts.items()}
@@ -168,6 +168,7 @@ def _sum_over_ranks(
     for layer in eye.layers:
         moment = found.moments.get(layer.weight)
         if isinstance(moment, Blocks):
+            moment.close_()
             distributed.reduce_([moment.matrix])
         elif moment is not None:
             _sum_of_low_ranks(moment)
@@ -224,7 +225,7 @@ class _Eye:
     def begin(self, batch: Batch) -> None:
         """A batch comes whose inputs are added up."""
         mask = batch.get("attention_mask")
-        masked = isinstance(mask, Tensor) and mask.ndim == 2
+        masked = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         self.mask, self.rows = cast(Tensor, mask).bool() if masked else None, rows_in(batch)
 
     def moment(self, layer: Layer, device: torch.device) -> Moment:

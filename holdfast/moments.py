@@ -31,7 +31,8 @@ class Blocks:
         """For d − 1 inputs, and the 1 beside them, in blocks of at most `width` (None: one)."""
         blocks = 1 if width is None else max(1, math.ceil((d - 1) / width))
         b = math.ceil(d / blocks)
-        return cls(torch.zeros(blocks, b, b, device=device), d)
+        # Products are faster into rows that begin at multiples of 64 bytes; `close_` packs them.
+        return cls(torch.zeros(blocks, b, b + -b % 16, device=device)[..., :b], d)
 
     def cut(self, x: Tensor) -> Tensor:
         """(n, d) as (blocks, n, b)."""
@@ -46,15 +47,15 @@ class Blocks:
     def see_(self, x: Tensor) -> None:
         """Add Σ x xᵀ of inputs (n, d): in strips, of which `close_` mirrors what they leave out."""
         pieces, b = self.cut(x), self.matrix.shape[-1]
-        strip = max(64, math.ceil(b / 6))
+        strip = max(64, math.ceil(b / 8))
         for i in range(0, b, strip):
             mine = pieces[:, :, i : i + strip].mT
             self.matrix[:, i : i + strip, i:].baddbmm_(mine, pieces[:, :, i:])
 
     def close_(self) -> None:
-        """All inputs were seen."""
-        upper = self.matrix.triu_()
-        self.matrix = upper + upper.triu(1).mT
+        """All inputs were seen: what the strips left out is mirrored."""
+        self.matrix = self.matrix.triu().contiguous()
+        self.matrix += self.matrix.triu(1).mT
 
     def add_(self, other: Blocks) -> None:
         """Add another's; no tensor is written to, for other methods may hold it."""
@@ -71,16 +72,16 @@ class Blocks:
         ε is `ridge` times the mean diagonal of the sum. bias=False leaves the appended 1 out.
         """
         new = self.matrix if bias else self._without_one()
-        both = new + strength * (old.matrix if bias else old._without_one())
+        both = torch.add(new, old.matrix if bias else old._without_one(), alpha=strength)
         diagonal = both.diagonal(dim1=1, dim2=2)
         # Where neither task has any input there is nothing to solve, nor to change.
         mean = diagonal.sum() / max(self.d - (not bias), 1)
         diagonal.add_(torch.where(mean > 0, mean * ridge, 1.0))
         pieces = self.cut(delta.to(new.dtype))
-        if len(delta) > new.shape[-1]:  # fewer right sides: the matrix itself
-            kept = torch.bmm(pieces, _solve(both, new).mT)
+        if len(delta) > new.shape[-1]:  # fewer left sides: the matrix itself
+            kept = torch.bmm(pieces, _divided(new, both))
         else:
-            kept = _solve(both, torch.bmm(pieces, new).mT).mT
+            kept = _divided(torch.bmm(pieces, new), both)
         return self.joined(kept).to(delta.dtype)
 
     def product(self, x: Tensor) -> Tensor:
@@ -185,8 +186,8 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix⁻¹ right of positive definite matrices (k, b, b), in double where that is cheap.
+def _divided(left: Tensor, matrix: Tensor) -> Tensor:
+    """left · matrix⁻¹ of positive definite matrices (k, b, b), in double where that is cheap.
 
     Rounding of large sums may outweigh a small ridge: then double, and then eigenvalues below what
     rounding leaves certain are raised to that.
@@ -195,7 +196,12 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     for dtype in (wide,) if matrix.shape[-1] <= SMALL else (matrix.dtype, wide):
         factor, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
         if not bool(failed.any()):
-            return torch.cholesky_solve(right.to(dtype), factor).to(right.dtype)
+            # Two solves from the right: of rows as they lie, so without a copy of either side.
+            half = _triangular(factor.mT, left.to(dtype), upper=True, left=False)
+            return _triangular(factor, half, upper=False, left=False).to(left.dtype)
     values, vectors = torch.linalg.eigh(matrix.to(wide))
     values = values.maximum(1e-7 * values[..., -1:])
-    return (vectors @ ((vectors.mT @ right.to(wide)) / values[..., None])).to(right.dtype)
+    return ((left.to(wide) @ vectors / values[:, None]) @ vectors.mT).to(left.dtype)
+
+
+_triangular = torch.linalg.solve_triangular

@@ -253,7 +253,7 @@ def test_two_recipes_of_one_name_are_refused(capsys: pytest.CaptureFixture[str])
     assert "one name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flat", ["1e-4", "2e-4 2e-4", "0.0002 2e-4", "-1", "nan"])
+@pytest.mark.parametrize("flat", ["2e-4", "1e-4 1e-4", "0.0001 1e-4", "-1", "nan"])
 def test_flat_rates_that_cannot_serve_are_refused(
     flat: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

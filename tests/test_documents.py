@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -60,6 +61,19 @@ def test_links_in_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_house_has_every_module_and_the_layers_that_are_checked() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = [p.name for p in (ROOT / "holdfast").glob("*.py") if p.name != "__init__.py"]
+    packages = [f"{p.parent.name}/" for p in (ROOT / "holdfast").glob("*/__init__.py")]
+    assert not [name for name in (*modules, *packages) if name not in page]
+    drawn = re.search(r"```\n(cli → [^`]*)```", page)
+    assert drawn is not None
+    told = [{n.strip() for n in layer.split(",")} for layer in drawn[1].split("→")]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert told == [{n.removeprefix("holdfast.") for n in row.split(" | ")} for row in layers]
 
 
 def test_every_source_file_stays_readable_in_one_sitting() -> None:

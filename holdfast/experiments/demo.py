@@ -12,7 +12,7 @@ from holdfast.recipe import Recipe
 TASKS = ("builtin:inference", "builtin:intents")
 SEEDS = (0, 1)
 SETTINGS: dict[str, Any] = {
-    "train_size": 1440,
+    "train_size": 960,
     "epochs": 1.0,
     "lr": 2e-4,
     "schedule": "constant_with_warmup",

@@ -43,7 +43,7 @@ class Settings(Checked):
     epochs: Annotated[float, Field(gt=0)] = 3.0
     batch_size: Annotated[int, Field(gt=0)] = 16
     accumulation: Annotated[int, Field(gt=0)] = 1
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Annotated[float, Field(gt=0)] = 2e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup: Annotated[float | int, Field(ge=0)] = 0.1
     schedule: Schedule = "linear"

@@ -63,8 +63,8 @@ class LwF(Method):
     summary: ClassVar[str] = "holds the old heads' answers on the new task's rows"
     paper: ClassVar[str] = "Li & Hoiem, ECCV 2016, arXiv 1606.09282"
     bytes_per_weight: ClassVar[str] = (
-        "0 (the answers: 4 bytes a row and old class, 8 a row; near rows: 4 more a row and old "
-        "task, and 4 d² an old task with d inputs of its head)"
+        "0 (the answers: 4 bytes a row and old class, 8 a row; with near rows 4 more a row and "
+        "old task, and 4 d² an old head of d inputs)"
     )
     needs_features: ClassVar[bool] = True
     needs_old_task: ClassVar[bool] = True

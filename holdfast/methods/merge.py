@@ -96,13 +96,14 @@ class Merge(Method):
         if old is not None and start is None and view.step:
             raise Refused("the weights that the task began with were not kept", where="merge",
                           remedy="pass start= to begin_task, as before")  # fmt: skip
-        if old is not None and start is not None:
-            old.require_like(new)
-            merger = _Merger(view, old, new, start, self)
-            state.numbers["strength"] = self._merge(view, merger)
-            if self.again:
-                new = view.grams(**how, merged=True)
         if old is not None:
+            old.require_like(new)
+            if start is not None:
+                merger = _Merger(view, old, new, start, self)
+                state.numbers["strength"] = self._merge(view, merger)
+                if self.again:
+                    new = view.grams(**how, merged=True)
+            state.tensors.clear()  # so that each sum takes the place of the old one in memory
             old.add_(new)
         (old or new).save(state.tensors, state.numbers)
 
@@ -166,12 +167,12 @@ class _Merger:
             changes = [layer.matrix(self.learned) - layer.matrix(self.start) for layer in layers]
             kept = mine.shrunk(torch.cat(changes), theirs, strength, ridge, bias=one)
             for layer, part in zip(layers, kept.split([len(c) for c in changes]), strict=True):
-                self._move(layer.tensors(part))
-                for name in layer.names:
+                for name, change in layer.tensors(part).items():
+                    self._write({name: change.add_(distributed.full(self.start[name]))})
                     del left[name]
         for name in left:
             before, after = (distributed.full(w[name]).float() for w in (self.start, self.learned))
-            self._move({name: (after - before) * self._share(name, strength)})
+            self._write({name: torch.lerp(before, after, self._share(name, strength))})
 
     def _share(self, name: str, strength: float) -> Tensor | float:
         """Of an embedding's rows by their counts, of anything else a fixed one."""
@@ -182,10 +183,6 @@ class _Merger:
         mine, theirs = self.new.counts[name], strength * self.old.counts[name]
         share = torch.where(mine > 0, mine / (mine + theirs).clamp(min=1e-30), 0.0)
         return share[:, None]
-
-    def _move(self, changes: Mapping[str, Tensor]) -> None:
-        """Write the start weights with these changes."""
-        self._write({n: distributed.full(self.start[n]) + c for n, c in changes.items()})
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():

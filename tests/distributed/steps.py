@@ -17,7 +17,7 @@ from holdfast.errors import Refused
 from holdfast.head_first import HeadFirst
 from holdfast.importance import diagonal_fisher
 from holdfast.method import Method
-from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods import DPS, EWC, L2SP, LwF, Replay
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, make_batch
 from holdfast.training.loop import load_checkpoint, save_checkpoint
@@ -296,3 +296,28 @@ def check_a_head_fitted_first_is_that_of_one_process() -> Iterator[None]:
         assert torch.equal(fitted(how, rows), head)
         with pytest.raises(Refused, match="the rows"):
             fitted(how, rows[rank() : rank() + 2])
+
+
+def check_near_rows_are_those_of_one_process() -> Iterator[None]:
+    """Every rank measures all old rows and asks for all new ones; rows of its own are refused."""
+    rows = {task: [make_batch(task, step) for step in range(4)] for task in ("one", "two")}
+
+    def kept(part: slice = slice(None)) -> dict[str, torch.Tensor]:
+        torch.manual_seed(rank())
+        bound, encoder = Recipe(methods=[LwF(rows="near")]).unbound(), Classifier().encoder
+        for task in rows:
+            net = ddp(Classifier(encoder=encoder))
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            bound.begin_task(task, optimizer, 20, model=net, data=rows[task])
+            if task == "one":
+                bound.end_task(rows[task][part])
+        return {**bound.states["lwf"].tensors["moments"], **bound.states["lwf"].tensors["answers"]}
+
+    alone = kept()
+    assert alone.keys() == {"one", "one/shares"} and alone["one/shares"].min() < 0.9
+    yield
+    found = kept()
+    for name, tensor in alone.items():
+        assert torch.equal(found[name], tensor), name
+    with pytest.raises(Refused, match="the rows"):
+        kept(slice(rank(), rank() + 2))

@@ -38,7 +38,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_with_every_seed(place: Path, whole: Path) -> None:
     records = compared(place, whole)
     assert [(r.settings["lr"], r.seed) for r in records] == [
-        (1e-4, 0), (1e-4, 3), (1e-6, 0), (1e-6, 3)
+        (2e-4, 0), (2e-4, 3), (1e-6, 0), (1e-6, 3)
     ]  # fmt: skip
     found = sorted(str(p.relative_to(whole)) for p in whole.rglob("record.json"))
     assert found == [f"{n}/seed-{s}/record.json" for n in ("plain-slow", "plain") for s in (0, 3)]
@@ -78,7 +78,7 @@ def test_several_processes_give_the_same(place: Path, whole: Path, tmp_path: Pat
         folder = Path(record.settings["out"]).relative_to(tmp_path)
         other = json.loads((whole / folder / "record.json").read_text())
         assert record.scores == other["scores"] and record.seed == other["seed"]
-    assert (records[0].settings["lr"], records[0].seed) == (1e-4, 0)
+    assert (records[0].settings["lr"], records[0].seed) == (2e-4, 0)
 
 
 @pytest.mark.parametrize(
