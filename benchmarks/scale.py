@@ -7,6 +7,8 @@ squared gradient to Fisher information, selecting a subnetwork, marking it, zero
 restoring weights. For each the slope of log time over log size (1 is linear) and GB/s beside the
 machine's own copy, measured in the same run. A size that would need more than --memory is left
 out, and said so. Writes the JSON and beside it the table (.md) and a picture (.png).
+
+What whole models of up to a thousand million weights take at the end of a task: `task_end.py`.
 """
 
 from __future__ import annotations

@@ -368,8 +368,8 @@ def main() -> int:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads or torch.get_num_threads())
     chosen.pairs = chosen.pairs or (40 if chosen.quick else 200)
-    steps = sum(len(schedule(ARMS[a], chosen.pairs)) for a in chosen.arms)
-    steps *= 2 * len(chosen.lengths)  # of plain too
+    schedules = [schedule(ARMS[arm], chosen.pairs) for arm in chosen.arms]
+    steps = 2 * len(chosen.lengths) * sum(map(len, schedules))
     print(f"{steps} training steps", flush=True)
     quiet()
     torch.manual_seed(0)
@@ -382,10 +382,8 @@ def main() -> int:
                 bar.set_description(f"{label}, {length} tokens", refresh=False)
                 rows.append(row(label, length, *measure(chosen, plain, label, batch, bar)))
     load.append(os.getloadavg())
-    told = (
-        f"{torch.get_num_threads()} threads, load average {load[0][0]:.1f} before, "
-        f"{load[1][0]:.1f} after\n\n{table(rows)}"
-    )
+    told = (f"{torch.get_num_threads()} threads, load average {load[0][0]:.1f} before, "
+            f"{load[1][0]:.1f} after\n\n{table(rows)}")  # fmt: skip
     found = {
         "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
         "load_average": load,

@@ -3,14 +3,15 @@
     python benchmarks/task_end.py --quick --json task-end.json
     python benchmarks/task_end.py --models bert-large --lengths 32 --json task-end.json
 
-A model learns a second task with head first, LwF and Merge, all at their defaults, on processors.
+A model learns a second task by --recipe (`default`, or lwf_merge, merge …), on processors.
 Rows are random tokens without padding; weights are random but for MiniLM's. Measured are
 
     a step        plain training of --batch rows, nothing of ours in it
     before        one pass over the task's rows: their features, the old head's answers, the fit of
                   the head. Larger models read fewer rows; seconds are given for 1,000
-    the end       of a task of which Merge measures 100 rows: forward passes, Gram products, solves
-                  (products with the change of weights included), and the rest, most of it copying
+    the end       of a task: of Merge's 100 rows the forward passes, Gram products and solves
+                  (products with the change of weights included); LwF's pass over its rows, where
+                  it asks how near rows are; and the rest, most of it copying
 
 each of the two also in steps, and as a share of a task of 3 epochs of 1,000 rows. Memory is the
 peak above the model's own weights: states and all that the work takes for a while. The optimizer
@@ -50,11 +51,11 @@ from torch import Tensor, nn
 
 import holdfast.bound
 from holdfast.experiments.heads import locate, quiet
-from holdfast.head_first import Head, HeadFirst
+from holdfast.head_first import Head
 from holdfast.layers import Layer
 from holdfast.methods import LwF, Merge
 from holdfast.moments import Blocks, LowRank
-from holdfast.recipe import Recipe
+from holdfast.recipe import PRESETS
 
 ROWS, EPOCHS = 1000, 3  # of the task that shares are of
 GIB = 2**30
@@ -156,6 +157,7 @@ CLOCKS = {
     "products": [(kind, name) for kind in (Blocks, LowRank) for name in ("see_", "close_")]
     + [(Layer, "inputs")],
     "solves": [(Blocks, "shrunk"), (LowRank, "shrunk")],
+    "near": [(LwF, "end_task")],
     "fit": [(Head, "fit")],
 }
 
@@ -193,7 +195,7 @@ def measure_model(name: str, length: int, chosen: argparse.Namespace) -> dict[st
     weights = sum(p.numel() for p in model.parameters())
     steps = plain_steps(model, shape, length, chosen)
     print(f"{name}, {length} tokens: a step {statistics.median(steps):.3f} s", flush=True)
-    bound = Recipe(methods=[LwF(), Merge()], head_first=HeadFirst()).unbound()
+    bound = PRESETS[chosen.recipe]().unbound()
     before, end = [], []
     with tempfile.TemporaryDirectory() as folder:
         base = tidy()
@@ -201,10 +203,8 @@ def measure_model(name: str, length: int, chosen: argparse.Namespace) -> dict[st
         start = Stored(Path(folder) / "start.safetensors", bound.shared)
         for turn in range(1, 1 + (chosen.repeats or shape.repeats)):
             # A fresh head around the same encoder; the finished heads before the first are let go.
-            task, model = (
-                f"task{turn}",
-                copy.deepcopy(model, {id(model.base_model): model.base_model}),
-            )
+            encoder, task = model.base_model, f"task{turn}"
+            model = copy.deepcopy(model, {id(encoder): encoder})
             bound.finished = bound.finished[:1]
             rows = make_rows(model, shape.before, length, chosen.batch)
             still = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -218,19 +218,21 @@ def measure_model(name: str, length: int, chosen: argparse.Namespace) -> dict[st
             with torch.no_grad():
                 for w in bound.shared.values():
                     w.mul_(1.001)
-            rows = make_rows(model, max(100, Merge().rows), length, chosen.batch)
+            rows = make_rows(model, ROWS, length, chosen.batch)
             bound.unbind()
             tidy()
             with clocks() as spent:
                 total = timed(lambda: bound.end_task(rows))  # noqa: B023
             end.append({"total": total, "forwards": spent["measure"] - spent["products"],
                         "products": spent["products"], "solves": spent["solves"],
-                        "rest": total - spent["measure"] - spent["solves"],
+                        "near": spent["near"],
+                        "rest": total - spent["measure"] - spent["solves"] - spent["near"],
                         "peak_bytes": status("VmHWM") - base})  # fmt: skip
             print(f"{name}, {length} tokens: before {before[-1]['total']:.2f} s, "
                   f"end {end[-1]['total']:.2f} s", flush=True)  # fmt: skip
-    return {"model": name, "length": length, "threads": torch.get_num_threads(),
-            "load_average": [began, os.getloadavg()], "weights": weights,
+    return {"model": name, "length": length, "recipe": chosen.recipe,
+            "threads": torch.get_num_threads(), "weights": weights,
+            "load_average": [began, os.getloadavg()],
             "optimizer": shape.optimizer, "batch": chosen.batch, "step_seconds": steps,
             "before_rows": shape.before, "before": before, "end": end,
             "state_bytes": {n: s.bytes() for n, s in bound.states.items()}}  # fmt: skip
@@ -309,9 +311,10 @@ def tables(body: dict[str, Any]) -> str:
     """Markdown."""
     ends, before, layers = [], [], []
     for row in body["models"]:
-        r, state = ratios(row), row["state_bytes"]["merge"]
-        name = [row["model"], f"{row['weights'] / 1e6:,.0f} M", row["length"], row["threads"]]
-        times = [r[k] for k in ("step", "forwards", "products", "solves", "rest", "total")]
+        r, state = ratios(row), sum(row["state_bytes"].values())
+        name = [row["model"], f"{row['weights'] / 1e6:,.0f} M", row["length"], row["recipe"],
+                row["threads"]]  # fmt: skip
+        times = [r[k] for k in ("step", "forwards", "products", "solves", "near", "rest", "total")]
         ends.append([*name, *times, f"{r['end_steps']:.1f}", f"{100 * r['end_share']:.2f} %",
                      f"{r['weights']:.2f}", f"{state / GIB:.2f}",
                      f"{state / row['weights']:.2f}", f"{r['end_peak']:.2f}"])  # fmt: skip
@@ -323,14 +326,14 @@ def tables(body: dict[str, Any]) -> str:
             layers.append([layer["width"], layer["threads"], s["structure"],
                            f"{s['state_bytes'] / 2**20:.1f}", s["products"], s["solve"],
                            f"{s['peak_bytes'] / 2**20:.0f}"])  # fmt: skip
-    model = ["model", "weights", "tokens", "threads"]
+    model = ["model", "weights", "tokens", "recipe", "threads"]
     told = [
         "**The end of a task** (seconds; share of 3 epochs of 1,000 rows; GiB: of the weights, of "
-        "Merge's state, at most above the weights)",
-        markdown([*model, "a step", "forward passes", "Gram products", "solves", "rest", "total",
-                  "in steps", "share", "weights, GiB", "state, GiB", "state, bytes/weight",
-                  "peak, GiB"], ends),
-        "**Before a task**, with head first and LwF (seconds for 1,000 rows)",
+        "the methods' state, at most above the weights)",
+        markdown([*model, "a step", "forward passes", "Gram products", "solves", "near rows",
+                  "rest", "total", "in steps", "share", "weights, GiB", "state, GiB",
+                  "state, bytes/weight", "peak, GiB"], ends),
+        "**Before a task** (seconds for 1,000 rows)",
         markdown([*model, "rows read", "total", "of it the fit", "fit", "in steps", "share",
                   "peak, GiB"], before),
         "**One wide layer** of 1,024 outputs",
@@ -349,6 +352,8 @@ def main() -> int:
                         default=[*SHAPES, "layer"])  # fmt: skip
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 48])
     parser.add_argument("--width", type=int, default=11_008, help="inputs of the layer")
+    parser.add_argument("--recipe", choices=[n for n in PRESETS if "merge" in n or n == "default"],
+                        default="default")  # fmt: skip
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, help="plain steps that are timed")
     parser.add_argument("--repeats", type=int, help="tasks that are measured")
@@ -363,7 +368,8 @@ def main() -> int:
     body = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
     found = {key: body.get(key, []) for key in ("models", "layers")}
     threads = torch.get_num_threads()
-    done = {(r["model"], r["length"], r["threads"]) for r in found["models"]}
+    done = {(r["model"], r["length"], r["threads"]) for r in found["models"]
+            if r["recipe"] == chosen.recipe}  # fmt: skip
     done |= {("layer", r["width"], r["threads"]) for r in found["layers"]}
     sizes = {name: [chosen.width] if name == "layer" else chosen.lengths for name in chosen.models}
     jobs = [(n, s) for n in chosen.models for s in sizes[n] if (n, s, threads) not in done]

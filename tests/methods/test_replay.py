@@ -157,7 +157,7 @@ def test_several_old_tasks_are_drawn_by_their_rows() -> None:
     bound.end_task(numbered(10))
     drawn: dict[str | None, list[int]] = {"one": [], "two": []}
 
-    def count(inputs: Any, *, weights: Any = None, task: str | None = None) -> Any:
+    def count(inputs: Any, *, task: str | None = None, **_: Any) -> Any:
         drawn[task] += inputs["tokens"][:, 0].tolist()
         mean = inputs["tokens"].double().mean()
         return SimpleNamespace(loss=mean + (1000.0 if task == "two" else 0.0))
