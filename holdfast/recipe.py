@@ -244,6 +244,6 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     # Chosen on the tuning pairs of benchmarks/forgetting.py: it keeps old tasks without their rows
     # and learns the new one at least as well as plain fine-tuning; of one task it fits the head.
     "default": lambda: Recipe(
-        head_first=HeadFirst(), methods=[LwF(rows="near", strength=1.5), Merge()], name="default"
+        head_first=HeadFirst(), methods=[Merge(), LwF(rows="near", strength=1.5)], name="default"
     ),
 }

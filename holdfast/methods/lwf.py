@@ -21,7 +21,7 @@ task's, in the inputs x̃ = (x, 1) of that task's last layer before the new task
 
     share = min(1, d / h),   h = x̃ᵀ (M+εI)⁻¹ x̃,   M = E_old[x̃ x̃ᵀ],   d = E_old[h] = tr M(M+εI)⁻¹
 
-so that a row as near as the old ones are on average counts whole (but for ε, a tenth of M's mean
+so that a row as near as the old ones are on average counts whole (but for ε, .3 of M's mean
 diagonal, h is 1 plus the squared Mahalanobis distance). M is all that is kept of the old rows:
 4 (inputs + 1)² bytes a task, measured when it was learned. A head of several layers, or whose layer
 is not given one input a row, holds every row.
@@ -46,8 +46,8 @@ from holdfast.method import Method, Range, View
 from holdfast.methods import answers
 from holdfast.methods.answers import divergence, kind_of
 
-MEASURED = 400  # rows of a finished task that its moment is measured on
-RIDGE = 0.1  # of the moment's mean diagonal
+MEASURED = 100  # rows of a finished task that its moment is measured on
+RIDGE = 0.3  # of the moment's mean diagonal: a hundred rows do not fill its directions
 
 
 @dataclass(frozen=True, kw_only=True)
