@@ -13,6 +13,7 @@ from results import markdown
 
 Run = dict[str, Any]
 KEPT = 0.99  # of the old task's score: the target
+LEARNED = 0.05  # a score at or below it is that of nothing learned
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222"]
 
 
@@ -27,12 +28,15 @@ class Cell:
         self.average = [statistics.fmean(row) for row in last]
         self.old = [statistics.fmean(row[:-1] or [math.nan]) for row in last]
         self.kept = [
-            1.0 if joint or len(row) == 1 else statistics.fmean(
-                row[j] / run["scores"][j][j] if run["scores"][j][j] else 0.0
-                for j in range(len(row) - 1)
-            )
+            1.0 if joint or len(row) == 1 else _kept(run["scores"])
             for run, row in zip(runs, last, strict=True)
-        ]  # fmt: skip
+        ]
+
+
+def _kept(scores: list[list[float]]) -> float:
+    """What is left of each old task, a mean over those that had been learned at all."""
+    old = [(scores[j][j], scores[-1][j]) for j in range(len(scores) - 1) if scores[j][j] > LEARNED]
+    return statistics.fmean(after / before for before, after in old) if old else math.nan
 
 
 def cells(runs: Sequence[Run]) -> dict[str, dict[str, Cell]]:
@@ -50,6 +54,11 @@ def best_flat(arms: dict[str, Cell], value: str) -> tuple[str, float] | None:
     """The flat rate of the best mean, chosen on the very rows it is judged on: a hard control."""
     flat = {a: statistics.fmean(getattr(c, value)) for a, c in arms.items() if a.startswith("flat")}
     return max(flat.items(), key=lambda item: item[1]) if flat else None
+
+
+def learned(arms: dict[str, Cell]) -> bool:
+    """Whether there was anything to keep."""
+    return not any(math.isnan(kept) for cell in arms.values() for kept in cell.kept)
 
 
 def tables(runs: Sequence[Run]) -> str:
@@ -76,7 +85,11 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def _together(found: dict[str, dict[str, Cell]]) -> str:
-    """Each arm over the sequences it was run on: differences are to the best flat rate there."""
+    """Each arm over the sequences it was run on: differences are to the best flat rate there.
+
+    Sequences whose first task was not learned have nothing to keep, and are left out.
+    """
+    found = {s: a for s, a in found.items() if learned(a)}
     rows = []
     for arm in dict.fromkeys(a for arms in found.values() for a in arms):
         mine = [arms for arms in found.values() if arm in arms]
@@ -140,7 +153,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     from matplotlib.figure import Figure
 
     found = {s: a for s, a in cells(runs).items()
-             if ">" in s and any(x.startswith("flat") for x in a)}  # fmt: skip
+             if ">" in s and any(x.startswith("flat") for x in a) and learned(a)}  # fmt: skip
     if not found:
         return
     columns = 4
