@@ -75,13 +75,18 @@ def tables(runs: Sequence[Run]) -> str:
             continue
         rows = [
             [arm, len(cell.new), _spread(cell.new), _spread(cell.old),
-             "–" if arm == "joint" else f"{100 * statistics.fmean(cell.kept):.1f}",
+             _share(cell, arm),
              _spread(cell.average)]
             for arm, cell in arms.items()
         ]  # fmt: skip
         heads = ["arm", "seeds", "new task", "old tasks after", "kept %", "average at the end"]
         parts.append(f"## {sequence}\n\n{markdown(heads, rows)}")
     return "\n\n".join(parts)
+
+
+def _share(cell: Cell, arm: str) -> str:
+    kept = statistics.fmean(cell.kept)
+    return "–" if arm == "joint" or math.isnan(kept) else f"{100 * kept:.1f}"
 
 
 def _together(found: dict[str, dict[str, Cell]]) -> str:
@@ -188,8 +193,9 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 handles.append(handle)
                 labels.append(label)
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
-    figure.supxlabel("old tasks after / before", fontsize=8)
-    figure.supylabel("new task", fontsize=8)
+    figure.suptitle(
+        "up: the new task's score;  right: old tasks' scores after / before", fontsize=9
+    )
     figure.savefig(path, metadata={"Date": None})
 
 
