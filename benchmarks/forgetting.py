@@ -361,7 +361,8 @@ def main() -> int:
 
 def save(path: Path, body: dict[str, Any]) -> None:
     """Write what is done so far: one line a run."""
-    body |= {"command": f"python {shlex.join(sys.argv)}", "commit": commit(Path(__file__).parent),
+    words = shlex.join(word for word in sys.argv if word != "--draw")
+    body |= {"command": f"python {words}", "commit": commit(Path(__file__).parent),
              "versions": versions(), "settings": {**SIZES, "rows a step": ROWS, "steps": STEPS,
              "tokens": LENGTH, "rate of the first task": FIRST}}  # fmt: skip
     runs = sorted(
