@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from holdfast import DPS, EWC, HeadFirst, LwF, Merge, Recipe, Replay
 from holdfast.experiments.compare import end_with_parent
+from holdfast.experiments.learner import unprepare
 from holdfast.experiments.record import commit, versions
 from holdfast.recipe import PRESETS
 from holdfast.tasks import Task, load_task
@@ -48,9 +49,11 @@ PAIRS = [
 ]  # fmt: skip
 CHAINS = ["trec6>snli>sst2>dbpedia14", "sst2>amazon5>cola>sick"]
 TEN = ["trec6>sst2>snli>ag_news>stsb>cola>qqp>dbpedia14>sick>amazon5"]
-ALONE = ["trec6", "sst2", "snli", "mrpc", "cola", "stsb", "dbpedia14", "amazon5"]  # by themselves
+# By themselves, of 500 rows.
+ALONE = [
+    f"{t}@500" for t in ("trec6", "sst2", "snli", "mrpc", "cola", "stsb", "dbpedia14", "amazon5")
+]
 SIZES = {"train_size": 800, "selection": 200, "evaluation_size": 500}
-FEW = {"train_size": 500, "selection": 200, "evaluation_size": 500}  # of a task by itself
 ROWS, STEPS, LENGTH = 16, 100, 48  # rows a step, steps a task, tokens a row
 FIRST = 2e-4  # the rate of the shared first task
 
@@ -101,8 +104,11 @@ MAIN = list(ARMS)[:4]
 
 
 @cache
-def task(name: str, seed: int, few: bool = False) -> Task:
-    return load_task(DATA / name, seed=seed, **(FEW if few else SIZES))
+def task(name: str, seed: int) -> Task:
+    """The task of a name, or of NAME@ROWS with so many training rows."""
+    folder, _, rows = name.partition("@")
+    sizes = SIZES | ({"train_size": int(rows)} if rows else {})
+    return load_task(DATA / folder, seed=seed, **sizes)
 
 
 class Bench:
@@ -119,13 +125,13 @@ class Bench:
         self.source = heads.locate(model)
         self.tokenizer = heads.load_tokenizer(self.source)
         self.collate = DataCollatorWithPadding(self.tokenizer)
-        self.few = False  # whether tasks are those of few rows
-        self._rows: dict[tuple[str, int, str, bool], Any] = {}
+        self.commit = commit(Path(__file__).parent)
+        self._rows: dict[tuple[str, int, str], Any] = {}
 
     def rows(self, name: str, seed: int, split: str) -> Any:
-        key = name, seed, split, self.few
+        key = name, seed, split
         if key not in self._rows:
-            found = task(name, seed, self.few)
+            found = task(name, seed)
             self._rows[key] = self.heads.encode(
                 getattr(found, split), found, self.tokenizer, max_length=LENGTH
             )
@@ -134,9 +140,7 @@ class Bench:
     def scores(self, models: dict[str, Any], seed: int, split: str) -> list[float]:
         with self._precision():
             return [
-                self.heads.evaluate(
-                    m, self.rows(n, seed, split), task(n, seed, self.few), self.collate
-                )
+                self.heads.evaluate(m, self.rows(n, seed, split), task(n, seed), self.collate)
                 for n, m in models.items()
             ]
 
@@ -169,7 +173,7 @@ class Bench:
             model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
             self.train(name, model, 1000 * seed, Recipe(name="plain"), FIRST).train()
             unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
-            strip(model)
+            unprepare(model)
             model.save_pretrained(unfinished)
             scores = {s: self.scores({name: model}, seed, s) for s in ("evaluation", "selection")}
             (unfinished / "scores.json").write_text(json.dumps(scores))
@@ -181,23 +185,27 @@ class Bench:
         """All tasks after the first with one arm: scores after each, on both kinds of rows."""
         began = time.monotonic()
         recipe, lr = ARMS[arm]()
-        self.few = len(names) == 1
-        run = self._joint if arm == "joint" else self._sequence
-        run = self._alone if len(names) == 1 else run
-        found = run(names, seed, recipe, lr)
-        return {"sequence": ">".join(names), "seed": seed, "arm": arm, "lr": lr,
-                **found, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+        if len(names) == 1:
+            found = self._alone(names[0], seed, recipe, lr)
+        elif arm == "joint":
+            found = self._joint(names, seed, lr)
+        else:
+            found = self._sequence(names, seed, recipe, lr)
+        return {"sequence": ">".join(names), "seed": seed, "arm": arm, "lr": lr, **found,
+                "commit": self.commit, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
 
     def _sequence(self, names: list[str], seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
         from transformers import AutoModelForSequenceClassification
 
-        one = AutoModelForSequenceClassification.from_pretrained(self.first(names[0], seed))
+        begun = self.first(names[0], seed)
+        one = AutoModelForSequenceClassification.from_pretrained(begun)
         models, bound = {names[0]: one}, recipe.unbound(seed=seed)
-        start = json.loads((self.first(names[0], seed) / "scores.json").read_text())
+        start = json.loads((begun / "scores.json").read_text())
         # Checkpoints differ in their last bits between machines: arms compare within one of them.
-        found: dict[str, Any] = {"first": self.heads.source_hash(str(self.first(names[0], seed)))}
-        found |= {"fit_seconds": [], "end_seconds": []}
-        found |= {"scores": [start["evaluation"]], "selection": [start["selection"]]}
+        found: dict[str, Any] = {"first": self.heads.source_hash(str(begun)),
+                                 "fit_seconds": [], "end_seconds": [],
+                                 "scores": [start["evaluation"]],
+                                 "selection": [start["selection"]]}  # fmt: skip
         bound.remember(names[0], one, self._batches(names[0], seed), shared=one.base_model)
         for i, name in enumerate(names[1:], 1):
             model = self.heads.add_head(one, task(name, seed), seed=1000 * seed + i)
@@ -207,7 +215,7 @@ class Bench:
                 trainer.accelerator.prepare_model(old, evaluation_mode=True)
             trainer.train()
             for each in models.values():
-                strip(each)
+                unprepare(each)
             at = time.monotonic()
             trainer.end_task()
             found["end_seconds"].append(round(time.monotonic() - at, 2))
@@ -217,13 +225,12 @@ class Bench:
                 found["selection"].append(self.scores(models, seed, "selection"))
         return found
 
-    def _alone(self, names: list[str], seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
+    def _alone(self, name: str, seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
         """A single task, from the pre-trained weights."""
-        model = self.heads.load_model(self.source, task(names[0], seed, True), seed=1000 * seed)
-        trainer = self.train(names[0], model, 1000 * seed, recipe, lr)
-        trainer.train()
-        strip(model)
-        splits = {s: [self.scores({names[0]: model}, seed, s)] for s in ("evaluation", "selection")}
+        model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
+        self.train(name, model, 1000 * seed, recipe, lr).train()
+        unprepare(model)
+        splits = {s: [self.scores({name: model}, seed, s)] for s in ("evaluation", "selection")}
         return {"scores": splits["evaluation"], "selection": splits["selection"]}
 
     def _batches(self, name: str, seed: int) -> Callable[[], Iterator[Any]]:
@@ -236,7 +243,7 @@ class Bench:
 
         return batches
 
-    def _joint(self, names: list[str], seed: int, _: Recipe, lr: float) -> dict[str, Any]:
+    def _joint(self, names: list[str], seed: int, lr: float) -> dict[str, Any]:
         """All tasks' rows trained together, in as many steps as all tasks have one by one."""
         from transformers import get_linear_schedule_with_warmup
 
@@ -275,12 +282,6 @@ def mixed(names: list[str], total: int, seed: int) -> Iterator[tuple[str, list[i
         yield name, [left[name].pop() for _ in range(ROWS)]
 
 
-def strip(model: nn.Module) -> None:
-    """Take off what Accelerate laid around `forward`: a loaded model would not have it."""
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-        model.__dict__.pop(name, None)
-
-
 # --- all runs -----------------------------------------------------------------------------------
 
 BENCH: Bench | None = None
@@ -295,7 +296,6 @@ def begin(model: str, home: Path, bf16: bool) -> None:
 def work(names: list[str], seed: int, arm: str | None) -> dict[str, Any] | None:
     assert BENCH is not None
     if arm is None:
-        BENCH.few = False
         BENCH.first(names[0], seed)
         return None
     return BENCH.run(names, seed, arm)
@@ -362,9 +362,9 @@ def main() -> int:
 def save(path: Path, body: dict[str, Any]) -> None:
     """Write what is done so far: one line a run."""
     words = shlex.join(word for word in sys.argv if word != "--draw")
-    body |= {"command": f"python {words}", "commit": commit(Path(__file__).parent),
-             "versions": versions(), "settings": {**SIZES, "rows a step": ROWS, "steps": STEPS,
-             "tokens": LENGTH, "rate of the first task": FIRST}}  # fmt: skip
+    body |= {"command": f"python {words}", "versions": versions(),
+             "settings": {**SIZES, "rows a step": ROWS, "steps": STEPS, "tokens": LENGTH,
+                          "rate of the first task": FIRST}}  # fmt: skip
     runs = sorted(
         body["runs"], key=lambda r: (r["sequence"], r["seed"], list(ARMS).index(r["arm"]))
     )

@@ -1,6 +1,9 @@
-"""The one error a user's mistake raises."""
+"""The one error a user's mistake raises, and what is told without one."""
 
 from __future__ import annotations
+
+import functools
+import logging
 
 
 class Refused(ValueError):
@@ -18,6 +21,12 @@ class Refused(ValueError):
         """The same refusal, found inside `place`."""
         where = f"{place}: {self.where}" if place and self.where else place or self.where
         return Refused(self.what, where=where, remedy=self.remedy)
+
+
+@functools.cache
+def tell_once(line: str) -> None:
+    """Say a line that is no reason to refuse, once a process."""
+    logging.getLogger("holdfast").warning(line)
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

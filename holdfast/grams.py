@@ -28,14 +28,10 @@ from holdfast import distributed
 from holdfast.batches import Batch, Seen, first_rows, rows_in, rows_of
 from holdfast.errors import Refused
 from holdfast.layers import Layer, Norm, layers_of, norms_of
-from holdfast.lora import Factors, factors_of
 from holdfast.moments import Blocks, LowRank, Moment
 
 if TYPE_CHECKING:
     from holdfast.bound import Bound
-
-__all__ = ["Blocks", "Factors", "Grams", "Layer", "LowRank", "Moment", "Norm", "Structure",
-           "factors_of", "layers_of", "measure", "norms_of"]  # fmt: skip
 
 Structure = Literal["full", "block", "low_rank"]
 
@@ -122,7 +118,7 @@ def measure(
     state = bound.generator.get_state()
     shards = any(map(distributed.sharded, bound.shared.values()))
     ranks, mine = (1, 0) if shards else (distributed.world(), distributed.rank())
-    with eye.watching(layers, embeddings):
+    with eye.watching(embeddings):
         for turn, batch in enumerate(seen.through(first_rows(bound.data(), rows))):
             if not total:
                 bound.forward(next(rows_of([batch])), training=False)
@@ -200,13 +196,11 @@ class _Eye:
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
 
     @contextmanager
-    def watching(
-        self, layers: Sequence[Layer], embeddings: Mapping[str, nn.Embedding]
-    ) -> Iterator[None]:
+    def watching(self, embeddings: Mapping[str, nn.Embedding]) -> Iterator[None]:
         """Within the block every call of a layer is seen."""
         with ExitStack() as stack:
             for module, see in (
-                *((layer.module, self._at(layer)) for layer in layers),
+                *((layer.module, self._at(layer)) for layer in self.layers),
                 *((module, self._counting(name)) for name, module in embeddings.items()),
             ):
                 handle = module.register_forward_pre_hook(see, with_kwargs=True)

@@ -18,8 +18,6 @@ evaluation mode and without gradients. Every rank of several reads all rows and 
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,10 +30,9 @@ from torch import Tensor, nn
 from holdfast import distributed
 from holdfast.batches import LABELS, Batch, rows_in
 from holdfast.config import Checked, Share, count
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.forwarding import returning
 
-_tell_once = functools.cache(logging.getLogger("holdfast").warning)
 Array = np.ndarray[Any, Any]
 
 
@@ -88,7 +85,7 @@ class HeadFirst(Checked):
             own = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
         if not own:
             name = type(model).__name__
-            _tell_once(f"head_first: {name} has no fresh head to train, so none is fitted first")
+            tell_once(f"head_first: {name} has no fresh head to train, so none is fitted first")
             return None
         assert shared is not None
         return Head(self, model, shared, own, total_steps)

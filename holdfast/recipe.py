@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast.batches import Data
 from holdfast.bound import Bound
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
@@ -157,7 +158,7 @@ class Recipe:
         total_steps: int,
         task: str = "task",
         shared: nn.Module | None = None,
-        data: Any = None,
+        data: Data | None = None,
         resuming: bool = False,
         seed: int = 0,
     ) -> Bound:

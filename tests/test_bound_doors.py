@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import holdfast
 from holdfast.batches import identities
 from holdfast.bound import Bound
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.head_first import HeadFirst
 from holdfast.method import Method, View
 from holdfast.methods import DPS, EWC, L2SP, LwF, Merge, Replay
@@ -658,9 +658,7 @@ def test_idle_at_first_is_true_of_what_it_is_said_of(method: Method) -> None:
 def test_a_run_of_one_task_says_that_its_recipe_is_idle(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from holdfast.experiments import sequence
-
-    sequence._tell_once.cache_clear()
+    tell_once.cache_clear()
     place = save_bert(tmp_path / "bert")
     tasks = [write_task(tmp_path, topic) for topic in ("mood", "colour")]
     recipe = Recipe(methods=[EWC(rows=4)], name="mine")

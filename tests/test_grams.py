@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
-from holdfast.grams import Blocks, Grams, layers_of, measure
+from holdfast.grams import Grams, measure
+from holdfast.layers import layers_of
+from holdfast.moments import Blocks
 from holdfast.recipe import Recipe
 
 

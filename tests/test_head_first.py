@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import holdfast
 from holdfast import head_first
 from holdfast.bound import Bound
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.head_first import HeadFirst
 from holdfast.methods import LwF
 from holdfast.recipe import Recipe
@@ -378,7 +378,7 @@ def test_a_frozen_bias_stays() -> None:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    head_first._tell_once.cache_clear()
+    tell_once.cache_clear()
     caplog.set_level(logging.WARNING, "holdfast")
     return lambda: [r.message for r in caplog.records if r.name == "holdfast"]
 

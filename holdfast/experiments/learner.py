@@ -173,7 +173,7 @@ class Learner:
         self._forget_after(index, checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         for prepared in self.models:
-            _unprepare(prepared)
+            unprepare(prepared)
         self.bound = trainer.bound
         steps = trainer.state.global_step
         skipped = self._skipped(task, steps)
@@ -340,7 +340,7 @@ def _weights_of(folder: Path, model: Any) -> dict[str, torch.Tensor]:
     return {n: saved[n].detach().to(device) for n, p in named.items() if id(p) in shared}
 
 
-def _unprepare(model: nn.Module) -> None:
+def unprepare(model: nn.Module) -> None:
     """Take off what Accelerate laid around `forward`: a loaded model would not have it."""
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         model.__dict__.pop(name, None)

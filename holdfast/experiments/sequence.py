@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from holdfast.config import Checked, Share
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.experiments.record import Record, commit
 from holdfast.experiments.runs import RECORD, check_disk, check_held, digest, open_run
 from holdfast.recipe import Recipe
@@ -25,7 +23,6 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt",
 ]  # fmt: skip
-_tell_once = functools.cache(logging.getLogger("holdfast").warning)
 HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
@@ -88,9 +85,9 @@ def run_sequence(
     loaded = load_tasks(tasks, seed=seed, plan=plan)
     for task in loaded:
         for line in task.warnings:
-            _tell_once(f"{task.name}: {line}")
+            tell_once(f"{task.name}: {line}")
     if len(loaded) == 1 and (idle := chosen.idle_alone()):
-        _tell_once(idle)
+        tell_once(idle)
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
               bar=(label or "") if progress else None)  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))

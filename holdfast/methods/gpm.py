@@ -34,15 +34,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from holdfast.distributed import local
-from holdfast.grams import Blocks, Grams, Layer, Moment, Structure, layers_of
-from holdfast.method import Method, Range, View
-from holdfast.moments import SMALL
+from holdfast.grams import Grams
+from holdfast.layers import Layer, layers_of
+from holdfast.method import Range, View
+from holdfast.methods.measuring import Measuring
+from holdfast.moments import SMALL, Blocks, Moment
 
 ROUNDING = 1e-6  # of the trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPM(Method):
+class GPM(Measuring):
     """Learn only in directions that old tasks' inputs of a layer do not use.
 
     threshold: ε, the share of each old task's inputs that is protected, 0 < ε ≤ 1; 1 leaves
@@ -69,14 +71,6 @@ class GPM(Method):
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
     project: Literal["update", "gradient"] = "update"
     others: Literal["train", "freeze"] = "freeze"
-    rows: Annotated[int, Field(gt=0)] = 400
-    structure: Structure = "block"
-    width: Annotated[int, Field(gt=0)] = 4096
-    rank: Annotated[int, Field(gt=0)] = 256
-
-    @property
-    def needs_data(self) -> bool:
-        return True
 
     def begin_task(self, view: View) -> None:
         view.state.cache.clear()
@@ -111,7 +105,7 @@ class GPM(Method):
     @torch.no_grad()
     def end_task(self, view: View) -> None:
         state = view.state
-        new = view.grams(rows=self.rows, structure=self.structure, width=self.width, rank=self.rank)
+        new = self.measured(view)
         readers, inputs = (state.numbers.setdefault(k, {}) for k in ("readers", "inputs"))
         Grams(readers=readers).require_like(new)
         bases = state.tensors.setdefault("basis", {})

@@ -35,12 +35,14 @@ from torch import Tensor
 
 from holdfast.anchor import remember
 from holdfast.distributed import beside, like, local, sharded
-from holdfast.grams import Grams, Layer, Structure, layers_of
-from holdfast.method import Method, Range, View
+from holdfast.grams import Grams
+from holdfast.layers import Layer, layers_of
+from holdfast.method import Range, View
+from holdfast.methods.measuring import Measuring
 
 
 @dataclass(frozen=True, kw_only=True)
-class KfacEWC(Method):
+class KfacEWC(Measuring):
     """Pull weights to where every layer answers old tasks' inputs as it did.
 
     strength: λ ≥ 0.
@@ -62,21 +64,13 @@ class KfacEWC(Method):
 
     strength: Annotated[float, Field(ge=0)] = 1e-2
     every: Annotated[int, Field(gt=0)] = 10
-    rows: Annotated[int, Field(gt=0)] = 400
-    structure: Structure = "block"
-    width: Annotated[int, Field(gt=0)] = 4096
-    rank: Annotated[int, Field(gt=0)] = 256
-
-    @property
-    def needs_data(self) -> bool:
-        return True
 
     def begin_task(self, view: View) -> None:
         view.state.cache.clear()
 
     @torch.no_grad()
     def penalty_grad_(self, view: View) -> None:
-        grams = Grams.load(view.state.tensors, view.state.numbers, self.rank)
+        grams = self.remembered(view)
         if grams is None or (view.step + 1) % self.every:
             return
         residual, scale = view.state.slot("residual"), self.strength * self.every
@@ -91,9 +85,7 @@ class KfacEWC(Method):
 
     @torch.no_grad()
     def end_task(self, view: View) -> None:
-        state, how = view.state, {"structure": self.structure, "width": self.width}
-        new = view.grams(rows=self.rows, rank=self.rank, **how)
-        old = Grams.load(state.tensors, state.numbers, self.rank)
+        state, new, old = view.state, self.measured(view), self.remembered(view)
         if old is not None:
             residual = state.slot("residual")
             for name, rows, product in _products(view, old):

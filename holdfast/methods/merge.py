@@ -34,12 +34,15 @@ from torch import Tensor
 from holdfast import distributed
 from holdfast.anchor import keep_start, remember, start_of
 from holdfast.errors import Refused
-from holdfast.grams import Grams, Layer, Structure, factors_of, layers_of, norms_of
-from holdfast.method import Method, Range, View
+from holdfast.grams import Grams
+from holdfast.layers import Layer, layers_of, norms_of
+from holdfast.lora import factors_of
+from holdfast.method import Range, View
+from holdfast.methods.measuring import Measuring
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(Method):
+class Merge(Measuring):
     """Merge each task's weights with those it began with, layer by layer, in closed form.
 
     strength: γ ≥ 0, how much a row of old tasks counts beside one of the new; 0 keeps the new
@@ -74,14 +77,7 @@ class Merge(Method):
     again: bool = False
     norms: Literal["share", "solve"] = "share"
     others: Annotated[float, Field(ge=0, le=1)] = 0.5
-    structure: Structure = "block"
-    width: Annotated[int, Field(gt=0)] = 4096
-    rank: Annotated[int, Field(gt=0)] = 256
     choose: Annotated[float, Field(ge=0)] | None = None
-
-    @property
-    def needs_data(self) -> bool:
-        return True
 
     def begin_task(self, view: View) -> None:
         view.state.weights.pop("start", None)
@@ -90,8 +86,10 @@ class Merge(Method):
 
     @torch.no_grad()
     def end_task(self, view: View) -> None:
-        state, how = view.state, self._how()
-        new, old = view.grams(**how), Grams.load(state.tensors, state.numbers, self.rank)
+        state, old = view.state, self.remembered(view)
+        # As other methods ask, where norms are not solved for: they share one pass.
+        how = {"norms": True} if self.norms == "solve" else {}
+        new = self.measured(view, **how)
         start = start_of(view) if old is not None else None
         if old is not None and start is None and view.step:
             raise Refused("the weights that the task began with were not kept", where="merge",
@@ -102,16 +100,10 @@ class Merge(Method):
                 merger = _Merger(view, old, new, start, self)
                 state.numbers["strength"] = self._merge(view, merger)
                 if self.again:
-                    new = view.grams(**how, merged=True)
+                    new = self.measured(view, **how, merged=True)
             state.tensors.clear()  # so that each sum takes the place of the old one in memory
             old.add_(new)
         (old or new).save(state.tensors, state.numbers)
-
-    def _how(self) -> dict[str, Any]:
-        how = {"rows": self.rows, "structure": self.structure, "width": self.width,
-               "rank": self.rank}  # fmt: skip
-        # As other methods ask, where norms are not solved for: they share one pass.
-        return how | ({"norms": True} if self.norms == "solve" else {})
 
     def _merge(self, view: View, merger: _Merger) -> float:
         """Merge with `strength`, or with the largest γ that costs no more than `choose`."""

@@ -28,8 +28,8 @@ from torch import Tensor
 from holdfast import distributed
 from holdfast.anchor import keep_start, remember, start_of
 from holdfast.errors import Refused
-from holdfast.grams import factors_of
 from holdfast.importance import wide
+from holdfast.lora import factors_of
 from holdfast.method import Method, Range, View
 
 ALPHAS = tuple(tenths / 10 for tenths in range(1, 10))  # tried in this order

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from holdfast.bound import Bound
 from holdfast.errors import Refused
-from holdfast.grams import Blocks, LowRank, Structure
+from holdfast.grams import Structure
 from holdfast.methods import GPM
 from holdfast.methods.gpm import widened
+from holdfast.moments import Blocks, LowRank
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Batch, Classifier
 
