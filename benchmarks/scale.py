@@ -28,9 +28,9 @@ import torch
 from results import markdown, save
 from torch import Tensor
 
-from holdfast.blocks import blocks
-from holdfast.masks import hold_, mark_, zero_
-from holdfast.selection import select
+from holdfast.ops.blocks import blocks
+from holdfast.ops.masks import hold_, mark_, zero_
+from holdfast.ops.selection import select
 
 SIZES = (10**7, 3 * 10**7, 10**8, 3 * 10**8, 10**9)
 COLUMNS = {"one large": 1024, "many small": 256}

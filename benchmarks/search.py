@@ -23,7 +23,7 @@ from results import DATA, markdown, save
 
 from holdfast.experiments.compare import compare
 from holdfast.experiments.statistics import Difference, mean_spread
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.report.search import differences
 from holdfast.report.search_draw import pictures

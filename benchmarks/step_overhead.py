@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding
 
+from holdfast.engine.method import Method
 from holdfast.experiments.heads import encode, load_tokenizer, locate, quiet
-from holdfast.method import Method
 from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, LwF, Merge, Replay
 from holdfast.recipe import Recipe
 from holdfast.tasks import load_task

@@ -49,12 +49,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import holdfast.bound
+import holdfast.engine.bound
+from holdfast.engine.head_first import Head
 from holdfast.experiments.heads import locate, quiet
-from holdfast.head_first import Head
-from holdfast.layers import Layer
 from holdfast.methods import LwF, Merge
-from holdfast.moments import Blocks, LowRank
+from holdfast.network.layers import Layer
+from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import PRESETS
 
 ROWS, EPOCHS = 1000, 3  # of the task that shares are of
@@ -153,7 +153,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 CLOCKS = {
-    "measure": [(holdfast.bound, "measure")],
+    "measure": [(holdfast.engine.bound, "measure")],
     "products": [(kind, name) for kind in (Blocks, LowRank) for name in ("see_", "close_")]
     + [(Layer, "inputs")],
     "solves": [(Blocks, "shrunk"), (LowRank, "shrunk")],

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "parts": "holdfast.parts",
-    "Parts": "holdfast.parts",
-    "Rates": "holdfast.rates",
+    "parts": "holdfast.network.parts",
+    "Parts": "holdfast.network.parts",
+    "Rates": "holdfast.network.rates",
     "Recipe": "holdfast.recipe",
-    "Bound": "holdfast.bound",
-    "Method": "holdfast.method",
-    "View": "holdfast.method",
-    "Range": "holdfast.method",
+    "Bound": "holdfast.engine.bound",
+    "Method": "holdfast.engine.method",
+    "View": "holdfast.engine.method",
+    "Range": "holdfast.engine.method",
     "DPS": "holdfast.methods",
     "EWC": "holdfast.methods",
     "GPM": "holdfast.methods",
@@ -29,7 +29,7 @@ _HOMES = {
     "Merge": "holdfast.methods",
     "Replay": "holdfast.methods",
     "WiSE": "holdfast.methods",
-    "HeadFirst": "holdfast.head_first",
+    "HeadFirst": "holdfast.engine.head_first",
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
     "Trainer": "holdfast.training.trainer",
@@ -46,9 +46,7 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
-    home = importlib.import_module(_HOMES[name])
-    # `parts` is a submodule too: the module itself answers as the function (see holdfast.parts).
-    globals()[name] = home if name == "parts" else getattr(home, name)
+    globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return globals()[name]
 
 
@@ -57,15 +55,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from holdfast.bound import Bound as Bound
+    from holdfast.engine.bound import Bound as Bound
+    from holdfast.engine.head_first import HeadFirst as HeadFirst
+    from holdfast.engine.method import Method as Method
+    from holdfast.engine.method import Range as Range
+    from holdfast.engine.method import View as View
     from holdfast.errors import Refused as Refused
     from holdfast.experiments.compare import compare as compare
     from holdfast.experiments.record import Record as Record
     from holdfast.experiments.sequence import run_sequence as run_sequence
-    from holdfast.head_first import HeadFirst as HeadFirst
-    from holdfast.method import Method as Method
-    from holdfast.method import Range as Range
-    from holdfast.method import View as View
     from holdfast.methods import DPS as DPS
     from holdfast.methods import EWC as EWC
     from holdfast.methods import GPM as GPM
@@ -76,9 +74,9 @@ if TYPE_CHECKING:
     from holdfast.methods import Merge as Merge
     from holdfast.methods import Replay as Replay
     from holdfast.methods import WiSE as WiSE
-    from holdfast.parts import Parts as Parts
-    from holdfast.parts import parts as parts
-    from holdfast.rates import Rates as Rates
+    from holdfast.network.parts import Parts as Parts
+    from holdfast.network.parts import parts as parts
+    from holdfast.network.rates import Rates as Rates
     from holdfast.recipe import Recipe as Recipe
     from holdfast.report import write_report as write_report
     from holdfast.tasks import Task as Task

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.batches import Data
-from holdfast.bound import Bound
+from holdfast.engine.batches import Data
+from holdfast.engine.bound import Bound
+from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.method import Method
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
-from holdfast.head_first import HeadFirst
-from holdfast.method import Method
 from holdfast.methods import (
     DPS,
     EWC,
@@ -35,8 +35,8 @@ from holdfast.methods import (
     WiSE,
     method_named,
 )
-from holdfast.parts import parts
-from holdfast.rates import Rates, param_groups
+from holdfast.network.parts import parts
+from holdfast.network.rates import Rates, param_groups
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Recipe:
     def param_groups(
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Optimizer groups with this recipe's rates; see `holdfast.rates.param_groups`."""
+        """Optimizer groups with this recipe's rates; see `holdfast.network.rates.param_groups`."""
         placed = parts(model, self.parts) if self.parts else None
         return param_groups(model, self.rates, lr=lr, weight_decay=weight_decay, parts=placed)
 

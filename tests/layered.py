@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
-from holdfast.method import Method
-from holdfast.moments import LowRank, Moment
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method
+from holdfast.ops.moments import LowRank, Moment
 from holdfast.recipe import Recipe
 
 Batch = dict[str, Tensor]

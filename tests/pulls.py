@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from holdfast.bound import Bound
-from holdfast.method import Method
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier
 

@@ -30,7 +30,7 @@ from torch.optim import (
     Rprop,
 )
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.methods import DPS
 from holdfast.recipe import Recipe
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import holdfast.methods
-from holdfast.head_first import HeadFirst
-from holdfast.method import HOOKS, Method
+from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.method import HOOKS, Method
 from holdfast.recipe import Recipe
 from holdfast.testing import MethodContract
 from holdfast.testing.pupil import Pupil

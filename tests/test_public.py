@@ -48,8 +48,8 @@ def test_the_public_names_are_these() -> None:
 
 
 @pytest.mark.parametrize("first", [
-    "import holdfast", "from holdfast.recipe import Recipe", "import holdfast.parts",
-    "from holdfast.parts import Parts", "import holdfast; holdfast.Recipe",
+    "import holdfast", "from holdfast.recipe import Recipe", "import holdfast.network.parts",
+    "from holdfast.network.parts import Parts", "import holdfast; holdfast.Recipe",
 ])  # fmt: skip
 def test_parts_is_a_function_whatever_was_imported_before(first: str) -> None:
     """The submodule of the same name stands in the way of the function."""

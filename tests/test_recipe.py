@@ -12,7 +12,7 @@ from torch import nn
 
 from holdfast.errors import Refused
 from holdfast.methods import DPS, EWC, METHODS, Replay
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import PRESETS, Recipe
 
 

@@ -15,8 +15,8 @@ from served import SERVED, STAGE, STEPS, Learner, Twin, backward
 from tiny import adamw, bind, net
 from torch import Tensor, nn
 
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same

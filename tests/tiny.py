@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.bound import Bound
-from holdfast.method import Method
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.recipe import Recipe
 

@@ -21,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.heads import (
@@ -38,7 +38,7 @@ from holdfast.experiments.heads import (
 )
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import Settings
-from holdfast.parts import named_parameters, parts
+from holdfast.network.parts import named_parameters, parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.training.checkpoints import load_state, save_state

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
+from holdfast.engine.method import Method
 from holdfast.errors import Refused, nearest
-from holdfast.method import Method
 from holdfast.methods.dps import DPS
 from holdfast.methods.ewc import EWC
 from holdfast.methods.gpm import GPM

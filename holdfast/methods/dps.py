@@ -48,14 +48,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from holdfast.blocks import blocks
 from holdfast.config import Share, count
-from holdfast.distributed import like, local, mean
+from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
-from holdfast.importance import Labels, diagonal_fisher, wide
-from holdfast.masks import hold_, mark_, pack, unpack, zero_
-from holdfast.method import Method, Range, View
-from holdfast.selection import select
+from holdfast.methods.common.importance import Labels, diagonal_fisher, wide
+from holdfast.ops.blocks import blocks
+from holdfast.ops.distributed import like, local, mean
+from holdfast.ops.masks import hold_, mark_, pack, unpack, zero_
+from holdfast.ops.selection import select
 
 PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
 
@@ -74,7 +74,7 @@ class DPS(Method):
         globs of parameter names, of which each must match.
     noise: Mix draws it per input "column" (published) or per "weight".
     frequency_penalty: whether Mix applies it; null: from stages of 50 steps on, as published.
-    fisher_labels, fisher_rows: how retention estimates F; see `holdfast.importance`.
+    fisher_labels, fisher_rows: how retention estimates F; see `holdfast.methods.common.importance`.
     """
 
     name: ClassVar[str] = "dps"

@@ -26,9 +26,9 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from holdfast.anchor import important_rows, pull_, remember
-from holdfast.importance import Labels, diagonal_fisher
-from holdfast.method import Method, Range, View
+from holdfast.engine.method import Method, Range, View
+from holdfast.methods.common.anchor import important_rows, pull_, remember
+from holdfast.methods.common.importance import Labels, diagonal_fisher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class EWC(Method):
     strength: λ ≥ 0, in old rows per new row (see the module).
     online: one running Fisher, anchored at the latest weights.
     decay: of the past Fisher when online, 0 ≤ decay ≤ 1.
-    labels, rows: how the Fisher is estimated; see `holdfast.importance`.
+    labels, rows: how the Fisher is estimated; see `holdfast.methods.common.importance`.
     """
 
     name: ClassVar[str] = "ewc"

@@ -5,7 +5,7 @@ directions. With U (k, d) orthonormal rows that span them,
 
     g ← g (I − UᵀU)                            ΔW ← ΔW (I − UᵀU),   so that ΔW x̃ = 0 in the span
 
-U are eigenvectors of the Gram matrix G of old inputs (`holdfast.grams`). A task adds the fewest
+U are eigenvectors of the Gram matrix G of old inputs (`engine.grams`). A task adds the fewest
 leading ones v of what U does not hold yet, so that together they hold the share ε of its inputs:
 
     Ĝ = (I − UᵀU) G (I − UᵀU)                  tr(U G Uᵀ) + Σ vᵀ Ĝ v ≥ ε tr G
@@ -33,12 +33,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from holdfast.distributed import local
-from holdfast.grams import Grams
-from holdfast.layers import Layer, layers_of
-from holdfast.method import Range, View
-from holdfast.methods.measuring import Measuring
-from holdfast.moments import SMALL, Blocks, Moment
+from holdfast.engine.grams import Grams
+from holdfast.engine.method import Range, View
+from holdfast.methods.common.measuring import Measuring
+from holdfast.network.layers import Layer, layers_of
+from holdfast.ops.distributed import local
+from holdfast.ops.moments import SMALL, Blocks, Moment
 
 ROUNDING = 1e-6  # of the trace
 

@@ -2,7 +2,7 @@
 arXiv 1805.07810, with the identity for the curvature at a layer's outputs).
 
 With W_t (outputs, inputs + 1) a layer's weight and bias when task t was learned, and G_t the Gram
-matrix of its inputs (x, 1) on the task's rows (`holdfast.grams`), later tasks pay
+matrix of its inputs (x, 1) on the task's rows (`holdfast.engine.grams`), later tasks pay
 
     P = λ/2 · Σ_t Σ_layers tr((W − W_t) G_t (W − W_t)ᵀ),
 
@@ -33,12 +33,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.anchor import remember
-from holdfast.distributed import beside, like, local, sharded
-from holdfast.grams import Grams
-from holdfast.layers import Layer, layers_of
-from holdfast.method import Range, View
-from holdfast.methods.measuring import Measuring
+from holdfast.engine.grams import Grams
+from holdfast.engine.method import Range, View
+from holdfast.methods.common.anchor import remember
+from holdfast.methods.common.measuring import Measuring
+from holdfast.network.layers import Layer, layers_of
+from holdfast.ops.distributed import beside, like, local, sharded
 
 
 @dataclass(frozen=True, kw_only=True)

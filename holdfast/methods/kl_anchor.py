@@ -46,12 +46,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from holdfast.batches import LABELS, Batch, Seen, identities
+from holdfast.engine.batches import LABELS, Batch, Seen, identities
+from holdfast.engine.forwarding import adapters, without_adapters
+from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
-from holdfast.forwarding import adapters, without_adapters
-from holdfast.method import Method, Range, View
-from holdfast.methods import answers
-from holdfast.methods.answers import divergence, exact, kind_of
+from holdfast.methods.common import answers
+from holdfast.methods.common.answers import divergence, exact, kind_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from holdfast.anchor import pull_, remember
-from holdfast.method import Method, Range, View
+from holdfast.engine.method import Method, Range, View
+from holdfast.methods.common.anchor import pull_, remember
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from holdfast.batches import Seen, first_rows, rows_in
+from holdfast.engine.batches import Seen, first_rows, rows_in
+from holdfast.engine.head_first import only_layer
+from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
-from holdfast.head_first import only_layer
-from holdfast.method import Method, Range, View
-from holdfast.methods import answers
-from holdfast.methods.answers import divergence, kind_of
+from holdfast.methods.common import answers
+from holdfast.methods.common.answers import divergence, kind_of
 
 MEASURED = 100  # rows of a finished task that its moment is measured on
 RIDGE = 0.3  # of the moment's mean diagonal: a hundred rows do not fill its directions

@@ -7,7 +7,7 @@ the new weights W₁ on the new task's inputs and from those of the start weight
             = W₀ + (W₁ − W₀) G_new (G_new + γ G_old + ε I)⁻¹
 
 with x̃ the input with a 1 appended (weight and bias are one matrix) and G the Gram matrices of
-`holdfast.grams`, means over rows. An embedding's row moves by its share of counts
+`holdfast.engine.grams`, means over rows. An embedding's row moves by its share of counts
 n_new / (n_new + γ n_old), which is the same equation for one-hot inputs, without ε. A norm
 y_i = g_i x̂_i + b_i has one of two inputs (x̂_i, 1) for each feature i (`norms="solve"`), or moves by
 the share `others`, as weights of modules that are no such layer do; a layer that the new task never
@@ -31,14 +31,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast import distributed
-from holdfast.anchor import keep_start, remember, start_of
+from holdfast.engine.grams import Grams
+from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
-from holdfast.grams import Grams
-from holdfast.layers import Layer, layers_of, norms_of
-from holdfast.lora import factors_of
-from holdfast.method import Range, View
-from holdfast.methods.measuring import Measuring
+from holdfast.methods.common.anchor import keep_start, remember, start_of
+from holdfast.methods.common.measuring import Measuring
+from holdfast.network.layers import Layer, layers_of, norms_of
+from holdfast.network.lora import factors_of
+from holdfast.ops import distributed
 
 
 @dataclass(frozen=True, kw_only=True)

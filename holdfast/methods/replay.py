@@ -22,11 +22,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast import distributed
-from holdfast.batches import Seen, rows_in, rows_of
 from holdfast.config import Share, count
+from holdfast.engine.batches import Seen, rows_in, rows_of
+from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
-from holdfast.method import Method, Range, View
+from holdfast.ops import distributed
 
 
 @dataclass(frozen=True, kw_only=True)

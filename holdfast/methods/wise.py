@@ -25,12 +25,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast import distributed
-from holdfast.anchor import keep_start, remember, start_of
+from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
-from holdfast.importance import wide
-from holdfast.lora import factors_of
-from holdfast.method import Method, Range, View
+from holdfast.methods.common.anchor import keep_start, remember, start_of
+from holdfast.methods.common.importance import wide
+from holdfast.network.lora import factors_of
+from holdfast.ops import distributed
 
 ALPHAS = tuple(tenths / 10 for tenths in range(1, 10))  # tried in this order
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.space import Space
 

@@ -19,7 +19,7 @@ from holdfast.config import count
 from holdfast.errors import Refused
 from holdfast.experiments.sequence import Settings, load_tasks
 from holdfast.files import write_text_atomic
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.controls import Control, controls
 from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly

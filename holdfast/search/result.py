@@ -17,7 +17,7 @@ from holdfast.experiments.record import STRICT, commit, versions, without_secret
 from holdfast.experiments.sequence import describe
 from holdfast.experiments.statistics import mean_spread, paired_difference
 from holdfast.files import write_text_atomic
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.search.final import Contender, Result
 from holdfast.search.importance import importance
 from holdfast.search.plan import Plan

@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from holdfast.engine.method import Method, Range
 from holdfast.errors import Refused, nearest
-from holdfast.method import Method, Range
 from holdfast.methods import METHODS
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.trials import part_names
 

@@ -25,9 +25,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdfast.engine.method import HOOKS, Method
 from holdfast.errors import Refused
 from holdfast.files import read_yaml, write_yaml
-from holdfast.method import HOOKS, Method
 from holdfast.testing.pupil import TASKS, Classifier, Pupil, make_batch
 
 CUTS = [("one", 1), ("one", 2), ("one", 5), ("one", 9), ("one", None), ("two", 1), ("two", 4)]

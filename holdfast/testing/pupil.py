@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from holdfast.method import Method
+from holdfast.engine.method import Method
 from holdfast.recipe import Recipe
 
 TASKS = ("one", "two")

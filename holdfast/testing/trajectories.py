@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from holdfast.engine.method import View
 from holdfast.errors import Refused
-from holdfast.method import View
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
 

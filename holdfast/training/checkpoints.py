@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST

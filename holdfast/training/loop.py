@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from holdfast import distributed
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
+from holdfast.engine.state import check_fit, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
-from holdfast.state import check_fit, describe
+from holdfast.ops import distributed
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, rotate
 from holdfast.training.tensors import write_tensors

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.training import stopping
 from holdfast.training.checkpoints import Files, differences, load_state, save_state

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import TrainingArguments
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.training.saving import SavingMixin
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from holdfast.bound import Bound
-from holdfast.distributed import full, local
-from holdfast.method import Method, View
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method, View
+from holdfast.ops.distributed import full, local
 from holdfast.recipe import Recipe
 
 ROWS, STEPS = 8, 4

@@ -12,10 +12,10 @@ from learning import STEPS, Grid, batch, ddp, learn, rank, same_throughout
 from shards import fsdp, whole_state
 from torch import Tensor, nn
 
-from holdfast import distributed
+from holdfast.engine.grams import measure
 from holdfast.errors import Refused
-from holdfast.grams import measure
 from holdfast.methods import Merge
+from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 
 METHODS = {

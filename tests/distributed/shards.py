@@ -15,15 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from holdfast import distributed, selection
-from holdfast.anchor import important_rows, pull_
+from holdfast.engine.method import Method
+from holdfast.engine.state import State, pack, unpack
 from holdfast.errors import Refused
-from holdfast.gradients import clip_, total_norm
-from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods.common.anchor import important_rows, pull_
+from holdfast.ops import distributed, selection
+from holdfast.ops.gradients import clip_, total_norm
+from holdfast.ops.selection import select, threshold
 from holdfast.recipe import Recipe
-from holdfast.selection import select, threshold
-from holdfast.state import State, pack, unpack
 
 LINEAR = ("a.weight", "b.weight")
 SHARDED: dict[str, list[Method]] = {
@@ -282,7 +282,7 @@ def check_a_run_goes_on_in_another_world() -> Iterator[None]:
 
 def check_fisher_of_shards() -> Iterator[None]:
     """Every class and drawn labels too; every rank is at every row, and gradients are put back."""
-    from holdfast.importance import diagonal_fisher
+    from holdfast.methods.common.importance import diagonal_fisher
 
     class Two(Grid):
         def forward(self, x: Tensor, y: Tensor) -> SimpleNamespace:

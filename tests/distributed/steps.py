@@ -12,12 +12,12 @@ from learning import Grid, batch, ddp, everything, learn, mine, rank, same_throu
 from torch import distributed as dist
 from torch import nn
 
-from holdfast import distributed
+from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.head_first import HeadFirst
-from holdfast.importance import diagonal_fisher
-from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, LwF, Replay
+from holdfast.methods.common.importance import diagonal_fisher
+from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, make_batch
 from holdfast.training.loop import load_checkpoint, save_checkpoint

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from holdfast import distributed
-from holdfast.method import Method
+from holdfast.engine.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.ops import distributed
 from holdfast.testing.pupil import Pupil
 
 SENDING = ("all_reduce", "all_gather", "broadcast", "barrier")

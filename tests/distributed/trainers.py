@@ -19,10 +19,10 @@ from torch import distributed as dist
 from transformers import PrinterCallback, TrainerCallback
 
 import holdfast
-from holdfast import distributed
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.training.manifest import damage
 from holdfast.training.stopping import Stopped

@@ -11,7 +11,7 @@ import torch
 from sequences import SETTINGS, files, forbid, run
 
 from holdfast import Recipe, Refused, Replay, run_sequence
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
 from holdfast.training import checkpoints

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from holdfast.method import Method
+from holdfast.engine.method import Method
 from holdfast.methods import (
     DPS,
     EWC,

@@ -12,9 +12,9 @@ from dps_twin import Twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import View
 from holdfast.errors import Refused
-from holdfast.method import View
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
 

@@ -7,8 +7,8 @@ import torch
 from pulls import bind, pulled, wander
 from torch import Tensor
 
-from holdfast.bound import Bound
-from holdfast.method import Method
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method
 from holdfast.methods import EWC, L2SP
 from holdfast.testing.pupil import Pupil, make_batch
 

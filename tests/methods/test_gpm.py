@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
+from holdfast.engine.grams import Structure
 from holdfast.errors import Refused
-from holdfast.grams import Structure
 from holdfast.methods import GPM
 from holdfast.methods.gpm import widened
-from holdfast.moments import Blocks, LowRank
+from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Batch, Classifier
 

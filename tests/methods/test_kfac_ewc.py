@@ -9,10 +9,10 @@ import torch
 from pulls import bind, pulled, wander
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
-from holdfast.grams import Structure
+from holdfast.engine.bound import Bound
+from holdfast.engine.grams import Structure
 from holdfast.methods import KfacEWC
-from holdfast.moments import Blocks, LowRank, Moment
+from holdfast.ops.moments import Blocks, LowRank, Moment
 from holdfast.testing.pupil import TASKS, Batch, Pupil, make_batch
 
 Seen = list[tuple[dict[str, Tensor], dict[str, Tensor]]]

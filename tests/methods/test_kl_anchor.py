@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import holdfast
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
+from holdfast.engine.head_first import HeadFirst
 from holdfast.errors import Refused
-from holdfast.head_first import HeadFirst
 from holdfast.methods import KLAnchor
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, Encoder, Pupil, make_batch

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
-from holdfast.method import Method, View
 from holdfast.methods import LwF
-from holdfast.methods.answers import divergence
+from holdfast.methods.common.answers import divergence
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, Encoder, Pupil, make_batch
 

@@ -14,9 +14,9 @@ import transformers
 from test_lwf import Chain
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
+from holdfast.engine.head_first import HeadFirst
 from holdfast.errors import Refused
-from holdfast.head_first import HeadFirst
 from holdfast.methods import LwF, lwf
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, Pupil, make_batch

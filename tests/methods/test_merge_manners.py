@@ -11,7 +11,7 @@ import torch
 from layered import Net, batches, begin, copied, design, learn, merged, wander, weights_of
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.methods import Merge
 from holdfast.recipe import Recipe

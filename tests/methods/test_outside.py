@@ -12,8 +12,8 @@ import pytest
 from pydantic import Field
 
 import holdfast.methods
+from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
-from holdfast.method import Method, View
 from holdfast.methods import EWC, METHODS, method_named
 from holdfast.recipe import Recipe
 

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.methods import Replay
 from holdfast.methods.replay import _trim

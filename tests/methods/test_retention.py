@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from holdfast.bound import Bound
+from holdfast.engine.bound import Bound
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, Pupil, make_batch

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from holdfast.engine.head_first import HeadFirst
 from holdfast.errors import Refused
 from holdfast.files import write_yaml
-from holdfast.head_first import HeadFirst
 from holdfast.methods import LwF, Merge, WiSE
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, Pupil, make_batch

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from made_studies import GOOD, OTHER, csv, logs, study, write
 
 from holdfast.errors import Refused
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.search import combine as module
 from holdfast.search.combine import Fusion, combine, fuse, rank_weights, table
 from holdfast.search.trials import (

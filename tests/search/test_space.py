@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast import DPS, EWC, Rates, Recipe
+from holdfast.engine.method import Method, Range
 from holdfast.errors import Refused
-from holdfast.method import Method, Range
 from holdfast.methods import METHODS
 from holdfast.search.controls import at_points, controls
 from holdfast.search.space import RATE, Space, flat_rates

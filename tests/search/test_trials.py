@@ -15,7 +15,7 @@ from made_studies import GOOD, OTHER, csv, logs, study, write
 
 from holdfast.errors import Refused
 from holdfast.files import read_yaml
-from holdfast.rates import Rates
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.combine import combine, fuse
 from holdfast.search.trials import (

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
-from holdfast.method import Method, Range, View
 from holdfast.testing import MethodContract
 
 CAUGHT = (AssertionError, pytest.fail.Exception, Refused)

@@ -20,8 +20,8 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 
 import holdfast
 from holdfast import DPS, EWC, Rates, Recipe, Refused, Replay, with_recipe
-from holdfast.method import Method, View
-from holdfast.rates import param_groups
+from holdfast.engine.method import Method, View
+from holdfast.network.rates import param_groups
 from holdfast.recipe import PRESETS
 
 SERVED = ["plain", "bertcl", "dps", "dps_mix", "ewc", "l2sp", "replay"]

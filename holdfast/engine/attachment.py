@@ -1,0 +1,325 @@
+"""What a `Bound` attaches to: an optimizer that can be served, and parameters by name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.errors import Refused
+from holdfast.network.parts import Parts, named_parameters, parts
+from holdfast.network.rates import Rates, param_groups
+
+MARK = "_holdfast_bound"  # set on an optimizer while a Bound holds it
+SCALING = "_step_supports_amp_scaling"  # torch's: GradScaler leaves unscaling to the optimizer
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """The parameters of one task's model by canonical name; those of its own head `task/name`."""
+
+    weights: Mapping[str, nn.Parameter]  # that the optimizer holds
+    shared: Mapping[str, nn.Parameter]  # those of them that all tasks share
+    part_of: Mapping[str, str]  # of every parameter of the model
+    group_of: Mapping[str, dict[str, Any]]  # the optimizer's group of each weight
+    owners: Mapping[str, tuple[nn.Module, ...]]  # the modules that own each; several where tied
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        shared: nn.Module | None,
+        overrides: Mapping[str, str] | None = None,
+    ) -> Attachment:
+        """`shared` is the module that tasks share (default: `default_shared`); `overrides` put
+        parameters into other parts, see `holdfast.parts`."""
+        named = named_parameters(model)
+        common = {id(p) for p in (shared or default_shared(model) or model).parameters()}
+        key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
+        group_of = _groups(optimizer)
+        strangers = group_of.keys() - {id(p) for p in named.values()}
+        if strangers:
+            raise Refused(
+                f"the optimizer holds {len(strangers)} parameters that are not in the model",
+                remedy="build it with recipe.param_groups(model, ...)",
+            )
+        owners: dict[int, list[nn.Module]] = {}
+        for module in model.modules():
+            for p in module._parameters.values():
+                if p is not None:
+                    owners.setdefault(id(p), []).append(module)
+        part_of = parts(model, overrides).names
+        weights = {key_of[n]: p for n, p in named.items() if id(p) in group_of}
+        return cls(
+            weights=weights,
+            shared={k: p for k, p in weights.items() if id(p) in common},
+            part_of={key_of[n]: part_of[n] for n in named},
+            group_of={k: group_of[id(p)] for k, p in weights.items()},
+            owners={k: tuple(owners[id(p)]) for k, p in weights.items()},
+        )
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The group of each parameter, by identity; one that stands twice is refused."""
+    held = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
+    found = dict(held)
+    if len(found) != len(held):
+        raise Refused(
+            f"the optimizer holds {len(held) - len(found)} parameters twice",
+            remedy="build it with recipe.param_groups(model, ...)",
+        )
+    return found
+
+
+def regroup_(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    rates: Rates,
+    scheduler: Any = None,
+    parts: Parts | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Group the optimizer's parameters by other rates, and return the new group of each weight.
+
+    The base rate and all other options stay, as does the optimizer's state. Where a scheduler has
+    set `initial_lr`, it is rewritten, with the scheduler's `base_lrs`, so that the schedule goes
+    on. Raises `Refused` for groups that `param_groups` did not make, and for rates that would
+    freeze or free a parameter.
+    """
+    before = optimizer.param_groups
+    if any("base_lr" not in group for group in before):
+        raise Refused("the optimizer's groups have no base rate", where="set_rates",
+                      remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
+    decay = max(group["weight_decay"] for group in before)
+    after = param_groups(model, rates, lr=before[0]["base_lr"], weight_decay=decay, parts=parts)
+    if {id(p) for g in after for p in g["params"]} != _groups(optimizer).keys():
+        raise Refused("other rates may not freeze or free a parameter", where="set_rates")
+    scheduled = "initial_lr" in before[0]
+    factor = before[0]["lr"] / before[0]["initial_lr"] if scheduled else 1.0
+    for group in after:
+        if scheduled:
+            group["initial_lr"] = group["lr"]
+        group["lr"] *= factor
+        for key, value in before[0].items():
+            group.setdefault(key, value)
+    optimizer.param_groups[:] = after
+    if scheduler is not None:
+        scheduler.base_lrs = [group["initial_lr"] for group in after]
+        if hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [scheduler.lr_lambdas[0]] * len(after)
+        scheduler._last_lr = [group["lr"] for group in after]
+    by_id = _groups(optimizer)
+    return {name: by_id[id(w)] for name, w in weights.items()}
+
+
+def default_shared(model: nn.Module) -> nn.Module | None:
+    """What tasks share: the encoder below a task head, or all of a model without one (None).
+
+    A language model's head belongs to the pre-trained model; a classifier's does not. The two
+    are told apart by whether the model names output embeddings. Of a PEFT model the encoder is
+    shared with the adapters in it; a head of `modules_to_save` is the task's own.
+    """
+    below = getattr(model, "get_base_model", None)
+    inner = below() if callable(below) else model  # of PEFT: the model that its adapters are in
+    base = getattr(inner, "base_model", None)
+    if not isinstance(base, nn.Module) or base is inner:
+        return None
+    outputs = getattr(inner, "get_output_embeddings", None)
+    return base if callable(outputs) and outputs() is None else None
+
+
+def unwrap(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """The torch optimizer, and the Accelerate wrapper around it if there is one."""
+    wrapper = None
+    while not hasattr(optimizer, "register_step_pre_hook") or _wraps(optimizer):
+        outer, optimizer = optimizer, getattr(optimizer, "optimizer", None)
+        wrapper = outer if hasattr(outer, "step_was_skipped") else wrapper
+        if optimizer is None:
+            raise Refused(f"{type(outer).__name__} is no torch optimizer and wraps none")
+    return optimizer, wrapper
+
+
+def _wraps(optimizer: Any) -> bool:
+    """Whether this is Accelerate's or Lightning's cover of an optimizer, which is the one to bind.
+
+    Others that have an `optimizer` (Lookahead) do work of their own in their step: they stay.
+    """
+    return hasattr(optimizer, "step_was_skipped") or any(
+        kind.__name__ == "LightningOptimizer" for kind in type(optimizer).__mro__
+    )
+
+
+def check_served(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what cannot be served, before anything is attached; docs/optimizers.md lists it."""
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise Refused("LBFGS runs its closure several times a step", remedy="use AdamW")
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise Refused("SparseAdam takes sparse gradients only", remedy="use AdamW")
+    if getattr(optimizer, MARK, False):
+        raise Refused("this optimizer is bound already", remedy="call unbind() of the other first")
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise Refused(
+            f"the step() of {kind} runs no step hooks",
+            remedy="derive it from torch.optim.Optimizer and call super().__init__",
+        )
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise Refused(
+            f"{kind} evaluates other weights than it trains, and would move those held still",
+            remedy="use AdamW and a schedule",
+        )
+    if "grad_scaler" in inspect.signature(type(optimizer).step).parameters:
+        raise Refused(f"{kind} handles a GradScaler by itself", remedy="use AdamW(fused=True)")
+    for option, why in (("maximize", "climbs penalties too"), ("differentiable", "keeps a graph")):
+        if any(group.get(option) for group in optimizer.param_groups):
+            raise Refused(f"{kind}({option}=True) {why}", remedy=f"leave {option} out")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise Refused("sparse gradients are not served", where=name, remedy="use sparse=False")
+
+
+# --- while it is bound ------------------------------------------------------------------------
+
+
+def finite(optimizer: Any, norm: Tensor) -> Tensor:
+    """Whether a step's gradients, of total norm `norm`, are finite, also to a GradScaler: 0-dim.
+
+    The optimizer is left nothing of the scaler: those that are not fused refuse to see one.
+    """
+    good, found = torch.isfinite(norm), getattr(optimizer, "found_inf", None)
+    if found is not None:
+        optimizer.found_inf = None
+        good = good & (torch.as_tensor(found, device=norm.device) == 0)
+    return good
+
+
+class Held:
+    """The optimizer's groups as last read: other ones are noticed, at no cost per weight."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._read()
+
+    def _read(self) -> None:
+        self._groups = list(self._optimizer.param_groups)
+        self._sizes = [len(group["params"]) for group in self._groups]
+
+    def changed(self, weights: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]] | None:
+        """The new group of each weight if the groups are others (after loading), else None.
+
+        Raises `Refused` where a parameter came or went: no method has any state of it.
+        """
+        groups = self._optimizer.param_groups
+        same = len(groups) == len(self._groups) and all(
+            now is then and len(now["params"]) == size
+            for now, then, size in zip(groups, self._groups, self._sizes, strict=True)
+        )
+        if same:
+            return None
+        by_id, ours = _groups(self._optimizer), {id(w) for w in weights.values()}
+        if by_id.keys() != ours:
+            came, went = len(by_id.keys() - ours), len(ours - by_id.keys())
+            raise Refused(
+                f"{came} parameters were added to the bound optimizer and {went} removed",
+                where="optimizer.param_groups",
+                remedy="give the optimizer all of them before bind; requires_grad_(False) keeps "
+                "one out until requires_grad_(True). Or begin_task anew",
+            )
+        self._read()
+        return {name: by_id[id(w)] for name, w in weights.items()}
+
+
+class Hooks:
+    """The optimizer's step hooks: `before` once its gradients are there, `after` its update.
+
+    A GradScaler is told that the optimizer undoes the scale itself, so that it calls step() even
+    where gradients overflowed: otherwise it passes over the step, and nobody could count it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        before: Callable[[], None],
+        after: Callable[[], None],
+    ) -> None:
+        self._optimizer, self._before, self._after = optimizer, before, after
+        self._running: FrameType | None = None  # the call of torch's wrapper around step()
+        self._handles = (
+            optimizer.register_step_pre_hook(self._pre_step),
+            optimizer.register_step_post_hook(self._post_step),
+        )
+        self._own = {k: vars(optimizer)[k] for k in (SCALING,) if k in vars(optimizer)}
+        setattr(optimizer, MARK, True)
+        setattr(optimizer, SCALING, True)
+
+    def remove(self) -> None:
+        """Leave the optimizer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        for name in (MARK, SCALING):
+            delattr(self._optimizer, name)
+        vars(self._optimizer).update(self._own)
+
+    def _pre_step(self, _: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        caller = sys._getframe(1)
+        if self._within(caller):
+            return None  # the step() of a base class, which has hooks of its own
+        self._running = caller
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._prepare()
+            return None
+
+        ran = False
+
+        def wrapped() -> Any:
+            nonlocal ran
+            if ran:
+                raise RuntimeError("this optimizer runs its closure more than once a step")
+            ran = True
+            loss = closure()
+            self._prepare()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
+
+    def _prepare(self) -> None:
+        try:
+            if getattr(self._optimizer, "grad_scale", None) is not None and not self._own:
+                self._check_scaled()
+            self._before()
+        except BaseException:
+            self._running = None
+            raise
+
+    def _check_scaled(self) -> None:
+        """What GradScaler refuses where it unscales itself."""
+        held = (w for group in self._optimizer.param_groups for w in group["params"])
+        if any(w.grad is not None and w.grad.dtype is torch.float16 for w in held):
+            raise Refused(
+                "a GradScaler does not serve float16 weights",
+                remedy="keep them in float32 under autocast, or use bfloat16 without a scaler",
+            )
+
+    def _within(self, frame: FrameType | None) -> bool:
+        """Whether a step that began is running still; one that raised is not on the stack."""
+        if self._running is None:
+            return False
+        while frame is not None and frame is not self._running:
+            frame = frame.f_back
+        return frame is not None
+
+    def _post_step(self, *_: Any) -> None:
+        if sys._getframe(1) is self._running:
+            self._running = None
+            self._after()

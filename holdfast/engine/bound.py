@@ -1,0 +1,309 @@
+"""A recipe at work on a model and an optimizer: the engine, and the one place that holds state.
+
+The work hangs on the optimizer's own step hooks, so that any loop, Accelerate and any Trainer is
+served alike. Per step, in this order:
+
+    unscaled gradients → penalty_grad_ of each → finite? → before_step of each → clip
+                       → optimizer → after_step of each
+
+It stands in three storeys: `Stepping` is such a step, `Passes` adds the passes over rows beside
+training's own, `Bound` tasks, what is attached for each, and saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.engine import mixing
+from holdfast.engine.attachment import (
+    Attachment,
+    Held,
+    Hooks,
+    check_served,
+    default_shared,
+    regroup_,
+    unwrap,
+)
+from holdfast.engine.batches import Data
+from holdfast.engine.forwarding import in_mode, own_randomness
+from holdfast.engine.grams import Grams, measure
+from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.method import Gradients, Method, View
+from holdfast.engine.passes import Passes
+from holdfast.engine.state import State, check_fit, describe, pack, unpack
+from holdfast.errors import Refused
+from holdfast.network.parts import parts
+from holdfast.network.rates import Rates
+from holdfast.ops import distributed
+
+
+class Bound(Passes):
+    """Methods bound to a model and an optimizer, for a whole sequence of tasks.
+
+    Made by `Recipe.bind`. `skipped` counts the steps left out for non-finite gradients;
+    `norm` is the gradient norm of the last step, before clipping.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        *,
+        max_grad_norm: float | None = None,
+        head_first: HeadFirst | None = None,
+        parts: Mapping[str, str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.methods, self.head_first = tuple(methods), head_first
+        self._parts = dict(parts or {})  # overrides, see `holdfast.parts`
+        self.max_grad_norm = max_grad_norm
+        self.generator = torch.Generator().manual_seed(seed)
+        self.states = {m.name: State() for m in self.methods}
+        self.views = {m.name: View(self, self.states[m.name]) for m in self.methods}
+        self.models, self.finished = {}, []
+        self.task, self.step, self.total_steps, self.skipped = "", 0, 0, 0
+        self.weights, self.previous, self._grams = {}, {}, {}
+        self.data = list
+        self.start: Callable[[], Mapping[str, Tensor]] | None = None
+        self.evaluate: Callable[[], Mapping[str, float]] = _nothing_to_evaluate
+        self.resuming = False
+        self._signature: dict[str, list[Any]] = {}
+        self._undo = contextlib.ExitStack()  # what is attached for this task
+
+    # --- tasks ------------------------------------------------------------------------------
+
+    def begin_task(
+        self,
+        task: str,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        *,
+        model: nn.Module | None = None,
+        shared: nn.Module | None = None,
+        data: Data | None = None,
+        start: Callable[[], Mapping[str, Tensor]] | None = None,
+        resuming: bool = False,
+    ) -> None:
+        """Attach to a task's optimizer (and model, where each task has its own head).
+
+        `shared` is the module that all tasks share (default: see `attachment.default_shared`).
+        Parameters outside of it are named `task/name` and never anchored across tasks. `data` are
+        the task's training rows, as `end_task` takes them: the head is fitted to them first, if the
+        recipe says so, and methods may read them. `start` returns the shared weights by name as
+        they are now, whenever it is asked: where a checkpoint holds them, no method copies them.
+        `resuming`: a saved state is loaded next, so the head is not fitted and no row is read.
+
+        Raises `Refused` for what cannot be served: sparse gradients, an optimizer that runs its
+        closure more than once, parameters that belong to no module of the model, an optimizer
+        already bound; docs/optimizers.md has them all.
+        """
+        model = model if model is not None else self.models.get(self.task)
+        if model is None:
+            raise Refused("no model to bind", remedy="pass model=")
+        if "/" in task or not task:
+            raise Refused(f"{task!r} is no task name", remedy="use a name without '/'")
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise Refused(f"total_steps must be a whole number above 0, not {total_steps!r}")
+        distributed.refuse_unserved(model, optimizer)
+        model = distributed.unwrapped(model)
+        optimizer, wrapper = unwrap(optimizer)
+        self.unbind()
+        check_served(model, optimizer)
+        self.task, self.step, self.total_steps = task, 0, total_steps
+        learned = [m for t, m in self.models.items() if t in self.finished]
+        self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
+        self.resuming, self.start, self.fitted = resuming, start, None
+        self.core = shared or default_shared(model)
+        self._forget_step()
+        try:
+            self._adopt(Attachment.of(task, model, optimizer, shared, self._parts))
+            recipe = {m.name: m.to_dict() for m in self.methods}
+            distributed.align_(self.generator, self.weights, [task, total_steps, recipe])
+            self._held = Held(self.optimizer)
+            self._undo.callback(Hooks(self.optimizer, self._before_step, self._after_step).remove)
+            for method in self._defining("unbound"):
+                self._undo.callback(method.unbound, self.views[method.name])
+            with self._offering(data):
+                if not resuming:
+                    self._read_rows(learned, offered=data is not None)
+                for method in self._defining("begin_task"):
+                    method.begin_task(self.views[method.name])
+            self._install_mixing()
+            if any(m.needs_features for m in self.methods):
+                self._undo.enter_context(self._seeing_features())
+            self._drawn = self.generator.get_state()
+        except BaseException:
+            self.unbind()
+            raise
+
+    def _adopt(self, found: Attachment) -> None:
+        """Take over a task's parameters; those shared with earlier tasks must not have changed."""
+        shared = describe(found.shared)
+        changed = [
+            f"{k} was {self._signature[k]}, is {now}"
+            for k, now in shared.items()
+            if self._signature.get(k, now) != now
+        ]
+        changed += [f"{k} is gone" for k in self._signature if k not in found.part_of]
+        if changed:
+            raise Refused("shared parameters changed between tasks: " + ", ".join(changed[:5]))
+        self._signature |= shared
+        self.weights, self.shared = found.weights, found.shared
+        self.part_of, self.group_of, self.owners = found.part_of, found.group_of, found.owners
+        self.grads = Gradients(self.weights)
+        for state in self.states.values():
+            for slot in (*state.weights.values(), *state.tensors.values()):
+                for name in slot.keys() & self.weights.keys():
+                    slot[name] = distributed.beside(slot[name], self.weights[name])
+
+    def _install_mixing(self) -> None:
+        mixers: dict[str, list[Method]] = {}
+        for method in self._defining("weights"):
+            for name in method.mixed(self.views[method.name]):
+                if distributed.sharded(self.weights[name]):
+                    raise Refused(f"{method.name} cannot mix weights in shards", where=name,
+                                  remedy="train with DistributedDataParallel")  # fmt: skip
+                mixers.setdefault(name, []).append(method)
+        if not mixers:
+            return
+
+        def mix(name: str, w: Tensor) -> Tensor:
+            for method in mixers[name]:
+                w = method.weights(self.views[method.name], name, w)
+            return w
+
+        chosen = {name: self.weights[name] for name in mixers}
+        self._undo.callback(mixing.install(chosen, self.owners, mix))
+
+    def end_task(self, data: Data | None = None) -> None:
+        """The task is learned: methods estimate importance, keep rows, and may change weights.
+
+        `data` are the task's training rows in batches as the model takes them, re-iterable or a
+        function that returns them. Runs in evaluation mode, without touching the global
+        random state. Every rank calls this, and with all rows: methods divide them.
+        """
+        model = self._model()
+        needing = [m.name for m in self.methods if m.needs_data]
+        if needing and data is None:
+            raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
+                          where="end_task", remedy="pass data=")  # fmt: skip
+        steps = self.step, self.skipped
+        distributed.require_aligned(self.generator, self.weights, steps)
+        with (
+            self._offering(data),
+            in_mode(model.modules(), training=False),
+            own_randomness(self.generator),
+        ):
+            for method in self._defining("end_task"):
+                method.end_task(self.views[method.name])
+        self.finished.append(self.task)
+
+    def remember(
+        self,
+        task: str,
+        model: nn.Module,
+        data: Data,
+        *,
+        shared: nn.Module | None = None,
+    ) -> None:
+        """Take over a task that was learned elsewhere: what `end_task` would have left of it.
+
+        One pass over its rows, nothing is trained: so a deployed model is protected from the
+        first task that it learns here.
+        """
+        still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        self.begin_task(task, still, 1, model=model, shared=shared, data=data, resuming=True)
+        self.unbind()
+        self.resuming = False  # no state is loaded
+        self.end_task(data)
+
+    def unbind(self) -> None:
+        """Take every hook off the optimizer and the model; state stays."""
+        self._undo.close()
+
+    # --- what hooks and loops call ------------------------------------------------------------
+
+    def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
+        """Train the task on with other rates over the same base rate; see `attachment.regroup_`."""
+        model = self._model()
+        placed = parts(model, self._parts)
+        self.group_of = regroup_(self.optimizer, model, self.weights, rates, scheduler, placed)
+
+    def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
+        """See `View.grams`; methods that ask alike share one pass over the rows."""
+        key = repr([merged, sorted(how.items())])
+        if key not in self._grams:
+            self._grams[key] = measure(self, **how)
+        return self._grams[key]
+
+    # --- saving -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, as ``{"tensors": {key: tensor}, "meta": JSON}``.
+
+        Tensors are not copied. Keys are ``method/kind/slot/name``. Those of weights in shards are
+        put together on rank 0; then every rank must call this, and others are given no tensors.
+        """
+        tensors, numbers = pack(self.states)
+        meta = {
+            "schema": 1,
+            "methods": {m.name: m.to_dict() for m in self.methods},
+            "numbers": numbers,
+            "task": self.task,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "skipped": self.skipped,
+            "finished": list(self.finished),
+            "parameters": describe(self.weights),
+            "shared": dict(self._signature),
+        }
+        if distributed.rank() == 0 or not any(map(distributed.sharded, self.weights.values())):
+            tensors["generator"] = self.generator.get_state()
+        return {"tensors": tensors, "meta": meta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state; nothing is captured anew.
+
+        Call it after `begin_task` of the same task, or before any. Raises `Refused` where the
+        methods, or the names, shapes or types of the parameters differ. Between tasks, a method's
+        `tunable` settings may be others than those of the saved state.
+        """
+        meta, tensors = state["meta"], dict(state["tensors"])
+        between = meta["finished"][-1:] == [meta["task"]]
+        ours = {m.name: m.to_dict() for m in self.methods}
+        loose = {m.name: m.tunable if between else () for m in self.methods}
+        if _firm(meta["methods"], loose) != _firm(ours, loose):
+            raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
+        attached = bool(self.weights)
+        if attached:
+            check_fit(meta["parameters"], describe(self.weights))
+        if attached and meta["task"] != self.task:
+            raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
+        self.generator.set_state(tensors.pop("generator"))
+        unpack(self.states, tensors, meta["numbers"], self.weights)
+        self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
+        if attached:
+            self.step, self.total_steps = meta["step"], meta["total_steps"]
+        self._signature = dict(meta["shared"])
+        self.resuming = False
+        self._forget_step()
+        for method in self._defining("loaded"):
+            method.loaded(self.views[method.name])
+
+
+def _firm(
+    methods: Mapping[str, Mapping[str, Any]], loose: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of each method without those that may differ."""
+    return {
+        name: {k: v for k, v in settings.items() if k not in loose.get(name, ())}
+        for name, settings in methods.items()
+    }
+
+
+def _nothing_to_evaluate() -> Mapping[str, float]:
+    raise RuntimeError("no evaluation was offered: set bound.evaluate")

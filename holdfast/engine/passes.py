@@ -1,0 +1,142 @@
+"""The passes of a `Bound` beside training's own: over a task's rows before it, and for methods."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.engine.batches import Batches, Data, Seen, without_labels
+from holdfast.engine.forwarding import (
+    in_mode,
+    own_randomness,
+    replaced,
+    returning,
+    uncompiled,
+    untrained,
+)
+from holdfast.engine.grams import Grams
+from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.stepping import Stepping
+from holdfast.errors import Refused
+
+
+class Passes(Stepping):
+    """The part of `Bound` that reads rows and runs the models of all tasks."""
+
+    head_first: HeadFirst | None
+    finished: list[str]
+    total_steps: int
+    data: Callable[[], Batches]
+    _grams: dict[str, Grams]  # measured on `data`
+    fitted: dict[str, Any] | None = None  # what fitting the head of this task took
+    core: nn.Module | None = None  # what tasks share, where it is a part of the model
+
+    @contextlib.contextmanager
+    def _offering(self, data: Data | None) -> Iterator[None]:
+        """Within the block methods can read the task's rows, as often as they like."""
+        if isinstance(data, Iterator):
+            raise Refused("an iterator can be read once only", where="data",
+                          remedy="pass a list, a loader, or a function returning one")  # fmt: skip
+        if data is not None:
+            self.data = data if callable(data) else lambda: data
+        try:
+            yield
+        finally:
+            self.data, self._grams = list, {}
+
+    @torch.no_grad()
+    def _read_rows(self, learned: Sequence[nn.Module], *, offered: bool) -> None:
+        """One pass over the rows before the first step: for methods, and to fit the head.
+
+        `learned` are the models of finished tasks: their heads are not fitted again.
+        """
+        readers = [m for m in self._defining("read_rows") if m.wants_rows(self.views[m.name])]
+        model, head = self.models[self.task], None
+        if self.head_first is not None:
+            steps = self.total_steps
+            head = self.head_first.of(model, self.core, steps, learned=learned)
+        if not readers and head is None:
+            return
+        if not offered:
+            who = [*(m.name for m in readers), *(["head_first"] if head else [])]
+            raise Refused(f"{', '.join(who)} reads the rows of a task before its first step",
+                          where="begin_task", remedy="pass data=")  # fmt: skip
+        began, rows = time.monotonic(), Seen()
+        try:
+            with self._seeing_features(always=True), in_mode(model.modules(), training=False):
+                for batch in rows.through(self.data()):
+                    if not (readers or (head and head.looking)):
+                        break
+                    self.inputs = batch
+                    with head.watching() if head else contextlib.nullcontext():
+                        self.outputs = self.forward(batch)
+                    if head:
+                        head.see(batch, self.outputs)
+                    for method in readers:
+                        method.read_rows(self.views[method.name])
+                self._forget_step()
+                if head:
+                    with own_randomness(self.generator):
+                        self.fitted = head.fit(lambda: rows.through(self.data()))
+                    self.fitted["seconds"] = round(time.monotonic() - began, 3)
+            rows.require_equal(next(model.parameters()).device)
+        finally:
+            self._forget_step()
+
+    def _seeing_features(
+        self, *, always: bool = False
+    ) -> contextlib.AbstractContextManager[Any, None]:
+        """Keep what the shared module returns, until the step or the next forward pass."""
+
+        def see(module: nn.Module, _: Any, outputs: Any) -> None:
+            if always or (module.training and torch.is_grad_enabled()):
+                self.features = outputs
+
+        return self.core.register_forward_hook(see) if self.core else contextlib.nullcontext()
+
+    def forward(
+        self,
+        inputs: Mapping[str, Any] | None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        task: str | None = None,
+        training: bool | None = None,
+        features: Any = None,
+    ) -> Any:
+        """See `View.forward`; with `features` the shared module returns these."""
+        task = task or self.task
+        if task not in self.models:
+            raise Refused(f"no model of task {task!r}", where="view.forward",
+                          remedy=f"set bound.models[{task!r}] after loading a state")  # fmt: skip
+        model, ours = self.models[task], self.models[self.task]
+        batch = inputs if inputs is not None else self.inputs
+        if batch is None:
+            raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(own_randomness(self.generator))
+            stack.enter_context(replaced(self.weights, weights or {}))
+            stack.enter_context(untrained(model, self.weights))
+            stack.enter_context(uncompiled())
+            concerned = {*model.modules()}
+            if features is not None and self.core is not None:
+                stack.enter_context(returning(self.core, features))
+                concerned -= {*self.core.modules()}
+            if training is not None:
+                stack.enter_context(in_mode(concerned, training))
+            elif model.training != ours.training:  # another task's; loaded ones are in evaluation
+                stack.enter_context(in_mode(concerned - {*ours.modules()}, ours.training))
+            return model(**batch)
+
+    def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """See `View.old_outputs`."""
+        batch = without_labels(inputs if inputs is not None else self.inputs or {})
+        features = self.features if inputs is None else None
+        return {
+            task: self.forward(batch, task=task, training=False, features=features)
+            for task in dict.fromkeys(self.finished)
+        }

@@ -1,0 +1,154 @@
+"""One step of a `Bound`: what methods do around the optimizer's own; for the order see there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.engine.attachment import Held, finite
+from holdfast.engine.method import Method, View
+from holdfast.errors import Refused
+from holdfast.ops import distributed
+from holdfast.ops.gradients import clip_, total_norm, unscale_
+
+
+class Stepping:
+    """The part of `Bound` that the optimizer's step hooks run."""
+
+    methods: tuple[Method, ...]  # what has no value here is set by `Bound`
+    views: dict[str, View]
+    generator: torch.Generator
+    models: dict[str, nn.Module]
+    task: str
+    step: int
+    skipped: int
+    max_grad_norm: float | None
+    optimizer: torch.optim.Optimizer
+    weights: Mapping[str, nn.Parameter]
+    group_of: Mapping[str, dict[str, Any]]
+    previous: dict[str, Tensor]
+    norm: Tensor | None = None
+    inputs: Mapping[str, Any] | None = None
+    outputs: Any = None
+    loss: Tensor | None = None
+    features: Any = None
+    _held: Held
+    _wrapper: Any = None  # an AcceleratedOptimizer around ours
+    _asked = _skip = False
+    _drawn: Tensor  # the generator's state before the step
+    _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
+    # The norm last asked for, the gradients it is of, and what tells whether they were written.
+    _measured: tuple[Tensor, list[Tensor], list[tuple[int, int]]] | None = None
+
+    def _model(self) -> nn.Module:
+        if not self.task:
+            raise Refused("no task has begun", remedy="call bound.begin_task(...) first")
+        return self.models[self.task]
+
+    def _defining(self, hook: str) -> list[Method]:
+        return [m for m in self.methods if m.defines(hook)]
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a loop must add `penalty` to its loss."""
+        return bool(self._defining("penalty"))
+
+    def penalty(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        outputs: Any = None,
+        loss: Tensor | None = None,
+    ) -> Tensor:
+        """The methods' penalties for a micro-batch: add them to its loss.
+
+        loss: what they are added to, where that is not `outputs.loss`.
+        """
+        self._asked, self.inputs, self.outputs = True, inputs, outputs
+        self.loss = loss if loss is not None else getattr(outputs, "loss", None)
+        total = torch.zeros((), device=next(self._model().parameters()).device)
+        features = self.features
+        for method in self._defining("penalty"):
+            self.features = features  # the forward pass of another method has had its own
+            total = total + method.penalty(self.views[method.name])
+        self.features = self.loss = None  # they hold the graph of this micro-batch
+        return total
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        self.group_of = self._held.changed(self.weights) or self.group_of
+        if self.has_penalty and not self._asked:
+            raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
+        unscale_(self.optimizer, self._gradients())
+        # Pulls come before the one pass that measures: what is not finite is so after them too.
+        for method in self._defining("penalty_grad_"):
+            method.penalty_grad_(self.views[method.name])
+        self.norm = self.gradient_norm()
+        self._skip = not finite(self.optimizer, self.norm)
+        if self._wrapper is not None:  # Accelerate judges by whether step() was called: tell it
+            self._wrapper._is_overflow = self._skip
+        if self._skip:
+            self._leave_out()
+            return
+        for method in self._defining("before_step"):
+            method.before_step(self.views[method.name])
+        if self.max_grad_norm is not None:
+            clip_(self._gradients(), self.gradient_norm(), self.max_grad_norm)
+        asking = (m for m in self.methods if m.needs_previous)
+        kept = {n for m in asking for n in m.previous_of(self.views[m.name])}
+        self.previous = {n: w.detach().clone() for n, w in self.weights.items() if n in kept}
+
+    def _leave_out(self) -> None:
+        """Leave this step out of training altogether."""
+        for w in self.weights.values():
+            w.grad = None  # the optimizer passes over tensors without a gradient
+        # Some count their steps in the groups nevertheless.
+        self._options = [{**group} for group in self.optimizer.param_groups]
+        if self._wrapper is not None:
+            self._wrapper._accelerate_step_called = False
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        if self._skip:
+            self.skipped += 1
+            self.generator.set_state(self._drawn)
+            for group, before in zip(self.optimizer.param_groups, self._options, strict=True):
+                group.update(before)
+        else:
+            for method in self._defining("after_step"):
+                method.after_step(self.views[method.name])
+            self.step += 1
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self._asked, self._measured = False, None
+        self._drawn = self.generator.get_state()  # a step that is left out has drawn nothing
+        self.inputs = self.outputs = self.loss = self.features = None
+        self.previous = {}
+        for view in self.views.values():
+            view.scratch.clear()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The global norm of the gradients as they are: under a GradScaler, `unscale_` them first.
+
+        Measured where a gradient was written since it was last asked for in this step (writes
+        through `.data` are not seen). Of shards it always is: all ranks must ask at once, whatever
+        each has written.
+        """
+        grads = self._gradients()
+        # By identity, which is no other's while the gradients are kept, and torch's count of writes
+        now = [(id(g), distributed.local(g)._version) for g in grads]
+        norm, _, then = self._measured or (None, [], [])
+        if norm is None or now != then or any(map(distributed.sharded, grads)):
+            norm = total_norm(grads)
+            self._measured = norm, grads, now
+        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        grads = [w.grad for w in self.weights.values() if w.grad is not None]
+        if any(g.is_sparse for g in grads):
+            raise Refused("a gradient is sparse", remedy="build the embedding with sparse=False")
+        return grads

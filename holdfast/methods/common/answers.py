@@ -1,0 +1,92 @@
+"""What a model answered, kept by row, and how far it has come from it since.
+
+Methods that hold outputs (lwf, kl_anchor) ask the model once for each row before the task. A row is
+told by its content (`view.rows`), so that neither the order of batches nor their padding matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from holdfast.engine.state import State
+from holdfast.errors import Refused
+from holdfast.methods.common.importance import wide
+
+Kind = Literal["classes", "labels", "numbers"]
+
+
+def keep(state: State, rows: Sequence[Tensor], found: Mapping[str, Sequence[Tensor]]) -> None:
+    """Keep answers by key: for each batch its rows (n,), and for each key a tensor (n, …)."""
+    known, order = torch.sort(torch.cat(list(rows)), stable=True)
+    state.tensors["rows"] = {"known": known}
+    state.tensors["answers"] = {key: torch.cat(list(each))[order] for key, each in found.items()}
+
+
+def kept(state: State) -> bool:
+    """Whether there are answers."""
+    return "answers" in state.tensors
+
+
+def recall(state: State, rows: Tensor, *, where: str, remedy: str) -> dict[str, Tensor]:
+    """The answers for these rows, (rows, …) each; `Refused` for a row that was not kept."""
+    for slot in (state.tensors["rows"], state.tensors["answers"]):
+        for key, tensor in slot.items():  # loaded ones lie on the processor
+            slot[key] = tensor.to(rows.device)
+    known = state.tensors["rows"]["known"]
+    place = torch.searchsorted(known, rows).clamp_(max=len(known) - 1)
+    if not torch.equal(known[place], rows):
+        raise Refused("a row was not among those read before the task", where=where, remedy=remedy)
+    return {key: tensor[place] for key, tensor in state.tensors["answers"].items()}
+
+
+def forget(state: State) -> None:
+    """Drop what was kept."""
+    for slot in ("rows", "answers"):
+        state.tensors.pop(slot, None)
+
+
+def exact(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: the logarithms of bfloat16 are good for two digits."""
+    return logits.to(wide(logits.dtype))
+
+
+def kind_of(model: Any, logits: Tensor) -> Kind:
+    """What the last axis of a model's logits is: one of several classes, a number or several, or
+    labels that each hold or not. Hugging Face models say the last by `config.problem_type`."""
+    declared = getattr(getattr(model, "config", None), "problem_type", None)
+    if declared == "multi_label_classification":
+        return "labels"
+    return "numbers" if logits.shape[-1] == 1 or declared == "regression" else "classes"
+
+
+def divergence(
+    before: Tensor,
+    now: Tensor,
+    kind: Kind = "classes",
+    *,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    shares: Tensor | None = None,
+) -> Tensor:
+    """How far outputs (rows, classes) have come, as a mean over rows, in nats.
+
+    classes: T² · KL(softmax(before/T) ‖ softmax(now/T)); reverse: KL(now ‖ before) in its place.
+    labels: the same of each label against its absence, added up.
+    numbers: ½ Σ (before − now)², the divergence of two normal distributions of variance 1.
+    shares: (rows,), how much each row counts; 1 where left out.
+    """
+    shares = torch.ones(len(now), device=now.device) if shares is None else shares
+    if kind == "numbers":
+        return 0.5 * ((before - now).square().sum(-1) * shares).mean()
+    if kind == "labels":  # of two classes, the absent one has the logit 0
+        before, now = (torch.stack([z, torch.zeros_like(z)], -1) for z in (before, now))
+    p = (before / temperature).log_softmax(-1)
+    q = (now / temperature).log_softmax(-1)
+    p, q = (q, p) if reverse else (p, q)
+    each = functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1)
+    return temperature**2 * (each * shares).mean()

@@ -1,0 +1,40 @@
+"""What merge, gpm and kfac_ewc share: they measure what layers are given when a task ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from holdfast.engine.grams import Grams, Structure
+from holdfast.engine.method import Method, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring(Method):
+    """Gram matrices of the finished task's inputs, and how much of them is measured and kept.
+
+    rows: rows of the finished task that are measured.
+    structure, width, rank: of inputs wider than `width`: `full`, `block` (diagonal blocks of at
+        most `width`) or `low_rank` (`rank` directions and a diagonal).
+    """
+
+    rows: Annotated[int, Field(gt=0)] = 400
+    structure: Structure = "block"
+    width: Annotated[int, Field(gt=0)] = 4096
+    rank: Annotated[int, Field(gt=0)] = 256
+
+    @property
+    def needs_data(self) -> bool:
+        return True
+
+    def measured(self, view: View, **more: Any) -> Grams:
+        """Those of this task, in `end_task`; methods that ask alike share one pass."""
+        return view.grams(
+            rows=self.rows, structure=self.structure, width=self.width, rank=self.rank, **more
+        )
+
+    def remembered(self, view: View) -> Grams | None:
+        """Those of the tasks before, as `Grams.save` left them; None before a task was measured."""
+        return Grams.load(view.state.tensors, view.state.numbers, self.rank)

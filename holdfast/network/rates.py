@@ -1,0 +1,393 @@
+"""A learning rate for each part of a network, as a curve over relative depth.
+
+Rates are shape × scale: `Rates` holds multipliers only, the base learning rate is given apart, so
+that a curve is never credited for a smaller overall step. One multiplier for the embeddings, K for
+the layers, one for the head::
+
+    rate(part) = lr · multiplier(part)
+
+The published curves (BERTcL) have K = 8 points, found on 12 layers: layer i takes point
+⌊i·8/12⌋. On a network of another depth those 12 values, at relative depths (i + ½)/12, are
+interpolated: log m is linear between neighbours and constant beyond the first and the last.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from holdfast.errors import Refused, nearest
+from holdfast.files import only_keys, read_yaml, write_yaml
+from holdfast.network.parts import EMBEDDINGS, HEAD, Parts, canonical, named_parameters
+from holdfast.network.parts import parts as parts_of
+from holdfast.network.stacks import is_norm
+
+SCHEMA = 1
+_BERTCL = (1.0, 1.0, 0.3, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)
+_BERTCL_AVERAGED = (3.295, 4.363, 0.921, 1.923, 2.849, 2.143, 3.267, 3.699, 3.186, 11.188)
+_BERTCL_SOURCE = "BERTcL, four task-shift pairs on bert-base-uncased (12 layers)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Multipliers on the base learning rate, by relative depth; 0 freezes."""
+
+    embeddings: float
+    """Multiplier of what runs before the first layer."""
+    points: tuple[float, ...]
+    """Multipliers at K control points over the layers, from input to output."""
+    head: float
+    """Multiplier of what runs after the last layer."""
+    layers: int | None = None
+    """How many layers the network had on which the curve was found; None: points at (j + ½)/K."""
+    freeze_below: float = 0.0
+    """Parts of smaller relative depth get 0, whatever the curve says."""
+    geometric_mean_rate: float | None = None
+    """Geometric mean of the learning rates with which the curve was found, if known."""
+    name: str = "rates"
+    provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Where the curve comes from: plain data, kept in the file."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.points, str) or not isinstance(self.points, Sequence):
+            raise Refused(f"points must be a list of numbers, not {self.points!r}", where="rates")
+        if not self.points:
+            raise Refused("no points", where="rates", remedy="give at least one multiplier")
+        points = [_number(m, f"point {j}") for j, m in enumerate(self.points)]
+        fixed: dict[str, Any] = {
+            "embeddings": _number(self.embeddings, "embeddings"),
+            "points": tuple(points),
+            "head": _number(self.head, "head"),
+            "freeze_below": _number(self.freeze_below, "freeze_below"),
+        }
+        if fixed["freeze_below"] > 1:
+            raise Refused(f"{self.freeze_below} is above 1", where="freeze_below")
+        if self.layers is not None and (
+            isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1
+        ):
+            raise Refused(f"{self.layers!r} is no number of layers", where="layers")
+        if self.geometric_mean_rate is not None:
+            rate = _number(self.geometric_mean_rate, "geometric_mean_rate")
+            fixed["geometric_mean_rate"] = rate
+        if not isinstance(self.name, str):
+            raise Refused(f"{self.name!r} is not text", where="name")
+        if not isinstance(self.provenance, Mapping):
+            raise Refused(f"{self.provenance!r} is not a mapping", where="provenance")
+        fixed["provenance"] = dict(self.provenance)
+        for key, value in fixed.items():
+            object.__setattr__(self, key, value)
+
+    # --- curves --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_list(
+        cls, multipliers: Sequence[float], *, layers: int | None = None, **more: Any
+    ) -> Rates:
+        """[embeddings, points…, head]: ten numbers for a published curve, at least three."""
+        if isinstance(multipliers, str) or not isinstance(multipliers, Sequence):
+            raise Refused(f"expected a list of numbers, found {multipliers!r}", where="multipliers")
+        if len(multipliers) < 3:
+            raise Refused(
+                f"{len(multipliers)} multipliers",
+                where="rates",
+                remedy="give embeddings, at least one point, head",
+            )
+        first, *points, last = multipliers
+        return cls(embeddings=first, points=tuple(points), head=last, layers=layers, **more)
+
+    @classmethod
+    def flat(cls) -> Rates:
+        """One rate for everything: the control of every other curve."""
+        return cls(embeddings=1.0, points=(1.0,), head=1.0, name="flat")
+
+    @classmethod
+    def layer_decay(cls, decay: float = 0.9, layers: int = 12) -> Rates:
+        """decayᵏ, k steps below the head: head 1, last layer decay, embeddings decay^(layers+1)."""
+        decay = _number(decay, "decay")
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise Refused(f"{layers!r} is no number of layers", where="layers")
+        curve = [decay**k for k in range(layers + 1, -1, -1)]
+        source = {"decay": decay}
+        return cls.from_list(curve, layers=layers, name="layer_decay", provenance=source)
+
+    @classmethod
+    def bertcl(cls) -> Rates:
+        """The published curve, rounded by its authors: 2e-5 · [1, 1, .3, .7, 1, 1, 1, 1, 1, 3]."""
+        mean = 2e-5 * _geometric_mean(_BERTCL)
+        source = {"source": _BERTCL_SOURCE, "published_base_rate": 2e-5}
+        return cls.from_list(
+            _BERTCL, layers=12, name="bertcl", geometric_mean_rate=mean, provenance=source
+        )
+
+    @classmethod
+    def bertcl_averaged(cls) -> Rates:
+        """The published averages of searched rates, relative to their geometric mean 3.0e-6.
+
+        The searched rates are 6.6 times lower than the 2e-5 they were compared with; divided by
+        their mean, only the shape is left.
+        """
+        rates = [1e-6 * rate for rate in _BERTCL_AVERAGED]
+        mean = _geometric_mean(rates)
+        source = {"source": _BERTCL_SOURCE, "published_rates": rates}
+        return cls.from_list(
+            [rate / mean for rate in rates],
+            layers=12,
+            name="bertcl_averaged",
+            geometric_mean_rate=mean,
+            provenance=source,
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> Rates:
+        """A curve by its name, as files and the command line give it."""
+        if name not in PRESETS:
+            raise Refused(f"no rates called {name!r}", remedy=nearest(name, list(PRESETS)))
+        return PRESETS[name]()
+
+    def freeze(self, *, below: float) -> Rates:
+        """The same curve with every part of relative depth under `below` frozen."""
+        return replace(self, freeze_below=below)
+
+    def normalised(self) -> Rates:
+        """The same shape with geometric mean 1."""
+        mean = self.geometric_mean
+        if mean == 0:
+            raise Refused("all multipliers are 0", where=self.name, remedy="nothing to normalise")
+        first, *points, last = (m / mean for m in self.multipliers)
+        return replace(self, embeddings=first, points=tuple(points), head=last)
+
+    @property
+    def multipliers(self) -> list[float]:
+        """[embeddings, points…, head]."""
+        return [self.embeddings, *self.points, self.head]
+
+    @property
+    def geometric_mean(self) -> float:
+        """exp(mean log m) over the multipliers that are not 0; 0 if all are."""
+        return _geometric_mean(self.multipliers)
+
+    # --- applying ------------------------------------------------------------------------------
+
+    def at(self, depth: float) -> float:
+        """The layers' multiplier at a relative depth, `freeze_below` left aside.
+
+        Between neighbours a < b at distance t from a: exp((1 − t)·log a + t·log b). Where one of
+        them is 0 there is no logarithm, and the nearer one counts (the later one half-way).
+        """
+        values = self._on_layers()
+        places = [(i + 0.5) / len(values) for i in range(len(values))]
+        j = bisect_right(places, depth) - 1
+        if j < 0 or j == len(values) - 1:
+            return values[max(j, 0)]
+        a, b = values[j], values[j + 1]
+        t = (depth - places[j]) / (places[j + 1] - places[j])
+        if a == b or t == 0:
+            return a
+        if a == 0 or b == 0:
+            return a if t < 0.5 else b
+        between = math.exp((1 - t) * math.log(a) + t * math.log(b))
+        return min(max(between, min(a, b)), max(a, b))
+
+    def of(self, parts: Parts) -> dict[str, float]:
+        """{part: multiplier} for a network."""
+        ends = {EMBEDDINGS: self.embeddings, HEAD: self.head}
+        return {
+            part: 0.0
+            if parts.depth[part] < self.freeze_below
+            else ends[part] if part in ends else self.at(parts.depth[part])
+            for part in parts.order
+        }  # fmt: skip
+
+    def _on_layers(self) -> tuple[float, ...]:
+        """The K points spread over the layers of the curve's own network: layer i, point ⌊iK/L⌋."""
+        k, n = len(self.points), self.layers or 0
+        return self.points if n < k else tuple(self.points[i * k // n] for i in range(n))
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a rates file."""
+        return {
+            "kind": "rates",
+            "schema": SCHEMA,
+            "name": self.name,
+            "multipliers": self.multipliers,
+            "layers": self.layers,
+            "freeze_below": self.freeze_below,
+            "geometric_mean_rate": self.geometric_mean_rate,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> Rates:
+        """Rates from the content of a file; unknown keys are Refused."""
+        fields = ("name", "layers", "freeze_below", "geometric_mean_rate", "provenance")
+        header = ("kind", "schema", "multipliers")
+        only_keys(data, header + fields, required=header, where=where)
+        if data["kind"] != "rates":
+            raise Refused(f"holds {data['kind']!r}, not rates", where=where)
+        if data["schema"] != SCHEMA or isinstance(data["schema"], bool):
+            raise Refused(
+                f"schema {data['schema']!r}, this version reads {SCHEMA}",
+                where=where,
+                remedy="update holdfast",
+            )
+        try:
+            return cls.from_list(data["multipliers"], **{k: data[k] for k in fields if k in data})
+        except Refused as error:
+            raise Refused(str(error), where=where) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the curve and its provenance as YAML."""
+        write_yaml(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Rates:
+        """Read what `save` wrote, or what somebody typed."""
+        return cls.from_dict(read_yaml(Path(path)), where=str(path))
+
+
+PRESETS: dict[str, Callable[[], Rates]] = {
+    "flat": Rates.flat,
+    "layer_decay": Rates.layer_decay,
+    "bertcl": Rates.bertcl,
+    "bertcl_averaged": Rates.bertcl_averaged,
+}
+
+
+def param_groups(
+    model: nn.Module,
+    rates: Rates,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    parts: Parts | None = None,
+    no_decay: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer, one for each distinct (rate, decay).
+
+    Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay`, `part_names`
+    and `base_lr`, the rate before its multiplier.
+    Biases and the vectors of norms are not decayed; `no_decay`, globs on canonical names, replaces
+    that rule. A parameter whose multiplier is 0, or that does not require a gradient, is in no
+    group, so that neither momentum nor decay moves it. The model itself is left as it is.
+    """
+    lr, weight_decay = _number(lr, "lr"), _number(weight_decay, "weight_decay")
+    if isinstance(no_decay, str):
+        raise Refused(f"no_decay is one text, {no_decay!r}", remedy=f"write [{no_decay!r}]")
+    parameters = named_parameters(model)
+    parts = parts_of(model) if parts is None else parts
+    multiplier = rates.of(parts)
+    spared = _spared(model, parameters, no_decay)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        part = parts.names.get(name)
+        if part is None:
+            raise Refused("is in no part", where=name, remedy="make the parts from this model")
+        if multiplier[part] == 0 or not parameter.requires_grad:
+            continue
+        decay = 0.0 if name in spared else weight_decay
+        rate = lr * multiplier[part]
+        fresh = {"params": [], "lr": rate, "weight_decay": decay, "base_lr": lr}
+        group = groups.setdefault((rate, decay), fresh)
+        group["params"].append(parameter)
+        group.setdefault("param_names", []).append(name)
+        group.setdefault("part_names", {})[part] = None
+    if not groups:
+        raise Refused(
+            "no parameter is left to train",
+            where=rates.name,
+            remedy="give a part a multiplier above 0, or let a parameter require its gradient",
+        )
+    for group in groups.values():
+        group["part_names"] = tuple(part for part in parts.order if part in group["part_names"])
+    return list(groups.values())
+
+
+def _spared(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], globs: Sequence[str] | None
+) -> set[str]:
+    """Names of the parameters that weight decay leaves alone."""
+    if globs is not None:
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in parameters):
+                raise Refused(f"no parameter matches {glob!r}", where="no_decay")
+        return {name for name in parameters if any(fnmatchcase(name, glob) for glob in globs)}
+    # Direct parameters only: a block that is called a norm may hold matrices further down.
+    norms = {
+        canonical(f"{path}.{name}" if path else name)
+        for path, module in model.named_modules()
+        if is_norm(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim <= 1
+    }
+    return norms | {name for name in parameters if _is_bias(name)}
+
+
+def _is_bias(name: str) -> bool:
+    """`…bias`, and a recurrent module's `bias_ih_l0`; not T5's relative_attention_bias.weight."""
+    own = name.rpartition(".")[2]
+    return own.endswith("bias") or own.startswith(("bias_ih_l", "bias_hh_l"))
+
+
+def plot(rates: Rates, path: str | os.PathLike[str], parts: Parts | None = None) -> None:
+    """Draw multiplier by part on a log axis; a frozen part is a cross at the foot.
+
+    Without `parts` the control points are drawn, each as a part of its own.
+    """
+    from matplotlib.figure import Figure
+
+    if parts is None:
+        k = len(rates.points)
+        depth = {EMBEDDINGS: 0.0, **{str(j + 1): (j + 0.5) / k for j in range(k)}, HEAD: 1.0}
+        below = [d < rates.freeze_below for d in depth.values()]
+        values = [0.0 if low else m for m, low in zip(rates.multipliers, below, strict=True)]
+        labels = list(depth)
+    else:
+        labels, values = list(parts.order), list(rates.of(parts).values())
+    trained = [(x, m) for x, m in enumerate(values) if m > 0]
+    low = min([1.0, *(m for _, m in trained)]) / 2
+    high = max([1.0, *(m for _, m in trained)]) * 2
+    figure = Figure(figsize=(max(5.0, 0.35 * len(labels) + 2), 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    for x, m in trained:
+        axes.plot([x, x, x], [1.0, m, m], "o-", markevery=[1], color="#4477aa")
+    if frozen := [x for x, m in enumerate(values) if m == 0]:
+        axes.plot(frozen, [low * 1.15] * len(frozen), "x", color="#aa3377", label="frozen")
+        axes.legend()
+    axes.set(yscale="log", ylim=(low, high), ylabel="× base learning rate", title=rates.name)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high / low < 30 else "")
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    try:
+        figure.savefig(path, dpi=150)
+    except (ValueError, OSError) as error:
+        raise Refused(str(error), where=str(path)) from None
+
+
+def _number(value: Any, where: str) -> float:
+    """A finite number that is not negative, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise Refused(f"{value!r} is not a number", where=where)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0:
+        raise Refused(f"{value!r} is not finite and at least 0", where=where)
+    return number
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    positive = [m for m in values if m > 0]
+    return math.exp(math.fsum(map(math.log, positive)) / len(positive)) if positive else 0.0

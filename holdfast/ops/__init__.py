@@ -1,0 +1,1 @@
+"""Work on tensors, in place and without synchronising, on any number of ranks."""

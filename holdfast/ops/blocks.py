@@ -1,0 +1,52 @@
+"""Elementwise work on large tensors, in blocks that stay in the processor's cache.
+
+An operation on a whole tensor sends its temporaries through memory, and memory is what bounds
+elementwise work on weights. On accelerators, where a launch costs more than that, a tensor is one
+block. Of tensors in shards (`DTensor`) each rank works on its own part.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from holdfast.ops.distributed import local
+
+SIZE = 1 << 18  # entries of a block: 1 MiB of float32
+_kept = threading.local()
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each of `tensors`, views of about `SIZE` entries of the first.
+
+    Tensors agree in their first dimension. Rows longer than `SIZE` stay whole.
+    """
+    tensors = tuple(local(t) for t in tensors)
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= 2 * SIZE or first.ndim == 0:
+        yield tensors
+        return
+    rows = max(1, SIZE * len(first) // first.numel())
+    for start in range(0, len(first), rows):
+        yield tuple(t[start : start + rows] for t in tensors)
+
+
+def room(place: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor to write a block's result into, of undefined content, valid until asked for again.
+
+    On a processor the memory is kept, one piece for each `place` and thread: fresh memory costs a
+    page fault every 4 KiB, which takes longer than the work (measured: 3 to 6 times).
+    """
+    count = math.prod(shape)
+    if device.type != "cpu" or count > 4 * SIZE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    rooms: dict[tuple[int, torch.dtype], Tensor] = vars(_kept).setdefault("rooms", {})
+    found = rooms.get((place, dtype))
+    if found is None or found.numel() < count:
+        with torch.inference_mode(False):  # else it could not be written to in training
+            found = rooms[place, dtype] = torch.empty(count, dtype=dtype, device=device)
+    return found[:count].view(shape)

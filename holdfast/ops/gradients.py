@@ -1,0 +1,62 @@
+"""The gradients of a step as a whole: unscaled, measured, clipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.ops import distributed
+
+
+def unscale_(optimizer: Any, grads: list[Tensor]) -> None:
+    """Undo the scale of a GradScaler that a fused optimizer would undo inside its kernel."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        if grads:
+            here = [distributed.local(g) for g in grads]
+            torch._foreach_mul_(here, scale.double().reciprocal().float())
+        optimizer.grad_scale = None
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The Euclidean norm over all gradients, at least float32.
+
+    Of gradients in shards it is the norm of the whole: equal on all ranks, which all must call it.
+    """
+    if any(distributed.sharded(g) for g in grads):
+        return _norm_of_shards(grads)
+    if not any(g.dtype.itemsize < 4 for g in grads):
+        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    # In their own type, norms of float16 above 65,504 are infinite, bfloat16 has three digits.
+    alike: dict[Any, list[Tensor]] = {}
+    for g in grads:
+        alike.setdefault((g.device, g.dtype), []).append(g)
+    norms = [
+        norm.to(grads[0].device)
+        for (_, dtype), same in alike.items()
+        for norm in torch._foreach_norm(same, 2.0, torch.promote_types(dtype, torch.float32))
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _norm_of_shards(grads: list[Tensor]) -> Tensor:
+    """The root of Σ ‖shard‖²: shards summed over the ranks that hold them, others counted once.
+
+    In float64, so that sums of squares overflow no sooner; every mesh adds up one number.
+    """
+    alike: dict[distributed.Spread, list[Tensor]] = {}
+    for g in grads:
+        alike.setdefault(distributed.spread(g), []).append(distributed.local(g))
+    square = torch.zeros((), dtype=torch.float64, device=grads[0].device)
+    for spread, same in alike.items():
+        norm = total_norm([g for g in same if g.numel()])  # of an empty shard there is none
+        square += distributed.sum_(norm.to(square).square(), spread)
+    return square.sqrt().float()
+
+
+def clip_(grads: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale gradients of total norm `norm` down to `limit` where they are above it."""
+    if norm > limit:
+        torch._foreach_mul_([distributed.local(g) for g in grads], limit / (norm + 1e-6))

@@ -1,0 +1,99 @@
+"""Masks of weights: kept in bits or as NaN, and applied without a branch per entry.
+
+On a processor `masked_fill_` and `where` take a branch for every entry, which a mask without
+pattern mispredicts: arithmetic is 6 to 10 times as fast (measured on one core, 10.6 M float32
+entries: `masked_fill_` 24 ms, `mul_` 2 ms). Accelerators take the plain way.
+
+A mask says which entries move. It is either a tensor of bits (`pack`), or lies in the values to
+hold themselves, as NaN where an entry moves (`mark_`); then `bits` is None below.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from holdfast.ops.blocks import blocks, room
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask (…, n) as bits, uint8 (…, ⌈n/8⌉): bit k of byte j is entry 8j + k.
+
+    Rows are packed apart, so that a slice of rows is a slice of the bits. A mask of fewer than two
+    dimensions is kept as bytes of its own shape.
+    """
+    if mask.ndim < 2:
+        return mask.to(torch.uint8)
+    missing = -mask.shape[-1] % 8
+    whole = torch.nn.functional.pad(mask, (0, missing)) if missing else mask.contiguous()
+    eights = whole.view(torch.uint8).unflatten(-1, (-1, 8))
+    bits = eights[..., 0].clone()
+    for k in range(1, 8):
+        bits |= eights[..., k] << k
+    return bits
+
+
+def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `pack`: bool, of `shape`."""
+    if len(shape) < 2:
+        return bits.bool()
+    # Eight bytes of a mask are one number, looked up in a table.
+    place = room(0, bits.shape, torch.int32, bits.device).copy_(bits).flatten()
+    eights = _table(bits.device).index_select(0, place)
+    whole = eights.view(torch.bool).view(*shape[:-1], 8 * bits.shape[-1])
+    return whole[..., : shape[-1]]
+
+
+@functools.lru_cache
+def _table(device: torch.device) -> Tensor:
+    """For each byte its eight bits as bytes 0 or 1, in one int64."""
+    rows = [[byte >> k & 1 for k in range(8)] for byte in range(256)]
+    return torch.tensor(rows, dtype=torch.uint8).view(torch.int64).flatten().to(device)
+
+
+def mark_(held: Tensor, moves: Tensor) -> None:
+    """Write NaN into `held` where `moves` (bool, of its shape) is True."""
+    for h, m in blocks(held, moves):
+        if h.device.type == "cpu":
+            stays = room(0, h.shape, h.dtype, h.device).copy_(m.view(torch.uint8))
+            torch.sub(1, stays, out=stays)
+            h.mul_(stays.div_(stays))  # 0/0 is NaN, and a product with 1 is exact
+        else:
+            h.masked_fill_(m, math.nan)
+
+
+def zero_(grad: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
+    """Multiply a finite gradient by the mask: 0 where an entry is held."""
+    for g, h, b in blocks(grad, held, held if bits is None else bits):
+        if bits is not None:
+            moves = unpack(b, h.shape)
+            if g.device.type == "cpu":
+                moves = room(1, g.shape, g.dtype, g.device).copy_(moves.view(torch.uint8))
+        elif g.device.type == "cpu":  # a comparison into floats is vectorised, into bool it is not
+            moves = torch.ne(h, h, out=room(1, h.shape, h.dtype, h.device))
+        else:
+            moves = h != h
+        g.mul_(moves)
+
+
+def hold_(weight: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
+    """weight ← held, bit for bit, where the mask says that an entry is held."""
+    for w, h, b in blocks(weight, held, held if bits is None else bits):
+        if w.device.type != "cpu" or w.dtype != h.dtype:
+            stays = h == h if bits is None else ~unpack(b, h.shape)
+            torch.where(stays, h.to(w.dtype), w, out=w)
+            continue
+        kind = _INTEGERS[w.element_size()]
+        change, ones = (room(i, w.shape, kind, w.device) for i in (1, 2))
+        if bits is None:
+            ones.copy_(torch.eq(h, h, out=room(1, h.shape, h.dtype, h.device)))
+        else:
+            torch.sub(1, ones.copy_(unpack(b, h.shape).view(torch.uint8)), out=ones)
+        # w ← w ^ ((w ^ held) · held?)  on the bit patterns
+        torch.bitwise_xor(w.view(kind), h.view(kind), out=change)
+        w.view(kind).bitwise_xor_(change.mul_(ones))

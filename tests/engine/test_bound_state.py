@@ -1,0 +1,116 @@
+"""What a `Bound` saves, and which states it refuses to take up."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import adamw, bind, net
+from torch import nn
+
+from holdfast.errors import Refused
+from holdfast.methods import DPS, EWC, L2SP
+from holdfast.ops import distributed
+from holdfast.recipe import Recipe
+
+
+class Renamed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = net()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), r"0\.weight was"),
+        (lambda: net().bfloat16(), "bfloat16"),
+        (Renamed, r"is new.*is gone|and \d more"),
+        (lambda: net()[:1], r"2\.weight is gone"),
+    ],
+)
+def test_states_of_other_parameters_are_refused(
+    change: Callable[[], nn.Module], complaint: str
+) -> None:
+    model = net()
+    bound = bind(model, adamw(model), L2SP())
+    state = bound.state_dict()
+    other = change()
+    target = bind(other, adamw(other), L2SP())
+    start = {k: v.clone() for k, v in target.state_dict()["tensors"].items()}
+    with pytest.raises(Refused, match=complaint):
+        target.load_state_dict(state)
+    now = target.state_dict()["tensors"]
+    assert all(torch.equal(now[k], v) for k, v in start.items())
+
+
+def test_states_loaded_before_a_task_bind_its_parameters_too() -> None:
+    model = net()
+    state = bind(model, adamw(model), L2SP()).state_dict()
+    for other, complaint in ((Renamed(), "is gone"), (net().double(), "float64")):
+        bound = Recipe(methods=[L2SP()]).unbound()
+        bound.load_state_dict(state)
+        with pytest.raises(Refused, match=complaint):
+            bound.begin_task("two", adamw(other), 5, model=other)
+
+
+def test_states_of_other_methods_and_tasks_are_refused() -> None:
+    model = net()
+    state = bind(model, adamw(model), L2SP(strength=0.5)).state_dict()
+    for methods in ([L2SP()], [], [L2SP(strength=0.5), EWC()]):
+        with pytest.raises(Refused, match="was saved by"):
+            bind(model, adamw(model), *methods).load_state_dict(state)
+    with pytest.raises(Refused, match="of task 'task', not of 'two'"):
+        bind(model, adamw(model), L2SP(strength=0.5), task="two").load_state_dict(state)
+
+
+def test_a_smaller_optimizer_in_a_later_task_can_be_resumed() -> None:
+    """What a task does not train is not missing from its state."""
+    model, bound = net(), Recipe(methods=[L2SP()]).unbound()
+    bound.begin_task("one", adamw(model), 5, model=model)
+    bound.begin_task("two", adamw(model[2]), 5, model=model)
+    state = json.loads(json.dumps(bound.state_dict()["meta"]))
+    again = Recipe(methods=[L2SP()]).unbound()
+    again.begin_task("two", adamw(model[2]), 5, model=model)
+    again.load_state_dict({"meta": state, "tensors": bound.state_dict()["tensors"]})
+
+
+def test_types_survive_loading() -> None:
+    """torch's own optimizer state would cast all of these to the parameter's bfloat16."""
+    model = net().bfloat16()
+    bound = bind(model, adamw(model), DPS())
+    state = bound.states["dps"]
+    state.weights["sum"] = {"0.weight": torch.full((4, 3), 1 / 3)}
+    state.weights["mask"] = {"0.weight": torch.ones(4, 3, dtype=torch.bool)}
+    state.tensors["index"] = {"0.weight": torch.tensor([300_000_001])}
+    saved = copy.deepcopy(bound.state_dict())
+    fresh = net().bfloat16()
+    target = bind(fresh, adamw(fresh), DPS())
+    target.load_state_dict(saved)
+    for key, tensor in saved["tensors"].items():
+        assert torch.equal(target.state_dict()["tensors"][key], tensor), key
+        assert target.state_dict()["tensors"][key].dtype is tensor.dtype
+    ours = target.states["dps"].weights["sum"]["0.weight"]
+    assert ours.data_ptr() != saved["tensors"]["dps/weights/sum/0.weight"].data_ptr()
+
+
+def test_what_was_loaded_before_a_task_moves_to_its_device() -> None:
+    """Indices too, which no accelerator takes from the processor."""
+    bound = Recipe(methods=[EWC()]).unbound()
+    bound.states["ewc"].slot("fisher")["0.weight"] = torch.ones(4, 3)
+    bound.states["ewc"].tensors["rows"] = {"0.weight": torch.tensor([1])}
+    model = net().to("meta")
+    bound.begin_task("two", adamw(model), 5, model=model)
+    tensors = bound.state_dict()["tensors"]
+    assert tensors.pop("generator").is_cpu
+    assert len(tensors) == 2 and all(t.is_meta for t in tensors.values())
+
+
+def test_a_state_can_be_asked_for_before_any_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        state = Recipe(methods=[EWC()]).unbound().state_dict()
+        assert list(state["tensors"]) == ["generator"] and state["meta"]["parameters"] == {}
