@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, check_held
-from holdfast.experiments.sequence import HISTORY_ROWS
+from holdfast.experiments.settings import HISTORY_ROWS
 from holdfast.training.saving import epoch_is_over
 
 if TYPE_CHECKING:

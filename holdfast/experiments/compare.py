@@ -14,7 +14,8 @@ from typing import Any
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.experiments.sequence import Settings, run_sequence
+from holdfast.experiments.sequence import run_sequence
+from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
 from holdfast.training import stopping

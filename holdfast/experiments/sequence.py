@@ -7,54 +7,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field
-
-from holdfast.config import Checked, Share
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.record import Record, commit
 from holdfast.experiments.runs import RECORD, check_disk, check_held, digest, open_run
+from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
-
-# Those of Transformers that need no settings of their own.
-Schedule = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt",
-]  # fmt: skip
-HISTORY_ROWS = 128  # selection rows of each task that are scored while training
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings(Checked):
-    """How every task of a sequence is trained; checked when it is made.
-
-    warmup and selection are a share below 1 or a number (of steps, of rows).
-    save_steps: steps between checkpoints within a task; 0 saves none, null at every epoch's end.
-    alone: train each later task by itself as well, which forward transfer needs.
-    """
-
-    shares: ClassVar[tuple[str, ...]] = ("warmup", "selection")
-
-    epochs: Annotated[float, Field(gt=0)] = 3.0
-    batch_size: Annotated[int, Field(gt=0)] = 16
-    accumulation: Annotated[int, Field(gt=0)] = 1
-    lr: Annotated[float, Field(gt=0)] = 2e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    warmup: Annotated[float | int, Field(ge=0)] = 0.1
-    schedule: Schedule = "linear"
-    max_length: Annotated[int, Field(gt=1)] = 128
-    train_size: Annotated[int, Field(gt=0)] | None = None
-    evaluation_size: Annotated[int, Field(gt=0)] | None = None
-    selection: Share = 0.1
-    bf16: bool = False
-    save_steps: Annotated[int, Field(ge=0)] | None = None
-    alone: bool = False
-
-    @classmethod
-    def where(cls, name: str) -> str:
-        return "--" + name.replace("_", "-")
 
 
 def run_sequence(

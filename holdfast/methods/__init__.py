@@ -8,10 +8,8 @@ A package of its own adds one by an entry point, and is asked only for a name th
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, entry_points
-
 from holdfast.engine.method import Method
-from holdfast.errors import Refused, nearest
+from holdfast.errors import Refused
 from holdfast.methods.dps import DPS
 from holdfast.methods.ewc import EWC
 from holdfast.methods.gpm import GPM
@@ -22,6 +20,7 @@ from holdfast.methods.lwf import LwF
 from holdfast.methods.merge import Merge
 from holdfast.methods.replay import Replay
 from holdfast.methods.wise import WiSE
+from holdfast.plugins import plugin
 
 METHODS: dict[str, type[Method]] = {
     m.name: m for m in (DPS, EWC, GPM, KfacEWC, KLAnchor, L2SP, LwF, Merge, Replay, WiSE)
@@ -33,26 +32,11 @@ def method_named(name: str) -> type[Method]:
     """The method of a name: one of `METHODS`, or of an installed package."""
     if name in METHODS:
         return METHODS[name]
-    found = list(entry_points(group=GROUP, name=name))
-    if not found:
-        known = [*METHODS, *(point.name for point in entry_points(group=GROUP))]
-        raise Refused(f"no method {name!r}", remedy=nearest(name, known))
-    if len(found) > 1:
-        raise Refused(f"two packages have a method {name!r}: {', '.join(map(_package, found))}",
-                      remedy="uninstall one of them")  # fmt: skip
-    try:
-        made = found[0].load()
-    except (ImportError, AttributeError) as error:
-        raise Refused(f"{found[0].value} of {_package(found[0])} cannot be loaded: {error}",
-                      remedy="install it again") from None  # fmt: skip
+    made, whence = plugin(GROUP, name, METHODS)
     if not (isinstance(made, type) and issubclass(made, Method) and made.name == name):
-        raise Refused(f"{found[0].value} of {_package(found[0])} is no method called {name!r}",
+        raise Refused(f"{whence} is no method called {name!r}",
                       remedy="derive it from holdfast.Method, and give it this name")  # fmt: skip
     return made
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else point.value
 
 
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any
 
 from holdfast.config import count
 from holdfast.errors import Refused
-from holdfast.experiments.sequence import Settings, load_tasks
+from holdfast.experiments.sequence import load_tasks
+from holdfast.experiments.settings import Settings
 from holdfast.files import write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
@@ -229,7 +230,8 @@ def _drawn(half: Task, seed: int, plan: Settings) -> Task:
     size = count(plan.selection, len(rows), what="selection")
     if size >= len(rows):
         raise Refused(f"selection {plan.selection} leaves no row to train on", where=half.name)
-    chosen, rest = stratified([r.label for r in rows], size, seed=f"selection {seed}", leave=1)
+    chosen, rest = stratified([r.label for r in rows], size, seed=f"selection {seed}", leave=1,
+                              alike=[r.plain for r in rows])  # fmt: skip
     train, warnings = [rows[i] for i in rest], list(half.warnings)
     if plan.train_size is not None:
         # What was said of the pool's size is nothing that anybody asked for.

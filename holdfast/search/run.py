@@ -43,7 +43,7 @@ def search(
 ) -> dict[str, Any]:
     """Search learning rates by part for two tasks; returns what `search.json` in `out` holds.
 
-    asked: see `Plan.make`, and `holdfast.experiments.sequence.Settings` for how each task is
+    asked: see `Plan.make`, and `holdfast.experiments.settings.Settings` for how each task is
     trained. url: where Optuna keeps the study (a SQLite file in `out`). workers: processes of one
     thread each; further calls with the same `out`, at the same time or later, join the study.
     train, evaluate: how a plan's trials and final runs are made.

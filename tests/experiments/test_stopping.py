@@ -18,6 +18,7 @@ from sequences import RECIPE, SETTINGS, files, run, told
 from transformers import Trainer
 
 from holdfast import cli
+from holdfast.cli import demo
 from holdfast.experiments import learner, sequence
 from holdfast.experiments.record import Record
 from holdfast.training import saving
@@ -137,7 +138,7 @@ def compared(place: Path, out: Path) -> None:
         compare(str(place / "bert"), [place / "mood.jsonl"], recipes, seeds=[0], out=out,
                 workers=2, **plain)  # fmt: skip
 
-    cli._demo = work
+    demo.run = work
     sys.exit(cli.main(["demo"]))
 
 

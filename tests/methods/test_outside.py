@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import pytest
 from pydantic import Field
 
-import holdfast.methods
+import holdfast.plugins
 from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
 from holdfast.methods import EWC, METHODS, method_named
@@ -57,7 +57,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
             assert which["group"] == "holdfast.methods"
             return [p for p in points if which.get("name", p.name) == p.name]
 
-        monkeypatch.setattr(holdfast.methods, "entry_points", entry_points)
+        monkeypatch.setattr(holdfast.plugins, "entry_points", entry_points)
         return asked
 
     return installed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_studies import GOOD, OTHER, csv, logs, study, write
 
+from holdfast.cli import build_parser, main
 from holdfast.errors import Refused
 from holdfast.network.rates import Rates
 from holdfast.search import combine as module
@@ -24,7 +24,6 @@ from holdfast.search.trials import (
     Trial,
     read_study,
 )
-from holdfast.search.verbs import add_combine
 
 # --- the formula --------------------------------------------------------------------------------
 
@@ -166,33 +165,18 @@ def test_studies_that_do_not_go_together(tmp_path: Path) -> None:
 # --- the verb -----------------------------------------------------------------------------------
 
 
-def verb_parser() -> argparse.ArgumentParser:
-    """The verb alone, in a parser as the command line makes it."""
-    parser = argparse.ArgumentParser(prog="holdfast")
-    verbs = parser.add_subparsers()
-
-    def verb(name: str, run: Any, about: str, *example: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=about, epilog="example:\n  " + " ".join(example))
-        made.set_defaults(run=run)
-        return made
-
-    add_combine(verb)
-    return parser
-
-
 def test_the_verb_prints_each_study_and_writes_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = csv(tmp_path / "one", GOOD, OTHER.replace(",b,", ",a,").replace("complete", "pruned"))
     two = write(tmp_path / "two" / "trials.csv", [(1.2, [1e-5, 1e-5, 1e-4])], "a", layers=6)
     out = tmp_path / "rates.yaml"
-    chosen = verb_parser().parse_args(["combine", str(one.parent), str(two), "--out", str(out)])
-    chosen.run(chosen)
+    assert main(["combine", str(one.parent), str(two), "--out", str(out)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for word in ("1 pruned", "fused", "1.500", "100 %", "counts 2 times", "rates.yaml"):
         assert word in said, word
     assert Rates.load(out).layers == 6
-    defaults = verb_parser().parse_args(["combine", "x"])
+    defaults = build_parser().parse_args(["combine", "x"])
     assert (defaults.base, defaults.layers, str(defaults.out)) == (module.BASE, None, "rates.yaml")
 
 
@@ -206,7 +190,7 @@ def test_the_table_says_when_the_depth_is_unknown() -> None:
 
 def test_combining_imports_neither_torch_nor_optuna() -> None:
     code = (
-        "import sys, holdfast.search.verbs as verbs\n"
+        "import sys, holdfast.cli.combine as verb\n"
         "assert 'numpy' not in sys.modules, 'help would load NumPy'\n"
         "import holdfast.search.combine\n"
         "print(sorted({'torch', 'optuna', 'transformers', 'pandas', 'scipy'} & set(sys.modules)))"

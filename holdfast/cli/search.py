@@ -1,34 +1,26 @@
-"""`holdfast search` on the command line: its options, and what they ask for.
-
-Loaded for every `--help`: whatever is heavy is imported when the verb runs.
-"""
+"""`holdfast search`: a learning rate for each part of the network."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+
+from holdfast.cli.options import add_run, add_settings, add_tasks, given, show
+
+ABOUT = "find how fast each part should learn, to take up a task and keep another"
+EXAMPLE = (
+    "holdfast search --tasks data/trec6 data/sst2 --trials 50 --workers 2 --train-size 960 "
+    "--epochs 2 --out runs/s"
+)
+RESUMES = True
+
 
 ASKED = ("shift", "recipe", "tune", "parts", "flat", "sampler", "pruner", "objective", "trials",
          "replicates", "seed")  # fmt: skip
 
 
-def add_search(
-    verb: Callable[..., argparse.ArgumentParser],
-    run: Callable[..., Any],
-    add_training: Callable[..., None],
-    task_help: str,
-) -> None:
-    """Add `search`; see `combine`'s twin in `holdfast.search.verbs`."""
-    parser = verb(
-        "search", run, "find how fast each part should learn, to take up a task and keep another",
-        "holdfast search --tasks data/trec6 data/sst2 --trials 50 --workers 2",
-        "--train-size 960 --epochs 2 --out runs/s",
-    )  # fmt: skip
+def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--tasks", required=True, nargs="+", metavar="TASK",
-        help=f"the old and the new one; one for other shifts than task. {task_help}")  # fmt: skip
+    add_tasks(parser, "the old and the new one; one for other shifts than task. ")
     add("--shift", default="task", help="task (two tasks), or two halves of one: length, cluster, "
         "labels")  # fmt: skip
     add("--trials", type=int, default=50, help="in all, controls among them (50)")
@@ -46,13 +38,19 @@ def add_search(
     add("--storage", metavar="URL",
         help="journal:PATH, or a database that Optuna takes (a SQLite file in --out)")  # fmt: skip
     add("--workers", type=int, default=1, help="processes of one thread each (1)")
-    add_training(parser, searching=True)
+    add_run(parser, recipe="plain")
+    add_settings(parser, without=["alone", "lr"])
 
 
-def asked(chosen: argparse.Namespace) -> dict[str, Any]:
-    """What was given, as `holdfast.search.run.search` takes it, training settings left aside."""
-    given = {name: getattr(chosen, name) for name in ASKED}
-    return {
-        **given, "fresh": chosen.seeds, "url": chosen.storage, "workers": chosen.workers,
-        "out": Path(chosen.out),
-    }  # fmt: skip
+def run(chosen: argparse.Namespace) -> None:
+    from holdfast.report.search import search_table, write_search_report
+    from holdfast.search.run import search
+
+    asked = {name: getattr(chosen, name) for name in ASKED}
+    body = search(
+        chosen.model, chosen.tasks, fresh=chosen.seeds, url=chosen.storage, workers=chosen.workers,
+        out=chosen.out, **asked, **given(chosen),
+    )  # fmt: skip
+    page = write_search_report(body, chosen.out / "report.html")
+    rates = chosen.out / "rates.yaml"
+    show(search_table(body), body["gain"]["sentence"], f"{rates}  {page}")

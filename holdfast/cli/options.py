@@ -1,0 +1,85 @@
+"""Options that several verbs have; those of a run's settings come from `Settings` itself."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
+TASK_HELP = (
+    "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
+    "builtin:NAME or a Hub id"
+)
+
+
+def add_tasks(parser: argparse.ArgumentParser, about: str = "") -> None:
+    """The tasks of a sequence, in order."""
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=about + TASK_HELP)
+
+
+def add_run(parser: argparse.ArgumentParser, *, recipe: str) -> None:
+    """What a single run has beside its tasks and settings."""
+    parser.add_argument("--recipe", default=recipe, help=f"{RECIPE_HELP} ({recipe})")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, *, out: str | None = None, without: Collection[str] = ()
+) -> None:
+    """--model, --out (`out` says where it is by default) and one option for each of `Settings`."""
+    from holdfast.experiments.settings import Settings
+
+    parser.add_argument(
+        "--model", default="minilm", help="minilm, a saved model's folder or a Hub id"
+    )
+    parser.add_argument("--out", type=Path, required=out is None, help=out or "the folder")
+    hints = get_type_hints(Settings, include_extras=True)
+    for field in fields(Settings):
+        if field.name in without:
+            continue
+        about, kind = _described(hints[field.name])
+        if field.default not in (None, False):
+            about += f" ({field.default})"
+        how: dict[str, Any] = {"help": about, "default": None}
+        how |= {"action": "store_true"} if kind is bool else {"type": kind}
+        parser.add_argument(Settings.where(field.name), **how)
+
+
+def given(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given; the rest keeps its default."""
+    from holdfast.experiments.settings import Settings
+
+    values = {field.name: getattr(chosen, field.name, None) for field in fields(Settings)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def number(text: str) -> float | int:
+    """What a share or a count says; argparse names this function when it refuses."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def show(table: Any, *lines: object) -> None:
+    """Print a table and lines below it."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for line in lines:
+        print(line)
+
+
+def _described(hint: Any) -> tuple[str, Any]:
+    """What a setting's annotation says it is, and what reads it from a word."""
+    if get_origin(hint) is UnionType or NoneType in get_args(hint):  # … | None
+        return _described(next(each for each in get_args(hint) if each is not NoneType))
+    if get_origin(hint) is not Annotated:
+        raise TypeError(f"a setting without a description: {hint}")
+    kind, *notes = get_args(hint)
+    about = next(note.description for note in notes if getattr(note, "description", None))
+    if get_origin(kind) is UnionType:
+        return about, number
+    return about, kind if kind in (int, float, bool) else str

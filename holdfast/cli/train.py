@@ -1,0 +1,24 @@
+"""`holdfast train`: one task."""
+
+from __future__ import annotations
+
+import argparse
+
+from holdfast.cli.options import TASK_HELP, add_run, add_settings
+from holdfast.cli.sequence import RUN, learn
+
+ABOUT = "fine-tune on one task"
+EXAMPLE = (
+    "holdfast train --task 'reviews.csv?text=body&label=stars' --recipe dps --out runs/reviews"
+)
+RESUMES = True
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, help=TASK_HELP)
+    add_run(parser, recipe="plain")  # of one task nothing measured does better (docs/results)
+    add_settings(parser, out=RUN, without=["alone"])
+
+
+def run(chosen: argparse.Namespace) -> None:
+    learn([chosen.task], chosen)

@@ -1,0 +1,59 @@
+"""How every task of a run is trained: the one schema of Python, `run.json` and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from holdfast.config import Checked, Share
+
+# Those of Transformers that need no settings of their own.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt",
+]  # fmt: skip
+HISTORY_ROWS = 128  # selection rows of each task that are scored while training
+
+
+def about(description: str, **bounds: Any) -> Any:
+    """A field's bounds, and what the command line says of it."""
+    return Field(description=description, **bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Checked):
+    """How every task of a sequence is trained; checked when it is made.
+
+    warmup and selection are a share below 1 or a number (of steps, of rows).
+    save_steps: steps between checkpoints within a task; 0 saves none, null at every epoch's end.
+    alone: train each later task by itself as well, which forward transfer needs.
+    """
+
+    shares: ClassVar[tuple[str, ...]] = ("warmup", "selection")
+
+    train_size: (
+        Annotated[int, about("a stratified subset of the training rows", gt=0)] | None
+    ) = None
+    evaluation_size: (
+        Annotated[int, about("a stratified subset of the evaluation rows", gt=0)] | None
+    ) = None
+    epochs: Annotated[float, about("passes over the training rows", gt=0)] = 3.0
+    batch_size: Annotated[int, about("rows a micro-batch", gt=0)] = 16
+    accumulation: Annotated[int, about("micro-batches a step", gt=0)] = 1
+    lr: Annotated[float, about("base learning rate; larger models take less", gt=0)] = 2e-4
+    weight_decay: Annotated[float, about("decoupled weight decay", ge=0)] = 0.01
+    warmup: Annotated[float | int, about("steps of warm-up, or a share below 1", ge=0)] = 0.1
+    schedule: Annotated[Schedule, about("a learning-rate schedule of Transformers")] = "linear"
+    max_length: Annotated[int, about("tokens a row is cut at", gt=1)] = 128
+    selection: Annotated[Share, about("training rows kept for choosing, or a share")] = 0.1
+    save_steps: (
+        Annotated[int, about("steps between checkpoints; 0: none (each epoch)", ge=0)] | None
+    ) = None
+    bf16: Annotated[bool, about("train in bfloat16 mixed precision")] = False
+    alone: Annotated[bool, about("train later tasks alone too: gives forward transfer")] = False
+
+    @classmethod
+    def where(cls, name: str) -> str:
+        return "--" + name.replace("_", "-")

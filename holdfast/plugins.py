@@ -1,0 +1,34 @@
+"""What other packages add to holdfast by entry points; asked only for a name that is not ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from holdfast.errors import Refused, nearest
+
+
+def plugin(group: str, name: str, known: Iterable[str]) -> tuple[Any, str]:
+    """What an installed package calls `name` in an entry-point group, and whence: package, value.
+
+    `Refused` where none does (`known` are the names that come with holdfast), where two do, and
+    where it cannot be loaded.
+    """
+    found = list(entry_points(group=group, name=name))
+    kind = group.removeprefix("holdfast.").removesuffix("s")
+    if not found:
+        names = [*known, *(point.name for point in entry_points(group=group))]
+        raise Refused(f"no {kind} {name!r}", remedy=nearest(name, names))
+    if len(found) > 1:
+        raise Refused(f"two packages have a {kind} {name!r}: {', '.join(map(_package, found))}",
+                      remedy="uninstall one of them")  # fmt: skip
+    whence = f"{found[0].value} of {_package(found[0])}"
+    try:
+        return found[0].load(), whence
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"{whence} cannot be loaded: {error}", remedy="install it again") from None
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value
