@@ -34,7 +34,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from holdfast import DPS, EWC, HeadFirst, LwF, Merge, Recipe, Replay
-from holdfast.experiments.compare import end_with_parent
+from holdfast.experiments.processes import end_with_parent
 from holdfast.experiments.learner import unprepare
 from holdfast.experiments.record import commit, versions
 from holdfast.recipe import PRESETS

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from holdfast.errors import Refused
+from holdfast.experiments.processes import spread
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import run_sequence
 from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
-from holdfast.training import stopping
 
 
 def compare(
@@ -62,70 +60,11 @@ def compare(
         Settings.from_dict({**settings, **own})
     if workers == 1:
         return [run_sequence(**job) for job in jobs]
-    return _in_processes(jobs, workers, progress)
-
-
-def _in_processes(jobs: Sequence[dict[str, Any]], workers: int, progress: bool) -> list[Record]:
-    from tqdm.auto import tqdm
-
-    before = {*active_children()}
-    context = get_context("spawn")
-    started = (context.RLock(), context.Value("i", 0))
-    tqdm.set_lock(started[0])
-    with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_alone, initargs=started
-    ) as pool:
-        try:
-            # Processes start as jobs are handed in, and take over what is blocked: Ctrl-C, which
-            # reaches all of a terminal's processes, is for this one to answer.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            try:
-                futures = {pool.submit(_job, **job): i for i, job in enumerate(jobs)}
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            records: dict[int, Record] = {}
-            bar = tqdm(as_completed(futures), total=len(jobs), unit="run", disable=not progress)
-            for future in bar:
-                records[futures[future]] = future.result()
-                bar.set_postfix_str(jobs[futures[future]]["label"])
-        except BaseException:
-            # One run was refused, or a signal: the others end too, each after the step it is at
-            # and with a checkpoint, and go on when asked again.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in {*active_children()} - before:
-                process.terminate()
-            raise
+    records: dict[int, Record] = {}
+    made = spread([partial(run_sequence, **job) for job in jobs], workers, where=str(out))
+    with closing(made), tqdm(total=len(jobs), unit="run", disable=not progress) as bar:
+        for number, record in made:
+            records[number] = record
+            bar.set_postfix_str(jobs[number]["label"], refresh=False)
+            bar.update()
     return [records[i] for i in range(len(jobs))]
-
-
-def _job(**job: Any) -> Record:
-    stopping.check()  # a job that was handed out before the signal came
-    return run_sequence(**job)
-
-
-def _alone(lock: Any, number: Any) -> None:
-    """One thread for each process (two with two threads each would crawl), and a line for its bar.
-
-    SIGTERM, by which the first process ends them, may reach them from elsewhere as well.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stopping.install(only=(signal.SIGTERM,), patient=True)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    import torch
-    from tqdm.auto import tqdm
-
-    from holdfast.experiments import callbacks
-
-    torch.set_num_threads(1)
-    tqdm.set_lock(lock)
-    with number.get_lock():
-        number.value += 1
-        callbacks.BAR_LINE = number.value
-
-
-def end_with_parent() -> None:
-    """A killed first process must not leave others training into its folders."""
-    parent = parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

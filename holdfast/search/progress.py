@@ -7,11 +7,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from holdfast.experiments.processes import EVERY
 from holdfast.search.final import FinalJob, ended, jobs
 from holdfast.search.rows import best, rows
 from holdfast.search.study import FINISHED, Study
-
-EVERY = 1.0  # seconds between looks at the storage
 
 
 class Line:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Refused
+from holdfast.experiments.processes import spread
 from holdfast.search import result, storage
 from holdfast.search.final import Evaluate, Evaluation, contenders, finish, jobs
 from holdfast.search.plan import Plan
@@ -61,16 +63,33 @@ def search(
     folder = Path(out)
     if folder.is_file():
         raise Refused("is a file", where=str(folder), remedy="name a folder")
-    for line in plan.warnings:
-        logging.getLogger("holdfast").warning(line)
+    for said in plan.warnings:
+        logging.getLogger("holdfast").warning(said)
     study = Study(folder, plan, url)
     if workers == 1:
         labour(study, train, evaluate, progress=progress)
     else:
-        from holdfast.search.processes import spread
-
-        spread(study, workers, train, evaluate, progress=progress)
+        together(study, workers, train, evaluate, progress=progress)
     return conclude(study, evaluate(plan), command or sys.argv)
+
+
+def together(
+    study: Study, workers: int, train: MakeTrain, evaluate: MakeEvaluate, *, progress: bool
+) -> None:
+    """`labour` in so many processes, each with a view of the study of its own."""
+    line = Line(study, shown=progress)
+    each = partial(_joined, study.folder, study.plan, study.url, train, evaluate)
+    try:
+        for _ in spread([each] * workers, workers, where=str(study.folder), look=line.look):
+            pass
+    finally:
+        line.close()
+
+
+def _joined(
+    folder: Path, plan: Plan, url: str | None, train: MakeTrain, evaluate: MakeEvaluate
+) -> None:
+    labour(Study(folder, plan, url), train, evaluate)
 
 
 def labour(

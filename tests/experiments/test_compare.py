@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
-from concurrent.futures import Future
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 
 from holdfast import Recipe, Refused, compare
 from holdfast.experiments import learner
+from holdfast.experiments.processes import spread
 from holdfast.recipe import PRESETS
 from holdfast.training.stopping import Stopped
 
@@ -20,6 +25,12 @@ RECIPES: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "plain": (PRESETS["plain"](), {}),
     "Plain, slow": (PRESETS["plain"](), {"lr": 1e-6}),
 }
+
+
+@pytest.fixture
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spawned processes find the tests' own modules."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
 
 
 def compared(place: Path, out: Path, recipes: Any = RECIPES, **more: Any) -> Any:
@@ -108,33 +119,46 @@ def test_a_refusal_in_another_process_is_a_refusal_here(place: Path, tmp_path: P
     assert "--out" in str(refusal.value)
 
 
-def test_a_signal_while_runs_are_handed_out_ends_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Leaving the pool would wait for every run that it was given, deaf to Ctrl-C."""
-    ended: list[dict[str, Any]] = []
+def killed_once(mark: Path, number: int) -> tuple[int, int]:
+    """Dies by SIGKILL the first time that it is asked."""
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number, os.getpid()
 
-    class Pool:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            self.jobs = 0
 
-        def __enter__(self) -> Any:
-            return self
+def killed(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-        def __exit__(self, *_: Any) -> None:
-            pass
 
-        def submit(self, *_: Any, **__: Any) -> Future[Any]:
-            self.jobs += 1
-            if self.jobs == 2:
-                raise Stopped(signal.SIGTERM)
-            return Future()
+@pytest.mark.usefixtures("_importable")
+def test_a_killed_process_is_replaced_and_its_job_done(tmp_path: Path) -> None:
+    """Of a pool one killed process would break every job."""
+    jobs = [partial(killed_once, tmp_path / "mark", n) for n in range(3)]
+    done = dict(spread(jobs, 2, where="x"))
+    assert [done[n][0] for n in range(3)] == [0, 1, 2] and (tmp_path / "mark").exists()
+    assert len({pid for _, pid in done.values()}) <= 2  # a process takes one job after another
 
-        def shutdown(self, **how: Any) -> None:
-            ended.append(how)
 
-    monkeypatch.setattr("holdfast.experiments.compare.ProcessPoolExecutor", Pool)
+@pytest.mark.usefixtures("_importable")
+def test_a_job_that_ends_its_processes_is_given_up() -> None:
+    with pytest.raises(Refused, match=r"x: its processes were .* by SIGKILL; .*fewer --workers"):
+        list(spread([partial(killed, 0)], 1, where="x"))
+
+
+def waiting(mark: Path) -> None:
+    mark.touch()
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_signal_ends_those_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        if (tmp_path / "0").exists():
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("holdfast.experiments.processes.stopping.check", check)
     with pytest.raises(Stopped):
-        compare("x", ["y"], {"plain": (Recipe(), {})}, seeds=[0, 1], out=tmp_path, workers=2)
-    assert ended == [{"wait": False, "cancel_futures": True}]
+        list(spread([partial(waiting, tmp_path / "0")], 1, where="x"))
+    assert not multiprocessing.active_children()
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -14,8 +14,7 @@ import pytest
 from fakes import make_curve, make_result, plan
 
 from holdfast.errors import Refused
-from holdfast.search import processes
-from holdfast.search.run import search
+from holdfast.search.run import search, together
 from holdfast.search.study import Study
 
 
@@ -29,7 +28,7 @@ def killed_once(_: object) -> object:
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return curve(job, watch)  # type: ignore[arg-type]
+        return curve(job, watch)
 
     return train
 
@@ -53,7 +52,7 @@ def test_a_killed_process_is_replaced_and_costs_no_trial(
 ) -> None:
     monkeypatch.setenv("HOLDFAST_TEST_MARK", str(tmp_path / "mark"))
     of = Study(tmp_path / "out", plan(place))
-    processes.spread(of, 2, killed_once, make_result, progress=False)  # type: ignore[arg-type]
+    together(of, 2, killed_once, make_result, progress=False)
     assert of.counts() == {"complete": 12}
     assert sorted(t.user_attrs["attempts"] for t in of.trials()) == [1] * 11 + [2]
 
@@ -79,9 +78,9 @@ def test_what_ends_processes_is_told_in_a_line(
     """A full disk, or memory that does not suffice: each with what to do."""
     of = Study(tmp_path, plan(place))
     with pytest.raises(OSError, match="No space left"):
-        processes.spread(of, 1, full, make_result, progress=False)  # type: ignore[arg-type]
+        together(of, 1, full, make_result, progress=False)
     with pytest.raises(Refused, match=r"by SIGKILL; .*fewer --workers"):
-        processes.spread(of, 1, killed, make_result, progress=False)  # type: ignore[arg-type]
+        together(of, 1, killed, make_result, progress=False)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -89,7 +88,7 @@ def test_what_ends_processes_is_told_in_a_line(
 def test_what_one_process_is_refused_ends_all(place: Path, tmp_path: Path) -> None:
     of = Study(tmp_path, plan(place))
     with pytest.raises(Refused, match="No space left"):
-        processes.spread(of, 2, refusing, make_result, progress=False)  # type: ignore[arg-type]
+        together(of, 2, refusing, make_result, progress=False)
     assert of.counts()["complete"] == 0
 
 
