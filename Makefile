@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := holdfast tests benchmarks examples
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check wheel clean
 
 demo: .venv/demo.stamp
 	$(BIN)/holdfast demo --out runs/demo
@@ -14,6 +14,16 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# What is packaged works without the sources beside it.
+wheel: .venv/dev.stamp
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	$(PIP) install --no-deps --target build/wheel/site build/wheel/*.whl
+	cd build/wheel && export PYTHONPATH=site && ../../$(BIN)/python -c \
+		'import holdfast; assert "build/wheel/site" in holdfast.__file__, holdfast.__file__' \
+		&& ../../$(BIN)/python -m pytest -c ../../pyproject.toml \
+		../../tests/test_cli.py ../../tests/test_public.py ../../tests/report
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check $(SOURCES)

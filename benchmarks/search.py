@@ -2,11 +2,11 @@
 
     python benchmarks/search.py --quick --json docs/results/search-quick.json
 
-For every pair of tasks a search; then the winner, the best flat rate, layer decay, `bertcl`, EWC
-and replay with the same fresh seeds on evaluation rows, all at the best flat rate but for the
-winner. --full also fuses the pairs' curves and tries them on a fifth pair. Writes the JSON, and
-beside it the table (.md) and pictures (.svg). Everything is kept under --runs: the same command
-goes on where it was stopped.
+For every pair of tasks a search; then the winner, its ablation, the best flat rate, layer decay,
+`bertcl`, EWC and replay with the same fresh seeds on evaluation rows, all at the best flat rate but
+for the winner and its ablation. --full also fuses the pairs' curves and tries them on a fifth pair.
+Writes the JSON, and beside it the table (.md) and pictures (.svg). Everything is kept under --runs:
+the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def table(pairs: list[dict[str, Any]]) -> str:
 
 def _spent(final: Mapping[str, Any], body: Mapping[str, Any]) -> int:
     """Steps of the search that found it: all, or those of the flat trials that gave the rate."""
-    if final["kind"] == "searched":
+    if final["kind"] in ("searched", "ablation"):
         return int(body["steps"]["spent"])
     return sum(t["steps"] or 0 for t in body["trials"] if t["kind"] == "flat")
 

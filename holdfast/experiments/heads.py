@@ -189,11 +189,28 @@ def encode(
     rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int
 ) -> list[dict[str, Any]]:
     """Token ids and label of each row, cut at `max_length` tokens and not padded."""
-    texts = [r.text for r in rows]
-    pairs = [r.pair or "" for r in rows] if task.pairs else None
-    fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    fields = _tokens(rows, task, tokenizer, truncation=True, max_length=max_length)
     labels = [float(r.label) if task.regression else int(r.label) for r in rows]
     return [{**{k: v[i] for k, v in fields.items()}, "labels": labels[i]} for i in range(len(rows))]
+
+
+def count_cut(
+    rows: Sequence[Row],
+    encoded: Sequence[dict[str, Any]],
+    task: Task,
+    tokenizer: Any,
+    *,
+    max_length: int,
+) -> int:
+    """How many rows were cut: of those with `max_length` tokens, the ones that have more."""
+    full = [r for r, e in zip(rows, encoded, strict=True) if len(e["input_ids"]) >= max_length]
+    whole = _tokens(full, task, tokenizer)["input_ids"] if full else []
+    return sum(len(ids) > max_length for ids in whole)
+
+
+def _tokens(rows: Sequence[Row], task: Task, tokenizer: Any, **limit: Any) -> Any:
+    pairs = [r.pair or "" for r in rows] if task.pairs else None
+    return tokenizer([r.text for r in rows], pairs, **limit)
 
 
 def evaluate(

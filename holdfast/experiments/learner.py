@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from holdfast.engine.bound import Bound
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.heads import (
     add_head,
+    count_cut,
     encode,
     evaluate,
     has_head,
@@ -37,7 +38,7 @@ from holdfast.experiments.heads import (
     source_hash,
 )
 from holdfast.experiments.record import Record
-from holdfast.experiments.sequence import Settings
+from holdfast.experiments.settings import Settings
 from holdfast.network.parts import named_parameters, parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
@@ -73,7 +74,7 @@ class Learner:
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
-        self._encoded: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._encoded: dict[tuple[str, str], tuple[list[dict[str, Any]], int]] = {}
         self._began = 0.0
         self._note_machine()
         self._restore(self._finished())
@@ -88,13 +89,21 @@ class Learner:
         return home.with_name(f"{home.name}.training")
 
     def rows(self, index: int, split: str) -> list[dict[str, Any]]:
-        """A task's encoded rows."""
-        task = self.tasks[index]
+        """A task's encoded rows; that some were cut is told, and in the record."""
+        task, most = self.tasks[index], self.plan.max_length
         if (task.name, split) not in self._encoded:
-            self._encoded[task.name, split] = encode(
-                getattr(task, split), task, self.tokenizer, max_length=self.plan.max_length
-            )
-        return self._encoded[task.name, split]
+            texts = getattr(task, split)
+            made = encode(texts, task, self.tokenizer, max_length=most)
+            cut = count_cut(texts, made, task, self.tokenizer, max_length=most)
+            self._encoded[task.name, split] = made, cut
+        rows, cut = self._encoded[task.name, split]
+        if cut and split != "selection":  # those are like the training rows
+            kind = {"train": "training"}.get(split, split)
+            share = max(1, round(100 * cut / len(rows)))
+            line = f"{task.name}: {share} % of the {kind} rows are cut at {most} tokens"
+            tell_once(f"{line} (--max-length)")
+            self.record.warn(f"{line}.")
+        return rows
 
     def warn(self, line: str) -> None:
         """Tell it now and in the record."""
@@ -131,16 +140,19 @@ class Learner:
         return kept
 
     def _restore(self, finished: int) -> None:
-        for index in range(finished):
-            model = AutoModelForSequenceClassification.from_pretrained(self.home(index))
+        if not finished:
+            return
+        load = AutoModelForSequenceClassification.from_pretrained
+        last = load(self.home(finished - 1))
+        for index in range(finished - 1):
+            model = load(self.home(index))
+            share_encoder(last, model)  # its own is let go before the next is loaded
             self.models.append(model)
-        if finished:
-            for model in self.models[:-1]:
-                share_encoder(self.models[-1], model)
-            self.bound = self.recipe.unbound(seed=self.seed)
-            load_state(self.bound, self.home(finished - 1))
-            for task, model in zip(self.tasks, self.models, strict=False):
-                self.bound.models[task.name] = model
+        self.models.append(last)
+        self.bound = self.recipe.unbound(seed=self.seed)
+        load_state(self.bound, self.home(finished - 1))
+        for task, model in zip(self.tasks, self.models, strict=False):
+            self.bound.models[task.name] = model
 
     def learn(self, index: int) -> None:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""

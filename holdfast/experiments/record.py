@@ -222,7 +222,7 @@ class Record:
         path = Path(path)
         path = path / "record.json" if path.is_dir() else path
         try:
-            body = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+            body = read_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise Refused("no such file", where=str(path), remedy="pass a record.json") from None
         except OSError as error:
@@ -236,6 +236,17 @@ class Record:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(self.to_dict(), **STRICT) + "\n")
+
+
+def read_json(text: str) -> Any:
+    """JSON as it is written here; ValueError for NaN, Infinity and numbers as large as 1e999."""
+
+    def finite(word: str) -> float:
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"{word} is no number")
+        return value
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
 
 
 REPEAT = "run it again, or leave this file out"

@@ -136,9 +136,9 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """Records grouped by what they learned, then by configuration, over seeds.
 
     A configuration is a recipe and every setting but the seed. The control is the configuration
-    of `is_control`; of several (a flat rate each) the one with the best
-    new_plus_old on the selection rows, or on the evaluation rows where those are all there is:
-    that favours the control, never the recipe beside it.
+    of `is_control`; of several (a flat rate each) the one with the best new_plus_old (of a single
+    task: its score) on the selection rows, or on the evaluation rows where those are all there
+    is: that favours the control, never the recipe beside it.
     """
     studies: dict[str, list[Record]] = {}
     for record in records:
@@ -335,8 +335,9 @@ def _control(picked: dict[str, list[Record]]) -> str | None:
         matrices = [getattr(record, which) for record in picked[label]]
         if None in matrices:
             return None
-        found = [metrics.new_plus_old(matrix) for matrix in matrices]
-        return mean_spread(found).mean
+        # a single task has no old one, and so no new_plus_old
+        column = COLUMNS["new" if len(matrices[0]) == 1 else "new_plus_old"]
+        return mean_spread(column(matrix) for matrix in matrices).mean
 
     for which in ("selection_scores", "scores"):
         quality_of = {label: quality(label, which) for label in names}

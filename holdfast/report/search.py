@@ -6,13 +6,13 @@ may come from a stranger's file: names are cleaned, and the page runs nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import holdfast
 from holdfast.errors import Refused
+from holdfast.experiments.record import read_json
 from holdfast.experiments.statistics import Difference, paired_difference
 from holdfast.files import LARGEST, write_text_atomic
 from holdfast.report.page import environment
@@ -63,7 +63,7 @@ def load_search(path: str | Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 16 * LARGEST:
             raise Refused("too large for the facts of a search", where=where)
-        body = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        body = read_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refused(error.strerror or str(error), where=where) from None
     except (ValueError, RecursionError) as error:

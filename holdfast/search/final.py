@@ -2,7 +2,9 @@
 
 This is the only time that evaluation rows are scored, and no seed of it was used while searching.
 The best flat rate was chosen on selection rows, like the winner; the shapes that need no search run
-at that rate. Runs are shared among the processes of a search: each takes those nobody works on.
+at that rate. The ablation is the winner without its shape: flat, at the rate and settings that it
+has of its own, so that what these earn is not credited to the curve. Runs are shared among the
+processes of a search: each takes those nobody works on.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ class Contender:
     """What is run once more: a label for tables, its kind, the trial it stems from."""
 
     label: str
-    kind: str  # searched, flat, layer_decay, bertcl
+    kind: str  # searched, flat, ablation, layer_decay, bertcl
     trial: int
     params: dict[str, float]
 
@@ -77,7 +79,7 @@ Evaluate = Callable[[FinalJob], Result]
 
 
 def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
-    """The winner, the best flat rate, and the shapes at that rate.
+    """The winner, its ablation, the best flat rate, and the shapes at that rate.
 
     Where a flat rate is the winner, or a shape at that very rate, it stands once. Nothing where no
     trial was finished.
@@ -88,6 +90,9 @@ def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
         shape = winner.control  # None: it was searched
         label = f"{shape}@{winner.rate:g}" if shape else f"trial {winner.number}"
         made.append(Contender(label, "searched", winner.number, dict(winner.params)))
+        params = {**winner.params, **dict.fromkeys(plan.space.shape, 1.0)}
+        if flat is None or params != flat.params:
+            made.append(Contender(f"flat as {label}", "ablation", winner.number, params))
     if flat is None or flat.rate is None:
         return made
     made.append(Contender(f"flat@{flat.rate:g}", "flat", flat.number, dict(flat.params)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,24 +82,28 @@ def facts(
 
 
 def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The searched curve against the best flat rate, on evaluation rows and paired by seed.
+    """The searched curve against the better flat control, on evaluation rows and paired by seed.
 
-    verdict: `gain` or `loss` where the 95 % interval of the mean difference leaves 0 out, else
-    `no gain`; `not measured` where they share fewer than two seeds. A seed on which the winner
+    The controls are the best flat rate and the ablation (flat at the winner's own rate and
+    settings); the better is the one that the winner is less above, of those with the most seeds in
+    common. verdict: `gain` or `loss` where the 95 % interval of the mean difference leaves 0 out,
+    else `no gain`; `not measured` where they share fewer than two seeds. A seed on which the winner
     diverged is no gain, whatever the others say.
     """
-    flat = next((f for f in finals if f["kind"] == "flat"), None)
     won = next((f for f in finals if f["kind"] == "searched"), None)
-    if flat is None or flat["mean"] is None:
+    controls = [f for f in finals if f["kind"] in ("flat", "ablation") and f["mean"] is not None]
+    if not controls:
         said = "No flat control was finished: there is nothing to compare with."
         return {"verdict": "not measured", "sentence": said}
     if won is None:
+        flat = controls[0]
         said = (f"No gain: of all trials the flat rate {_rate(flat)} did best on selection rows; "
-                f"on evaluation rows it reaches {_spread(flat)}.")  # fmt: skip
+                f"on evaluation rows it reaches {_spread(_scores(flat).values())}.")  # fmt: skip
         return {"verdict": "no gain", "mean": 0.0, "low": None, "high": None, "n": 0, "p": None,
-                "sentence": said}  # fmt: skip
-    one, two = ({s["seed"]: s["new_plus_old"] for s in f["seeds"]} for f in (won, flat))
-    gap = paired_difference(one, two)
+                "control": flat["label"], "sentence": said}  # fmt: skip
+    mine = _scores(won)
+    gaps = [(paired_difference(mine, _scores(f)), f) for f in controls]
+    gap, control = min(gaps, key=lambda found: (-found[0].n, found[0].mean))
     diverged = [s["seed"] for s in won["seeds"] if s["reason"]]
     verdict = "not measured"
     if gap.low is not None and gap.high is not None:
@@ -109,12 +113,16 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     interval = "" if gap.low is None else f", 95 % interval [{gap.low:+.3f}, {gap.high:+.3f}]"
     known = "" if gap.mean is None else f"; difference {gap.mean:+.3f}{interval}"
     gone = f"; it diverged with seed {', '.join(map(str, diverged))}" if diverged else ""
+    theirs = {s: v for s, v in _scores(control).items() if s in mine}
+    ours = [v for s, v in mine.items() if s in theirs]
+    about = {"flat": f"the best flat rate {_rate(control)}",
+             "ablation": f"flat at its own rate {_rate(control)} and settings"}  # fmt: skip
     said = (
-        f"{verdict.capitalize()}: {won['label']} reaches new + old {_spread(won)} on evaluation "
-        f"rows over {gap.n} fresh seeds, the best flat rate {_rate(flat)} {_spread(flat)}"
+        f"{verdict.capitalize()}: {won['label']} reaches new + old {_spread(ours)} on evaluation "
+        f"rows over {gap.n} fresh seeds, {about[control['kind']]} {_spread(theirs.values())}"
         f"{known}{gone}."
     )
-    return {**gap._asdict(), "verdict": verdict, "sentence": said}
+    return {**gap._asdict(), "verdict": verdict, "control": control["label"], "sentence": said}
 
 
 def steps(plan: Plan, found: Sequence[Row], finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -163,10 +171,16 @@ def _rate(final: Mapping[str, Any]) -> str:
     return f"{final['rate']:.3g}"
 
 
-def _spread(final: Mapping[str, Any]) -> str:
-    if final["mean"] is None:
+def _scores(final: Mapping[str, Any]) -> dict[int, float]:
+    """new + old by seed, of those that did not diverge."""
+    return {s["seed"]: s["new_plus_old"] for s in final["seeds"] if s["new_plus_old"] is not None}
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = mean_spread(values)
+    if found.mean is None:
         return "nothing"
-    return f"{final['mean']:.3f}" + ("" if final["sd"] is None else f" ± {final['sd']:.3f}")
+    return f"{found.mean:.3f}" + ("" if found.sd is None else f" ± {found.sd:.3f}")
 
 
 def _finite(value: Any) -> Any:
@@ -195,7 +209,7 @@ def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
             "new_plus_old": {"mean": final["mean"], "sd": final["sd"]},
             "new": {"mean": final["new_mean"], "sd": final["new_sd"]},
             "old_after": {"mean": final["old_after_mean"], "sd": final["old_after_sd"]},
-            "against_best_flat": {k: v for k, v in body["gain"].items() if k != "p"},
+            "against_flat": {k: v for k, v in body["gain"].items() if k != "p"},
         }
     provenance = {
         "source": f"holdfast search {__version__}",

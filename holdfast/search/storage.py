@@ -68,7 +68,26 @@ def address(storage: str | None, folder: Path) -> str:
     if "://" not in storage:
         remedy = "as sqlite:///FILE, postgresql://HOST/NAME or journal:PATH"
         raise Refused(f"{storage!r} is no URL", where="--storage", remedy=remedy)
-    return _sqlite(storage) if storage.startswith("sqlite") else storage
+    return _sqlite(storage) if storage.startswith("sqlite") else _server(storage)
+
+
+def _server(storage: str) -> str:
+    """A server's URL; refused where a password's own @ would pass for the end of it.
+
+    What follows that would be taken for the host, and told by whatever looks for it.
+    """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(storage)
+        whole = "@" not in (url.host or "") + (url.database or "")
+    except (ValueError, ArgumentError):  # such as a port that is no number: maybe a password's end
+        whole = False
+    if not whole:
+        remedy = "in a user or password write @ as %40, : as %3A, / as %2F"
+        raise Refused("is no URL of a database", where="--storage", remedy=remedy)
+    return storage
 
 
 def _sqlite(storage: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from holdfast.tasks.labels import MAX_CLASSES, MAX_NAME
 from holdfast.tasks.table import shown
 
 _MAX_META = 2**20  # bytes
+_KEYS = ("task", "labels", "metric")
 _SUFFIXES = (".jsonl.gz", ".jsonl")
 
 
@@ -38,6 +40,11 @@ def meta(folder: Path) -> Meta:
         raise Refused(
             "no 'labels'", where=where, remedy='as {"labels": ["no", "yes"], "metric": "accuracy"}'
         )
+    for key in found:  # others describe the data, and stay; a misspelt one would be ignored
+        near = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
+        if near and near[0] not in found:
+            raise Refused(f"unknown key {shown(key)}", where=where,
+                          remedy=f"did you mean {near[0]!r}?")  # fmt: skip
     name, metric = found.get("task") or folder.resolve().name, found.get("metric")
     if not isinstance(name, str) or not isinstance(metric, str | None):
         raise Refused("'task' and 'metric' are texts", where=where)

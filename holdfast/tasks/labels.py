@@ -52,15 +52,15 @@ def by_name(names: tuple[str, ...]) -> Read:
 
     def read(cell: Any, where: str) -> int | None:
         name = spelled(cell, where)
-        if name == str(IGNORED):
+        if name in ids:
+            return ids[name]
+        if _meaning(name) == IGNORED:
             return None
-        if name not in ids:
-            raise Refused(
-                f"label {shown(name)} is not among those of the training rows",
-                where=where,
-                remedy=f"they are {listed(names)}",
-            )
-        return ids[name]
+        raise Refused(
+            f"label {shown(name)} is not among those of the training rows",
+            where=where,
+            remedy=f"they are {listed(names)}",
+        )
 
     return read
 
@@ -112,13 +112,14 @@ def names_of(
     rows = 0
     for cell, where in cells:
         spelling = spelled(cell, where)
-        if spelling == str(IGNORED):
+        if spelling in seen:
+            rows += 1
+            continue
+        meaning = _meaning(spelling)
+        if meaning == IGNORED:  # pandas writes -100.0 into a column with gaps
             continue
         rows += 1
-        if spelling in seen:
-            continue
         seen[spelling] = where
-        meaning = _meaning(spelling)
         if meaning in meant:
             other = meant[meaning]
             raise Refused(

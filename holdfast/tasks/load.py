@@ -33,7 +33,8 @@ def load_task(
 
     The seed chooses the selection rows and, with `train_size`, the training rows. The
     evaluation rows are the same for every seed, also where they are carved from the
-    training rows (a fifth, if none are given) or cut to `evaluation_size`.
+    training rows (a fifth, if none are given) or cut to `evaluation_size`. Rows of equal texts,
+    apart from case and spacing, are never parted by choosing evaluation or selection rows.
     """
     asked = parse(str(spec))
     if columns is not None:
@@ -43,16 +44,17 @@ def load_task(
     _check_classes(pool, names, name, warnings)
     if evaluation is None:
         size = max(1, round(CARVED * len(pool)))
-        evaluation, pool = _chosen(pool, size, seed="evaluation", leave=1)
+        evaluation, pool = _apart(pool, size, seed="evaluation")
         warnings.append(f"{len(evaluation)} evaluation rows carved from the training rows")
         if not evaluation:
-            raise Refused(f"{len(pool)} rows are too few to keep any for evaluation", where=name)
-    if repeated := _repeated(evaluation, pool):
+            raise Refused(f"{counted(len(pool))} of too few texts to keep any for evaluation",
+                          where=name)  # fmt: skip
+    elif repeated := _repeated(evaluation, pool):
         warnings.append(f"{counted(repeated, 'evaluation ')} also in the training rows")
     if evaluation_size is not None:
         if evaluation_size < 1:
             raise Refused(f"evaluation_size {evaluation_size} leaves nothing", where=name)
-        evaluation, _ = _chosen(evaluation, evaluation_size, seed="evaluation size")
+        evaluation = _chosen(evaluation, evaluation_size, seed="evaluation size")
     if len({row.label for row in evaluation}) < 2:
         warnings.append("every evaluation row has the same label")
 
@@ -62,9 +64,7 @@ def load_task(
         size = max(size, min(classes, len(pool) // 2))
     if size >= len(pool):
         raise Refused(f"selection {selection} leaves no row to train on", where=name)
-    chosen, train = _chosen(pool, size, seed=f"selection {seed}", leave=1)
-    if repeated := _repeated(chosen, train):
-        warnings.append(f"{counted(repeated, 'selection ')} also in the training rows")
+    chosen, train = _apart(pool, size, seed=f"selection {seed}")
     if train_size is not None:
         train = _subset(train, train_size, seed, names, name, warnings)
     return Task(
@@ -107,24 +107,24 @@ def _subset(
         raise Refused(f"train_size {size} is below the {present} classes", where=where)
     if size >= len(train):
         warnings.append(f"train_size {size} takes all {len(train)} training rows")
-    return _chosen(train, size, seed=f"train {seed}")[0]
+    return _chosen(train, size, seed=f"train {seed}")
 
 
-def _chosen(
-    rows: list[Row], size: int, *, seed: str, leave: int = 0
-) -> tuple[list[Row], list[Row]]:
-    chosen, others = splits.stratified([row.label for row in rows], size, seed=seed, leave=leave)
+def _chosen(rows: list[Row], size: int, *, seed: str) -> list[Row]:
+    return [rows[i] for i in splits.stratified([row.label for row in rows], size, seed=seed)[0]]
+
+
+def _apart(rows: list[Row], size: int, *, seed: str) -> tuple[list[Row], list[Row]]:
+    """About `size` rows and the others, of which none has a text of the first."""
+    labels, texts = [row.label for row in rows], [row.plain for row in rows]
+    chosen, others = splits.stratified(labels, size, seed=seed, leave=1, alike=texts)
     return [rows[index] for index in chosen], [rows[index] for index in others]
 
 
 def _repeated(rows: list[Row], training: list[Row]) -> int:
     """How many of `rows` also stand in `training`, apart from case and spacing."""
-
-    def plain(row: Row) -> tuple[str, ...]:
-        return tuple(" ".join(text.casefold().split()) for text in (row.text, row.pair or ""))
-
-    known = {plain(row) for row in training}
-    return sum(plain(row) in known for row in rows)
+    known = {row.plain for row in training}
+    return sum(row.plain in known for row in rows)
 
 
 def _check_classes(

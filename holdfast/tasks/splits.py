@@ -7,41 +7,63 @@ change, so that a seed means the same rows in every version of every library.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Sequence
 
 
 def stratified(
-    labels: Sequence[int | float], size: int, *, seed: str, leave: int = 0
+    labels: Sequence[int | float],
+    size: int,
+    *,
+    seed: str,
+    leave: int = 0,
+    alike: Sequence[Hashable] | None = None,
 ) -> tuple[list[int], list[int]]:
     """`size` indices in proportion to the classes, and the others, each in row order.
 
     Each class gets its share rounded down or up, at least one row where `size` allows it and
     where `leave` of its rows remain. Float labels are classed by tenths of their order, which
-    keep nothing back.
+    keep nothing back. Rows of which `alike` is equal stay together, so that a class may get fewer
+    rows than its share; more only where none of its two or more bundles of rows is small enough.
+    Float labels of bundles too long for a tenth are one class.
     """
+    bundles: dict[Hashable, list[int]] = defaultdict(list)
+    for index, key in enumerate(range(len(labels)) if alike is None else alike):
+        bundles[key].append(index)
+    classes = [int(label) for label in labels]
     if any(isinstance(label, float) for label in labels):
-        leave = 0
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, group in enumerate(_classes(labels)):
-        groups[group].append(index)
-    counts = {group: len(groups[group]) for group in sorted(groups)}
+        longest = max(map(len, bundles.values()))
+        leave, classes = 0, _quantiles(labels, 10 if longest == 1 or 10 * longest <= size else 1)
+    often = Counter(classes)
+    groups: dict[int, list[list[int]]] = defaultdict(list)
+    for bundle in bundles.values():  # counts for its rarest class, of which it may hold every row
+        groups[min((often[classes[i]], classes[i]) for i in bundle)[1]].append(bundle)
+    counts = {group: sum(map(len, groups[group])) for group in sorted(groups)}
     draw = random.Random(seed)
     rank = [draw.random() for _ in labels]
     chosen: set[int] = set()
     for group, count in _shares(counts, size, leave).items():
-        chosen.update(sorted(groups[group], key=rank.__getitem__)[:count])
+        ranked = sorted(groups[group], key=lambda bundle: rank[bundle[0]])
+        chosen.update(_filled(ranked, count))
     return sorted(chosen), [index for index in range(len(labels)) if index not in chosen]
 
 
-def _classes(labels: Sequence[int | float]) -> list[int]:
-    if not any(isinstance(label, float) for label in labels):
-        return [int(label) for label in labels]
+def _filled(bundles: list[list[int]], size: int) -> list[int]:
+    """The bundles that fit into `size`, in their order; where none does, the smallest of them."""
+    found: list[int] = []
+    for bundle in bundles:
+        if len(found) + len(bundle) <= size:
+            found += bundle
+    return found or (min(bundles, key=len) if size and len(bundles) > 1 else [])
+
+
+def _quantiles(labels: Sequence[int | float], parts: int) -> list[int]:
+    """Which of `parts` equal parts of its order each label falls into."""
     order = sorted(range(len(labels)), key=labels.__getitem__)
-    tenths = [0] * len(labels)
+    found = [0] * len(labels)
     for place, index in enumerate(order):
-        tenths[index] = 10 * place // len(labels)
-    return tenths
+        found[index] = parts * place // len(labels)
+    return found
 
 
 def _shares(counts: dict[int, int], size: int, leave: int) -> dict[int, int]:

@@ -21,6 +21,12 @@ class Row:
     pair: str | None
     label: int | float
 
+    @property
+    def plain(self) -> tuple[str, str]:
+        """Text and pair apart from case and spacing: rows of which it is equal are duplicates."""
+        one, two = (" ".join(text.casefold().split()) for text in (self.text, self.pair or ""))
+        return one, two
+
 
 @dataclass(frozen=True)
 class Task:

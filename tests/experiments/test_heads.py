@@ -23,6 +23,7 @@ from holdfast.experiments import heads
 from holdfast.experiments.heads import (
     add_head,
     check_length,
+    count_cut,
     encode,
     evaluate,
     load_model,
@@ -296,6 +297,17 @@ def test_rows_are_cut_and_not_padded(encoder: str) -> None:
     assert rows[3]["input_ids"][-1] == 3  # [SEP] stands at the end of a cut row too
     assert [r["labels"] for r in rows] == [0, 1, 0, 1, 0]
     assert all(isinstance(r["labels"], int) for r in rows)
+
+
+def test_rows_that_were_cut_are_counted(encoder: str) -> None:
+    """A row of just as many tokens as there may be was not cut."""
+    tokens = load_tokenizer(encoder)
+    for pairs, lengths in ((False, [6, 4, 7, 32, 4]), (True, [9, 7, 10, 35, 7])):
+        asked = task(pairs=pairs)
+        for most in (5, 7, 10, 32, 35, 64):
+            rows = encode(asked.train, asked, tokens, max_length=most)
+            cut = count_cut(asked.train, rows, asked, tokens, max_length=most)
+            assert cut == sum(length > most for length in lengths)
 
 
 def test_pairs_and_numbers(encoder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sequences import SETTINGS, files, forbid, run
 
 from holdfast import Recipe, Refused, Replay, run_sequence
 from holdfast.engine.bound import Bound
+from holdfast.errors import tell_once
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
 from holdfast.training import checkpoints
@@ -117,6 +119,25 @@ def test_what_is_odd_about_rows_is_told_before_training(
                          **SETTINGS)  # fmt: skip
     lines = [r.message for r in caplog.records if r.message.startswith("twice: ")]
     assert lines and len(lines) == len(set(lines))
+
+
+def test_rows_that_max_length_cuts_are_told_and_recorded(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    half = [{"text": f"{w} " * n, "label": n} for w in models.WORDS[:10] for n in (3, 40)]
+    long = [{"text": "red " * 40, "label": n} for n in (3, 40)]
+    for name, rows in (("some", half), ("held", long)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tell_once.cache_clear()
+    asked = f"{tmp_path / 'some.jsonl'}?evaluation=held.jsonl"
+    for seed in range(2):
+        record = run_sequence(str(place / "bert"), [asked], seed=seed, out=tmp_path / str(seed),
+                              selection=2, **{**SETTINGS, "epochs": 1.0})  # fmt: skip
+        assert record.warnings == [
+            "some: 50 % of the training rows are cut at 16 tokens.",
+            "some: 100 % of the evaluation rows are cut at 16 tokens.",
+        ]
+    assert caplog.text.count("cut at 16 tokens (--max-length)") == 2  # once a process
 
 
 @pytest.mark.parametrize("how", ["logits", "gradients"])

@@ -205,6 +205,15 @@ def test_only_refused_escapes_a_fuzzed_file(change: dict[str, Any]) -> None:
         Record.from_dict(body).to_dict()
 
 
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_score_that_is_no_number_is_refused(tmp_path: Path, word: str) -> None:
+    """It would be drawn as one that was not measured; no record is written with it."""
+    text = json.dumps(made(alone={"snli": 0.125}).to_dict())
+    (tmp_path / "record.json").write_text(text.replace("0.125", word))
+    with pytest.raises(Refused, match=f"record.json: not JSON: {word} is no number"):
+        Record.load(tmp_path)
+
+
 def test_saving_over_a_link_leaves_its_target_alone(tmp_path: Path) -> None:
     target, path = tmp_path / "victim", tmp_path / "record.json"
     target.write_text("mine", encoding="utf-8")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,29 @@ def test_a_damaged_finished_task_is_named_and_learned_again_if_deleted(
     assert Record.load(tmp_path).history[-1]["learning"] == 2
     run(place, tmp_path, seed=5)
     assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
+
+
+def test_finished_tasks_share_one_encoder_while_they_are_taken_up(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: of those loaded before, only the encoder that stays is held."""
+    stop_at(monkeypatch, place, tmp_path, module=learner.Learner, name="learn", call=3, seed=5)
+    encoders: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = AutoModelForSequenceClassification.from_pretrained
+
+    def loaded(folder: Any, **more: Any) -> Any:
+        gc.collect()
+        alive.append(sum(encoder() is not None for encoder in encoders))
+        model = load(folder, **more)
+        encoders.append(weakref.ref(model.base_model))
+        return model
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", loaded)
+    # once more where the state is read, after both tasks' models
+    monkeypatch.setattr(learner, "load_state", lambda *_: loaded(place / "bert"))
+    stop_at(monkeypatch, place, tmp_path, module=learner.Learner, name="learn", call=1, seed=5)
+    assert alive == [0, 1, 1]
 
 
 def test_bf16_with_replay_goes_on_as_it_was(

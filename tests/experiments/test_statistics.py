@@ -33,6 +33,9 @@ def test_noise_of_correlations_matches_simulation() -> None:
     seen = [float(spearmanr(a, b).statistic) for a, b in zip(x, y, strict=True)]
     assert noise("spearman", float(np.mean(seen)), 200) == pytest.approx(np.std(seen), rel=0.12)
 
+    # (1 - .25) sqrt(1.125 / 4): few rows, where the 3 that are taken off count
+    assert noise("spearman", 0.5, 7) == pytest.approx(0.75 * math.sqrt(1.125 / 4))
+
     truth = rng.integers(0, 2, (400, 200)) * 2 - 1
     guess = np.where(rng.random((400, 200)) < 0.8, truth, -truth)
     phi = (truth * guess).mean(1)
@@ -74,6 +77,15 @@ def test_pairs_that_are_few_or_equal() -> None:
     assert one == (0.25, None, None, 1, None, None)
     same = paired_difference({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.6})
     assert same.mean == 0 and same.p == 1.0
+
+
+def test_differences_that_are_equal_but_for_rounding_tie() -> None:
+    """.3 - .2 is not .2 - .1 to a computer, and .1 + .2 not .3."""
+    a, b = (0.2, 0.9, 0.3, 0.7, 0.6), (0.1, 0.8, 0.2, 0.8, 0.4)
+    # ranks 2.5, 2.5, 2.5, -2.5, 5: ten of the 32 signs have a sum of 2.5 or less on either side
+    assert paired_difference(dict(enumerate(a)), dict(enumerate(b))).p == pytest.approx(10 / 32)
+    none = paired_difference(dict.fromkeys(range(5), 0.1 + 0.2), dict.fromkeys(range(5), 0.3))
+    assert none.p == 1.0
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12))

@@ -134,6 +134,21 @@ def test_the_control_is_chosen_on_selection_rows() -> None:
     assert not any("chosen on evaluation" in line for line in found.warnings)
 
 
+@pytest.mark.parametrize("which", ["selection_scores", "scores"])
+def test_the_control_of_a_single_task_is_the_best_flat_rate(which: str) -> None:
+    """It has no new_plus_old: the rates are compared by its score."""
+    runs = []
+    for seed in range(5):
+        for lr, score in ((2e-5, 0.7), (5e-5, 0.8), (2e-4, 0.9)):
+            chosen = [[score]] if which == "selection_scores" else None
+            runs.append(record([[score]], lr=lr, seed=seed, selection_scores=chosen))
+        runs.append(record([[0.85]], recipe="dps", seed=seed, selection_scores=[[0.85]]))
+    (found,) = comparisons(runs)
+    assert found.control == "plain, lr 0.0002"
+    (dps,) = (group for group in found.groups if group.recipe == "dps")
+    assert dps.difference["new"].mean == pytest.approx(-0.05)
+
+
 def test_many_recipes_are_summed_up_by_the_highest() -> None:
     many = [
         record([[0.1 * i]], recipe=name, kind="train", seed=seed)

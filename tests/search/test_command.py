@@ -141,13 +141,24 @@ def test_halves_that_hold_too_few_rows(place: Path) -> None:
     assert half(train_size=1000).warnings == ()
 
 
+def test_a_half_keeps_equal_texts_on_one_side(place: Path, tmp_path: Path) -> None:
+    lines = [f"{'word ' * (i % 20)}number {i},{'ab'[i % 2]}\n" for i in range(120)] * 3
+    (tmp_path / "thrice.csv").write_text("text,label\n" + "".join(lines))
+    made = Plan.make(str(place / "bert"), [tmp_path / "thrice.csv"], shift="length", trials=9,
+                     parts=4, max_length=16)  # fmt: skip
+    for half in (*made.pair(0), *made.pair(1)):
+        chosen, rest = ({row.text for row in rows} for rows in (half.selection, half.train))
+        assert chosen and rest and chosen.isdisjoint(rest)
+
+
 def test_warnings_of_the_tasks_are_told(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Faults D11: evaluation rows that are in the training rows too."""
     rows = (place / "mood.jsonl").read_text()
-    (tmp_path / "twice.jsonl").write_text(rows * 2)
-    tasks = [tmp_path / "twice.jsonl", place / "question.jsonl"]
+    for name in ("twice.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text(rows)
+    tasks = [f"{tmp_path / 'twice.jsonl'}?evaluation=held.jsonl", place / "question.jsonl"]
     search(str(place / "bert"), tasks, out=tmp_path / "out", train=make_curve, trials=8, parts=4,
            evaluate=make_result, progress=False, pruner="none", max_length=16)  # fmt: skip
     assert "twice: " in caplog.text and "also in the training rows" in caplog.text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from holdfast.experiments.runs import open_run
 from holdfast.search import final, importance
 from holdfast.search.combine import combine
 from holdfast.search.final import Busy, FinalJob, Result, contenders, finish, jobs
+from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan
 from holdfast.search.result import gain, steps
 from holdfast.search.rows import Row, best, front
@@ -111,6 +114,61 @@ def test_a_winner_that_diverges_once_gained_nothing() -> None:
     )
 
 
+def test_the_verdict_is_against_the_better_flat_control() -> None:
+    """Of the best flat rate and the winner's own rate and settings."""
+    won, low, high = (
+        entry("searched", 1.10, 1.21, 1.31), entry("flat", 1.0, 1.1, 1.2),
+        entry("ablation", 1.10, 1.20, 1.32),
+    )  # fmt: skip
+    assert gain([won, low])["verdict"] == "gain"
+    for finals in ([won, low, high], [won, high, low]):
+        said = gain(finals)
+        assert said["verdict"] == "no gain" and said["control"] == "ablation"
+        assert "flat at its own rate 0.001 and settings 1.207" in said["sentence"]
+    better = gain([won, entry("ablation", 0.9, 0.9, 0.9), low])
+    assert better["verdict"] == "gain" and better["control"] == "flat"
+    # one that diverged once has fewer seeds to say it with
+    assert gain([won, entry("ablation", 1.2, None, 1.4), low])["control"] == "flat"
+    assert gain([won, entry("ablation", 1.1, 1.2, 1.3)])["control"] == "ablation"
+
+
+def test_means_and_difference_are_of_the_same_seeds() -> None:
+    said = gain([entry("searched", 1.2, 1.31, None), entry("flat", 1.0, 1.1, 1.8)])
+    assert "1.255 ± 0.078" in said["sentence"] and "1.050 ± 0.071" in said["sentence"]
+    assert said["mean"] == pytest.approx(1.255 - 1.050)
+    said = gain([entry("searched", 1.2, 1.3, 1.8), entry("flat", 1.0, 1.1, None)])
+    assert "1.250 ± 0.071" in said["sentence"] and "1.050 ± 0.071" in said["sentence"]
+
+
+@pytest.mark.parametrize("tune", [[], ["ewc.strength"]])
+def test_a_curve_is_not_credited_with_what_rate_or_settings_earned(
+    tune: list[str], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """The shape does nothing here: all that counts is the base rate, or a method's setting."""
+    key, peak = ("ewc.strength", 10.0) if tune else ("rate", 1e-3)
+
+    def value(params: Any) -> float:
+        return 0.8 - 0.01 * abs(math.log(params[key] / peak))
+
+    def train(plan: Plan) -> Any:
+        def one(job: Any, watch: Any) -> Scores:
+            ewc = {f"ewc.{k}": v for m in job.recipe.methods for k, v in m.to_dict().items()}
+            v = value({"rate": job.lr, **ewc})
+            return Scores(0.9, v, v, STEPS, 1.0)
+
+        return one
+
+    def evaluate(plan: Plan) -> Any:
+        return lambda job: Result(value(job.contender.params), 0.9, 0.7 + job.seed / 100, STEPS)
+
+    body = search(**{**asked, "train": train, "evaluate": evaluate}, out=tmp_path, tune=tune,
+                  flat=[1e-4, 1e-2])  # fmt: skip
+    assert body["final"][0]["kind"] == "searched"
+    flat = next(f for f in body["final"] if f["kind"] == "flat")
+    assert body["final"][0]["mean"] > flat["mean"]
+    assert body["gain"]["verdict"] == "no gain" and body["gain"]["mean"] == pytest.approx(0)
+
+
 def test_without_a_flat_control_nothing_is_claimed() -> None:
     assert gain([entry("searched", 1.0, 1.1)])["verdict"] == "not measured"
     alone = gain([entry("flat", 1.0, 1.1)])
@@ -138,14 +196,18 @@ def finished(place: Path, out: Path) -> tuple[Plan, list[Row]]:
 
 def test_who_is_run_again_and_with_which_seeds(place: Path, tmp_path: Path) -> None:
     made, rows = finished(place, tmp_path)
+    rows[-1] = replace(rows[-1], new=1.0, old_after=1.0)
     them = contenders(made, rows)
     flat = best(rows, kind="flat")
-    assert flat is not None
+    assert flat is not None and rows[-1].control is None
     kinds = [c.kind for c in them]
-    assert kinds in (["searched", "flat", "layer_decay", "bertcl"], ["flat", "layer_decay",
-                     "bertcl"])  # fmt: skip
+    assert kinds == ["searched", "ablation", "flat", "layer_decay", "bertcl"]
+    # the ablation has all of the winner but its shape
+    won, ablation = them[:2]
+    assert ablation.rate == won.rate != flat.rate and ablation.label == f"flat as {won.label}"
+    assert made.space.multipliers(ablation.params) == [1.0] * 4
     # the shapes run at the best flat rate, not at the one of their trial
-    assert {c.rate for c in them if c.kind != "searched"} == {flat.rate}
+    assert {c.rate for c in them[2:]} == {flat.rate}
     todo = jobs(tmp_path, made, rows)
     assert len(todo) == 3 * len(them) and len({j.folder for j in todo}) == len(todo)
     assert {j.seed for j in todo}.isdisjoint(made.seeds)
@@ -177,7 +239,9 @@ def test_a_winning_shape_is_run_once_at_a_rate(best_flat: int, place: Path) -> N
     rates = [c.params["rate"] for c in made.controls]
     once = rates[best_flat] == rates[i]
     assert once is (best_flat == len(made.flat) // 2)
-    assert [c.kind for c in them] == ["searched", "flat", "layer_decay"] + ["bertcl"] * (not once)
+    wanted = [["searched", "flat", "layer_decay"],
+              ["searched", "ablation", "flat", "layer_decay", "bertcl"]]  # fmt: skip
+    assert [c.kind for c in them] == wanted[not once]
     assert them[0].label == f"bertcl@{rates[i]:g}" and len({c.label for c in them}) == len(them)
 
 
@@ -258,8 +322,9 @@ def test_the_provenance_of_rates(found: Path) -> None:
     assert all(len(t["hash"]) == 64 for t in said["tasks"])
     assert len(said["model"]["weights"]) == 64
     assert said["evaluation"]["seeds"] == [1, 2, 3]
-    assert {"verdict", "low", "high", "n"} <= said["evaluation"]["against_best_flat"].keys()
-    assert [c["label"].split("@")[0] for c in said["controls"]] == ["flat", "layer_decay", "bertcl"]
+    assert {"verdict", "low", "high", "n"} <= said["evaluation"]["against_flat"].keys()
+    assert [c["label"].split("@")[0] for c in said["controls"] if "flat as" not in c["label"]] == [
+        "flat", "layer_decay", "bertcl"]  # fmt: skip
     assert said["search"]["steps"] == 16 * STEPS and said["versions"]["torch"] and "commit" in said
 
 

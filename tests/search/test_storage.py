@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_a_password_is_neither_told_nor_kept_in_the_folder(
     with pytest.raises(Refused, match=r"postgresql://\*\*\*@host/name: .*rungs") as refusal:
         Study(tmp_path / "out", plan(place, rungs=1), url)
     assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("after", ["CRET@host/x", "CR/ET@host/x", "CR:ET@host/x"])
+def test_a_password_with_an_at_is_refused_untold(after: str, place: Path, tmp_path: Path) -> None:
+    """Its end would be looked for as a host, and told as one that is not there."""
+    with pytest.raises(Refused, match=r"--storage: .* write @ as %40") as refusal:
+        Study(tmp_path, plan(place), f"postgresql://ann:SE@{after}")
+    assert not re.search("SE|CR|ET", str(refusal.value))
+    whole = "postgresql://ann@firm:SE%40CR/ET@host:5432/x?sslmode=require"
+    assert storage.address(whole, tmp_path) == whole
 
 
 def test_a_storage_that_was_mistyped_leaves_no_trace(place: Path, tmp_path: Path) -> None:

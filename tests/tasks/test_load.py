@@ -116,6 +116,12 @@ def test_rows_to_leave_out_are_counted(tmp_path: Path) -> None:
     ]
 
 
+def test_a_label_to_leave_out_may_be_written_as_pandas_writes_it(write) -> None:
+    task = load_task(write("a.csv", CSV + "gone,-100.0\ngone, -100\ngone,-100\n"))
+    assert task.labels == ("a", "b", "c") and sum(task.rows.values()) == 60
+    assert task.warnings[0].endswith("a.csv: 3 rows labelled -100 skipped")
+
+
 def test_nothing_left_is_refused(tmp_path: Path) -> None:
     ignored = [("x", None, -100)] * 5
     assert "no rows" in refusal(folder(tmp_path, train=ignored, validation=toy(10)))
@@ -160,6 +166,8 @@ def test_a_text_must_be_a_text(tmp_path: Path) -> None:
         ({"labels": ["a", " "]}, "name twice or empty"),
         ({"labels": [0, 1]}, "list of names"),
         ({"labels": ["a", "\x1b[31m"]}, "cannot be printed"),
+        ({"labels": ["a", "b"], "metrik": "f1"}, "unknown key 'metrik'; did you mean 'metric'?"),
+        ({"labels": ["a", "b"], "Task": "x"}, "unknown key 'Task'; did you mean 'task'?"),
         ({"labels": ["a", "b"], "metric": 3}, "are texts"),
         ({"labels": ["a", "b"], "metric": "acuracy"}, "did you mean 'accuracy'"),
         ({"labels": ["a", "b"], "metric": "spearman"}, "spearman is for regression"),
@@ -169,6 +177,12 @@ def test_a_text_must_be_a_text(tmp_path: Path) -> None:
 )
 def test_a_wrong_meta_is_refused(tmp_path: Path, meta: Any, said: str) -> None:
     assert said in refusal(folder(tmp_path, meta, train=toy(20), validation=toy(10)))
+
+
+def test_a_meta_may_say_more(tmp_path: Path) -> None:
+    meta = {"labels": ["a", "b"], "metric": "f1", "metrics": ["f1"], "rows": {}, "notes": "none"}
+    spec = folder(tmp_path, meta, train=toy(20), validation=toy(10, 50))
+    assert load_task(spec).metric == "f1"
 
 
 def test_missing_parts_of_a_folder(tmp_path: Path) -> None:
@@ -343,6 +357,18 @@ def test_the_seed_moves_selection_and_subset_only(tmp_path: Path) -> None:
 def test_carved_evaluation_rows_ignore_the_seed(write) -> None:
     path = write("a.csv", CSV)
     assert load_task(path, seed=0).evaluation == load_task(path, seed=9).evaluation
+
+
+def test_equal_texts_stay_on_one_side(write) -> None:
+    """Apart from labels, case and spacing, as the warning of repeated rows counts them."""
+    lines = [f"text number {i},{'ab'[i % 2]}\n" for i in range(100)]
+    lines += [f" TEXT  number {i},{'ab'[i % 3 % 2]}\n" for i in range(100) for _ in range(2)]
+    task = load_task(write("a.csv", "text,label\n" + "".join(lines)), selection=0.2)
+    parts = [{row.plain for row in rows} for rows in (task.train, task.selection, task.evaluation)]
+    assert sum(map(len, parts)) == 100 == len(set.union(*parts))
+    kept = task.rows["evaluation"]  # texts of three rows each: two a class may be missing
+    assert 56 <= kept <= 60 and 44 <= task.rows["selection"] <= 48
+    assert task.warnings == (f"{kept} evaluation rows carved from the training rows",)
 
 
 def test_train_size_has_bounds(write) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -67,6 +68,55 @@ def test_numbers_are_spread_over_their_range() -> None:
     labels = [index / 100 for index in range(1000)]
     chosen, _ = stratified(labels, 100, seed="0")
     assert Counter(int(labels[index]) for index in chosen) == {tenth: 10 for tenth in range(10)}
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=2, max_size=200),
+    share=st.floats(0.01, 0.99),
+)
+def test_rows_that_are_alike_stay_together(rows: list[tuple[int, int]], share: float) -> None:
+    texts, labels = map(list, zip(*rows, strict=True))
+    size = round(share * len(rows))
+    chosen, others = stratified(labels, size, seed="0", alike=texts)
+    assert sorted(chosen + others) == list(range(len(rows)))
+    assert {texts[i] for i in chosen}.isdisjoint(texts[i] for i in others)
+
+
+@given(
+    repeats=st.lists(st.lists(st.integers(1, 5), min_size=20, max_size=40), min_size=2, max_size=4)
+)
+def test_repeated_rows_leave_the_classes_their_shares(repeats: list[list[int]]) -> None:
+    """Each class falls short by fewer rows than its largest bundle has, and none is over."""
+    labels = [label for label, counts in enumerate(repeats) for n in counts for _ in range(n)]
+    texts = [(label, t) for label, counts in enumerate(repeats) for t, n in enumerate(counts)
+             for _ in range(n)]  # fmt: skip
+    size = len(labels) // 4
+    found = Counter(labels[i] for i in stratified(labels, size, seed="0", alike=texts)[0])
+    for label, counts in enumerate(repeats):
+        assert -max(counts) - 1 < found[label] - size * sum(counts) / len(labels) < 1
+
+
+def test_a_row_of_a_rare_class_is_not_lost_with_a_common_one() -> None:
+    """The only row of class 1 has the text of another one: its class keeps it for the rest."""
+    for seed in "012345":
+        chosen, _ = stratified([0] * 9 + [1], 5, seed=seed, leave=1, alike=[*range(9), 8])
+        assert not {8, 9} & set(chosen)
+
+
+def test_a_class_of_few_long_bundles_gets_the_smallest() -> None:
+    chosen, _ = stratified([0] * 90 + [1] * 10, 20, seed="0", leave=1,
+                           alike=[*range(90), *"aaaaaabbbb"])  # fmt: skip
+    assert [i for i in chosen if i >= 90] == [96, 97, 98, 99]
+
+
+@pytest.mark.parametrize("times, least, most", [(2, 90, 100), (15, 90, 100), (300, 300, 300)])
+def test_numbers_of_repeated_rows_come_near_the_size(times: int, least: int, most: int) -> None:
+    """Also where a tenth of them is less than one bundle, and the smallest more than all."""
+    texts = [i % (900 // times) for i in range(900)]
+    labels = [text + 0.5 for text in texts]
+    chosen, others = stratified(labels, 100, seed="0", leave=1, alike=texts)
+    assert least <= len(chosen) <= most
+    assert {texts[i] for i in chosen}.isdisjoint(texts[i] for i in others)
 
 
 def test_the_choice_is_pinned() -> None:
