@@ -34,8 +34,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from holdfast import DPS, EWC, HeadFirst, LwF, Merge, Recipe, Replay
-from holdfast.experiments.processes import end_with_parent
 from holdfast.experiments.learner import unprepare
+from holdfast.experiments.processes import end_with_parent
 from holdfast.experiments.record import commit, versions
 from holdfast.recipe import PRESETS
 from holdfast.tasks import Task, load_task

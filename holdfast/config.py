@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -33,7 +34,12 @@ def count(amount: float | int, total: int, *, what: str = "amount", least: int =
     if not amount < 1:
         raise Refused(f"{what} {amount} is neither a share below 1 nor a whole number",
                       remedy="an integer counts")  # fmt: skip
-    return max(least, math.floor(amount * total))
+    return max(least, math.floor(exactly(amount, total)))
+
+
+def exactly(share: float, total: int) -> Fraction:
+    """share · total, exactly as the share is written: .29 of 100 is 29, not 28.999…"""
+    return Fraction(str(share)) * total
 
 
 @functools.cache

@@ -20,7 +20,15 @@ class Refused(ValueError):
     def within(self, place: str | None) -> Refused:
         """The same refusal, found inside `place`."""
         where = f"{place}: {self.where}" if place and self.where else place or self.where
-        return Refused(self.what, where=where, remedy=self.remedy)
+        return type(self)(self.what, where=where, remedy=self.remedy)
+
+
+class TrainingDiverged(Refused):
+    """Training ended in numbers that are not finite."""
+
+
+class Busy(Refused):
+    """Another process works on this run."""
 
 
 @functools.cache

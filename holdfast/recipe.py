@@ -35,8 +35,9 @@ from holdfast.methods import (
     WiSE,
     method_named,
 )
+from holdfast.network.groups import param_groups
 from holdfast.network.parts import parts
-from holdfast.network.rates import Rates, param_groups
+from holdfast.network.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Recipe:
     def param_groups(
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.0
     ) -> list[dict[str, Any]]:
-        """Optimizer groups with this recipe's rates; see `holdfast.network.rates.param_groups`."""
+        """Optimizer groups with this recipe's rates; see `holdfast.network.groups.param_groups`."""
         placed = parts(model, self.parts) if self.parts else None
         return param_groups(model, self.rates, lr=lr, weight_decay=weight_decay, parts=placed)
 

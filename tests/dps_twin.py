@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,7 @@ class Twin:
         masks = {n: np.zeros_like(w) for n, w in self.w.items()}
         for n, pool in pools.items():
             ranked = sorted((float(s) for a in pool for s in a.ravel()), reverse=True)
-            tau = ranked[math.ceil(len(ranked) * (1 - self.p)) - 1]
+            tau = ranked[math.ceil(len(ranked) * (1 - Fraction(str(self.p)))) - 1]
             masks[n] = (scores[n] >= tau).astype(np.float64)
         return masks
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -179,4 +180,4 @@ class Twin(Learner):
 
     def _rank(self, sums: Tensor) -> float:
         ranked = sorted(sums.flatten().tolist(), reverse=True)
-        return ranked[math.ceil(len(ranked) * (1 - self.drop)) - 1]  # type: ignore[no-any-return]
+        return ranked[math.ceil(len(ranked) * (1 - Fraction(str(self.drop)))) - 1]  # type: ignore[no-any-return]

@@ -83,7 +83,18 @@ def test_a_text_where_a_list_is_wanted_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("amount", "total", "expected"),
-    [(0.05, 468, 23), (0.05, 375, 18), (0.5, 9, 4), (0.01, 10, 1), (40, 10, 40), (7, 50, 7)],
+    [
+        (0.05, 468, 23),
+        (0.05, 375, 18),
+        (0.5, 9, 4),
+        (0.01, 10, 1),
+        (40, 10, 40),
+        (7, 50, 7),
+        (0.29, 100, 29),
+        (0.07, 100, 7),
+        (0.57, 100, 57),
+        (1e-05, 200_000, 2),
+    ],
 )
 def test_a_share_is_rounded_down_but_not_to_nothing(
     amount: float, total: int, expected: int

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import holdfast.methods
+import holdfast.plugins
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import HOOKS, Method
 from holdfast.recipe import Recipe
@@ -81,7 +81,7 @@ def test_the_page_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
         name=name, value=f"{module}:{attribute}", dist=None,
         load=lambda: getattr(example, attribute),
     )  # fmt: skip
-    monkeypatch.setattr(holdfast.methods, "entry_points", lambda **_: [point])
+    monkeypatch.setattr(holdfast.plugins, "entry_points", lambda **_: [point])
     text = re.search(r"```yaml\n(.*?)```", page, re.S)
     assert text is not None
     import yaml

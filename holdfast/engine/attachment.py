@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.errors import Refused
-from holdfast.network.parts import Parts, named_parameters, parts
-from holdfast.network.rates import Rates, param_groups
+from holdfast.network.parts import named_parameters, parts
 
 MARK = "_holdfast_bound"  # set on an optimizer while a Bound holds it
 SCALING = "_step_supports_amp_scaling"  # torch's: GradScaler leaves unscaling to the optimizer
@@ -44,7 +43,7 @@ class Attachment:
         named = named_parameters(model)
         common = {id(p) for p in (shared or default_shared(model) or model).parameters()}
         key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
-        group_of = _groups(optimizer)
+        group_of = groups_by_id(optimizer)
         strangers = group_of.keys() - {id(p) for p in named.values()}
         if strangers:
             raise Refused(
@@ -67,7 +66,7 @@ class Attachment:
         )
 
 
-def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+def groups_by_id(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The group of each parameter, by identity; one that stands twice is refused."""
     held = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
     found = dict(held)
@@ -77,47 +76,6 @@ def _groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
             remedy="build it with recipe.param_groups(model, ...)",
         )
     return found
-
-
-def regroup_(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    weights: Mapping[str, nn.Parameter],
-    rates: Rates,
-    scheduler: Any = None,
-    parts: Parts | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Group the optimizer's parameters by other rates, and return the new group of each weight.
-
-    The base rate and all other options stay, as does the optimizer's state. Where a scheduler has
-    set `initial_lr`, it is rewritten, with the scheduler's `base_lrs`, so that the schedule goes
-    on. Raises `Refused` for groups that `param_groups` did not make, and for rates that would
-    freeze or free a parameter.
-    """
-    before = optimizer.param_groups
-    if any("base_lr" not in group for group in before):
-        raise Refused("the optimizer's groups have no base rate", where="set_rates",
-                      remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
-    decay = max(group["weight_decay"] for group in before)
-    after = param_groups(model, rates, lr=before[0]["base_lr"], weight_decay=decay, parts=parts)
-    if {id(p) for g in after for p in g["params"]} != _groups(optimizer).keys():
-        raise Refused("other rates may not freeze or free a parameter", where="set_rates")
-    scheduled = "initial_lr" in before[0]
-    factor = before[0]["lr"] / before[0]["initial_lr"] if scheduled else 1.0
-    for group in after:
-        if scheduled:
-            group["initial_lr"] = group["lr"]
-        group["lr"] *= factor
-        for key, value in before[0].items():
-            group.setdefault(key, value)
-    optimizer.param_groups[:] = after
-    if scheduler is not None:
-        scheduler.base_lrs = [group["initial_lr"] for group in after]
-        if hasattr(scheduler, "lr_lambdas"):
-            scheduler.lr_lambdas = [scheduler.lr_lambdas[0]] * len(after)
-        scheduler._last_lr = [group["lr"] for group in after]
-    by_id = _groups(optimizer)
-    return {name: by_id[id(w)] for name, w in weights.items()}
 
 
 def default_shared(model: nn.Module) -> nn.Module | None:
@@ -224,7 +182,7 @@ class Held:
         )
         if same:
             return None
-        by_id, ours = _groups(self._optimizer), {id(w) for w in weights.values()}
+        by_id, ours = groups_by_id(self._optimizer), {id(w) for w in weights.values()}
         if by_id.keys() != ours:
             came, went = len(by_id.keys() - ours), len(ours - by_id.keys())
             raise Refused(

@@ -26,7 +26,7 @@ from holdfast.engine.attachment import (
     Hooks,
     check_served,
     default_shared,
-    regroup_,
+    groups_by_id,
     unwrap,
 )
 from holdfast.engine.batches import Data
@@ -36,7 +36,8 @@ from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Gradients, Method, View
 from holdfast.engine.passes import Passes
 from holdfast.engine.state import State, check_fit, describe, pack, unpack
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
+from holdfast.network.groups import regroup_
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
@@ -59,10 +60,11 @@ class Bound(Passes):
         seed: int = 0,
     ) -> None:
         self.methods, self.head_first = tuple(methods), head_first
-        self._parts = dict(parts or {})  # overrides, see `holdfast.parts`
+        self.parts = dict(parts or {})  # overrides, see `holdfast.parts`
         self.max_grad_norm = max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
-        self.states = {m.name: State() for m in self.methods}
+        # One for each method, so that a method more changes no draw of the others.
+        self.states = {m.name: State(distributed.digest([seed, m.name])) for m in self.methods}
         self.views = {m.name: View(self, self.states[m.name]) for m in self.methods}
         self.models, self.finished = {}, []
         self.task, self.step, self.total_steps, self.skipped = "", 0, 0, 0
@@ -120,9 +122,10 @@ class Bound(Passes):
         self.core = shared or default_shared(model)
         self._forget_step()
         try:
-            self._adopt(Attachment.of(task, model, optimizer, shared, self._parts))
+            self._adopt(Attachment.of(task, model, optimizer, shared, self.parts))
             recipe = {m.name: m.to_dict() for m in self.methods}
-            distributed.align_(self.generator, self.weights, [task, total_steps, recipe])
+            plan = [task, total_steps, recipe]
+            self.randomness = distributed.align_(self.randomness, self.weights, plan)
             self._held = Held(self.optimizer)
             self._undo.callback(Hooks(self.optimizer, self._before_step, self._after_step).remove)
             for method in self._defining("unbound"):
@@ -135,7 +138,7 @@ class Bound(Passes):
             self._install_mixing()
             if any(m.needs_features for m in self.methods):
                 self._undo.enter_context(self._seeing_features())
-            self._drawn = self.generator.get_state()
+            self._drawn = self.randomness
         except BaseException:
             self.unbind()
             raise
@@ -192,14 +195,11 @@ class Bound(Passes):
             raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
                           where="end_task", remedy="pass data=")  # fmt: skip
         steps = self.step, self.skipped
-        distributed.require_aligned(self.generator, self.weights, steps)
-        with (
-            self._offering(data),
-            in_mode(model.modules(), training=False),
-            own_randomness(self.generator),
-        ):
+        distributed.require_aligned(self.randomness, self.weights, steps)
+        with self._offering(data), in_mode(model.modules(), training=False):
             for method in self._defining("end_task"):
-                method.end_task(self.views[method.name])
+                with own_randomness(self.views[method.name].generator):
+                    method.end_task(self.views[method.name])
         self.finished.append(self.task)
 
     def remember(
@@ -228,10 +228,11 @@ class Bound(Passes):
     # --- what hooks and loops call ------------------------------------------------------------
 
     def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
-        """Train the task on with other rates over the same base rate; see `attachment.regroup_`."""
+        """Train the task on with other rates over the same base rate; see `groups.regroup_`."""
         model = self._model()
-        placed = parts(model, self._parts)
-        self.group_of = regroup_(self.optimizer, model, self.weights, rates, scheduler, placed)
+        regroup_(self.optimizer, model, rates, scheduler, parts(model, self.parts))
+        by_id = groups_by_id(self.optimizer)
+        self.group_of = {name: by_id[id(w)] for name, w in self.weights.items()}
 
     def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
         """See `View.grams`; methods that ask alike share one pass over the rows."""
@@ -262,7 +263,7 @@ class Bound(Passes):
             "shared": dict(self._signature),
         }
         if distributed.rank() == 0 or not any(map(distributed.sharded, self.weights.values())):
-            tensors["generator"] = self.generator.get_state()
+            tensors["generator"] = self.randomness
         return {"tensors": tensors, "meta": meta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -283,7 +284,14 @@ class Bound(Passes):
             check_fit(meta["parameters"], describe(self.weights))
         if attached and meta["task"] != self.task:
             raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
-        self.generator.set_state(tensors.pop("generator"))
+        drawn = tensors.pop("generator")
+        if drawn.ndim == 1:  # of an earlier version, where all methods had one
+            tell_once("the state holds one random state for all methods: they go on from new ones")
+            self.generator.set_state(drawn)
+            for name, each in self.states.items():
+                each.generator.manual_seed(distributed.digest([drawn.tolist(), name]))
+        else:
+            self.randomness = drawn
         unpack(self.states, tensors, meta["numbers"], self.weights)
         self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
         if attached:

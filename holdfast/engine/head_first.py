@@ -31,6 +31,7 @@ from holdfast.config import Checked, Share, count
 from holdfast.engine.batches import LABELS, Batch, rows_in
 from holdfast.engine.forwarding import returning
 from holdfast.errors import Refused, tell_once
+from holdfast.network.groups import learns
 from holdfast.ops import distributed
 
 Array = np.ndarray[Any, Any]
@@ -82,7 +83,7 @@ class HeadFirst(Checked):
         own: list[nn.Parameter] = []
         if shared is not None and shared is not model:
             known = {id(p) for m in (shared, *learned) for p in m.parameters()}
-            own = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
+            own = [p for p in model.parameters() if id(p) not in known and learns(p)]
         if not own:
             name = type(model).__name__
             tell_once(f"head_first: {name} has no fresh head to train, so none is fitted first")
@@ -180,6 +181,7 @@ class Head:
 
     def _steps(self, data: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
         steps = count(self.how.steps or 0.1, self.total_steps, what="head_first.steps")
+        frozen = [p.requires_grad_() for p in self.own if not p.requires_grad]  # by the rates
         optimizer, done, rows = torch.optim.AdamW(self.own, lr=self.how.lr), 0, 0
         while done < steps:
             before = done
@@ -194,6 +196,8 @@ class Head:
             if done == before:
                 raise Refused("no rows to fit the head to", where="head_first")
         optimizer.zero_grad()
+        for p in frozen:
+            p.requires_grad_(False)
         return {"fit": "steps", "steps": done, "rows": rows}
 
     def _loss(self, batch: Batch) -> Tensor:

@@ -295,8 +295,9 @@ class View:
 
     @property
     def generator(self) -> torch.Generator:
-        """The only source of randomness for methods: saved, and equal on all ranks."""
-        return self.bound.generator
+        """The only source of randomness for this method, which is no other's: saved, and equal on
+        all ranks."""
+        return self.state.generator
 
     def lr(self, name: str) -> float:
         """The learning rate of a parameter at this step."""
@@ -320,7 +321,8 @@ class View:
         forward draws. `weights` replaces parameters by name; only without gradients.
         `training=False` runs it in evaluation mode, whatever the model is in.
         """
-        return self.bound.forward(inputs, weights=weights, task=task, training=training)
+        return self.bound.forward(inputs, weights=weights, task=task, training=training,
+                                  generator=self.generator)  # fmt: skip
 
     def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the model of every finished task returns for a batch, in evaluation mode.
@@ -328,7 +330,7 @@ class View:
         For this micro-batch the heads read `features`, so that the encoder is not run again;
         labels are left out, for they are of another task.
         """
-        return self.bound.old_outputs(inputs)
+        return self.bound.old_outputs(inputs, generator=self.generator)
 
     def grams(self, **how: Any) -> Grams:
         """The Gram matrices of the shared layers' inputs on `data`, measured once a task's end.

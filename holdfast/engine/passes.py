@@ -66,7 +66,7 @@ class Passes(Stepping):
             who = [*(m.name for m in readers), *(["head_first"] if head else [])]
             raise Refused(f"{', '.join(who)} reads the rows of a task before its first step",
                           where="begin_task", remedy="pass data=")  # fmt: skip
-        began, rows = time.monotonic(), Seen()
+        began, rows, drawn = time.monotonic(), Seen(), self.generator.get_state()
         try:
             with self._seeing_features(always=True), in_mode(model.modules(), training=False):
                 for batch in rows.through(self.data()):
@@ -79,6 +79,7 @@ class Passes(Stepping):
                         head.see(batch, self.outputs)
                     for method in readers:
                         method.read_rows(self.views[method.name])
+                self.generator.set_state(drawn)  # who reads changes no draw that comes later
                 self._forget_step()
                 if head:
                     with own_randomness(self.generator):
@@ -107,8 +108,10 @@ class Passes(Stepping):
         task: str | None = None,
         training: bool | None = None,
         features: Any = None,
+        generator: torch.Generator | None = None,
     ) -> Any:
-        """See `View.forward`; with `features` the shared module returns these."""
+        """See `View.forward`; with `features` the shared module returns these. `generator` is what
+        dropout draws from (default: the bound's own)."""
         task = task or self.task
         if task not in self.models:
             raise Refused(f"no model of task {task!r}", where="view.forward",
@@ -118,7 +121,7 @@ class Passes(Stepping):
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(own_randomness(self.generator))
+            stack.enter_context(own_randomness(generator or self.generator))
             stack.enter_context(replaced(self.weights, weights or {}))
             stack.enter_context(untrained(model, self.weights))
             stack.enter_context(uncompiled())
@@ -132,11 +135,18 @@ class Passes(Stepping):
                 stack.enter_context(in_mode(concerned - {*ours.modules()}, ours.training))
             return model(**batch)
 
-    def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def old_outputs(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Any]:
         """See `View.old_outputs`."""
         batch = without_labels(inputs if inputs is not None else self.inputs or {})
         features = self.features if inputs is None else None
         return {
-            task: self.forward(batch, task=task, training=False, features=features)
+            task: self.forward(
+                batch, task=task, training=False, features=features, generator=generator
+            )
             for task in dict.fromkeys(self.finished)
         }

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from holdfast.errors import Refused
@@ -17,10 +18,11 @@ class State:
 
     `weights[slot][name]` are tensors shaped like the parameter `name` or broadcast to it;
     `tensors[slot][key]` are any other tensors; `numbers` is JSON. `cache` is anything that can be
-    made again: it is not saved, and empty after loading.
+    made again: it is not saved, and empty after loading. `generator` is the method's own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
         self.weights: dict[str, dict[str, Tensor]] = {}
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self.numbers: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from holdfast.engine.attachment import Held, finite
 from holdfast.engine.method import Method, View
+from holdfast.engine.state import State
 from holdfast.errors import Refused
 from holdfast.ops import distributed
 from holdfast.ops.gradients import clip_, total_norm, unscale_
@@ -20,7 +21,8 @@ class Stepping:
 
     methods: tuple[Method, ...]  # what has no value here is set by `Bound`
     views: dict[str, View]
-    generator: torch.Generator
+    generator: torch.Generator  # of the bound itself; those of methods are in their states
+    states: dict[str, State]
     models: dict[str, nn.Module]
     task: str
     step: int
@@ -38,7 +40,7 @@ class Stepping:
     _held: Held
     _wrapper: Any = None  # an AcceleratedOptimizer around ours
     _asked = _skip = False
-    _drawn: Tensor  # the generator's state before the step
+    _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
     # The norm last asked for, the gradients it is of, and what tells whether they were written.
     _measured: tuple[Tensor, list[Tensor], list[tuple[int, int]]] | None = None
@@ -47,6 +49,19 @@ class Stepping:
         if not self.task:
             raise Refused("no task has begun", remedy="call bound.begin_task(...) first")
         return self.models[self.task]
+
+    @property
+    def randomness(self) -> Tensor:
+        """The random states of the bound and of each method, by name: (1 + methods, bytes)."""
+        return torch.stack([generator.get_state() for generator in self._generators()])
+
+    @randomness.setter
+    def randomness(self, states: Tensor) -> None:
+        for generator, state in zip(self._generators(), states, strict=True):
+            generator.set_state(state.clone())  # torch reads past where a view of it begins
+
+    def _generators(self) -> list[torch.Generator]:
+        return [self.generator, *(self.states[name].generator for name in sorted(self.states))]
 
     def _defining(self, hook: str) -> list[Method]:
         return [m for m in self.methods if m.defines(hook)]
@@ -113,7 +128,7 @@ class Stepping:
     def _after_step(self) -> None:
         if self._skip:
             self.skipped += 1
-            self.generator.set_state(self._drawn)
+            self.randomness = self._drawn
             for group, before in zip(self.optimizer.param_groups, self._options, strict=True):
                 group.update(before)
         else:
@@ -124,7 +139,7 @@ class Stepping:
 
     def _forget_step(self) -> None:
         self._asked, self._measured = False, None
-        self._drawn = self.generator.get_state()  # a step that is left out has drawn nothing
+        self._drawn = self.randomness  # a step that is left out has drawn nothing
         self.inputs = self.outputs = self.loss = self.features = None
         self.previous = {}
         for view in self.views.values():

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from holdfast.errors import Refused
+from holdfast.errors import Refused, TrainingDiverged
 from holdfast.experiments.metrics import score
 from holdfast.tasks import Row, Task
 from holdfast.tasks.hub import must_answer
@@ -232,8 +232,8 @@ def evaluate(
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
             logits = model(**inputs.to(device)).logits.float()
             if not logits.isfinite().all():
-                raise Refused("diverged: the model's outputs are not finite", where=task.name,
-                              remedy="lower --lr")  # fmt: skip
+                raise TrainingDiverged("diverged: the model's outputs are not finite",
+                                       where=task.name, remedy="lower --lr")  # fmt: skip
             values = logits[:, 0] if task.regression else logits.argmax(-1)
             for i, value in zip(chosen, values.tolist(), strict=True):
                 predicted[i] = value

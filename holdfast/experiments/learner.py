@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from holdfast.engine.bound import Bound
-from holdfast.errors import Refused, tell_once
+from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.heads import (
     add_head,
@@ -66,10 +66,12 @@ class Learner:
         record: Record,
         *,
         bar: str | None,
+        place: int = 0,
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
+        self.place = place  # of the first task in the sequence that its draws are those of
         self.tokenizer = self._tokenizer()
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.models: list[nn.Module] = []
@@ -157,7 +159,7 @@ class Learner:
     def learn(self, index: int) -> None:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
-        task, seed = self.tasks[index], 1000 * self.seed + index
+        task, seed = self.tasks[index], 1000 * self.seed + self.place + index
         model = self._untrained(index, seed)
         if index == 0:
             self._describe(model)
@@ -217,8 +219,11 @@ class Learner:
         assert self.bound is not None
         skipped = self.bound.skipped - sum(n or 0 for n in self.record.skipped_steps)
         if skipped == steps:
-            raise Refused(f"diverged: no gradient of {steps} steps was finite", where=task.name,
-                          remedy="lower --lr, in another --out")  # fmt: skip
+            raise TrainingDiverged(
+                f"diverged: no gradient of {steps} steps was finite",
+                where=task.name,
+                remedy="lower --lr, in another --out",
+            )
         if skipped:
             self.warn(f"{task.name}: {skipped} steps skipped for non-finite gradients.")
         return skipped

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
@@ -122,8 +122,8 @@ def _take_lease(folder: Path) -> IO[str]:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
-        raise Refused(f"is being worked on by {owner}", where=str(folder),
-                      remedy="wait for it, or choose another --out") from None  # fmt: skip
+        raise Busy(f"is being worked on by {owner}", where=str(folder),
+                   remedy="wait for it, or choose another --out") from None  # fmt: skip
     file.truncate(0)
     file.write(f"{_signature()} on {socket.gethostname()} since {time.ctime()}")
     file.flush()

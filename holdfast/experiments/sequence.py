@@ -62,6 +62,7 @@ class Job:
     seed: int
     command: list[str]
     bar: str | None
+    place: int = 0  # of the first task in its sequence: its draws are those that it has there
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
@@ -74,6 +75,8 @@ class Job:
             "seed": self.seed,
             "settings": plan.to_dict(),
         }
+        if self.place:
+            config["place"] = self.place
         folder = Path("runs") / digest(config) if folder is None else folder
         source = locate(self.model)
         check_length(source, plan.max_length)
@@ -87,10 +90,10 @@ class Job:
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
             if record.status != "done":
                 self._learn(source, tasks, plan, folder, record)
-            for task in tasks[1:] if plan.alone else ():
+            for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None:
-                    home = folder / "alone" / task.name
-                    by_itself = self.run([task], replace(plan, alone=False), home)
+                    home, alone = folder / "alone" / task.name, replace(self, place=place)
+                    by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
             if record.to_dict() != before:
@@ -119,7 +122,8 @@ class Job:
     ) -> None:
         from holdfast.experiments.learner import Learner
 
-        learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar)
+        learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
+                          place=self.place)  # fmt: skip
         for index in range(len(record.seconds), len(tasks)):
             try:
                 learner.learn(index)

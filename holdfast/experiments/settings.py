@@ -33,9 +33,9 @@ class Settings(Checked):
 
     shares: ClassVar[tuple[str, ...]] = ("warmup", "selection")
 
-    train_size: (
-        Annotated[int, about("a stratified subset of the training rows", gt=0)] | None
-    ) = None
+    train_size: Annotated[int, about("a stratified subset of the training rows", gt=0)] | None = (
+        None
+    )
     evaluation_size: (
         Annotated[int, about("a stratified subset of the evaluation rows", gt=0)] | None
     ) = None

@@ -145,10 +145,15 @@ class DPS(Method):
         for slot in ("sum", "held", "start", "count"):
             slots.pop(slot, None)
         view.state.tensors.pop("mask", None)
-        view.state.numbers |= {"covered": names, "stage": count(self.stage, view.total_steps)}
+        stage = count(self.stage, view.total_steps)
+        view.state.numbers |= {"covered": names, "stage": stage}
         if self.mix:
             slots["start"] = {n: widened(view.weights[n]) for n in names}
         elif self.score == "retention" and "fisher" in slots:
+            if stage >= view.total_steps and not view.resuming:
+                raise Refused(f"in a task of {view.total_steps} steps nothing would move: the "
+                              f"first {stage} hold what old tasks need", where="dps.stage",
+                              remedy="take a shorter stage, or more steps")  # fmt: skip
             slots["held"] = {n: widened(view.weights[n]) for n in names}
 
     def masking(self, view: View) -> bool:
@@ -164,6 +169,13 @@ class DPS(Method):
     def before_step(self, view: View) -> None:
         if self._idle(view):
             return
+        if (
+            self.mix
+            and "mixed" not in view.scratch
+            and any(view.grads.get(name) is not None for name in view.state.numbers["covered"])
+        ):
+            raise Refused("Mix draws no noise for a model in evaluation mode", where="dps.mix",
+                          remedy="call model.train() before the forward pass")  # fmt: skip
         masking = self.masking(view)
         if not masking or self.score == "retention":
             self._accumulate(view)
@@ -273,7 +285,7 @@ class DPS(Method):
 
     def weights(self, view: View, name: str, w: Tensor) -> Tensor:
         slots = view.state.weights
-        keep = None
+        keep, view.scratch["mixed"] = None, True
         if self.masking(view):
             if name not in slots.get("held", {}):
                 return w
@@ -312,6 +324,7 @@ class DPS(Method):
             view.data(),
             {n: view.weights[n] for n in view.state.numbers["covered"]},
             modules=view.modules,
+            model=view.bound.models[view.task],
             labels=self.fisher_labels,
             rows=self.fisher_rows,
             generator=view.generator,

@@ -78,6 +78,7 @@ class EWC(Method):
             view.data(),
             view.shared,
             modules=view.modules,
+            model=view.bound.models[view.task],
             labels=self.labels,
             rows=self.rows,
             generator=view.generator,

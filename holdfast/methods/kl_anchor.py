@@ -51,7 +51,8 @@ from holdfast.engine.forwarding import adapters, without_adapters
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common import answers
-from holdfast.methods.common.answers import divergence, exact, kind_of
+from holdfast.methods.common.answers import divergence, exact
+from holdfast.methods.common.importance import kind_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ from holdfast.engine.head_first import only_layer
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common import answers
-from holdfast.methods.common.answers import divergence, kind_of
+from holdfast.methods.common.answers import divergence
+from holdfast.methods.common.importance import kind_of
 
 MEASURED = 100  # rows of a finished task that its moment is measured on
 RIDGE = 0.3  # of the moment's mean diagonal: a hundred rows do not fill its directions

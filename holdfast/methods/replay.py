@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from holdfast.config import Share, count
+from holdfast.config import Share, count, exactly
 from holdfast.engine.batches import Seen, rows_in, rows_of
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
@@ -68,7 +68,7 @@ class Replay(Method):
         if view.inputs is None:
             raise Refused("replay counts the rows of the micro-batch", where="bound.penalty",
                           remedy="call bound.penalty(batch, outputs)")  # fmt: skip
-        wanted = math.ceil(self.share * rows_in(view.inputs))
+        wanted = math.ceil(exactly(self.share, rows_in(view.inputs)))
         ranks = [n for (n,) in distributed.gather([wanted], first.device)]
         every = torch.randint(sum(sizes.values()), (sum(ranks),), generator=view.generator)
         picked = every.split(ranks)[distributed.rank()]

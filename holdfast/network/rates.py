@@ -18,18 +18,13 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
-from holdfast.network.parts import EMBEDDINGS, HEAD, Parts, canonical, named_parameters
-from holdfast.network.parts import parts as parts_of
-from holdfast.network.stacks import is_norm
+from holdfast.network.parts import EMBEDDINGS, HEAD, Parts
 
 SCHEMA = 1
 _BERTCL = (1.0, 1.0, 0.3, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)
@@ -62,12 +57,12 @@ class Rates:
             raise Refused(f"points must be a list of numbers, not {self.points!r}", where="rates")
         if not self.points:
             raise Refused("no points", where="rates", remedy="give at least one multiplier")
-        points = [_number(m, f"point {j}") for j, m in enumerate(self.points)]
+        points = [number(m, f"point {j}") for j, m in enumerate(self.points)]
         fixed: dict[str, Any] = {
-            "embeddings": _number(self.embeddings, "embeddings"),
+            "embeddings": number(self.embeddings, "embeddings"),
             "points": tuple(points),
-            "head": _number(self.head, "head"),
-            "freeze_below": _number(self.freeze_below, "freeze_below"),
+            "head": number(self.head, "head"),
+            "freeze_below": number(self.freeze_below, "freeze_below"),
         }
         if fixed["freeze_below"] > 1:
             raise Refused(f"{self.freeze_below} is above 1", where="freeze_below")
@@ -76,7 +71,7 @@ class Rates:
         ):
             raise Refused(f"{self.layers!r} is no number of layers", where="layers")
         if self.geometric_mean_rate is not None:
-            rate = _number(self.geometric_mean_rate, "geometric_mean_rate")
+            rate = number(self.geometric_mean_rate, "geometric_mean_rate")
             fixed["geometric_mean_rate"] = rate
         if not isinstance(self.name, str):
             raise Refused(f"{self.name!r} is not text", where="name")
@@ -112,7 +107,7 @@ class Rates:
     @classmethod
     def layer_decay(cls, decay: float = 0.9, layers: int = 12) -> Rates:
         """decayᵏ, k steps below the head: head 1, last layer decay, embeddings decay^(layers+1)."""
-        decay = _number(decay, "decay")
+        decay = number(decay, "decay")
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
             raise Refused(f"{layers!r} is no number of layers", where="layers")
         curve = [decay**k for k in range(layers + 1, -1, -1)]
@@ -264,81 +259,6 @@ PRESETS: dict[str, Callable[[], Rates]] = {
 }
 
 
-def param_groups(
-    model: nn.Module,
-    rates: Rates,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    parts: Parts | None = None,
-    no_decay: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer, one for each distinct (rate, decay).
-
-    Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay`, `part_names`
-    and `base_lr`, the rate before its multiplier.
-    Biases and the vectors of norms are not decayed; `no_decay`, globs on canonical names, replaces
-    that rule. A parameter whose multiplier is 0, or that does not require a gradient, is in no
-    group, so that neither momentum nor decay moves it. The model itself is left as it is.
-    """
-    lr, weight_decay = _number(lr, "lr"), _number(weight_decay, "weight_decay")
-    if isinstance(no_decay, str):
-        raise Refused(f"no_decay is one text, {no_decay!r}", remedy=f"write [{no_decay!r}]")
-    parameters = named_parameters(model)
-    parts = parts_of(model) if parts is None else parts
-    multiplier = rates.of(parts)
-    spared = _spared(model, parameters, no_decay)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in parameters.items():
-        part = parts.names.get(name)
-        if part is None:
-            raise Refused("is in no part", where=name, remedy="make the parts from this model")
-        if multiplier[part] == 0 or not parameter.requires_grad:
-            continue
-        decay = 0.0 if name in spared else weight_decay
-        rate = lr * multiplier[part]
-        fresh = {"params": [], "lr": rate, "weight_decay": decay, "base_lr": lr}
-        group = groups.setdefault((rate, decay), fresh)
-        group["params"].append(parameter)
-        group.setdefault("param_names", []).append(name)
-        group.setdefault("part_names", {})[part] = None
-    if not groups:
-        raise Refused(
-            "no parameter is left to train",
-            where=rates.name,
-            remedy="give a part a multiplier above 0, or let a parameter require its gradient",
-        )
-    for group in groups.values():
-        group["part_names"] = tuple(part for part in parts.order if part in group["part_names"])
-    return list(groups.values())
-
-
-def _spared(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], globs: Sequence[str] | None
-) -> set[str]:
-    """Names of the parameters that weight decay leaves alone."""
-    if globs is not None:
-        for glob in globs:
-            if not any(fnmatchcase(name, glob) for name in parameters):
-                raise Refused(f"no parameter matches {glob!r}", where="no_decay")
-        return {name for name in parameters if any(fnmatchcase(name, glob) for glob in globs)}
-    # Direct parameters only: a block that is called a norm may hold matrices further down.
-    norms = {
-        canonical(f"{path}.{name}" if path else name)
-        for path, module in model.named_modules()
-        if is_norm(module)
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim <= 1
-    }
-    return norms | {name for name in parameters if _is_bias(name)}
-
-
-def _is_bias(name: str) -> bool:
-    """`…bias`, and a recurrent module's `bias_ih_l0`; not T5's relative_attention_bias.weight."""
-    own = name.rpartition(".")[2]
-    return own.endswith("bias") or own.startswith(("bias_ih_l", "bias_hh_l"))
-
-
 def plot(rates: Rates, path: str | os.PathLike[str], parts: Parts | None = None) -> None:
     """Draw multiplier by part on a log axis; a frozen part is a cross at the foot.
 
@@ -375,7 +295,7 @@ def plot(rates: Rates, path: str | os.PathLike[str], parts: Parts | None = None)
         raise Refused(str(error), where=str(path)) from None
 
 
-def _number(value: Any, where: str) -> float:
+def number(value: Any, where: str) -> float:
     """A finite number that is not negative, as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refused(f"{value!r} is not a number", where=where)

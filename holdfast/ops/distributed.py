@@ -164,33 +164,34 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 
 @torch.no_grad()
-def align_(generator: torch.Generator, weights: Mapping[str, Tensor], plan: Any) -> None:
-    """Give every rank the random state and the weights of rank 0, as DDP does with its module.
+def align_(randomness: Tensor, weights: Mapping[str, Tensor], plan: Any) -> Tensor:
+    """Give every rank the weights of rank 0, as DDP does with its module, and return its random
+    states.
 
     Ranks may have been seeded each for itself, and a new head be drawn before that. Weights in
     shards are left as they are: their parts differ by design. `Refused` where ranks differ in
     `plan`, plain values, or in the names, shapes or types of the weights.
     """
     if world() == 1:
-        return
+        return randomness
     device = next(iter(weights.values())).device
     shapes = [[n, list(w.shape), str(w.dtype)] for n, w in weights.items()]
     values = {"the plan of the task": digest(plan), "its parameters": digest(shapes)}
     remedy = "bind the same model, recipe and number of steps on every rank"
     require_equal(values, device, remedy=remedy)
-    state = generator.get_state().to(device)
-    dist.broadcast(state, 0)
-    generator.set_state(state.cpu())
+    randomness = randomness.to(device)
+    dist.broadcast(randomness, 0)
     for w in weights.values():
         if not sharded(w):
             same = w.detach().contiguous()  # of a transposed weight a copy
             dist.broadcast(same, 0)
             if same.data_ptr() != w.data_ptr():
                 w.copy_(same)
+    return randomness.cpu()
 
 
 def require_aligned(
-    generator: torch.Generator, weights: Mapping[str, Tensor], steps: tuple[int, int]
+    randomness: Tensor, weights: Mapping[str, Tensor], steps: tuple[int, int]
 ) -> None:
     """`Refused` where ranks are no longer equal: each has stepped with gradients of its own.
 
@@ -203,7 +204,7 @@ def require_aligned(
         "the number of steps": steps[0],
         "the number of skipped steps": steps[1],
         "its weights": fingerprint(every),
-        "the random state of its methods": fingerprint([generator.get_state()]),
+        "the random state of its methods": fingerprint([randomness]),
     }
     require_equal(values, next(iter(weights.values())).device,
                   remedy="train a DistributedDataParallel of the model, on every rank")  # fmt: skip

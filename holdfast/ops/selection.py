@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from holdfast.config import exactly
 from holdfast.ops import distributed
 
 CHUNK = 1 << 20  # entries looked at in one piece: what bounds the memory beside the scores
@@ -57,7 +58,7 @@ def thresholds(groups: Sequence[Sequence[Tensor]], drop: float) -> list[Tensor]:
     wanted = []  # ranks from the bottom, 1 for the smallest
     for group in groups:
         n = sum(s.numel() for s in group)
-        wanted.append(n - min(max(math.ceil(n * (1 - drop)), 1), n) + 1)
+        wanted.append(min(math.floor(exactly(drop, n)) + 1, n))
     if any(distributed.sharded(s) for group in groups for s in group):
         return _by_digits(groups, wanted, bits=8)
     found = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD
 from holdfast.experiments.sequence import Job
@@ -69,10 +69,6 @@ class Result:
     @property
     def new_plus_old(self) -> float | None:
         return None if self.new is None or self.old_after is None else self.new + self.old_after
-
-
-class Busy(Exception):
-    """Another process is at this run."""
 
 
 Evaluate = Callable[[FinalJob], Result]
@@ -169,11 +165,7 @@ class Evaluation:
             record = run.run(
                 list(self._pairs[job.seed]), replace(plan.settings, lr=c.rate), job.folder
             )
-        except Refused as refusal:
-            if refusal.what.startswith("is being worked on"):
-                raise Busy from None
-            if not refusal.what.startswith("diverged"):
-                raise
+        except TrainingDiverged as refusal:
             write_text_atomic(gone, str(refusal))
             shutil.rmtree(job.folder / "tasks", ignore_errors=True)
             return Result(None, None, None, 0, str(refusal))

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from holdfast.errors import Refused
+from holdfast.errors import TrainingDiverged
 from holdfast.experiments.heads import load_tokenizer, share_encoder
 from holdfast.experiments.learner import Learner
 from holdfast.experiments.record import Record, commit, versions
@@ -183,9 +183,7 @@ class Training:
         try:
             for index in range(len(record.seconds), len(tasks)):
                 learner.learn(index)
-        except (Stop, Refused) as end:
-            if isinstance(end, Refused) and not end.what.startswith("diverged"):
-                raise
+        except (Stop, TrainingDiverged) as end:
             stop = end if isinstance(end, Stop) else Diverged(str(end), learner.made)
             record.warn(stop.reason)
             record.save(job.folder / RECORD)

@@ -23,8 +23,10 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
+from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused
 from holdfast.network.rates import Rates
+from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.training.saving import SavingMixin
 
@@ -35,7 +37,8 @@ class RecipeMixin(SavingMixin):
     """What `with_recipe` puts in front of a Trainer class.
 
     recipe: the `Recipe` (default: plain).
-    bound: the `Bound` of earlier tasks, to go on with a sequence.
+    bound: the `Bound` of earlier tasks, to go on with a sequence: of the same recipe, but for its
+        rates and clipping.
     task: this task's name; shared: the module that tasks share (default: see `bound`).
     start: returns the shared weights as the task began, where you keep them; see `Bound`.
     exact_resume: refuse a checkpoint of other optimizer settings; False goes on with a warning.
@@ -72,6 +75,11 @@ class RecipeMixin(SavingMixin):
             if getattr(self, f"is_{name}_enabled", False):
                 raise Refused(f"Trainer over {served} is not served", where=name,
                               remedy="torchrun alone gives DistributedDataParallel")  # fmt: skip
+        for name in ("methods", "head_first", "parts"):
+            wanted = getattr(self.recipe, name)
+            if self.bound is not None and wanted != getattr(self.bound, name):
+                raise Refused(f"the bound was made by a recipe of other {name}", where="recipe",
+                              remedy="pass the recipe of the task before")  # fmt: skip
         ours, theirs = self.recipe.max_grad_norm, self.args.max_grad_norm
         if ours is not None and theirs not in (ours, DEFAULT_CLIP):
             raise Refused(
@@ -209,7 +217,8 @@ class RecipeMixin(SavingMixin):
             if many and (divides or self._ignores(model, batch, num_items_in_batch)):
                 # Σ over the window must be the mean over its rows, whatever their division: also
                 # among ranks, by whose number Trainer has multiplied a loss that ignores them.
-                share = weight / (self._window if divides else float(num_items_in_batch))
+                every = self._window if divides else float(num_items_in_batch)
+                share = weight / every if every else 0.0
                 loss = loss * share * (steps if divides else 1)
             if self.bound.has_penalty:
                 part = 1 if divides else 1 / steps  # of each micro-batch
@@ -237,21 +246,23 @@ class RecipeMixin(SavingMixin):
             return False
         if self._ignores_items is None:
             kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL averages over every call
-            seen = self._outputs
-            model.eval()
-            with torch.no_grad():
-                compute = functools.partial(super().compute_loss, model)
+            seen, bare = self._outputs, self.accelerator.unwrap_model(model)
+            # The bare model sends nothing to other ranks, which may be at something else.
+            with torch.no_grad(), in_mode(bare.modules(), training=False):
+                compute = functools.partial(super().compute_loss, bare)
                 one = compute(dict(batch), num_items_in_batch=items)
                 two = compute(dict(batch), num_items_in_batch=items * 2)
-            model.train()
             if kept is not None:
                 self._metrics = kept
             self._outputs = seen
             # Half as much, or the same but for rounding: two passes need not agree in their bits.
-            ignores = bool(two.abs() > 0.75 * one.abs())
-            if one == 0 or not torch.isfinite(one):
-                return ignores  # which tells nothing: ask again
-            self._ignores_items = ignores
+            # A loss of zero tells nothing; where no rank's does, all of them ask again.
+            telling = bool(torch.isfinite(one)) and one != 0
+            answer = int(two.abs() > 0.75 * one.abs()) if telling else -1
+            found = max(distributed.gather([answer], one.device))[0]
+            if found < 0:
+                return False
+            self._ignores_items = bool(found)
         return self._ignores_items
 
     def _weight(self, batch: Mapping[str, Any]) -> float:

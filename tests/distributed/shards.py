@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ def shard(t: Tensor, axis: int = 0) -> DTensor:
 
 def by_sort(scores: Tensor, drop: float) -> Tensor:
     n = scores.numel()
-    rank = min(max(math.ceil(n * (1 - drop)), 1), n)
+    rank = min(max(math.ceil(n * (1 - Fraction(str(drop)))), 1), n)
     return scores.flatten().sort(descending=True).values[rank - 1]
 
 

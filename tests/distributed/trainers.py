@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from learning import everything, rank, ranks
-from models import arguments, bert, collate, rows
+from models import arguments, bert, collate, distance, gpt2, rows, weights
 from torch import Tensor, nn
 from torch import distributed as dist
 from transformers import PrinterCallback, TrainerCallback
@@ -27,11 +27,28 @@ from holdfast.recipe import Recipe
 from holdfast.training.manifest import damage
 from holdfast.training.stopping import Stopped
 
+
+class Tagger(nn.Module):
+    """Its loss, a mean over what has a label, ignores the number of items; it is 0 of nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = bert("TokenClassification", num_labels=2)
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+        logits, y = self.inner(input_ids=input_ids).logits.flatten(0, 1), labels.flatten()
+        total = nn.functional.cross_entropy(logits, y, reduction="sum")
+        return {"loss": total / (y != -100).sum().clamp(min=1), "logits": logits}
+
+
 RECIPES: dict[str, list[Method]] = {
     "dense": [DPS(stage=1, drop=0.5), L2SP(strength=0.5)],
     "mix": [DPS(stage=1, drop=0.5, mix=True), EWC(strength=2.0), Replay(memory=8, share=0.5)],
     "retention": [DPS(stage=1, drop=0.5, score="retention")],
 }
+
+
+MASKED: dict[Callable[[], nn.Module], str] = {gpt2: "tokens", Tagger: "tags"}
 
 
 class Watch(TrainerCallback):
@@ -121,6 +138,42 @@ def check_trainer_accumulates() -> Iterator[None]:
     alone = learned(RECIPES["dense"])
     yield
     close_throughout(alone, learned(RECIPES["dense"], accumulation=2))
+
+
+class InOrder(holdfast.Trainer):  # type: ignore[misc]
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def masked(make: Callable[[], nn.Module], label: str, accumulation: int = 1) -> dict[str, Tensor]:
+    """Weights after three steps of eight rows, of which the first rank's first have no label."""
+    for kind in (AcceleratorState, PartialState, GradientState):
+        kind._reset_state()
+    size, data = 8 // ranks() // accumulation, rows(24, labels=label)
+    for row in data[:2]:
+        row["labels"] = [-100] * len(row["labels"])
+    model = make().double()
+    model.register_buffer("told_to_all", torch.zeros(1))  # by rank 0, in every forward pass
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, per_device_train_batch_size=size, optim="sgd", max_grad_norm=0,
+                         gradient_accumulation_steps=accumulation, learning_rate=0.1,
+                         **({"ddp_backend": "gloo"} if dist.is_initialized() else {}))  # fmt: skip
+        trainer = InOrder(model=model, args=args, train_dataset=data, data_collator=collate)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    assert trainer.bound.step == 3
+    return weights(model)
+
+
+def check_rows_without_labels_on_one_rank() -> Iterator[None]:
+    """Nothing tells there whether the loss ignores its items: no rank may ask more often than
+    another, or they wait for each other for ever. (Prompts cut before their answer are such.)"""
+    alone = {make: masked(make, label) for make, label in MASKED.items()}
+    yield
+    for make, label in MASKED.items():
+        for accumulation in (1, 2):
+            found = masked(make, label, accumulation)
+            assert distance(alone[make], found) < 1e-12, (label, accumulation)
 
 
 def check_loaders_of_trainer() -> Iterator[None]:

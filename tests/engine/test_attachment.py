@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from accelerate.scheduler import AcceleratedScheduler
+from models import bert, collate, rows
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.optim import lr_scheduler as schedules
 
-from holdfast import Rates, Recipe
+from holdfast import EWC, Rates, Recipe
 from holdfast.errors import Refused
+from holdfast.network.groups import param_groups
 
 
 def network() -> nn.Sequential:
@@ -54,6 +61,96 @@ def test_other_rates_take_over_with_the_state_and_the_schedule() -> None:
     assert scheduler.get_last_lr() == [g["lr"] for g in optimizer.param_groups]
 
 
+ONE, TWO = Rates.from_list([1.0, 2.0, 1.0]), Rates.from_list([1.0, *[0.5] * 8, 3.0])
+
+
+def sequential(optimizer: torch.optim.Optimizer) -> Any:
+    warm = schedules.LinearLR(optimizer, 0.1, total_iters=3)
+    down = schedules.LambdaLR(optimizer, lambda n: 1 / (n + 1))
+    return schedules.SequentialLR(optimizer, [warm, down], [3])
+
+
+def chained(optimizer: torch.optim.Optimizer) -> Any:
+    return schedules.ChainedScheduler(
+        [schedules.ConstantLR(optimizer, 0.5, 4), schedules.ExponentialLR(optimizer, 0.9)]
+    )
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> Any:
+    return schedules.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+
+
+def covered(optimizer: torch.optim.Optimizer) -> Any:
+    return AcceleratedScheduler(schedules.StepLR(optimizer, 2, 0.5), [optimizer],
+                                step_with_optimizer=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("changed_at", [0, 1, 3, 4])
+@pytest.mark.parametrize("make", [sequential, chained, plateau, covered])
+@pytest.mark.filterwarnings("ignore:Detected call of", "ignore:The epoch parameter")
+def test_a_schedule_goes_on_over_other_rates(make: Any, changed_at: int) -> None:
+    """At every step the rates are those of an optimizer that had the new ones from the start."""
+
+    def learn(rates: Rates, other: Rates | None = None) -> list[dict[str, float]]:
+        model, seen = network(), []
+        recipe = Recipe(rates=rates)
+        optimizer = torch.optim.SGD(recipe.param_groups(model, lr=0.1))
+        scheduler = make(optimizer)
+        bound = recipe.bind(model, optimizer, total_steps=9)
+        for now in range(7):
+            if other is not None and now == changed_at:
+                bound.set_rates(other, scheduler)
+            seen.append({n: g["lr"] for n, g in bound.group_of.items()})
+            step(model, optimizer)
+            scheduler.step(*[1.0] if make is plateau else [])
+        return seen
+
+    found, wanted = learn(ONE, TWO), learn(TWO)
+    assert found[changed_at:] == [pytest.approx(each) for each in wanted[changed_at:]]
+    assert found[:changed_at] != wanted[:changed_at] or not changed_at
+    assert wanted[0] != wanted[-1]
+
+
+def test_what_decays_and_every_other_option_stays() -> None:
+    model = network()
+    groups = param_groups(model, ONE, lr=0.1, weight_decay=0.01, no_decay=["2.weight", "*.bias"])
+    groups[0]["weight_decay"] = 0.02
+    optimizer = torch.optim.SGD(groups)
+    before = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    bound = Recipe(rates=ONE).bind(model, optimizer, total_steps=9)
+    bound.set_rates(TWO)
+    after = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert after == before and set(before.values()) == {0.0, 0.01, 0.02}
+    assert bound.group_of["3.weight"]["lr"] == pytest.approx(0.3)
+
+
+def floors(optimizer: torch.optim.Optimizer) -> Any:
+    return schedules.ReduceLROnPlateau(optimizer, min_lr=[0.1 * i for i in range(3)])
+
+
+def functions(optimizer: torch.optim.Optimizer) -> Any:
+    return schedules.LambdaLR(optimizer, [lambda _, i=i: float(i) for i in range(3)])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: schedules.OneCycleLR(o, 1.0, 9),
+        lambda o: schedules.CyclicLR(o, 0.1, 1.0),
+        floors,
+        functions,
+    ],
+)
+def test_a_schedule_with_rates_for_each_group_is_refused(make: Any) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(param_groups(model, TWO, lr=0.1), momentum=0.9)
+    bound, scheduler = Recipe().bind(model, optimizer, total_steps=9), make(optimizer)
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(Refused, match="rates of its own for each group"):
+        bound.set_rates(ONE, scheduler)
+    assert [dict(group) for group in optimizer.param_groups] == before
+
+
 def test_other_rates_may_not_freeze_and_need_a_base_rate() -> None:
     model = network()
     recipe = Recipe()
@@ -66,3 +163,42 @@ def test_other_rates_may_not_freeze_and_need_a_base_rate() -> None:
     plain = recipe.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=1)
     with pytest.raises(Refused, match="no base rate"):
         plain.set_rates(Rates.bertcl())
+
+
+# --- what tasks share ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("names", [["classifier"], ["score_of"], None])
+def test_a_classifier_beside_adapters_is_its_tasks_own(names: list[str] | None) -> None:
+    """Neither remembered nor anchored; the next task may have other labels, also unwrapped."""
+    first = bert(num_labels=2)
+    if names == ["score_of"]:  # whatever a head is called
+        first.score_of, first.classifier = first.classifier, nn.Identity()
+        first.classifier.forward = lambda x: first.score_of(x)
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2, modules_to_save=names)
+    model = get_peft_model(first, config)
+    bound, method = Recipe(methods=[EWC(strength=10.0)]).unbound(), "ewc"
+    batch = collate(rows(8))
+
+    def learn(task: str, model: nn.Module) -> None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        bound.begin_task(task, optimizer, 3, model=model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+        bound.end_task([batch])
+
+    learn("one", model)
+    assert bound.shared and all(".lora_" in n for n in bound.shared)
+    assert len(bound.weights) == len(bound.shared) + 2
+    assert bound.states[method].weights["fisher"].keys() == bound.shared.keys()
+    second = bert(num_labels=3)
+    second.bert = first.bert
+    before = {n: w.detach().clone() for n, w in bound.shared.items()}
+    learn("two", second)
+    assert bound.shared.keys() == before.keys()
+    assert {n for n in bound.weights if n not in bound.shared} == {
+        "two/classifier.weight", "two/classifier.bias"}  # fmt: skip
+    assert bound.states[method].weights["anchor"].keys() == before.keys()

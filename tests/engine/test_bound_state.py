@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 from tiny import adamw, bind, net
-from torch import nn
+from torch import Tensor, nn
 
+from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
 from holdfast.methods import DPS, EWC, L2SP
 from holdfast.ops import distributed
@@ -107,6 +111,79 @@ def test_what_was_loaded_before_a_task_moves_to_its_device() -> None:
     tensors = bound.state_dict()["tensors"]
     assert tensors.pop("generator").is_cpu
     assert len(tensors) == 2 and all(t.is_meta for t in tensors.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Method):
+    """Draws whenever it is called, and runs the model with dropout."""
+
+    name: ClassVar[str] = "drawing"
+
+    def penalty(self, view: View) -> Tensor:
+        torch.rand((), generator=view.generator)
+        return 0.0 * view.forward().square().mean()
+
+    def end_task(self, view: View) -> None:
+        torch.rand(()), torch.rand((), generator=view.generator)
+
+
+class Noting(DPS):
+    """Mix, whose noise is noted."""
+
+    def draw(self, view: View, name: str) -> Tensor:
+        noise = super().draw(view, name)
+        NOTED.append(noise.clone())
+        return noise
+
+
+NOTED: list[Tensor] = []
+
+
+def learned(methods: Sequence[Method]) -> tuple[Bound, list[Tensor]]:
+    """Two tasks of four steps, and the noise of Mix in them."""
+    NOTED.clear()
+    model, bound = nn.Sequential(net(), nn.Dropout(0.5)), Recipe(methods=methods).unbound(seed=3)
+    for task in ("one", "two"):
+        optimizer = adamw(model)
+        bound.begin_task(task, optimizer, 4, model=model)
+        for _ in range(4):
+            out = model(torch.ones(2, 3))
+            loss = out.square().sum()
+            if bound.has_penalty:
+                loss = loss + bound.penalty({"input": torch.ones(2, 3)}, out)
+            loss.backward()
+            optimizer.step()
+        bound.end_task([])
+    return bound, list(NOTED)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_method_more_changes_no_draw_of_another(first: bool) -> None:
+    mix, more = Noting(mix=True, stage=1), Drawing()
+    _, alone = learned([mix])
+    bound, beside = learned([more, mix] if first else [mix, more])
+    assert len(alone) == len(beside) > 4
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(alone, alone[2:], strict=False))
+    # Each is saved, whatever the order of methods in the recipe.
+    again = Recipe(methods=[mix, more] if first else [more, mix]).unbound(seed=9)
+    again.load_state_dict(bound.state_dict())
+    assert torch.equal(again.randomness, bound.randomness)
+    assert torch.equal(*(torch.rand(3, generator=b.views["drawing"].generator)
+                         for b in (again, bound)))  # fmt: skip
+
+
+def test_states_with_one_random_state_for_all_methods_go_on_from_new_ones() -> None:
+    """As earlier versions saved them: never the same draws for two methods."""
+    bound = Recipe(methods=[EWC(), L2SP()]).unbound()
+    state = bound.state_dict()
+    state["tensors"]["generator"] = torch.Generator().manual_seed(5).get_state()
+    found = []
+    for seed in (0, 1):
+        again = Recipe(methods=[EWC(), L2SP()]).unbound(seed=seed)
+        again.load_state_dict(state)
+        found.append(again.randomness)
+    assert torch.equal(*found) and len({each.numpy().tobytes() for each in found[0]}) == 3
 
 
 def test_a_state_can_be_asked_for_before_any_task(monkeypatch: pytest.MonkeyPatch) -> None:

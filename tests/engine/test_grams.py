@@ -262,9 +262,9 @@ def test_measuring_draws_nothing() -> None:
     bound = bound_to(Net(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 3))),
                      batches(2, x=torch.randn(5, 3, 4)))  # fmt: skip
     bound.models["one"].train()
-    before = bound.generator.get_state(), torch.get_rng_state()
+    before = bound.randomness, torch.get_rng_state()
     found = measure(bound)
-    assert torch.equal(bound.generator.get_state(), before[0])
+    assert torch.equal(bound.randomness, before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
     x = torch.cat([b["x"] for b in bound.data()])
     ours = whole(found.moments["encoder.1.weight"])[:4, :4]  # without dropout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
 from holdfast.errors import Refused, tell_once
 from holdfast.methods import LwF
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 
 Batch = dict[str, Tensor]
@@ -465,6 +466,21 @@ def test_a_head_beside_adapters_is_the_tasks_own_and_is_fitted() -> None:
 def test_a_language_model_with_adapters_has_no_fresh_head(said: Callable[[], list[str]]) -> None:
     assert fit(lora("CAUSAL_LM"), None).fitted is None
     assert len(said()) == 1
+
+
+@pytest.mark.parametrize("how", [LOGISTIC, HeadFirst(steps=3)], ids=["logistic", "steps"])
+def test_a_head_that_rates_freeze_is_fitted_and_then_stays(how: HeadFirst) -> None:
+    model, rates = bert(num_labels=3), replace(Rates.flat(), head=0.0)
+    data = batches(labelled(rows(12), [i % 3 for i in range(12)]))
+    recipe = Recipe(rates=rates, head_first=how, parts={"*.pooler.*": "layer.1"})
+    optimizer = torch.optim.SGD(recipe.param_groups(model, lr=0.1))
+    before = model.classifier.weight.detach().clone()
+    bound = recipe.bind(model, optimizer, total_steps=9, data=data)
+    fitted = model.classifier.weight.detach().clone()
+    assert bound.fitted is not None and not torch.equal(fitted, before)
+    model(**data[0]).loss.backward()
+    optimizer.step()
+    assert torch.equal(model.classifier.weight, fitted) and model.classifier.weight.grad is None
 
 
 # --- resuming -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from sequences import SETTINGS, files, forbid, run
 
 from holdfast import Recipe, Refused, Replay, run_sequence
 from holdfast.engine.bound import Bound
-from holdfast.errors import tell_once
+from holdfast.errors import TrainingDiverged, tell_once
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
 from holdfast.training import checkpoints
@@ -160,7 +160,7 @@ def test_a_diverged_run_has_no_score(
 
         def diverged(model: Any, rows: Any, task: Any, collate: Any) -> float:
             if task.name == "colour":
-                raise Refused("diverged: the outputs are not finite", where=task.name)
+                raise TrainingDiverged("diverged: the outputs are not finite", where=task.name)
             return evaluate(model, rows, task, collate)
 
         monkeypatch.setattr(learner, "evaluate", diverged)

@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from safetensors.torch import load_file
 from sequences import RECIPE, SETTINGS, files, forbid, run, told
 from transformers import AutoModelForSequenceClassification
 
@@ -120,6 +121,15 @@ def test_alone_gives_forward_transfer(place: Path, tmp_path: Path) -> None:
     )
     again = run(place, tmp_path, ("mood", "colour"), "plain", alone=True, epochs=1.0)
     assert again.to_dict() == record.to_dict()
+
+
+def test_a_task_alone_draws_what_it_draws_in_its_sequence(place: Path, tmp_path: Path) -> None:
+    """Forward transfer is a difference of two runs: they begin with one head."""
+    run(place, tmp_path, ("mood", "colour"), "plain", alone=True, lr=1e-12, epochs=0.5)
+    name = "classifier.weight"
+    heads = [load_file(tmp_path / home / "model.safetensors")[name]
+             for home in ("tasks/2-colour", "alone/colour/tasks/1-colour")]  # fmt: skip
+    torch.testing.assert_close(*heads, atol=1e-7, rtol=0)
 
 
 def test_regression_bf16_and_epochs_in_part(tmp_path: Path, place: Path) -> None:

@@ -378,3 +378,26 @@ def test_forward_after_the_last_step_does_not_spoil_the_next_task() -> None:
         model.train()
         model(input_ids=torch.ones(1, 3, dtype=torch.long))
         previous = model
+
+
+@pytest.mark.parametrize("evaluated", [0, 2])  # in an accumulating and in a masking stage
+def test_mix_on_a_model_in_evaluation_mode_is_refused(evaluated: int) -> None:
+    """As from_pretrained leaves it, it would be trained without noise."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound = Recipe(methods=[DPS(mix=True, stage=2)]).bind(model, optimizer, total_steps=9)
+
+    def learn(training: bool) -> None:
+        model.train(training)
+        optimizer.zero_grad()
+        model(torch.ones(1, 5).double()).sum().backward()
+        optimizer.step()
+
+    for _ in range(evaluated):
+        learn(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(Refused, match=r"dps\.mix: .*evaluation mode.*model\.train\(\)"):
+        learn(False)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    learn(True)
+    assert bound.step == evaluated + 1

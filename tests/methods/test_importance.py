@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from models import bert, collate, rows
 from torch import Tensor, nn
 
 from holdfast.engine.batches import rows_of
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
+from holdfast.methods import DPS, EWC
 from holdfast.methods.common.importance import diagonal_fisher
+from holdfast.recipe import Recipe
 
 ROWS, FEATURES, CLASSES = 16, 3, 4
 
@@ -114,9 +118,9 @@ def test_sums_of_narrow_weights_are_float32() -> None:
 
 
 def test_rows_of_splits_tensors_only() -> None:
-    rows = list(rows_of([{"x": torch.arange(6).view(3, 2), "name": "n"}]))
-    assert [r["x"].tolist() for r in rows] == [[[0, 1]], [[2, 3]], [[4, 5]]]
-    assert all(r["name"] == "n" for r in rows)
+    each = list(rows_of([{"x": torch.arange(6).view(3, 2), "name": "n"}]))
+    assert [r["x"].tolist() for r in each] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+    assert all(r["name"] == "n" for r in each)
 
 
 def test_what_cannot_be_estimated_is_refused() -> None:
@@ -131,3 +135,79 @@ def test_what_cannot_be_estimated_is_refused() -> None:
             )
     with pytest.raises(Refused, match="returned no loss"):
         diagonal_fisher(lambda b: SimpleNamespace(), batches(4), weights)
+
+
+# --- several labels, several numbers --------------------------------------------------------------
+
+
+class Several(Linear):
+    """A label of each output by itself: log p(y|x) has the gradient (y_k − p_k) x_j."""
+
+    def __init__(self, problem: str | None = "multi_label_classification") -> None:
+        super().__init__()
+        self.config = SimpleNamespace(problem_type=problem)
+
+
+def of_several(model: Several, *, size: int = 4, **how: Any) -> dict[str, Tensor]:
+    """The Fisher information; labels are numbers, and the loss is half their squared distance."""
+    y = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(2))
+
+    def forward(batch: Any) -> Any:
+        logits = model(batch["x"]).logits
+        return SimpleNamespace(logits=logits, loss=(logits - batch["labels"]).square().sum() / 2)
+
+    data = [{"x": DATA["x"][i : i + size], "labels": y[i : i + size]}
+            for i in range(0, ROWS, size)]  # fmt: skip
+    weights = dict(model.named_parameters())
+    modules = {n: (model.layer,) for n in weights}
+    return diagonal_fisher(forward, data, weights, model=model, modules=modules, **how)
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+def test_several_labels_a_row_count_each_by_itself(size: int) -> None:
+    """E_y (y_k − p_k)² = p_k (1 − p_k), p the sigmoid of each logit."""
+    model = Several()
+    p = model(DATA["x"]).logits.sigmoid().detach()
+    found = of_several(model, size=size, labels="expected")
+    closed = p * (1 - p)
+    torch.testing.assert_close(found["layer.weight"], closed.T @ DATA["x"] ** 2 / ROWS)
+    torch.testing.assert_close(found["layer.bias"], closed.mean(0))
+    draw = torch.Generator().manual_seed(0)
+    drawn = [of_several(model, size=size, generator=draw)["layer.bias"] for _ in range(200)]
+    mean, spread = torch.stack(drawn).mean(0), torch.stack(drawn).std(0) / 200**0.5
+    assert ((mean - closed.mean(0)).abs() < 4 * spread).all()
+    one, other = (of_several(model, size=n, generator=torch.Generator().manual_seed(3))
+                  for n in (size, ROWS))  # fmt: skip
+    torch.testing.assert_close(one["layer.weight"], other["layer.weight"])
+
+
+def test_several_numbers_a_row_are_a_regression_by_its_own_loss() -> None:
+    model = Several("regression")
+    found = of_several(model)
+    torch.testing.assert_close(found, of_several(model, labels="true"))
+    assert found["layer.bias"].sum() > 0
+    for labels in ("sampled", "expected"):
+        with pytest.raises(Refused, match="or a regression; use labels='true'"):
+            of_several(model, labels=labels)
+
+
+def test_labels_that_may_mean_two_things_are_refused() -> None:
+    with pytest.raises(Refused, match=r"config\.problem_type: .*say \"regression\" or"):
+        of_several(Several(None))
+    of_several(Several(None), labels="true")
+
+
+@pytest.mark.parametrize(
+    "method", [EWC(labels="expected"), DPS(score="retention", fisher_labels="expected")]
+)
+def test_methods_ask_the_model_what_its_logits_are_of(method: Method) -> None:
+    model = bert(num_labels=3, problem_type="multi_label_classification")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound = Recipe(methods=[method]).bind(model, optimizer, total_steps=9)
+    data = [collate(rows(8, labels="several"))]
+    bound.end_task(data)
+    name = "bert.pooler.dense.weight"
+    found = bound.states[method.name].weights["fisher"][name]
+    own = diagonal_fisher(lambda b: model.eval()(**b), data, {name: bound.weights[name]},
+                          model=model, labels="expected")  # fmt: skip
+    torch.testing.assert_close(found, own[name])

@@ -341,7 +341,7 @@ def test_what_is_kept_costs_what_is_said_and_draws_nothing() -> None:
         pupil = Pupil(method)
         pupil.begin("one")
         pupil.end()
-        states.append(pupil.bound.generator.get_state())
+        states.append(pupil.bound.randomness)
         pupil.begin("two")
     assert torch.equal(*states)
     state, rows = pupil.bound.states["lwf"], 9 * 8

@@ -126,7 +126,8 @@ def test_old_head_gets_no_gradient_and_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "rows", "wanted"), [(0.25, 8, 2), (0.3, 8, 3), (0.01, 3, 1), (1.0, 5, 5)]
+    ("share", "rows", "wanted"),
+    [(0.25, 8, 2), (0.3, 8, 3), (0.01, 3, 1), (1.0, 5, 5), (0.07, 100, 7)],
 )
 def test_share_is_rounded_up(share: float, rows: int, wanted: int) -> None:
     bound, replayed = second_task(Replay(memory=9, share=share))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from fractions import Fraction
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound
+from holdfast.errors import Refused
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
 from holdfast.testing.pupil import Classifier, Pupil, make_batch
@@ -100,7 +104,7 @@ def test_only_entries_of_highest_score_move() -> None:
         if (step + 1) % STAGE == 0:
             for n, f in remembered.items():
                 score = sums[n] / (f + f.mean())
-                rank = math.ceil(score.numel() * (1 - DROP))
+                rank = math.ceil(score.numel() * (1 - Fraction(str(DROP))))
                 movable[n] = score >= score.flatten().sort(descending=True).values[rank - 1]
                 sums[n] = torch.zeros_like(f)
 
@@ -116,6 +120,22 @@ def bind_two(momentum: float) -> tuple[nn.Linear, torch.optim.Optimizer, Bound]:
     first = model[0]
     assert isinstance(first, nn.Linear)
     return first, optimizer, bound
+
+
+def test_a_stage_as_long_as_the_task_is_refused() -> None:
+    """Nothing that old tasks need would move in it."""
+    for stage, steps, moves in ((3, 3, False), (4, 3, False), (2, 3, True), (0.5, 1, False)):
+        model = Classifier()
+        bound = Recipe(methods=[DPS(score="retention", stage=stage)]).unbound()
+        for task in ("one", "two"):  # a task of one step, but nothing is learned in it
+            bound.remember(task, model, [make_batch(task, 0)])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        begin = functools.partial(bound.begin_task, "three", optimizer, steps, model=model)
+        if moves:
+            begin()
+        else:
+            with pytest.raises(Refused, match=rf"dps\.stage: in a task of {steps} steps nothing"):
+                begin()
 
 
 def test_score_by_hand() -> None:
@@ -157,14 +177,29 @@ def test_optimizer_learns_nothing_of_what_is_held_in_the_first_stage() -> None:
     assert all(view.moments(name) for name in covered)
 
 
-def test_what_the_new_task_never_pulled_at_stays() -> None:
-    """With a threshold of zero every entry ties: only those with a gradient may move."""
+def test_what_the_new_task_no_longer_pulls_at_stays() -> None:
+    """With a threshold of zero every entry ties: only those with a gradient may move, whatever
+    momentum the others have."""
     layer, optimizer, _ = bind_two(0.9)
-    start = layer.weight.detach().clone()
-    for _ in range(3):
-        layer.weight.grad = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    for g in (1.0, 1.0, 0.0, 0.0):
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.tensor([[0.0, g], [2.0, 0.0]])
         optimizer.step()
-    assert (layer.weight.detach() != start).tolist() == [[False, False], [True, False]]
+    assert optimizer.state[layer.weight]["momentum_buffer"][0, 1] != 0
+    assert (layer.weight.detach() != before).tolist() == [[False, False], [True, False]]
+
+
+def test_the_head_of_a_model_without_heads_of_its_own_learns_at_once() -> None:
+    """It is shared, and yet the new task's: held in the first stage, nothing could be learned."""
+    _, optimizer, bound = bind_two(0.0)
+    view = bound.views["dps"]
+    assert view.parts["1.weight"] == "head" and "1.weight" in view.shared
+    assert view.state.numbers["covered"] == ["0.weight"]
+    before = {n: w.detach().clone() for n, w in view.weights.items()}
+    for w in view.weights.values():
+        w.grad = torch.ones_like(w)
+    optimizer.step()
+    assert {n for n, w in view.weights.items() if not torch.equal(w, before[n])} == {"1.weight"}
 
 
 def test_a_shared_layer_behind_the_blocks_is_covered_too() -> None:

@@ -15,8 +15,9 @@ from torch import nn
 
 from holdfast.errors import Refused
 from holdfast.files import read_yaml
+from holdfast.network.groups import param_groups
 from holdfast.network.parts import Parts, parts
-from holdfast.network.rates import PRESETS, Rates, param_groups, plot
+from holdfast.network.rates import PRESETS, Rates, plot
 
 TEN = [2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0, 23.0, 29.0]
 
@@ -314,7 +315,6 @@ def test_frozen_parts_are_in_no_group_and_untouched() -> None:
     names = [name for g in groups for name in g["param_names"]]
     upper = ("layers.1", "norm", "out")
     assert names == [n for n, _ in net.named_parameters() if n.startswith(upper)]
-    assert all(p.requires_grad for p in net.parameters())
     before = {n: p.detach().clone() for n, p in net.named_parameters()}
     optimizer = torch.optim.AdamW(groups)
     for p in net.parameters():
@@ -322,6 +322,27 @@ def test_frozen_parts_are_in_no_group_and_untouched() -> None:
     optimizer.step()
     still = {n for n, p in net.named_parameters() if torch.equal(p, before[n])}
     assert still == set(before) - set(names)
+
+
+def test_frozen_parts_get_no_gradient_until_rates_train_them() -> None:
+    """Or they would hold gradients that no zero_grad() of the optimizer ever clears."""
+    net = Net()
+    net.norm.requires_grad_(False)  # by hand: not ours to turn on
+    net.layers[0](net.table(torch.arange(3))).sum().backward()
+    groups = param_groups(net, Rates.flat().freeze(below=0.5), lr=0.1)
+    held = {id(p) for g in groups for p in g["params"]}
+    assert all(p.requires_grad is (id(p) in held) for p in net.parameters())
+    optimizer = torch.optim.SGD(groups)
+    net.out(net.layers[1](net.layers[0](net.table(torch.arange(3))))).sum().backward()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in net.parameters())
+    with pytest.raises(Refused, match="no parameter is left"):
+        param_groups(net, Rates.from_list([0, 0, 0]), lr=0.1)
+    assert all(p.requires_grad is (id(p) in held) for p in net.parameters())
+    again = param_groups(net, Rates.flat(), lr=0.1)
+    trained = {id(p) for g in again for p in g["params"]}
+    assert trained == {id(p) for n, p in net.named_parameters() if not n.startswith("norm")}
+    assert all(p.requires_grad is (id(p) in trained) for p in net.parameters())
 
 
 def test_parameters_without_gradient_are_left_out() -> None:

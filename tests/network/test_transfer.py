@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from holdfast.network.groups import param_groups
 from holdfast.network.parts import EMBEDDINGS, HEAD, Parts, named_parameters, parts
-from holdfast.network.rates import PRESETS, Rates, param_groups
+from holdfast.network.rates import PRESETS, Rates
 
 TEXT = {
     "vocab_size": 12, "hidden_size": 4, "num_attention_heads": 2, "intermediate_size": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ def test_threshold_is_of_rank_n_times_one_minus_p_rounded_up() -> None:
     assert threshold(scores, 0.1) == 1.0
     assert threshold(scores, 0.99) == 9.0
     assert threshold(scores[:1], 0.5) == 7.0
+
+
+@pytest.mark.parametrize(("drop", "kept"), [(0.7, 3), (0.9, 1), (0.6, 4), (0.3, 7)])
+def test_a_decimal_share_is_meant_as_it_is_written(drop: float, kept: int) -> None:
+    """In binary 10 · (1 − .7) is a little more than 3, and a fourth entry would be kept."""
+    assert select({"a": torch.arange(10.0)}, drop)["a"].sum() == kept
 
 
 def test_ties_and_zeros_are_all_kept() -> None:
@@ -53,7 +60,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 def by_sort(scores: Tensor, drop: float) -> Tensor:
     """The entry of rank ⌈n (1 − drop)⌉ of a descending sort."""
-    rank = min(max(math.ceil(len(scores) * (1 - drop)), 1), len(scores))
+    rank = min(max(math.ceil(len(scores) * (1 - Fraction(str(drop)))), 1), len(scores))
     return scores.sort(descending=True).values[rank - 1]
 
 

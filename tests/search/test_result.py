@@ -12,11 +12,11 @@ import pytest
 from fakes import STEPS, curve, make_curve, make_result, plan, result
 
 from holdfast import Rates, Recipe
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
 from holdfast.experiments.runs import open_run
 from holdfast.search import final, importance
 from holdfast.search.combine import combine
-from holdfast.search.final import Busy, FinalJob, Result, contenders, finish, jobs
+from holdfast.search.final import FinalJob, Result, contenders, finish, jobs
 from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan
 from holdfast.search.result import gain, steps
@@ -258,7 +258,7 @@ def test_final_runs_are_shared_with_other_processes(
     def evaluate(job: FinalJob) -> Result:
         order.append(job.seed)
         if job.seed == 0 and len(waits) < 1:
-            raise Busy
+            raise Busy("is being worked on")
         return result(job)
 
     assert len(finish(todo, evaluate)) == 3

@@ -20,8 +20,9 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallba
 
 import holdfast
 from holdfast import DPS, EWC, Rates, Recipe, Refused, Replay, with_recipe
+from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method, View
-from holdfast.network.rates import param_groups
+from holdfast.network.groups import param_groups
 from holdfast.recipe import PRESETS
 
 SERVED = ["plain", "bertcl", "dps", "dps_mix", "ewc", "l2sp", "replay"]
@@ -312,6 +313,24 @@ def test_prepare_comes_before_the_optimizer(tmp_path: Path) -> None:
     assert "task/extra" in trainer.bound.weights
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        None,
+        Recipe(methods=[EWC(strength=2.0)]),
+        Recipe(methods=[EWC()], head_first=HeadFirst()),
+        Recipe(methods=[EWC()], parts={"*.pooler.*": "layer.1"}),
+    ],
+)
+def test_a_bound_of_another_recipe_is_refused(other: Recipe | None, tmp_path: Path) -> None:
+    """The bound's methods would run, and those of the recipe would not, in silence."""
+    bound, model = Recipe(methods=[EWC()]).unbound(), bert()
+    with pytest.raises(Refused, match="recipe: the bound was made by a recipe of other"):
+        holdfast.Trainer(model=model, args=arguments(tmp_path), recipe=other, bound=bound)
+    again = Recipe(methods=[EWC()], rates=Rates.bertcl(), max_grad_norm=0.5)
+    holdfast.Trainer(model=model, args=arguments(tmp_path), recipe=again, bound=bound)
+
+
 # --- Trainer's own features ----------------------------------------------------------------------
 
 
@@ -512,6 +531,38 @@ def test_accumulation_with_a_loss_of_ones_own(cls: type, tmp_path: Path) -> None
         for more in ({"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 8})
     )
     assert distance(weights(split.model), weights(whole.model)) < 1e-6
+
+
+@pytest.mark.parametrize("head", ["token classification", "own module"])
+def test_a_window_without_labels_is_survived(head: str, tmp_path: Path) -> None:
+    """Its loss is a mean over nothing; the bare trainer goes on."""
+    make, labels = HEADS[head]
+    data = rows(24, **labels)
+    for row in data[1:]:
+        row["labels"] = [-100] * 8 if isinstance(row["labels"], list) else -100
+    args = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    trainer = trained(tmp_path, make(), data, args=args)
+    assert trainer.bound.step + trainer.bound.skipped == 6
+
+
+def test_finding_out_whether_items_count_leaves_modes_alone(tmp_path: Path) -> None:
+    """Two passes find it out in evaluation mode; what was in it stays in it."""
+    model, seen = bert(), []
+
+    class Frozen(transformers.Trainer):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            model.bert.pooler.eval()
+            result = super().compute_loss(model, *args, **kwargs)
+            seen.append(model.bert.pooler.training)
+            return result
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().training_step(*args, **kwargs)
+            seen.append(model.bert.pooler.training)
+            return result
+
+    trained(tmp_path, model, rows(8), with_recipe(Frozen), args={"gradient_accumulation_steps": 2})
+    assert seen and not any(seen)
 
 
 def test_accumulation_with_label_smoothing(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ told by its content (`view.rows`), so that neither the order of batches nor thei
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from torch.nn import functional
 
 from holdfast.engine.state import State
 from holdfast.errors import Refused
-from holdfast.methods.common.importance import wide
-
-Kind = Literal["classes", "labels", "numbers"]
+from holdfast.methods.common.importance import Kind, wide
 
 
 def keep(state: State, rows: Sequence[Tensor], found: Mapping[str, Sequence[Tensor]]) -> None:
@@ -53,15 +50,6 @@ def forget(state: State) -> None:
 def exact(logits: Tensor) -> Tensor:
     """Logits in float32 at least: the logarithms of bfloat16 are good for two digits."""
     return logits.to(wide(logits.dtype))
-
-
-def kind_of(model: Any, logits: Tensor) -> Kind:
-    """What the last axis of a model's logits is: one of several classes, a number or several, or
-    labels that each hold or not. Hugging Face models say the last by `config.problem_type`."""
-    declared = getattr(getattr(model, "config", None), "problem_type", None)
-    if declared == "multi_label_classification":
-        return "labels"
-    return "numbers" if logits.shape[-1] == 1 or declared == "regression" else "classes"
 
 
 def divergence(

@@ -17,13 +17,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from holdfast.engine.batches import Batch, Seen, first_rows, rows_in, rows_of
+from holdfast.engine.batches import LABELS, Batch, Seen, first_rows, rows_in, rows_of
 from holdfast.errors import Refused
 from holdfast.methods.common.squares import Layers
 from holdfast.ops import distributed
 
 Labels = Literal["auto", "true", "sampled", "expected"]
+Kind = Literal["classes", "labels", "numbers"]
 
 
 def diagonal_fisher(
@@ -32,6 +34,7 @@ def diagonal_fisher(
     weights: Mapping[str, nn.Parameter],
     *,
     modules: Mapping[str, tuple[nn.Module, ...]] | None = None,
+    model: nn.Module | None = None,
     labels: Labels = "auto",
     rows: int | None = None,
     generator: torch.Generator | None = None,
@@ -43,6 +46,8 @@ def diagonal_fisher(
     tokens for the latter); ``sampled``, one drawn from the model's prediction (unbiased);
     ``expected``, every class weighted by its predicted probability (exact, one backward pass a
     class); ``auto``, ``sampled`` where the model returns class logits and ``true`` elsewhere.
+    Where `config.problem_type` of `model` says that a row has several labels, each is drawn, or
+    weighted, by itself, −log p their sum; several numbers a row are a regression.
     `forward(batch)` must return an object with `logits` (rows × classes) and, for
     ``true``, `loss`. At most the first `rows` rows are used. Frozen weights are left out. Raises
     `Refused` without any row.
@@ -75,8 +80,9 @@ def diagonal_fisher(
             continue
         if layers is not None and size > 1:
             output, calls = layers.run(functools.partial(forward, batch), size)
-            if calls is not None and (labels != "auto" or _has_classes(output)):
-                terms = _log_likelihoods(output, labels, draws)
+            known = labels != "auto" or _drawable(output, batch, model) is not None
+            if calls is not None and known:
+                terms = _log_likelihoods(output, batch, labels, draws, model)
                 for index, term in enumerate(terms):
                     layers.add_squares_(total, term, calls, keep=index + 1 < len(terms))
                 continue
@@ -84,9 +90,11 @@ def diagonal_fisher(
         for row in rows_of([batch]):
             if shards:
                 run = functools.partial(forward, row)
-                _add_squares_of_shards_(total, run, labels, draws, learned, touched)
+                likelihoods = functools.partial(_log_likelihoods, batch=row, labels=labels,
+                                                draws=draws, model=model)  # fmt: skip
+                _add_squares_of_shards_(total, run, likelihoods, draws, learned, touched)
                 continue
-            terms = _log_likelihoods(forward(row), labels, draws)
+            terms = _log_likelihoods(forward(row), row, labels, draws, model)
             for index, term in enumerate(terms):
                 _add_squares_(total, term, learned, keep=index + 1 < len(terms))
     if generator is not None and after is not None:
@@ -103,7 +111,7 @@ def diagonal_fisher(
 def _add_squares_of_shards_(
     total: Mapping[str, Tensor],
     forward: Callable[[], Any],
-    labels: Labels,
+    likelihoods: Callable[[Any], list[Tensor]],
     draws: torch.Generator,
     weights: Mapping[str, nn.Parameter],
     touched: Iterable[nn.Parameter],
@@ -121,7 +129,7 @@ def _add_squares_of_shards_(
             for p, _ in kept:
                 p.grad = None
             draws.set_state(state)
-            terms = _log_likelihoods(forward(), labels, draws)
+            terms = likelihoods(forward())
             terms[index].backward()
             index, count = index + 1, len(terms)
             for name, w in weights.items():
@@ -145,35 +153,72 @@ def _add_squares_(
             total[name].addcmul_(grad, grad)
 
 
-def _log_likelihoods(output: Any, labels: Labels, draws: torch.Generator) -> list[Tensor]:
+def _log_likelihoods(
+    output: Any, batch: Batch, labels: Labels, draws: torch.Generator, model: nn.Module | None
+) -> list[Tensor]:
     """The terms to differentiate, each a sum over rows; their squared gradients add up to F.
 
-    An expectation over y enters as √p(y|x) log p(y|x) for every y, with √p held constant.
+    An expectation over y enters as √p(y|x) log p(y|x) for every y, with √p held constant. Of
+    labels that each hold or not, with logits z and p = σ(z), it is √(p (1 − p)) z for every label.
     """
-    classes = _has_classes(output)
-    if labels == "true" or (labels == "auto" and not classes):
+    kind = None if labels == "true" else _drawable(output, batch, model)
+    if kind is None and labels in ("true", "auto"):
         if getattr(output, "loss", None) is None:
             raise Refused("the model returned no loss", remedy="pass batches with labels")
         return [-output.loss]
     logits = output.logits
-    if not classes:
+    if kind is None:
         raise Refused(
-            f"labels={labels!r} needs class logits of each row, not shape {tuple(logits.shape)}",
-            remedy="use labels='true'",
-        )
-    log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
+            f"labels={labels!r} needs class logits of each row, not shape {tuple(logits.shape)}"
+            " or a regression", remedy="use labels='true'",
+        )  # fmt: skip
+    z = logits.to(wide(logits.dtype))
+    if kind == "labels":
+        p = z.detach().sigmoid()
+        if labels == "expected":
+            return [((p * (1 - p)).sqrt() * z)[:, y].sum() for y in range(p.shape[1])]
+        held = _uniform(p.shape[0], p.shape[1], draws).to(p.device) < p
+        return [-functional.binary_cross_entropy_with_logits(z, held.to(z.dtype), reduction="sum")]
+    log_p = z.log_softmax(-1)
     p = log_p.detach().exp()
     if labels == "expected":
         return [(p[:, y].sqrt() * log_p[:, y]).sum() for y in range(p.shape[1])]
-    u = torch.rand(len(p), 1, generator=draws, dtype=torch.float64).to(p.device)
+    u = _uniform(len(p), 1, draws).to(p.device)
     y = (u > p.double().cumsum(-1)[:, :-1]).sum(-1, keepdim=True)
     return [log_p.gather(1, y).sum()]
 
 
-def _has_classes(output: Any) -> bool:
-    """Whether each row has one vector of class logits."""
+def _uniform(rows: int, each: int, draws: torch.Generator) -> Tensor:
+    """Float64, (rows, each), of one draw a row, which other ranks can skip."""
+    u = torch.rand(rows, 1, generator=draws, dtype=torch.float64)
+    if each == 1:
+        return u
+    seeded = (torch.Generator().manual_seed(int(v * 2**53)) for v in u.flatten().tolist())
+    return torch.stack([torch.rand(each, generator=g, dtype=torch.float64) for g in seeded])
+
+
+def kind_of(model: Any, logits: Tensor) -> Kind:
+    """What the last axis of a model's logits is: one of several classes, a number or several, or
+    labels that each hold or not. Hugging Face models say the last by `config.problem_type`."""
+    declared = getattr(getattr(model, "config", None), "problem_type", None)
+    if declared == "multi_label_classification":
+        return "labels"
+    return "numbers" if logits.shape[-1] == 1 or declared == "regression" else "classes"
+
+
+def _drawable(output: Any, batch: Batch, model: nn.Module | None) -> Kind | None:
+    """What the logits of a row are of, where a label of it can be drawn from them."""
     logits = getattr(output, "logits", None)
-    return logits is not None and logits.ndim == 2 and logits.shape[1] > 1
+    if logits is None or logits.ndim != 2:
+        return None
+    kind = kind_of(model, logits)
+    told = getattr(getattr(model, "config", None), "problem_type", None) is not None
+    given = (v for k, v in batch.items() if k in LABELS and isinstance(v, Tensor))
+    if kind == "classes" and not told and any(v.is_floating_point() for v in given):
+        raise Refused("numbers for labels: of a regression, or of several labels a row?",
+                      where="config.problem_type",
+                      remedy='say "regression" or "multi_label_classification"')  # fmt: skip
+    return None if kind == "numbers" else kind
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,200 @@
+"""An optimizer's groups by the rates of parts: made, and made anew while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.errors import Refused
+from holdfast.network.parts import Parts, canonical, named_parameters
+from holdfast.network.parts import parts as parts_of
+from holdfast.network.rates import Rates, number
+from holdfast.network.stacks import is_norm
+
+FROZEN = "_frozen_by_rates"  # set on a parameter whose gradient was turned off here
+# What a group's place on the curve says; all else is an option that its parameters keep.
+PLACE = ("params", "param_names", "part_names", "multiplier", "lr", "initial_lr")
+
+
+def param_groups(
+    model: nn.Module,
+    rates: Rates,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    parts: Parts | None = None,
+    no_decay: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for any torch optimizer, one for each distinct (rate, decay).
+
+    Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay`, `part_names`,
+    `multiplier` and `base_lr`, the rate before it.
+    Biases and the vectors of norms are not decayed; `no_decay`, globs on canonical names, replaces
+    that rule. A parameter whose multiplier is 0, or that does not require a gradient, is in no
+    group, so that neither momentum nor decay moves it. The gradient of the former is turned off,
+    and on again where this is called with rates that train it: wrap the model in
+    DistributedDataParallel after this, for it expects every gradient that it has seen on.
+    """
+    groups = grouped(model, rates, lr=lr, weight_decay=weight_decay, parts=parts, no_decay=no_decay)
+    held = {id(p) for group in groups for p in group["params"]}
+    for p in named_parameters(model).values():
+        if learns(p) and id(p) not in held:
+            p.requires_grad_(False).grad = None
+            setattr(p, FROZEN, True)
+        elif hasattr(p, FROZEN):
+            p.requires_grad_(True)
+            delattr(p, FROZEN)
+    return groups
+
+
+def learns(parameter: nn.Parameter) -> bool:
+    """Whether it requires a gradient, or would if no rates had frozen it."""
+    return parameter.requires_grad or hasattr(parameter, FROZEN)
+
+
+def grouped(
+    model: nn.Module,
+    rates: Rates,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    parts: Parts | None = None,
+    no_decay: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """What `param_groups` returns, without a change to the model."""
+    lr, weight_decay = number(lr, "lr"), number(weight_decay, "weight_decay")
+    if isinstance(no_decay, str):
+        raise Refused(f"no_decay is one text, {no_decay!r}", remedy=f"write [{no_decay!r}]")
+    parameters = named_parameters(model)
+    parts = parts_of(model) if parts is None else parts
+    multiplier = rates.of(parts)
+    spared = _spared(model, parameters, no_decay)
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        part = parts.names.get(name)
+        if part is None:
+            raise Refused("is in no part", where=name, remedy="make the parts from this model")
+        if multiplier[part] == 0 or not learns(parameter):
+            continue
+        decay, times = 0.0 if name in spared else weight_decay, multiplier[part]
+        fresh = {"params": [], "lr": lr * times, "weight_decay": decay, "base_lr": lr,
+                 "multiplier": times}  # fmt: skip
+        group = groups.setdefault((times, decay), fresh)
+        group["params"].append(parameter)
+        group.setdefault("param_names", []).append(name)
+        group.setdefault("part_names", {})[part] = None
+    if not groups:
+        raise Refused(
+            "no parameter is left to train",
+            where=rates.name,
+            remedy="give a part a multiplier above 0, or let a parameter require its gradient",
+        )
+    return _in_order(groups.values(), parts)
+
+
+def _in_order(groups: Iterable[dict[str, Any]], parts: Parts) -> list[dict[str, Any]]:
+    for group in groups:
+        group["part_names"] = tuple(part for part in parts.order if part in group["part_names"])
+    return list(groups)
+
+
+def _spared(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], globs: Sequence[str] | None
+) -> set[str]:
+    """Names of the parameters that weight decay leaves alone."""
+    if globs is not None:
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in parameters):
+                raise Refused(f"no parameter matches {glob!r}", where="no_decay")
+        return {name for name in parameters if any(fnmatchcase(name, glob) for glob in globs)}
+    # Direct parameters only: a block that is called a norm may hold matrices further down.
+    norms = {
+        canonical(f"{path}.{name}" if path else name)
+        for path, module in model.named_modules()
+        if is_norm(module)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim <= 1
+    }
+    return norms | {name for name in parameters if _is_bias(name)}
+
+
+def _is_bias(name: str) -> bool:
+    """`…bias`, and a recurrent module's `bias_ih_l0`; not T5's relative_attention_bias.weight."""
+    own = name.rpartition(".")[2]
+    return own.endswith("bias") or own.startswith(("bias_ih_l", "bias_hh_l"))
+
+
+# --- other rates while it trains ----------------------------------------------------------------
+
+
+def regroup_(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    rates: Rates,
+    scheduler: Any = None,
+    parts: Parts | None = None,
+) -> None:
+    """Group the optimizer's parameters by other rates, and let a scheduler go on with them.
+
+    The base rate, what decays and all other options stay, as does the optimizer's state. Raises
+    `Refused`, and changes nothing, for groups that `param_groups` did not make, for rates that
+    would freeze or free a parameter, and for a schedule that is not one for all groups.
+    """
+    before = optimizer.param_groups
+    if any("multiplier" not in group for group in before):
+        raise Refused("the optimizer's groups have no base rate", where="set_rates",
+                      remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
+    parts = parts_of(model) if parts is None else parts
+    multiplier = {name: rates.of(parts)[part] for name, part in parts.names.items()}
+    held = {id(p) for group in before for p in group["params"]}
+    for name, p in named_parameters(model).items():
+        if (id(p) in held) is not (multiplier[name] != 0 and learns(p)):
+            raise Refused("other rates may not freeze or free a parameter", where="set_rates")
+    schedulers = _every(scheduler)
+    _check_schedule(schedulers, before)
+    # How far a schedule has come; one with a least rate holds some groups back.
+    rates_of = [(group["lr"], group["base_lr"] * group["multiplier"]) for group in before]
+    share = min((now / first for now, first in rates_of if first), default=1.0)
+    after: dict[Any, dict[str, Any]] = {}
+    for group in before:
+        options = {k: v for k, v in group.items() if k not in PLACE}
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            times = multiplier[name]
+            rate = group["base_lr"] * times
+            place = {"params": [], "param_names": [], "part_names": {}, "multiplier": times}
+            place |= {"lr": rate * share, **({"initial_lr": rate} if "initial_lr" in group else {})}
+            new = after.setdefault((times, repr(sorted(options.items()))), place | options)
+            new["params"].append(p)
+            new["param_names"].append(name)
+            new["part_names"][parts.names[name]] = None
+    before[:] = _in_order(after.values(), parts)
+    for each in schedulers:
+        for name in ("lr_lambdas", "min_lrs"):
+            if values := getattr(each, name, None):
+                setattr(each, name, values[:1] * len(before))
+        if hasattr(each, "base_lrs"):
+            each.base_lrs = [group["initial_lr"] for group in before]
+        each._last_lr = [group["lr"] for group in before]
+
+
+def _every(scheduler: Any) -> list[Any]:
+    """A scheduler without Accelerate's cover, and those that it runs (SequentialLR)."""
+    if scheduler is None:
+        return []
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    return [scheduler, *(s for each in getattr(scheduler, "_schedulers", ()) for s in _every(each))]
+
+
+def _check_schedule(schedulers: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse schedules that hold a rate, or a function, of their own for each group."""
+    for each in schedulers:
+        own = hasattr(each, "max_lrs") or any("max_lr" in group for group in groups)
+        for name in ("lr_lambdas", "min_lrs"):
+            own |= any(value != getattr(each, name)[0] for value in getattr(each, name, ()))
+        if own:
+            raise Refused(f"{type(each).__name__} holds rates of its own for each group",
+                          where="set_rates", remedy="use LambdaLR with one function")  # fmt: skip
