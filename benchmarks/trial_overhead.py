@@ -20,7 +20,7 @@ from search import QUICK, paths
 from transformers import TrainerCallback
 
 from holdfast.experiments import learner
-from holdfast.search import training
+from holdfast.search import trial
 from holdfast.search.plan import Plan
 from holdfast.search.study import Study
 from holdfast.search.worker import run
@@ -59,13 +59,13 @@ class Clock(TrainerCallback):
 def trials(number: int, place: str) -> list[dict[str, float]]:
     """Seconds of each of so many trials, storage included."""
     plan = Plan.make("minilm", paths(QUICK[0]), pruner="none", sampler="tpe", trials=50, **SETTINGS)
-    study, train, rows = Study(place, plan), training.Training(plan), []
-    evaluate, callbacks = learner.evaluate, training.TrialLearner._callbacks
+    study, train, rows = Study(place, plan), trial.Training(plan), []
+    evaluate, callbacks = learner.evaluate, trial.TrialLearner._callbacks
     try:
         for _ in range(number):
             clock = Clock()
             learner.evaluate = clock.wrapped(evaluate)
-            training.TrialLearner._callbacks = (  # type: ignore[method-assign]
+            trial.TrialLearner._callbacks = (  # type: ignore[method-assign]
                 lambda self, i, clock=clock: [*callbacks(self, i), clock]
             )
             began = time.perf_counter()
@@ -79,7 +79,7 @@ def trials(number: int, place: str) -> list[dict[str, float]]:
                          "over": over, "share": over / wall})  # fmt: skip
             print(f"trial {len(rows)} of {number}: {wall:.1f} s", flush=True)
     finally:
-        learner.evaluate, training.TrialLearner._callbacks = evaluate, callbacks  # type: ignore[method-assign]
+        learner.evaluate, trial.TrialLearner._callbacks = evaluate, callbacks  # type: ignore[method-assign]
     return rows
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier
+from holdfast.testing.toy import Classifier
 
 
 def bind(method: Method, *, dtype: torch.dtype = torch.float64) -> Bound:

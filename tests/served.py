@@ -1,4 +1,4 @@
-"""Every optimizer that is served, and DPS Dense around any of them as a slow, obvious twin.
+"""Every optimizer that is served, and DPS Dense around any of them as a slow, obvious reference.
 
 docs/optimizers.md lists the same ones; tests/test_served.py compares the two.
 """
@@ -151,7 +151,7 @@ class Learner:
         return self.method.frozen(self.bound.views["dps"])
 
 
-class Twin(Learner):
+class Reference(Learner):
     """DPS Dense as it is written down, around the plain optimizer: nothing of holdfast runs."""
 
     def __init__(self, optimizer: str, drop: float, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import HOOKS, Method
 from holdfast.recipe import Recipe
 from holdfast.testing import MethodContract
-from holdfast.testing.pupil import Pupil
+from holdfast.testing.toy import ToyTraining
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,14 +44,14 @@ class TestHoldHead(MethodContract):
 
 def test_it_pulls_the_head_back_and_nothing_else() -> None:
     """λ (w − w₀), with w₀ of this task, not of the one before."""
-    pupil = Pupil(HoldHead(strength=3.0))
+    toy = ToyTraining(HoldHead(strength=3.0))
     for task in ("one", "two"):
-        pupil.begin(task)
-        start = {n: w.detach().clone() for n, w in pupil.bound.weights.items()}
-        pupil.learn(0, 4)
-        for w in pupil.bound.weights.values():
+        toy.begin(task)
+        start = {n: w.detach().clone() for n, w in toy.bound.weights.items()}
+        toy.learn(0, 4)
+        for w in toy.bound.weights.values():
             w.grad = torch.zeros_like(w)
-        bound = pupil.bound
+        bound = toy.bound
         with torch.no_grad():
             bound.methods[0].penalty_grad_(bound.views["hold_head"])
         for name, w in bound.weights.items():
@@ -59,7 +59,7 @@ def test_it_pulls_the_head_back_and_nothing_else() -> None:
             assert w.grad is not None
             torch.testing.assert_close(w.grad, expected)
             assert name not in bound.shared or not torch.equal(w, start[name])
-        pupil.end()
+        toy.end()
 
 
 def test_it_holds_the_head_at_its_first_fit() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import SERVED, STAGE, STEPS, Learner, Twin, backward
+from served import SERVED, STAGE, STEPS, Learner, Reference, backward
 from tiny import adamw, bind, net
 from torch import Tensor, nn
 
@@ -39,27 +39,27 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return found
 
 
-def test_held_entries_stay_and_free_ones_move_as_by_the_twin(
+def test_held_entries_stay_and_free_ones_move_as_by_the_reference(
     optimizer: str, dtype: torch.dtype
 ) -> None:
-    follow_the_twin(optimizer, dtype)
+    follow_the_reference(optimizer, dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in SERVED if name.startswith("SGD")])
-def test_float16_weights_follow_the_twin(name: str) -> None:
+def test_float16_weights_follow_the_reference(name: str) -> None:
     """The ε of Adam and its kin is zero in float16: they run away, bound or not."""
-    follow_the_twin(name, torch.float16)
+    follow_the_reference(name, torch.float16)
 
 
-def follow_the_twin(optimizer: str, dtype: torch.dtype) -> None:
-    ours, twin = Learner(optimizer, DENSE, dtype), Twin(optimizer, 0.5, dtype)
+def follow_the_reference(optimizer: str, dtype: torch.dtype) -> None:
+    ours, reference = Learner(optimizer, DENSE, dtype), Reference(optimizer, 0.5, dtype)
     start, moved = ours.weights(), 0
     for step in range(STEPS):
         if step % STAGE == 0:
             start = ours.weights()
         ours.step(step)
-        twin.step(step)
-        same(ours.weights(), twin.weights())
+        reference.step(step)
+        same(ours.weights(), reference.weights())
         if step % (2 * STAGE) in range(STAGE, 2 * STAGE - 1):
             for name, frozen in ours.frozen().items():
                 now = ours.weights()[name]

@@ -107,7 +107,7 @@ class Seen:
             self.count += rows_in(batch)
             if distributed.world() > 1:
                 tensors = (v for v in batch.values() if isinstance(v, Tensor))
-                self.prints = distributed.digest([self.prints, distributed.fingerprint(tensors)])
+                self.prints = distributed.number_of([self.prints, distributed.fingerprint(tensors)])
             yield batch
 
     def require_equal(self, device: torch.device) -> None:

@@ -64,7 +64,7 @@ class Bound(Passes):
         self.max_grad_norm = max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
         # One for each method, so that a method more changes no draw of the others.
-        self.states = {m.name: State(distributed.digest([seed, m.name])) for m in self.methods}
+        self.states = {m.name: State(distributed.number_of([seed, m.name])) for m in self.methods}
         self.views = {m.name: View(self, self.states[m.name]) for m in self.methods}
         self.models, self.finished = {}, []
         self.task, self.step, self.total_steps, self.skipped = "", 0, 0, 0
@@ -289,7 +289,7 @@ class Bound(Passes):
             tell_once("the state holds one random state for all methods: they go on from new ones")
             self.generator.set_state(drawn)
             for name, each in self.states.items():
-                each.generator.manual_seed(distributed.digest([drawn.tolist(), name]))
+                each.generator.manual_seed(distributed.number_of([drawn.tolist(), name]))
         else:
             self.randomness = drawn
         unpack(self.states, tensors, meta["numbers"], self.weights)

@@ -35,7 +35,7 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t[start : start + rows] for t in tensors)
 
 
-def room(place: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def workspace(place: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor to write a block's result into, of undefined content, valid until asked for again.
 
     On a processor the memory is kept, one piece for each `place` and thread: fresh memory costs a
@@ -44,9 +44,9 @@ def room(place: int, shape: Sequence[int], dtype: torch.dtype, device: torch.dev
     count = math.prod(shape)
     if device.type != "cpu" or count > 4 * SIZE:
         return torch.empty(shape, dtype=dtype, device=device)
-    rooms: dict[tuple[int, torch.dtype], Tensor] = vars(_kept).setdefault("rooms", {})
-    found = rooms.get((place, dtype))
+    workspaces: dict[tuple[int, torch.dtype], Tensor] = vars(_kept).setdefault("workspaces", {})
+    found = workspaces.get((place, dtype))
     if found is None or found.numel() < count:
         with torch.inference_mode(False):  # else it could not be written to in training
-            found = rooms[place, dtype] = torch.empty(count, dtype=dtype, device=device)
+            found = workspaces[place, dtype] = torch.empty(count, dtype=dtype, device=device)
     return found[:count].view(shape)

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from holdfast.errors import Refused
 
 PIECE = 1 << 20  # entries that a fingerprint looks at in one piece
-Spread = tuple[Any, ...]  # the process groups over which the parts of a tensor lie
+Placement = tuple[Any, ...]  # the process groups over which the parts of a tensor lie
 
 
 def world() -> int:
@@ -85,20 +85,20 @@ def reshard_(model: nn.Module) -> None:
             reshard()
 
 
-def spread(t: Tensor) -> Spread:
+def placement(t: Tensor) -> Placement:
     """The groups whose ranks hold different parts of a tensor; () where every rank holds it all."""
     if not sharded(t):
         return ()
     laid, groups = cast(Any, t), []
-    for axis, placement in enumerate(laid.placements):
-        if placement.is_partial():
+    for axis, laid_out in enumerate(laid.placements):
+        if laid_out.is_partial():
             raise Refused("a tensor lies in partial sums", remedy="reduce gradients before a step")
-        if not placement.is_replicate():
+        if not laid_out.is_replicate():
             groups.append(laid.device_mesh.get_group(axis))
     return tuple(groups)
 
 
-def sum_(t: Tensor, over: Spread) -> Tensor:
+def sum_(t: Tensor, over: Placement) -> Tensor:
     """`t` summed in place over the ranks of each group."""
     for group in over:
         dist.all_reduce(t, group=group)
@@ -109,7 +109,7 @@ def mean(t: Tensor) -> Tensor:
     """The mean of all entries, 0-dim and equal on all ranks, of a tensor in shards too."""
     if not sharded(t):
         return t.mean()
-    return sum_(local(t).sum(), spread(t)) / t.numel()
+    return sum_(local(t).sum(), placement(t)) / t.numel()
 
 
 # --- agreement ------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def require_equal(values: Mapping[str, int], device: torch.device, *, remedy: st
                 raise Refused(f"rank {other} differs from rank 0 in {what}", remedy=remedy)
 
 
-def digest(value: Any) -> int:
+def number_of(value: Any) -> int:
     """64 bits that tell JSON values apart."""
     text = json.dumps(value, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big", signed=True)
@@ -176,7 +176,7 @@ def align_(randomness: Tensor, weights: Mapping[str, Tensor], plan: Any) -> Tens
         return randomness
     device = next(iter(weights.values())).device
     shapes = [[n, list(w.shape), str(w.dtype)] for n, w in weights.items()]
-    values = {"the plan of the task": digest(plan), "its parameters": digest(shapes)}
+    values = {"the plan of the task": number_of(plan), "its parameters": number_of(shapes)}
     remedy = "bind the same model, recipe and number of steps on every rank"
     require_equal(values, device, remedy=remedy)
     randomness = randomness.to(device)

@@ -46,9 +46,9 @@ def _norm_of_shards(grads: list[Tensor]) -> Tensor:
 
     In float64, so that sums of squares overflow no sooner; every mesh adds up one number.
     """
-    alike: dict[distributed.Spread, list[Tensor]] = {}
+    alike: dict[distributed.Placement, list[Tensor]] = {}
     for g in grads:
-        alike.setdefault(distributed.spread(g), []).append(distributed.local(g))
+        alike.setdefault(distributed.placement(g), []).append(distributed.local(g))
     square = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     for spread, same in alike.items():
         norm = total_norm([g for g in same if g.numel()])  # of an empty shard there is none

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from holdfast.ops.blocks import blocks, room
+from holdfast.ops.blocks import blocks, workspace
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,7 +43,7 @@ def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     if len(shape) < 2:
         return bits.bool()
     # Eight bytes of a mask are one number, looked up in a table.
-    place = room(0, bits.shape, torch.int32, bits.device).copy_(bits).flatten()
+    place = workspace(0, bits.shape, torch.int32, bits.device).copy_(bits).flatten()
     eights = _table(bits.device).index_select(0, place)
     whole = eights.view(torch.bool).view(*shape[:-1], 8 * bits.shape[-1])
     return whole[..., : shape[-1]]
@@ -60,7 +60,7 @@ def mark_(held: Tensor, moves: Tensor) -> None:
     """Write NaN into `held` where `moves` (bool, of its shape) is True."""
     for h, m in blocks(held, moves):
         if h.device.type == "cpu":
-            stays = room(0, h.shape, h.dtype, h.device).copy_(m.view(torch.uint8))
+            stays = workspace(0, h.shape, h.dtype, h.device).copy_(m.view(torch.uint8))
             torch.sub(1, stays, out=stays)
             h.mul_(stays.div_(stays))  # 0/0 is NaN, and a product with 1 is exact
         else:
@@ -73,9 +73,9 @@ def zero_(grad: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
         if bits is not None:
             moves = unpack(b, h.shape)
             if g.device.type == "cpu":
-                moves = room(1, g.shape, g.dtype, g.device).copy_(moves.view(torch.uint8))
+                moves = workspace(1, g.shape, g.dtype, g.device).copy_(moves.view(torch.uint8))
         elif g.device.type == "cpu":  # a comparison into floats is vectorised, into bool it is not
-            moves = torch.ne(h, h, out=room(1, h.shape, h.dtype, h.device))
+            moves = torch.ne(h, h, out=workspace(1, h.shape, h.dtype, h.device))
         else:
             moves = h != h
         g.mul_(moves)
@@ -89,9 +89,9 @@ def hold_(weight: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
             torch.where(stays, h.to(w.dtype), w, out=w)
             continue
         kind = _INTEGERS[w.element_size()]
-        change, ones = (room(i, w.shape, kind, w.device) for i in (1, 2))
+        change, ones = (workspace(i, w.shape, kind, w.device) for i in (1, 2))
         if bits is None:
-            ones.copy_(torch.eq(h, h, out=room(1, h.shape, h.dtype, h.device)))
+            ones.copy_(torch.eq(h, h, out=workspace(1, h.shape, h.dtype, h.device)))
         else:
             torch.sub(1, ones.copy_(unpack(b, h.shape).view(torch.uint8)), out=ones)
         # w ← w ^ ((w ^ held) · held?)  on the bit patterns

@@ -91,16 +91,16 @@ def _by_digits(groups: Sequence[Sequence[Tensor]], ranks: list[int], *, bits: in
     share = [1.0] * len(groups)  # of the entries, those that have these bits
     for shift in range(width - bits, -1, -bits):
         first = shift == width - bits
-        counts: dict[distributed.Spread, Tensor] = {}
+        counts: dict[distributed.Placement, Tensor] = {}
         for i, group in enumerate(groups):
             for s in group:
-                spread = distributed.spread(s)
-                if spread not in counts:
+                where = distributed.placement(s)
+                if where not in counts:
                     shape = len(groups), size
-                    counts[spread] = torch.zeros(shape, dtype=torch.int64, device=device)
+                    counts[where] = torch.zeros(shape, dtype=torch.int64, device=device)
                 prefix = None if first else found[i]
-                _count_(counts[spread][i], s, dtype, shift, prefix, sparse=share[i] < 1 / 8)
-        total = torch.stack([distributed.sum_(t, spread) for spread, t in counts.items()]).sum(0)
+                _count_(counts[where][i], s, dtype, shift, prefix, sparse=share[i] < 1 / 8)
+        total = torch.stack([distributed.sum_(t, where) for where, t in counts.items()]).sum(0)
         # The sign bit comes first; below zero, the larger digit is of the smaller number.
         negative = [v < 0 for v in found]
         if first:

@@ -177,11 +177,11 @@ def rates(study: Comparison) -> Picture | None:
         curve = group.runs[0].body["rates"]
         if curve and any(value for value in curve["multiplier"]):
             order = [clean(part) for part in curve["order"]]
-            twin = next((c for c in curves if c[:2] == (order, curve["multiplier"])), None)
-            if twin is None:
+            same = next((c for c in curves if c[:2] == (order, curve["multiplier"])), None)
+            if same is None:
                 curves.append((order, curve["multiplier"], [index]))
             else:
-                twin[2].append(index)
+                same[2].append(index)
     if not curves:
         return None
     positive = [v for _, values, _ in curves for v in values if v is not None and v > 0]

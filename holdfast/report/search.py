@@ -228,7 +228,7 @@ def trial_label(trial: Mapping[str, Any]) -> str:
     return clean(trial["control"] or f"trial {trial['number']}", width=40)
 
 
-def spread(mean: float | None, sd: float | None) -> str:
+def mean_sd(mean: float | None, sd: float | None) -> str:
     """`0.741 ± 0.012`."""
     return number(mean) if sd is None else f"{number(mean)} ± {number(sd)}"
 
@@ -243,7 +243,7 @@ def search_table(body: Mapping[str, Any]) -> Table:
     for head in ("curve", "base rate", "seeds", "new", "old before", "old after", "new + old"):
         made.add_column(head, justify="left" if head == "curve" else "right")
     for f in body["final"]:
-        scores = [spread(f[f"{k}mean"], f[f"{k}sd"]) for k in ("new_", "old_", "old_after_", "")]
+        scores = [mean_sd(f[f"{k}mean"], f[f"{k}sd"]) for k in ("new_", "old_", "old_after_", "")]
         cells = [clean(f["label"]), f"{f['rate']:.3g}", seeds(f), *scores]
         made.add_row(*map(Text, cells))
     if not body["final"]:

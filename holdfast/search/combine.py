@@ -26,7 +26,7 @@ import numpy as np
 from holdfast import __version__
 from holdfast.errors import Refused
 from holdfast.files import write_yaml
-from holdfast.search.trials import Study, read_study
+from holdfast.search.trials import ReadStudy, read_study
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,11 +40,11 @@ FORMULA = "exp(sum base^-rank ln lr / sum base^-rank) a study, log average over 
 class Fusion:
     """One curve out of several studies."""
 
-    studies: tuple[Study, ...]
+    studies: tuple[ReadStudy, ...]
     rates: np.ndarray
     """(studies, parts) learning rates, one row a study."""
     weights: tuple[np.ndarray, ...]
-    """For each study (trials,), summing to 1, in the order of `Study.trials`."""
+    """For each study (trials,), summing to 1, in the order of `ReadStudy.trials`."""
     fused: np.ndarray
     """(parts,) learning rates: the geometric mean of `rates` over studies."""
     base: float
@@ -111,7 +111,7 @@ def rank_weights(rewards: Sequence[float], base: float = BASE) -> np.ndarray:
     return found
 
 
-def fuse(studies: Sequence[Study], *, base: float = BASE, layers: int | None = None) -> Fusion:
+def fuse(studies: Sequence[ReadStudy], *, base: float = BASE, layers: int | None = None) -> Fusion:
     """The curve of several studies; `layers` where their files do not say how many there were.
 
     Refused: no study, a file given twice, different numbers of parts or of layers.
@@ -120,8 +120,8 @@ def fuse(studies: Sequence[Study], *, base: float = BASE, layers: int | None = N
         raise Refused("no study", remedy="name the folder of a search, or a file of trials")
     first = studies[0]
     for i, study in enumerate(studies):
-        if (twin := next((s for s in studies[:i] if s.sha256 == study.sha256), None)) is not None:
-            raise Refused(f"is the same file as {twin.source}", where=study.source,
+        if (twice := next((s for s in studies[:i] if s.sha256 == study.sha256), None)) is not None:
+            raise Refused(f"is the same file as {twice.source}", where=study.source,
                           remedy="name it once, or it counts twice")  # fmt: skip
         if study.parts != first.parts:
             raise Refused(f"{study.parts} rates a trial, {first.source} has {first.parts}",
@@ -140,11 +140,11 @@ def fuse(studies: Sequence[Study], *, base: float = BASE, layers: int | None = N
     )  # fmt: skip
 
 
-def _rewards(study: Study) -> list[float]:
+def _rewards(study: ReadStudy) -> list[float]:
     return [trial.reward for trial in study.trials if trial.reward is not None]
 
 
-def _log_average(study: Study, weights: np.ndarray) -> list[float]:
+def _log_average(study: ReadStudy, weights: np.ndarray) -> list[float]:
     """Σ_r w_r ln lr_r of each part: (parts,). Sums are exact: the order of rows leaves no trace."""
     logs = np.log(np.array([trial.lr for trial in study.trials]))  # (trials, parts)
     total = math.fsum(weights)
@@ -155,7 +155,7 @@ def _geometric_mean(rates: np.ndarray) -> float:
     return math.exp(math.fsum(np.log(rates)) / len(rates))
 
 
-def _layers(studies: Sequence[Study], given: int | None) -> int | None:
+def _layers(studies: Sequence[ReadStudy], given: int | None) -> int | None:
     if given is not None and (isinstance(given, bool) or given < 1):
         raise Refused(f"{given!r} is no number of layers", where="--layers")
     found = given

@@ -22,7 +22,7 @@ from holdfast.experiments.runs import RECORD
 from holdfast.experiments.sequence import Job
 from holdfast.files import write_text_atomic
 from holdfast.search.plan import Plan
-from holdfast.search.rows import Row, best
+from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE
 from holdfast.search.study import wait
 from holdfast.tasks.task import slug
@@ -74,7 +74,7 @@ class Result:
 Evaluate = Callable[[FinalJob], Result]
 
 
-def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
+def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     """The winner, its ablation, the best flat rate, and the shapes at that rate.
 
     Where a flat rate is the winner, or a shape at that very rate, it stands once. Nothing where no
@@ -102,7 +102,7 @@ def contenders(plan: Plan, found: Sequence[Row]) -> list[Contender]:
     return made
 
 
-def jobs(folder: Path, plan: Plan, found: Sequence[Row]) -> list[FinalJob]:
+def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
     """Every contender with every fresh seed, a seed of all before the next seed."""
     return [
         FinalJob(c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from holdfast.search import storage
-from holdfast.search.rows import Row
+from holdfast.search.rows import TrialRow
 from holdfast.search.space import RATE, Space
 from holdfast.search.trials import part_names
 
@@ -25,7 +25,7 @@ class Importance(NamedTuple):
     note: str
 
 
-def importance(found: Sequence[Row], space: Space) -> Importance:
+def importance(found: Sequence[TrialRow], space: Space) -> Importance:
     """The share of each part, the base rate and the tuned settings.
 
     Where fewer than `LEAST` trials were finished, what they told at the last rung that as many
@@ -50,7 +50,7 @@ def importance(found: Sequence[Row], space: Space) -> Importance:
     return Importance(shares, note)
 
 
-def _columns(found: Sequence[Row], space: Space) -> dict[str, list[float]]:
+def _columns(found: Sequence[TrialRow], space: Space) -> dict[str, list[float]]:
     names = part_names(space.parts)
     columns = {
         name: [(r.multipliers or [])[i] for r in found] for i, name in enumerate(names)

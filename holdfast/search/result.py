@@ -21,7 +21,7 @@ from holdfast.network.rates import Rates
 from holdfast.search.final import Contender, Result
 from holdfast.search.importance import importance
 from holdfast.search.plan import Plan
-from holdfast.search.rows import Row, as_trials, best, front
+from holdfast.search.rows import TrialRow, as_trials, best, front
 from holdfast.search.space import MULTIPLIER
 from holdfast.search.trials import NAME, part_names, write_trials
 
@@ -34,7 +34,7 @@ Results = Mapping[tuple[str, int], Result]
 
 def facts(
     plan: Plan,
-    found: Sequence[Row],
+    found: Sequence[TrialRow],
     finals: Sequence[Contender] = (),
     results: Results | None = None,
     *,
@@ -125,7 +125,9 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**gap._asdict(), "verdict": verdict, "control": control["label"], "sentence": said}
 
 
-def steps(plan: Plan, found: Sequence[Row], finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def steps(
+    plan: Plan, found: Sequence[TrialRow], finals: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Training steps: spent on trials, what they would have cost unpruned, on the final runs."""
     spent = sum(r.steps or 0 for r in found)
     full = max((r.steps or 0 for r in found if r.state == "complete"), default=0)
@@ -238,7 +240,9 @@ def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
     )  # fmt: skip
 
 
-def write(folder: Path, plan: Plan, found: Sequence[Row], body: Mapping[str, Any]) -> list[Path]:
+def write(
+    folder: Path, plan: Plan, found: Sequence[TrialRow], body: Mapping[str, Any]
+) -> list[Path]:
     """`search.json` and `trials.csv`; `rates.yaml` and `recipe.yaml` once a trial is finished."""
     written = [folder / FACTS, folder / NAME]
     write_text_atomic(written[0], json.dumps(body, **STRICT) + "\n")

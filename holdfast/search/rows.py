@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class TrialRow:
     """One trial. Scores are on selection rows, None where they were not reached."""
 
     number: int
@@ -49,13 +49,13 @@ class Row:
         return {**body, "value": self.value}
 
 
-def row(trial: FrozenTrial, space: Space) -> Row:
+def row(trial: FrozenTrial, space: Space) -> TrialRow:
     """A trial as Optuna keeps it."""
     told = trial.user_attrs
     params = {k: float(v) for k, v in trial.params.items()}
     params = params or {k: float(v) for k, v in trial.system_attrs.get("fixed_params", {}).items()}
     whole = space.ranges.keys() <= params.keys()
-    return Row(
+    return TrialRow(
         number=trial.number, state=trial.state.name.lower(), control=told.get("control"),
         kind=told.get("kind"), params=params, rate=params.get(RATE),
         multipliers=space.multipliers(params) if whole else None,
@@ -68,12 +68,12 @@ def row(trial: FrozenTrial, space: Space) -> Row:
     )  # fmt: skip
 
 
-def rows(trials: Iterable[FrozenTrial], space: Space) -> list[Row]:
+def rows(trials: Iterable[FrozenTrial], space: Space) -> list[TrialRow]:
     """All trials by number."""
     return sorted((row(trial, space) for trial in trials), key=lambda r: r.number)
 
 
-def best(found: Iterable[Row], *, kind: str | None = None) -> Row | None:
+def best(found: Iterable[TrialRow], *, kind: str | None = None) -> TrialRow | None:
     """The finished trial of the highest new + old on selection rows; ties go to the earlier.
 
     kind: among the controls of a kind only.
@@ -82,11 +82,11 @@ def best(found: Iterable[Row], *, kind: str | None = None) -> Row | None:
     return max(known, key=lambda r: (r.value or 0.0, -r.number)) if known else None
 
 
-def front(found: Iterable[Row]) -> list[Row]:
+def front(found: Iterable[TrialRow]) -> list[TrialRow]:
     """The finished trials that none beats in both scores, by the new task's."""
     known = [r for r in found if r.value is not None]
 
-    def beaten(r: Row) -> bool:
+    def beaten(r: TrialRow) -> bool:
         mine = (r.new or 0.0, r.old_after or 0.0)
         theirs = [(o.new or 0.0, o.old_after or 0.0) for o in known]
         return any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in theirs)
@@ -94,7 +94,7 @@ def front(found: Iterable[Row]) -> list[Row]:
     return sorted((r for r in known if not beaten(r)), key=lambda r: (r.new or 0.0, r.number))
 
 
-def as_trials(found: Iterable[Row], space: Space) -> list[Trial]:
+def as_trials(found: Iterable[TrialRow], space: Space) -> list[Trial]:
     """For `trials.csv`; a trial that was not drawn yet has no line."""
     made = []
     for r in found:

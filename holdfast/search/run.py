@@ -25,7 +25,7 @@ MakeEvaluate = Callable[[Plan], Evaluate]
 
 def training(plan: Plan) -> Train:
     """How trials are trained, unless a test says otherwise."""
-    from holdfast.search.training import Training
+    from holdfast.search.trial import Training
 
     return Training(plan)
 

@@ -75,7 +75,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
+class ReadStudy:
     """The trials of one search, and the file they came from."""
 
     source: str
@@ -146,7 +146,7 @@ def _cell(value: Any) -> str:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def read_study(path: str | Path) -> Study:
+def read_study(path: str | Path) -> ReadStudy:
     """The study in a folder (its `trials.csv`), a `.csv` or a `.json` file.
 
     Refused, with file and line: rows of two studies; a trial's number twice; a rate that is not
@@ -267,7 +267,7 @@ def _json(text: str, where: str) -> Rows:
 _READERS: dict[str, Callable[[str, str], Rows]] = {".csv": _csv, ".json": _json}
 
 
-def _study(rows: Rows, where: str, sha256: str) -> Study:
+def _study(rows: Rows, where: str, sha256: str) -> ReadStudy:
     for key in ("layers", *IDENTITY):
         _one(key, rows, where)
     trials: list[Trial] = []
@@ -289,7 +289,7 @@ def _study(rows: Rows, where: str, sha256: str) -> Study:
         counts = ", ".join(f"{count} {why}" for why, count in left_out.items())
         raise Refused(f"no trial with a score ({counts or 'no trial at all'})", where=where)
     study, layers = rows[0][1].get("study"), _whole(rows[0][1].get("layers"), where, "layers", 1)
-    return Study(source=where, sha256=sha256, study=study, layers=layers, trials=kept,
+    return ReadStudy(source=where, sha256=sha256, study=study, layers=layers, trials=kept,
                  left_out=left_out)  # fmt: skip
 
 

@@ -23,7 +23,7 @@ POLL = 0.5  # seconds between looks at trials that other workers have
 
 
 @dataclass(frozen=True)
-class Job:
+class Replicate:
     """One replicate of a trial."""
 
     number: int
@@ -34,7 +34,7 @@ class Job:
     folder: Path
 
 
-Train = Callable[[Job, Watch], Scores]
+Train = Callable[[Replicate, Watch], Scores]
 
 
 def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None) -> int:
@@ -91,13 +91,13 @@ def run(claim: Claim, train: Train) -> None:
     claim.done(mean, rows)
 
 
-def job_of(claim: Claim, replicate: int, seed: int) -> Job:
+def job_of(claim: Claim, replicate: int, seed: int) -> Replicate:
     """What to train: the trial's curve in the plan's recipe, in a folder of its own."""
     plan = claim.study.plan
     name = claim.control or f"trial {claim.number}"
     recipe = plan.space.recipe(plan.base, claim.params, name=name)
     leaf = f"{claim.number}" if replicate == 0 else f"{claim.number}-{replicate}"
-    return Job(claim.number, replicate, seed, recipe, claim.params["rate"],
+    return Replicate(claim.number, replicate, seed, recipe, claim.params["rate"],
                claim.study.folder / "trials" / leaf)  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from holdfast.engine.method import HOOKS, Method
 from holdfast.errors import Refused
 from holdfast.files import read_yaml, write_yaml
-from holdfast.testing.pupil import TASKS, Classifier, Pupil, make_batch
+from holdfast.testing.toy import TASKS, Classifier, ToyTraining, make_batch
 
 CUTS = [("one", 1), ("one", 2), ("one", 5), ("one", 9), ("one", None), ("two", 1), ("two", 4)]
 
@@ -101,30 +101,30 @@ class MethodContract:
     # --- state --------------------------------------------------------------------------------
 
     def test_state_follows_names_and_is_counted(self, method: Method) -> None:
-        pupil = Pupil(method)
+        toy = ToyTraining(method)
         for task in TASKS:
-            pupil.begin(task)
-            weights = pupil.bound.weights
-            learned = {id(p): p for m in pupil.models.values() for p in m.parameters()}
+            toy.begin(task)
+            weights = toy.bound.weights
+            learned = {id(p): p for m in toy.models.values() for p in m.parameters()}
             count = sum(p.numel() for p in learned.values())
-            for step in range(pupil.steps):
-                pupil.learn(step, step + 1)
+            for step in range(toy.steps):
+                toy.learn(step, step + 1)
                 held = 0
-                for slot in pupil.bound.states[method.name].weights.values():
+                for slot in toy.bound.states[method.name].weights.values():
                     for name, tensor in slot.items():
                         assert name in weights or name.split("/")[0] in TASKS, name
                         if name in weights:
                             torch.broadcast_shapes(tensor.shape, weights[name].shape)
                         held += tensor.numel() * tensor.element_size()
                 assert held / count <= self.limit(method) + 0.25, "bytes per weight"
-            pupil.end()
+            toy.end()
 
     @pytest.mark.parametrize(("task", "step"), CUTS)
     def test_saved_and_loaded_it_goes_on_bit_for_bit(
         self, method: Method, task: str, step: int | None
     ) -> None:
-        whole = Pupil(method).learn_all()
-        first = Pupil(method)
+        whole = ToyTraining(method).learn_all()
+        first = ToyTraining(method)
         for current in TASKS[: TASKS.index(task)]:
             first.begin(current)
             first.learn()
@@ -133,7 +133,7 @@ class MethodContract:
         first.learn(0, step)
         if step is None:
             first.end()
-        second = Pupil.load(first.save(), method, closed=step is None)
+        second = ToyTraining.load(first.save(), method, closed=step is None)
         if step is not None:
             second.learn(step)
             second.end()
@@ -144,42 +144,42 @@ class MethodContract:
         same(second.everything(), whole.everything())
 
     def test_saved_state_does_not_change_afterwards(self, method: Method) -> None:
-        pupil = Pupil(method)
-        pupil.begin("one")
-        pupil.learn()
-        pupil.end()
-        meta = pupil.bound.state_dict()["meta"]
+        toy = ToyTraining(method)
+        toy.begin("one")
+        toy.learn()
+        toy.end()
+        meta = toy.bound.state_dict()["meta"]
         before = json.dumps(meta)
-        pupil.begin("two")
-        pupil.learn()
-        pupil.end()
+        toy.begin("two")
+        toy.learn()
+        toy.end()
         assert json.dumps(meta) == before
 
     # --- manners ------------------------------------------------------------------------------
 
     def test_unbinding_leaves_the_model_as_it_was(self, method: Method) -> None:
-        plain, pupil = Pupil(None), Pupil(method)
-        for p in (plain, pupil):
+        plain, toy = ToyTraining(None), ToyTraining(method)
+        for p in (plain, toy):
             p.begin("one")
-        keys = list(pupil.model.state_dict())
-        pupil.learn()
-        assert list(pupil.model.state_dict()) == keys
+        keys = list(toy.model.state_dict())
+        toy.learn()
+        assert list(toy.model.state_dict()) == keys
         plain.bound.unbind()
-        pupil.bound.unbind()
+        toy.bound.unbind()
         if not type(method).defines("prepare"):
-            assert _anatomy(pupil.model) == _anatomy(plain.model)
-        assert _hooks(pupil.optimizer) == [0, 0]
+            assert _anatomy(toy.model) == _anatomy(plain.model)
+        assert _hooks(toy.optimizer) == [0, 0]
 
     def test_global_randomness_is_untouched(self, method: Method) -> None:
         states = []
         for used in (None, method):
-            pupil = Pupil(used)
+            toy = ToyTraining(used)
             seen = []
             for task in TASKS:
-                pupil.begin(task)
+                toy.begin(task)
                 torch.manual_seed(3)
-                pupil.learn()
-                pupil.end()
+                toy.learn()
+                toy.end()
                 seen.append(torch.get_rng_state())
             states.append(seen)
         for plain, ours in zip(*states, strict=True):
@@ -188,83 +188,83 @@ class MethodContract:
     def test_frozen_weights_are_not_touched(self, method: Method) -> None:
         layers = "encoder.layers"
         frozen = {"encoder.embeddings.weight", f"{layers}.0.up.weight", f"{layers}.1.up.bias"}
-        pupil = Pupil(method, frozen=frozen)
-        pupil.begin("one")
-        before = pupil.weights()
-        pupil.learn()
-        pupil.end()
-        after = pupil.weights()
+        toy = ToyTraining(method, frozen=frozen)
+        toy.begin("one")
+        before = toy.weights()
+        toy.learn()
+        toy.end()
+        after = toy.weights()
         for name in frozen:
             assert torch.equal(after[f"one: {name}"], before[f"one: {name}"]), name
-        pupil.frozen = ()  # unfrozen later, all works
-        pupil.begin("two")
-        pupil.learn()
-        pupil.end()
-        _finite(pupil.weights())
+        toy.frozen = ()  # unfrozen later, all works
+        toy.begin("two")
+        toy.learn()
+        toy.end()
+        _finite(toy.weights())
 
     def test_order_in_the_optimizer_does_not_matter(self, method: Method) -> None:
-        forwards = Pupil(method).learn_all()
-        backwards = Pupil(method, reverse=True).learn_all()
+        forwards = ToyTraining(method).learn_all()
+        backwards = ToyTraining(method, reverse=True).learn_all()
         same(backwards.everything(), forwards.everything())
 
     def test_evaluation_sees_the_weights_themselves(self, method: Method) -> None:
-        pupil = Pupil(method)
-        pupil.begin("one")
+        toy = ToyTraining(method)
+        toy.begin("one")
         if type(method).defines("prepare"):
             return  # there is no plain model to compare with
         batch = make_batch("one", 100)
-        for step in range(pupil.steps):
-            pupil.learn(step, step + 1)
+        for step in range(toy.steps):
+            toy.learn(step, step + 1)
             plain = Classifier()
-            plain.load_state_dict(pupil.model.state_dict())
-            pupil.model.eval()
-            assert torch.equal(pupil.model(**batch).logits, plain.eval()(**batch).logits)
-            pupil.model.train()
+            plain.load_state_dict(toy.model.state_dict())
+            toy.model.eval()
+            assert torch.equal(toy.model(**batch).logits, plain.eval()(**batch).logits)
+            toy.model.train()
 
     @pytest.mark.parametrize("value", [math.inf, math.nan])
     def test_non_finite_gradients_change_nothing(self, method: Method, value: float) -> None:
-        pupil = Pupil(method)
+        toy = ToyTraining(method)
         for task in TASKS:
-            pupil.begin(task)
-            for step in range(pupil.steps):
-                before, skipped = pupil.everything(), pupil.bound.skipped
-                pupil.backward(step)
-                grad = next(p.grad for p in pupil.model.parameters() if p.grad is not None)
+            toy.begin(task)
+            for step in range(toy.steps):
+                before, skipped = toy.everything(), toy.bound.skipped
+                toy.backward(step)
+                grad = next(p.grad for p in toy.model.parameters() if p.grad is not None)
                 grad.view(-1)[0] = value
-                pupil.optimizer.step()
-                same(pupil.everything(), before)
-                assert pupil.bound.skipped == skipped + 1
-                pupil.learn(step, step + 1)
-            pupil.end()
-        _finite(pupil.weights())
+                toy.optimizer.step()
+                same(toy.everything(), before)
+                assert toy.bound.skipped == skipped + 1
+                toy.learn(step, step + 1)
+            toy.end()
+        _finite(toy.weights())
 
     def test_bfloat16_weights_keep_exact_sums(self, method: Method) -> None:
-        pupil = Pupil(method, dtype=torch.bfloat16)
+        toy = ToyTraining(method, dtype=torch.bfloat16)
         for task in TASKS:
-            pupil.begin(task)
-            started = _narrow(pupil)
-            pupil.learn()
-            assert all(w.dtype is torch.bfloat16 for w in pupil.bound.weights.values())
+            toy.begin(task)
+            started = _narrow(toy)
+            toy.learn()
+            assert all(w.dtype is torch.bfloat16 for w in toy.bound.weights.values())
             # A copy of weights may be bfloat16, a sum may not: it would stop growing at 256.
-            for name, tensor in _narrow(pupil).items():
+            for name, tensor in _narrow(toy).items():
                 assert name in started and torch.equal(tensor, started[name]), name
-            pupil.end()
-        _finite(pupil.weights())
+            toy.end()
+        _finite(toy.weights())
 
     def test_accumulation_equals_a_large_batch(self, method: Method) -> None:
         if not self.accumulates:
             pytest.skip("draws anew for each micro-batch")
-        whole, halves = Pupil(method, dropout=False), Pupil(method, dropout=False)
+        whole, halves = ToyTraining(method, dropout=False), ToyTraining(method, dropout=False)
         for task in TASKS:
-            for pupil, pieces in ((whole, 1), (halves, 2)):
-                pupil.begin(task)
+            for toy, pieces in ((whole, 1), (halves, 2)):
+                toy.begin(task)
                 # Differences of rounding may tip a threshold: compare the first steps only.
-                pupil.learn(0, 3, pieces=pieces)
+                toy.learn(0, 3, pieces=pieces)
             ours, theirs = halves.weights(), whole.weights()
             for name in theirs:
                 torch.testing.assert_close(ours[name], theirs[name], atol=1e-6, rtol=0, msg=name)
-            for pupil in (whole, halves):
-                pupil.end()
+            for toy in (whole, halves):
+                toy.end()
             for task_, model in halves.models.items():
                 model.load_state_dict(whole.models[task_].state_dict())
 
@@ -286,8 +286,8 @@ def _finite(weights: Mapping[str, Tensor]) -> None:
         assert torch.isfinite(w).all(), name
 
 
-def _narrow(pupil: Pupil) -> dict[str, Tensor]:
-    tensors = pupil.bound.state_dict()["tensors"].items()
+def _narrow(toy: ToyTraining) -> dict[str, Tensor]:
+    tensors = toy.bound.state_dict()["tensors"].items()
     return {k: t.clone() for k, t in tensors if t.dtype in (torch.bfloat16, torch.float16)}
 
 

@@ -19,7 +19,7 @@ from holdfast.methods import DPS, EWC, L2SP, LwF, Replay
 from holdfast.methods.common.importance import diagonal_fisher
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, make_batch
+from holdfast.testing.toy import Classifier, make_batch
 from holdfast.training.loop import load_checkpoint, save_checkpoint
 from holdfast.training.manifest import commit, damage
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 from holdfast.engine.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.ops import distributed
-from holdfast.testing.pupil import Pupil
+from holdfast.testing.toy import ToyTraining
 
 SENDING = ("all_reduce", "all_gather", "broadcast", "barrier")
 LOOKING = ("fingerprint", "digest")
@@ -29,13 +29,13 @@ def test_nothing_is_told_or_looked_at(method: Method, monkeypatch: pytest.Monkey
     for name in LOOKING:
         monkeypatch.setattr(distributed, name, never)
     assert (distributed.world(), distributed.rank()) == (1, 0)
-    Pupil(method, steps=5).learn_all()
+    ToyTraining(method, steps=5).learn_all()
 
 
 def test_plain_tensors_pass_through_as_they_are() -> None:
     t = torch.arange(6.0).reshape(2, 3)
     assert distributed.local(t) is t and distributed.full(t) is t
     assert distributed.like(t, t) is t and distributed.beside(t, t) is t
-    assert distributed.spread(t) == () and distributed.mean(t) == 2.5
+    assert distributed.placement(t) == () and distributed.mean(t) == 2.5
     weight = torch.nn.Parameter(t)
     assert not distributed.sharded(weight) and distributed.local(weight) is weight

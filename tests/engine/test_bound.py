@@ -19,7 +19,7 @@ from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 
 def data(step: int) -> Tensor:
@@ -122,10 +122,10 @@ def test_what_needs_a_task_is_refused_before_the_first() -> None:
 def test_rows_that_a_model_does_not_take_are_refused(
     method: Method, rows: Any, complaint: str
 ) -> None:
-    pupil = Pupil(method)
-    pupil.begin("one")
+    toy = ToyTraining(method)
+    toy.begin("one")
     with pytest.raises(Refused, match=complaint):
-        pupil.bound.end_task(rows)
+        toy.bound.end_task(rows)
 
 
 def test_two_that_mix_the_same_weight_are_refused() -> None:
@@ -265,19 +265,19 @@ def test_tied_weights_count_once() -> None:
 
 
 def test_two_models_share_an_encoder_and_keep_their_heads_apart() -> None:
-    pupil = Pupil(None)
-    pupil.begin("one")
-    first = pupil.bound
+    toy = ToyTraining(None)
+    toy.begin("one")
+    first = toy.bound
     assert list(first.weights)[-2:] == ["one/classifier.weight", "one/classifier.bias"]
     assert set(first.weights) - set(first.shared) == set(list(first.weights)[-2:])
     encoder = {k: id(v) for k, v in first.shared.items()}
-    pupil.begin("two")
-    assert {k: id(v) for k, v in pupil.bound.shared.items()} == encoder
-    assert set(pupil.bound.weights) - encoder.keys() == {
+    toy.begin("two")
+    assert {k: id(v) for k, v in toy.bound.shared.items()} == encoder
+    assert set(toy.bound.weights) - encoder.keys() == {
         "two/classifier.weight",
         "two/classifier.bias",
     }
-    assert pupil.bound.part_of["two/classifier.weight"] == "head"
+    assert toy.bound.part_of["two/classifier.weight"] == "head"
 
 
 def test_what_tasks_share_is_told_by_the_model() -> None:
@@ -294,36 +294,36 @@ def test_what_tasks_share_is_told_by_the_model() -> None:
 
 
 def test_ending_a_task_leaves_each_module_in_its_mode() -> None:
-    pupil = Pupil(EWC(rows=2))
-    pupil.begin("one")
-    frozen = pupil.model.get_submodule("encoder.layers.0.norm").eval()
+    toy = ToyTraining(EWC(rows=2))
+    toy.begin("one")
+    frozen = toy.model.get_submodule("encoder.layers.0.norm").eval()
     seen: list[bool] = []
 
     def rows() -> list[dict[str, Tensor]]:
-        seen.append(pupil.model.training)
+        seen.append(toy.model.training)
         return [make_batch("one", 0)]
 
-    pupil.bound.end_task(rows)
+    toy.bound.end_task(rows)
     assert seen == [False]
-    assert pupil.model.training and not frozen.training
+    assert toy.model.training and not frozen.training
 
 
 def test_the_forward_pass_of_another_task_leaves_what_is_shared_in_its_mode() -> None:
-    pupil = Pupil(None)
-    pupil.begin("one")
-    pupil.begin("two")
-    frozen = pupil.model.get_submodule("encoder.layers.0.norm").eval()
-    other = pupil.bound.models["one"]
+    toy = ToyTraining(None)
+    toy.begin("one")
+    toy.begin("two")
+    frozen = toy.model.get_submodule("encoder.layers.0.norm").eval()
+    other = toy.bound.models["one"]
     for module in (other, other.get_submodule("classifier")):
         module.training = False  # as loaded
     seen: list[list[bool]] = []
     head, shared = other.get_submodule("classifier"), other.get_submodule("encoder")
     modules = (head, shared, frozen)
     head.register_forward_hook(lambda *_: seen.append([m.training for m in modules]))
-    pupil.bound.forward(make_batch("one", 0), task="one")
+    toy.bound.forward(make_batch("one", 0), task="one")
     assert seen == [[True, True, False]]  # as the model that is trained
     assert not other.training and not head.training  # and after it as they were
-    assert pupil.model.training and not frozen.training
+    assert toy.model.training and not frozen.training
 
 
 def test_unbinding_twice_is_harmless() -> None:

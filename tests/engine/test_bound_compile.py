@@ -17,7 +17,7 @@ from holdfast.engine.method import Method
 from holdfast.methods import DPS, EWC, L2SP, Replay
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
-from holdfast.testing.pupil import Classifier, make_batch
+from holdfast.testing.toy import Classifier, make_batch
 
 STEPS, TASKS = 7, ("one", "two")
 METHODS: dict[str, list[Method]] = {

@@ -25,7 +25,7 @@ from holdfast.errors import Refused, tell_once
 from holdfast.methods import DPS, EWC, L2SP, LwF, Merge, Replay
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 
 class Passes:
@@ -167,11 +167,11 @@ def test_an_iterator_is_refused(when: str) -> None:
 
 @pytest.mark.parametrize("method", [EWC(rows=4), Replay(memory=2), Merge(rows=8)])
 def test_missing_rows_of_a_finished_task_are_asked_for(method: Method) -> None:
-    pupil = Pupil(method)
-    pupil.begin("one")
+    toy = ToyTraining(method)
+    toy.begin("one")
     with pytest.raises(Refused, match=rf"^end_task: {method.name} reads the rows.*pass data="):
-        pupil.bound.end_task()
-    assert pupil.bound.finished == []
+        toy.bound.end_task()
+    assert toy.bound.finished == []
 
 
 # --- the step's own pass --------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_features_and_old_heads_cost_no_pass_of_the_encoder() -> None:
 
 
 def test_features_carry_the_gradient_of_a_second_pass() -> None:
-    """A slow twin: the old head on the encoder, written down; dropout as in the loss itself."""
+    """Against the old head on the encoder, written down; dropout as in the loss itself."""
     bound, two = second_task(Looker())
     one: Any = bound.models["one"]
     bound.begin_task("two", sgd(two), 3, model=two)
@@ -420,13 +420,13 @@ TUNED: list[tuple[Method, Method]] = [
 def test_between_tasks_a_state_is_taken_up_under_another_strength(
     before: Method, after: Method
 ) -> None:
-    pupil = Pupil(before)
-    pupil.begin("one")
-    pupil.learn(0, 2)
-    middle = as_saved(pupil.bound.state_dict())
-    pupil.learn(2)
-    pupil.end()
-    ended = as_saved(pupil.bound.state_dict())
+    toy = ToyTraining(before)
+    toy.begin("one")
+    toy.learn(0, 2)
+    middle = as_saved(toy.bound.state_dict())
+    toy.learn(2)
+    toy.end()
+    ended = as_saved(toy.bound.state_dict())
     bound = Recipe(methods=[after]).unbound()
     bound.load_state_dict(ended)
     assert bound.finished == ["one"]
@@ -437,10 +437,10 @@ def test_between_tasks_a_state_is_taken_up_under_another_strength(
 
 
 def test_what_decides_the_state_itself_may_never_differ() -> None:
-    pupil = Pupil(EWC(rows=4))
-    pupil.begin("one")
-    pupil.end()
-    state = as_saved(pupil.bound.state_dict())
+    toy = ToyTraining(EWC(rows=4))
+    toy.begin("one")
+    toy.end()
+    state = as_saved(toy.bound.state_dict())
     with pytest.raises(Refused, match="was saved by"):
         Recipe(methods=[EWC(rows=5)]).unbound().load_state_dict(state)
 
@@ -468,7 +468,7 @@ def test_a_task_of_a_finished_ones_name_is_in_its_middle() -> None:
 )  # fmt: skip
 def test_a_deployed_model_is_remembered_as_if_it_was_learned_here(method: Method) -> None:
     """The same state but for what training alone leaves, from one pass over its rows."""
-    here = Pupil(method)
+    here = ToyTraining(method)
     here.begin("one")
     here.learn()
     deployed = copy.deepcopy(here.model)
@@ -646,11 +646,11 @@ def test_a_recipe_knows_whether_it_is_plain_alone(recipe: Recipe, idle: bool) ->
 )  # fmt: skip
 def test_idle_at_first_is_true_of_what_it_is_said_of(method: Method) -> None:
     """The first task, step by step and bit for bit, beside plain training."""
-    plain, ours = Pupil(None), Pupil(method)
-    for pupil in (plain, ours):
-        pupil.begin("one")
+    plain, ours = ToyTraining(None), ToyTraining(method)
+    for toy in (plain, ours):
+        toy.begin("one")
         torch.manual_seed(3)
-        pupil.learn()
+        toy.learn()
     pairs = zip(ours.weights().values(), plain.weights().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs) == method.idle_at_first
 

@@ -13,7 +13,7 @@ from holdfast.errors import Refused
 from holdfast.methods import DPS, EWC, L2SP
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
-from holdfast.testing.pupil import Pupil, make_batch
+from holdfast.testing.toy import ToyTraining, make_batch
 
 LATE = "encoder.layers.0.up.weight"
 
@@ -21,24 +21,24 @@ LATE = "encoder.layers.0.up.weight"
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("task", ["one", "two"])
 def test_unfrozen_in_the_middle_of_a_task_it_begins_to_train(method: Method, task: str) -> None:
-    pupil = Pupil(method)
+    toy = ToyTraining(method)
     if task == "two":
-        pupil.begin("one")
-        pupil.learn()
-        pupil.end()
-    pupil.begin(task)
-    late = pupil.bound.weights[LATE].requires_grad_(False)
+        toy.begin("one")
+        toy.learn()
+        toy.end()
+    toy.begin(task)
+    late = toy.bound.weights[LATE].requires_grad_(False)
     start = late.detach().clone()
-    pupil.learn(0, 5)
+    toy.learn(0, 5)
     assert torch.equal(late, start), "decay or a pull moved it"
-    assert late not in pupil.optimizer.state
+    assert late not in toy.optimizer.state
     for slot in ("sum", "count"):
-        assert LATE not in pupil.bound.states[method.name].slot(slot)
+        assert LATE not in toy.bound.states[method.name].slot(slot)
     late.requires_grad_(True)
-    pupil.learn(5)
+    toy.learn(5)
     assert (late != start).any() and late.isfinite().all()
-    assert late in pupil.optimizer.state
-    pupil.end()
+    assert late in toy.optimizer.state
+    toy.end()
 
 
 def dense(unfreeze: int, drop: float, stage: int) -> nn.Sequential:
@@ -93,44 +93,44 @@ def test_dense_selects_from_its_first_gradients(unfreeze: int) -> None:
 @pytest.mark.parametrize("method", [L2SP(strength=0.5, head_strength=0.0), EWC(strength=20.0)])
 def test_the_pull_waits_for_the_gradient(method: Method) -> None:
     """From then on λF (w − w*) is added, w* where the weight was all along."""
-    pupil = Pupil(method)
-    pupil.begin("one")
-    pupil.learn(0, 3)
-    pupil.end()
-    pupil.begin("two")
-    late = pupil.bound.weights[LATE].requires_grad_(False)
-    pupil.learn(0, 3)
-    slots = pupil.bound.states[method.name].weights
+    toy = ToyTraining(method)
+    toy.begin("one")
+    toy.learn(0, 3)
+    toy.end()
+    toy.begin("two")
+    late = toy.bound.weights[LATE].requires_grad_(False)
+    toy.learn(0, 3)
+    slots = toy.bound.states[method.name].weights
     anchor = slots["anchor" if isinstance(method, EWC) else "start"][LATE].clone()
     fisher = slots["fisher"][LATE] if isinstance(method, EWC) else torch.ones(())
     assert torch.equal(late, anchor) and fisher.any()
     late.requires_grad_(True)
     with torch.no_grad():
         late += 1e-1  # as if trained
-    pupil.bound.max_grad_norm = None
-    pupil.backward(3)
+    toy.bound.max_grad_norm = None
+    toy.backward(3)
     assert late.grad is not None
     strength: float = method.strength  # type: ignore[attr-defined]
     expected = late.grad + strength * fisher * (late.detach() - anchor)
-    pupil.optimizer.step()
+    toy.optimizer.step()
     torch.testing.assert_close(late.grad, expected)
 
 
 def test_importance_of_what_was_frozen_is_not_made_up() -> None:
     """A tensor frozen in the first task is anchored after the second, where it was trained."""
-    pupil = Pupil(EWC(), frozen={LATE})
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    fisher = pupil.bound.states["ewc"].weights["fisher"]
+    toy = ToyTraining(EWC(), frozen={LATE})
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    fisher = toy.bound.states["ewc"].weights["fisher"]
     assert fisher and LATE not in fisher
-    pupil.frozen = ()
-    pupil.begin("two")
-    for p in pupil.model.parameters():
+    toy.frozen = ()
+    toy.begin("two")
+    for p in toy.model.parameters():
         p.requires_grad_(True)
-    pupil.learn()
-    pupil.end()
-    assert pupil.bound.states["ewc"].weights["fisher"][LATE].any()
+    toy.learn()
+    toy.end()
+    assert toy.bound.states["ewc"].weights["fisher"][LATE].any()
 
 
 # --- groups that change under a bound optimizer ---------------------------------------------------
@@ -195,13 +195,13 @@ def test_the_rate_told_is_of_the_groups_that_were_loaded() -> None:
 
 
 def test_a_model_without_a_gradient_makes_an_empty_step() -> None:
-    pupil = Pupil(DPS(stage=2))
-    pupil.begin("one")
-    before = pupil.weights()
+    toy = ToyTraining(DPS(stage=2))
+    toy.begin("one")
+    before = toy.weights()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
-    pupil.model.requires_grad_(False)
-    pupil.model(**make_batch("one", 0))
-    scaler.step(pupil.optimizer)
-    same(pupil.weights(), before)
-    assert (pupil.bound.step, pupil.bound.skipped) == (1, 0)
+    toy.model.requires_grad_(False)
+    toy.model(**make_batch("one", 0))
+    scaler.step(toy.optimizer)
+    same(toy.weights(), before)
+    assert (toy.bound.step, toy.bound.skipped) == (1, 0)

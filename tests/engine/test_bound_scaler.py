@@ -18,7 +18,7 @@ from holdfast.methods import DPS, L2SP
 from holdfast.ops.gradients import total_norm
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
-from holdfast.testing.pupil import TASKS, Pupil, make_batch
+from holdfast.testing.toy import TASKS, ToyTraining, make_batch
 
 Ask = Callable[[Any, torch.optim.Optimizer, Bound], Any]
 # What a loop may do between the backward pass and scaler.step().
@@ -42,33 +42,33 @@ def learn(
     overflow: bool = False,
 ) -> tuple[dict[str, Any], Bound]:
     """Both tasks under bfloat16 autocast; all that is remembered afterwards."""
-    pupil = Pupil(method)
+    toy = ToyTraining(method)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     for task in TASKS:
-        pupil.begin(task)
+        toy.begin(task)
         if fused:
-            pupil.bound.unbind()
-            groups = pupil.optimizer.param_groups[0]["params"]
-            pupil.optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1, fused=True)
-            pupil.bound.begin_task(task, pupil.optimizer, pupil.steps, model=pupil.model)
-        for step in range(pupil.steps):
+            toy.bound.unbind()
+            groups = toy.optimizer.param_groups[0]["params"]
+            toy.optimizer = torch.optim.AdamW(groups, lr=0.02, weight_decay=0.1, fused=True)
+            toy.bound.begin_task(task, toy.optimizer, toy.steps, model=toy.model)
+        for step in range(toy.steps):
             for bad in (True, False) if overflow else (False,):
                 torch.manual_seed(step)  # dropout
-                pupil.optimizer.zero_grad()
+                toy.optimizer.zero_grad()
                 batch = make_batch(task, step)
                 with torch.autocast("cpu", torch.bfloat16):
-                    output = pupil.model(**batch)
+                    output = toy.model(**batch)
                     loss = output.loss
-                    if pupil.bound.has_penalty:
-                        loss = loss + pupil.bound.penalty(batch, output)
+                    if toy.bound.has_penalty:
+                        loss = loss + toy.bound.penalty(batch, output)
                 scaler.scale(loss).backward()
                 if bad:
-                    next(p.grad for p in pupil.model.parameters()).view(-1)[0] = float("inf")
-                ask(scaler, pupil.optimizer, pupil.bound)
-                scaler.step(pupil.optimizer)
+                    next(p.grad for p in toy.model.parameters()).view(-1)[0] = float("inf")
+                ask(scaler, toy.optimizer, toy.bound)
+                scaler.step(toy.optimizer)
                 scaler.update()
-        pupil.end()
-    return pupil.everything(), pupil.bound
+        toy.end()
+    return toy.everything(), toy.bound
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -316,19 +316,19 @@ def test_a_head_of_several_layers_takes_steps_and_moves_alone(
 
 
 def test_steps_are_those_of_adamw_on_the_head_by_itself() -> None:
-    """A slow twin: features by hand, torch's AdamW on the linear layer, rows round and round."""
+    """Against features by hand, torch's AdamW on the linear layer, rows round and round."""
     model, data = bert(num_labels=3), batches(labelled(rows(21), [i % 3 for i in range(21)]))
-    twin = nn.Linear(16, 3)
-    twin.load_state_dict(model.classifier.state_dict())
-    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
+    reference = nn.Linear(16, 3)
+    reference.load_state_dict(model.classifier.state_dict())
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01)
     for step in range(5):
         batch = data[step % 3]
         optimizer.zero_grad()
-        nn.functional.cross_entropy(twin(pooled(model, [batch])), batch["labels"]).backward()
+        nn.functional.cross_entropy(reference(pooled(model, [batch])), batch["labels"]).backward()
         optimizer.step()
     found = fit(model, data, HeadFirst(steps=5, lr=0.01)).fitted
-    close(model.classifier.weight, twin.weight, atol=1e-6)
-    close(model.classifier.bias, twin.bias, atol=1e-6)
+    close(model.classifier.weight, reference.weight, atol=1e-6)
+    close(model.classifier.bias, reference.bias, atol=1e-6)
     assert found is not None and (found["steps"], found["rows"]) == (5, 35)
 
 

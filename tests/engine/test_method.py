@@ -15,7 +15,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.method import HOOKS, Method, View
 from holdfast.errors import Refused
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 LOG: list[tuple[str, ...]] = []
 
@@ -292,18 +292,18 @@ def test_forward_inside_a_penalty_has_dropout_of_its_own() -> None:
 
 
 def test_forward_of_another_task_uses_its_head() -> None:
-    pupil = Pupil(None)
-    pupil.begin("one")
-    first = pupil.model
-    pupil.begin("two")
+    toy = ToyTraining(None)
+    toy.begin("one")
+    first = toy.model
+    toy.begin("two")
     batch = make_batch("one", 0)
-    for model in pupil.models.values():
+    for model in toy.models.values():
         model.eval()
-    old = pupil.bound.forward(batch, task="one").logits
+    old = toy.bound.forward(batch, task="one").logits
     assert torch.equal(old, first(**batch).logits)
-    assert not torch.equal(old, pupil.bound.forward(batch).logits)
+    assert not torch.equal(old, toy.bound.forward(batch).logits)
     with pytest.raises(Refused, match="no model of task 'zero'"):
-        pupil.bound.forward(batch, task="zero")
+        toy.bound.forward(batch, task="zero")
 
 
 def test_evaluation_is_the_callers() -> None:

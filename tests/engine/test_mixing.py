@@ -94,10 +94,10 @@ def test_copies_and_pickles_are_plain() -> None:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        assert [type(m) for m in twin] == [nn.Linear, nn.Embedding]
-        assert torch.equal(twin[0](x), plain)
-        assert twin[0].weight is not model._modules["0"]._parameters["weight"]
+    for reference in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert [type(m) for m in reference] == [nn.Linear, nn.Embedding]
+        assert torch.equal(reference[0](x), plain)
+        assert reference[0].weight is not model._modules["0"]._parameters["weight"]
     torch.testing.assert_close(model[0](x), 2 * plain)  # and the model goes on
 
 

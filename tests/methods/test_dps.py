@@ -1,4 +1,4 @@
-"""DPS against a slow twin, its freezing, its coverage; retention is in test_retention.py."""
+"""DPS against a slow reference, its freezing, its coverage; retention is in test_retention.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from dps_twin import Twin
+from dps_reference import Reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ ADAMW = {"lr": 0.05, "weight_decay": 0.3}
 
 
 class Scripted(DPS):
-    """Mix whose noise is a function of step and name, so that the twin can draw it too."""
+    """Mix whose noise is a function of step and name, so that the reference can draw it too."""
 
     def draw(self, view: View, name: str) -> Tensor:
         return noise_of(view.step, name, self._noise_shape(view, name), self.drop)
@@ -78,7 +78,7 @@ def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Any], what: str) ->
 @pytest.mark.parametrize("adamw", [False, True])
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
-    ("us", "p", "more", "twin"),
+    ("us", "p", "more", "reference"),
     [
         (4, 0.3, {}, {}),
         (1, 0.6, {}, {}),
@@ -90,17 +90,17 @@ def compare(ours: Mapping[str, Tensor], theirs: Mapping[str, Any], what: str) ->
          {"mix": True, "penalty": True}),
     ],
 )  # fmt: skip
-def test_trajectory_equals_the_twins(
-    us: int, p: float, more: dict[str, Any], twin: dict[str, Any], exact: bool, adamw: bool
+def test_trajectory_equals_the_references(
+    us: int, p: float, more: dict[str, Any], reference: dict[str, Any], exact: bool, adamw: bool
 ) -> None:
     freeze = "exact" if exact else "gradient"
     method = Scripted(drop=p, stage=us, freeze=freeze, **more)
     settings = ADAMW if adamw else {"lr": 0.05}
     kind = torch.optim.AdamW if adamw else torch.optim.SGD
     _, _, weights, seen = run(method, kind, **settings)
-    slow = Twin(
+    slow = Reference(
         {n: w.detach().numpy() for n, w in linear(net()).items()},
-        p=p, us=us, exact=exact, adamw=adamw, **settings, **twin,
+        p=p, us=us, exact=exact, adamw=adamw, **settings, **reference,
     )  # fmt: skip
     for t in range(STEPS):
         noise = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
 from holdfast.methods import EWC, L2SP
-from holdfast.testing.pupil import Pupil, make_batch
+from holdfast.testing.toy import ToyTraining, make_batch
 
 
 def fishers(monkeypatch: pytest.MonkeyPatch, bound: Bound, tasks: int) -> list[dict[str, Tensor]]:
@@ -77,17 +77,17 @@ def test_online_decays_the_past_and_anchors_at_the_latest(
 
 @pytest.mark.parametrize("method", [EWC(rows=4), L2SP(head_strength=0.0)], ids=["ewc", "l2sp"])
 def test_heads_are_never_anchored(method: Method) -> None:
-    pupil = Pupil(method)
+    toy = ToyTraining(method)
     for task in ("one", "two"):
-        pupil.begin(task)
-        pupil.learn(0, 3)
-        pupil.end()
-        wander(pupil.bound)
-        grads = pulled(pupil.bound)
+        toy.begin(task)
+        toy.learn(0, 3)
+        toy.end()
+        wander(toy.bound)
+        grads = pulled(toy.bound)
         for n in (f"{task}/classifier.weight", f"{task}/classifier.bias"):
             assert not grads[n].any()
         assert grads["encoder.embeddings.weight"].any()
-    for slot in pupil.bound.states[method.name].weights.values():
+    for slot in toy.bound.states[method.name].weights.values():
         assert not [n for n in slot if "classifier" in n]
 
 

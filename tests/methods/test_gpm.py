@@ -18,7 +18,7 @@ from holdfast.methods import GPM
 from holdfast.methods.gpm import widened
 from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Batch, Classifier
+from holdfast.testing.toy import Batch, Classifier
 
 # --- which directions -----------------------------------------------------------------------------
 

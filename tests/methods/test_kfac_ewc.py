@@ -13,7 +13,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.grams import Structure
 from holdfast.methods import KfacEWC
 from holdfast.ops.moments import Blocks, LowRank, Moment
-from holdfast.testing.pupil import TASKS, Batch, Pupil, make_batch
+from holdfast.testing.toy import TASKS, Batch, ToyTraining, make_batch
 
 Seen = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 
@@ -167,21 +167,21 @@ def test_a_product_is_the_dense_one(moment: Moment) -> None:
 
 
 def test_strength_and_pace_may_change_between_tasks() -> None:
-    pupil = Pupil(KfacEWC(strength=0.1, every=2))
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    saved = pupil.save()
-    other = Pupil.load(saved, KfacEWC(strength=0.3, every=1), closed=True)
-    for p in (pupil, other):
+    toy = ToyTraining(KfacEWC(strength=0.1, every=2))
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    saved = toy.save()
+    other = ToyTraining.load(saved, KfacEWC(strength=0.3, every=1), closed=True)
+    for p in (toy, other):
         p.begin("two")
     with torch.no_grad():
-        for w in pupil.bound.shared.values():  # the encoder is one for both tasks
+        for w in toy.bound.shared.values():  # the encoder is one for both tasks
             w.add_(0.1)
         for n, w in other.bound.shared.items():
-            w.copy_(pupil.bound.shared[n])
-    pupil.bound.step = other.bound.step = 1
-    ours, theirs = pulled(other.bound), pulled(pupil.bound)
-    for n in pupil.bound.shared:
+            w.copy_(toy.bound.shared[n])
+    toy.bound.step = other.bound.step = 1
+    ours, theirs = pulled(other.bound), pulled(toy.bound)
+    for n in toy.bound.shared:
         torch.testing.assert_close(ours[n], theirs[n] * (0.3 * 1) / (0.1 * 2))
     assert any(g.any() for g in ours.values())

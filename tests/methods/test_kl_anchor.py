@@ -20,7 +20,7 @@ from holdfast.engine.head_first import HeadFirst
 from holdfast.errors import Refused
 from holdfast.methods import KLAnchor
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Encoder, Pupil, make_batch
+from holdfast.testing.toy import Classifier, Encoder, ToyTraining, make_batch
 
 Batch = dict[str, Tensor]
 KEEP = pytest.mark.parametrize("keep", ["logits", "weights"])
@@ -138,12 +138,12 @@ def test_in_a_later_task_the_base_is_what_was_before_the_first(keep: Any) -> Non
 def test_what_is_kept_costs_what_is_said(
     method: KLAnchor, bytes_a_weight: int, bytes_a_row: int
 ) -> None:
-    pupil = Pupil(method)
-    pupil.begin("one")
-    weights = sum(w.numel() for w in pupil.bound.weights.values())
-    state = pupil.bound.states["kl_anchor"]
-    assert state.bytes() == bytes_a_weight * weights + bytes_a_row * pupil.steps * 8
-    pupil.end()
+    toy = ToyTraining(method)
+    toy.begin("one")
+    weights = sum(w.numel() for w in toy.bound.weights.values())
+    state = toy.bound.states["kl_anchor"]
+    assert state.bytes() == bytes_a_weight * weights + bytes_a_row * toy.steps * 8
+    toy.end()
     assert state.bytes() == 0
 
 

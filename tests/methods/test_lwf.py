@@ -1,4 +1,4 @@
-"""LwF: the divergence by hand, and training against a twin that keeps the old model and runs it."""
+"""LwF: the divergence by hand, and training against one that keeps the old model and runs it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from holdfast.errors import Refused
 from holdfast.methods import LwF
 from holdfast.methods.common.answers import divergence
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Encoder, Pupil, make_batch
+from holdfast.testing.toy import Classifier, Encoder, ToyTraining, make_batch
 
 Batch = dict[str, Tensor]
 
 
-def second_task(method: LwF, **how: Any) -> tuple[Pupil, nn.Module]:
-    """A pupil in its second task, the encoder some steps on; the first model as it was before."""
-    pupil = Pupil(method, **how)
-    pupil.begin("one")
-    pupil.learn(0, 3)
-    pupil.end()
-    pupil.begin("two")
-    teacher = copy.deepcopy(pupil.models["one"]).eval()
-    pupil.learn(0, 3)
-    return pupil, teacher
+def second_task(method: LwF, **how: Any) -> tuple[ToyTraining, nn.Module]:
+    """A toy in its second task, the encoder some steps on; the first model as it was before."""
+    toy = ToyTraining(method, **how)
+    toy.begin("one")
+    toy.learn(0, 3)
+    toy.end()
+    toy.begin("two")
+    teacher = copy.deepcopy(toy.models["one"]).eval()
+    toy.learn(0, 3)
+    return toy, teacher
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum(-1).mean()
 
 
-def gradients(pupil: Pupil) -> dict[str, Tensor]:
-    return {n: w.grad.clone() for n, w in pupil.bound.weights.items() if w.grad is not None}
+def gradients(toy: ToyTraining) -> dict[str, Tensor]:
+    return {n: w.grad.clone() for n, w in toy.bound.weights.items() if w.grad is not None}
 
 
 class Calls:
@@ -81,19 +81,19 @@ def test_divergence_of_numbers_and_of_several_labels_by_hand() -> None:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-def test_gradient_is_that_of_a_twin_that_runs_the_old_model(dropout: bool) -> None:
-    """With dropout the old head reads the training pass's own features: the twin's draw is one."""
-    pupil, teacher = second_task(LwF(strength=30.0, temperature=3.0), dropout=dropout)
-    old, model = pupil.models["one"], pupil.model
+def test_gradient_is_that_of_a_reference_that_runs_the_old_model(dropout: bool) -> None:
+    """With dropout the old head reads the training pass's own features: one draw."""
+    toy, teacher = second_task(LwF(strength=30.0, temperature=3.0), dropout=dropout)
+    old, model = toy.models["one"], toy.model
     old.classifier.zero_grad()
     with torch.no_grad():
         for w in model.encoder.parameters():
             w.add_(torch.randn_like(w) / 2)
     torch.manual_seed(5)
-    pupil.backward(3)
-    ours = gradients(pupil)
+    toy.backward(3)
+    ours = gradients(toy)
     assert not any(p.grad is not None for p in old.classifier.parameters())
-    pupil.optimizer.zero_grad()
+    toy.optimizer.zero_grad()
     torch.manual_seed(5)
     batch = make_batch("two", 3)
     features = model.encoder(batch["tokens"])
@@ -101,7 +101,7 @@ def test_gradient_is_that_of_a_twin_that_runs_the_old_model(dropout: bool) -> No
     p = (teacher(batch["tokens"]).logits / 3.0).softmax(-1).detach()
     q = (old.classifier(features) / 3.0).softmax(-1)
     (loss + 30.0 * 9.0 * kl(p, q)).backward()
-    theirs = gradients(pupil)
+    theirs = gradients(toy)
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=1e-4, msg=name)
@@ -109,19 +109,19 @@ def test_gradient_is_that_of_a_twin_that_runs_the_old_model(dropout: bool) -> No
 
 
 def test_a_step_runs_the_encoder_once() -> None:
-    pupil, _ = second_task(LwF())
-    calls = Calls(pupil.model.encoder)
-    pupil.learn(3, 5)
+    toy, _ = second_task(LwF())
+    calls = Calls(toy.model.encoder)
+    toy.learn(3, 5)
     assert calls.count == 2
-    pupil.backward(5, pieces=4)
+    toy.backward(5, pieces=4)
     assert calls.count == 6
 
 
 def test_the_first_task_is_learned_plainly() -> None:
-    plain, ours = Pupil(None), Pupil(LwF(strength=100.0))
-    for pupil in (plain, ours):
-        pupil.begin("one")
-        pupil.learn()
+    plain, ours = ToyTraining(None), ToyTraining(LwF(strength=100.0))
+    for toy in (plain, ours):
+        toy.begin("one")
+        toy.learn()
     for name, w in plain.weights().items():
         assert torch.equal(ours.weights()[name], w)
 
@@ -288,9 +288,9 @@ def test_padding_changes_neither_the_row_nor_its_answer() -> None:
 
 
 def test_answers_are_loaded_and_no_row_is_read_again() -> None:
-    pupil, _ = second_task(LwF())
-    saved = pupil.save()
-    again = Pupil(LwF())
+    toy, _ = second_task(LwF())
+    saved = toy.save()
+    again = ToyTraining(LwF())
     for task in ("one", "two"):
         again.add_model(task, seed=50)
     for task, model in again.models.items():
@@ -303,14 +303,14 @@ def test_answers_are_loaded_and_no_row_is_read_again() -> None:
         yield {}
 
     again.bound.begin_task("two", optimizer, 9, model=again.models["two"], data=rows, resuming=True)
-    state = pupil.bound.state_dict()
+    state = toy.bound.state_dict()
     again.bound.load_state_dict({**state, "meta": json.loads(saved["meta"])})
     assert calls.count == 0
     again.bound.models |= again.models
-    kept, loaded = (b.states["lwf"].tensors for b in (pupil.bound, again.bound))
+    kept, loaded = (b.states["lwf"].tensors for b in (toy.bound, again.bound))
     assert torch.equal(kept["answers"]["one"], loaded["answers"]["one"])
     found = []
-    for each in (pupil, again):
+    for each in (toy, again):
         batch = make_batch("two", 4)
         torch.manual_seed(3)
         found.append(each.bound.penalty(batch, each.models["two"].train()(**batch)))
@@ -318,20 +318,20 @@ def test_answers_are_loaded_and_no_row_is_read_again() -> None:
 
 
 def test_answers_go_when_the_task_ends_and_cost_what_is_said() -> None:
-    pupil, _ = second_task(LwF())
-    state, rows = pupil.bound.states["lwf"], 9 * 8
+    toy, _ = second_task(LwF())
+    state, rows = toy.bound.states["lwf"], 9 * 8
     assert state.bytes() == rows * (3 * 4 + 8)
-    pupil.end()
+    toy.end()
     assert state.bytes() == 0 and not state.cache
 
 
 def test_strength_may_be_another_between_tasks_only() -> None:
-    pupil, _ = second_task(LwF())
+    toy, _ = second_task(LwF())
     other = Recipe(methods=[LwF(strength=3.0)]).unbound()
     with pytest.raises(Refused, match="saved by"):
-        other.load_state_dict(pupil.bound.state_dict())
-    pupil.end()
-    other.load_state_dict(pupil.bound.state_dict())
+        other.load_state_dict(toy.bound.state_dict())
+    toy.end()
+    other.load_state_dict(toy.bound.state_dict())
 
 
 # --- precision, compiled models -------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""LwF on near rows: shares by hand, and against a twin that inverts M and keeps the old model."""
+"""LwF on near rows: shares by hand, and against a loop that inverts M and keeps the old model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from holdfast.engine.head_first import HeadFirst
 from holdfast.errors import Refused
 from holdfast.methods import LwF, lwf
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 Batch = dict[str, Tensor]
 NEAR = LwF(rows="near", strength=1.0, temperature=1.0)
@@ -130,21 +130,21 @@ def test_rows_of_the_old_distribution_count_and_those_far_off_hardly() -> None:
     assert at_wide > 1.8 * at_thin  # as far off, but where the old rows are spread wider
 
 
-def test_gradient_is_that_of_a_twin() -> None:
-    pupil = Pupil(LwF(rows="near", strength=30.0, temperature=3.0), dropout=False)
-    pupil.begin("one")
-    pupil.learn(0, 3)
-    pupil.end()
-    pupil.begin("two")
-    teacher: Any = copy.deepcopy(pupil.models["one"]).eval()
-    pupil.learn(0, 3)
-    model, old = pupil.model, pupil.models["one"]
+def test_gradient_is_that_of_a_reference() -> None:
+    toy = ToyTraining(LwF(rows="near", strength=30.0, temperature=3.0), dropout=False)
+    toy.begin("one")
+    toy.learn(0, 3)
+    toy.end()
+    toy.begin("two")
+    teacher: Any = copy.deepcopy(toy.models["one"]).eval()
+    toy.learn(0, 3)
+    model, old = toy.model, toy.models["one"]
     with torch.no_grad():
         for w in model.encoder.parameters():
             w.add_(torch.randn_like(w) / 2)
-    pupil.backward(3)
-    ours = {n: w.grad.clone() for n, w in pupil.bound.weights.items() if w.grad is not None}
-    pupil.optimizer.zero_grad()
+    toy.backward(3)
+    ours = {n: w.grad.clone() for n, w in toy.bound.weights.items() if w.grad is not None}
+    toy.optimizer.zero_grad()
     batch = make_batch("two", 3)
     with torch.no_grad():
         rows = torch.cat([make_batch("one", step)["tokens"] for step in range(3)])
@@ -154,7 +154,7 @@ def test_gradient_is_that_of_a_twin() -> None:
     loss = nn.functional.cross_entropy(model.classifier(features), batch["labels"])
     q = (old.classifier(features) / 3.0).softmax(-1)
     (loss + 30.0 * 9.0 * (share * (p * (p / q).log()).sum(1)).mean()).backward()
-    for name, w in pupil.bound.weights.items():
+    for name, w in toy.bound.weights.items():
         torch.testing.assert_close(ours[name], w.grad, atol=1e-5, rtol=1e-3, msg=name)
     assert share.min() < 0.8 and share.max() == 1.0
 
@@ -338,15 +338,15 @@ def test_rows_of_a_task_that_failed_to_begin_are_forgotten() -> None:
 def test_what_is_kept_costs_what_is_said_and_draws_nothing() -> None:
     states = []
     for method in (LwF(), LwF(rows="near")):
-        pupil = Pupil(method)
-        pupil.begin("one")
-        pupil.end()
-        states.append(pupil.bound.randomness)
-        pupil.begin("two")
+        toy = ToyTraining(method)
+        toy.begin("one")
+        toy.end()
+        states.append(toy.bound.randomness)
+        toy.begin("two")
     assert torch.equal(*states)
-    state, rows = pupil.bound.states["lwf"], 9 * 8
+    state, rows = toy.bound.states["lwf"], 9 * 8
     assert state.bytes() == rows * (3 * 4 + 8 + 4) + 4 * 7**2 and not state.cache
-    pupil.end()
+    toy.end()
     assert state.bytes() == 2 * 4 * 7**2 and state.tensors["moments"].keys() == {"one", "two"}
 
 

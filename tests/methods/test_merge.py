@@ -83,7 +83,7 @@ def test_what_no_input_reaches_stays_as_it_began() -> None:
     assert not torch.equal(w[:, 0], start[1]["encoder.weight"][:, 0])
 
 
-# --- the slow obvious twin ------------------------------------------------------------------------
+# --- the slow obvious reference -----------------------------------------------------------------
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(4, 3), (9, 5, 4)),
@@ -159,7 +159,7 @@ def test_neither_order_nor_batches_matter() -> None:
 
 
 @pytest.mark.parametrize("width", [2, 3])
-def test_blocks_are_the_twin_without_terms_between_them(width: int) -> None:
+def test_blocks_are_the_reference_without_terms_between_them(width: int) -> None:
     torch.manual_seed(0)
     layer, old, new = nn.Linear(5, 3), torch.randn(9, 4, 5), torch.randn(9, 4, 5)
     model = Net(layer)
@@ -365,8 +365,8 @@ def test_lora_is_merged_as_its_product(kind: str, exact: bool) -> None:
     bare = nn.Linear(6, 5, bias=False) if kind == "linear" else nn.Conv1d(
         2, 5, 3, padding=1, bias=False)  # fmt: skip
     before, after = product(start, a), product(end, a)
-    twin = merged(design(bare, old), design(bare, new), before, after, 2.0, 1e-4)
-    u, s, vt = torch.linalg.svd(twin)
+    reference = merged(design(bare, old), design(bare, new), before, after, 2.0, 1e-4)
+    u, s, vt = torch.linalg.svd(reference)
     assert (s[2] / s[0] < 1e-5) == exact
     nearest = u[:, :2] @ s[:2].diag() @ vt[:2]
     found = product(copied(model), a)

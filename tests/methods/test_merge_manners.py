@@ -16,26 +16,26 @@ from holdfast.errors import Refused
 from holdfast.methods import Merge
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
-from holdfast.testing.pupil import Pupil, make_batch
+from holdfast.testing.toy import ToyTraining, make_batch
 
 
 def test_only_shared_weights_change_and_no_moment() -> None:
-    pupil = Pupil(Merge(rows=20))
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    first = pupil.weights()
-    pupil.begin("two")
-    assert set(pupil.weights()) > set(first)
-    pupil.learn()
-    before = pupil.everything()
-    heads = pupil.weights()
-    pupil.end()
-    after = pupil.everything()
+    toy = ToyTraining(Merge(rows=20))
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    first = toy.weights()
+    toy.begin("two")
+    assert set(toy.weights()) > set(first)
+    toy.learn()
+    before = toy.everything()
+    heads = toy.weights()
+    toy.end()
+    after = toy.everything()
     for key in before:
         if key.startswith("optimizer") or "classifier" in key:
             same({key: after[key]}, {key: before[key]})
-    for key, w in pupil.weights().items():
+    for key, w in toy.weights().items():
         assert torch.equal(w, heads[key]) == ("classifier" in key), key
 
 
@@ -67,15 +67,15 @@ def test_a_start_that_the_caller_keeps_is_not_copied() -> None:
 
 
 def test_a_start_that_nobody_kept_is_refused() -> None:
-    pupil = Pupil(Merge(rows=20))
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    pupil.begin("two")
-    pupil.learn()
-    pupil.bound.states["merge"].weights.pop("start")  # as of a state that was saved with start=
+    toy = ToyTraining(Merge(rows=20))
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    toy.begin("two")
+    toy.learn()
+    toy.bound.states["merge"].weights.pop("start")  # as of a state that was saved with start=
     with pytest.raises(Refused, match=r"merge.*began with were not kept.*start="):
-        pupil.end()
+        toy.end()
 
 
 def test_tasks_taken_over_are_not_merged_but_added_up() -> None:
@@ -147,8 +147,10 @@ def test_bfloat16_weights_are_merged_in_float32_and_rounded_once() -> None:
     model = Net(layer).bfloat16()
     _, start, end = learn(Merge(), model, [batches(7, x=x), batches(7, x=z)])
     before, after = (weights_of(layer, w[1]).float() for w in (start, end))
-    twin = nn.Linear(4, 3)
-    expected = merged(design(twin, x.float()), design(twin, z.float()), before, after, 1.0, 1e-4)
+    reference = nn.Linear(4, 3)
+    expected = merged(
+        design(reference, x.float()), design(reference, z.float()), before, after, 1.0, 1e-4
+    )
     found = weights_of(layer, copied(model))
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-8, atol=0)
@@ -201,34 +203,34 @@ def test_inputs_that_are_not_finite_are_refused_before_anything_is_written() -> 
 
 
 def test_rows_are_asked_for() -> None:
-    pupil = Pupil(Merge())
-    pupil.begin("one")
+    toy = ToyTraining(Merge())
+    toy.begin("one")
     with pytest.raises(Refused, match=r"merge reads the rows.*pass data="):
-        pupil.bound.end_task()
+        toy.bound.end_task()
 
 
 @pytest.mark.parametrize("step", [0, 5])
 def test_resumed_within_the_second_task(step: int) -> None:
     """Norms solved for: their sums and the start weights come back too."""
     method = Merge(norms="solve", rows=20)
-    undisturbed, first = Pupil(method).learn_all(), Pupil(method)
+    undisturbed, first = ToyTraining(method).learn_all(), ToyTraining(method)
     first.begin("one")
     first.learn()
     first.end()
     first.begin("two")
     first.learn(0, step)
-    second = Pupil.load(first.save(), method, closed=False)
+    second = ToyTraining.load(first.save(), method, closed=False)
     second.learn(step)
     second.end()
     same(second.everything(), undisturbed.everything())
 
 
-def test_batches_of_the_pupil_are_what_is_measured() -> None:
+def test_batches_of_the_toy_are_what_is_measured() -> None:
     """End to end: the embedding's counts are those of the rows that the task ended with."""
-    pupil = Pupil(Merge(rows=20))
-    pupil.begin("one")
-    pupil.end()
+    toy = ToyTraining(Merge(rows=20))
+    toy.begin("one")
+    toy.end()
     tokens = torch.cat([make_batch("one", i)["tokens"] for i in range(3)])[:20]
     expected = torch.bincount(tokens.flatten(), minlength=11) / 20
-    state = pupil.bound.states["merge"]
+    state = toy.bound.states["merge"]
     torch.testing.assert_close(state.tensors["counts"]["encoder.embeddings.weight"], expected)

@@ -16,7 +16,7 @@ from holdfast.errors import Refused
 from holdfast.methods import Replay
 from holdfast.methods.replay import _trim
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 
 def numbered(count: int, size: int = 7) -> list[dict[str, Tensor]]:
@@ -210,11 +210,11 @@ def test_models_of_old_tasks_are_asked_for_after_loading() -> None:
 
 
 def test_replay_draws_neither_dropout_nor_rows_from_the_global_state() -> None:
-    pupil = Pupil(Replay(memory=5, share=1.0))
-    pupil.begin("one")
-    pupil.end()
-    pupil.begin("two")
+    toy = ToyTraining(Replay(memory=5, share=1.0))
+    toy.begin("one")
+    toy.end()
+    toy.begin("two")
     state = torch.get_rng_state()
-    losses = {pupil.bound.penalty(make_batch("two", 0)).item() for _ in range(5)}
+    losses = {toy.bound.penalty(make_batch("two", 0)).item() for _ in range(5)}
     assert torch.equal(torch.get_rng_state(), state)
     assert len(losses) == 5 and all(math.isfinite(x) for x in losses)

@@ -14,18 +14,18 @@ from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 STAGE, DROP = 3, 0.6
 METHOD = DPS(score="retention", drop=DROP, stage=STAGE, fisher_labels="expected", fisher_rows=6)
 
 
-def after_first_task() -> Pupil:
-    pupil = Pupil(METHOD)
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    return pupil
+def after_first_task() -> ToyTraining:
+    toy = ToyTraining(METHOD)
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    return toy
 
 
 def fisher(model: Classifier, names: list[str], task: str) -> dict[str, Tensor]:
@@ -48,30 +48,30 @@ def fisher(model: Classifier, names: list[str], task: str) -> dict[str, Tensor]:
 
 
 def test_first_task_is_bit_for_bit_as_without_it() -> None:
-    plain, ours = Pupil(None), Pupil(METHOD)
-    for pupil in (plain, ours):
-        pupil.begin("one")
-        pupil.learn()
+    plain, ours = ToyTraining(None), ToyTraining(METHOD)
+    for toy in (plain, ours):
+        toy.begin("one")
+        toy.learn()
     for name, w in plain.weights().items():
         assert torch.equal(ours.weights()[name], w), name
 
 
 def test_fisher_is_summed_over_tasks() -> None:
-    pupil = after_first_task()
-    slots = pupil.bound.states["dps"].weights
-    model = pupil.models["one"]
+    toy = after_first_task()
+    slots = toy.bound.states["dps"].weights
+    model = toy.models["one"]
     assert isinstance(model, Classifier)
     names = list(slots["fisher"])
     assert names == [f"encoder.layers.{i}.{m}.weight" for i in (0, 1) for m in ("up", "down")]
     first = fisher(model, names, "one")
     for n in names:
         torch.testing.assert_close(slots["fisher"][n], first[n])
-    pupil.begin("two")
-    pupil.learn()
-    pupil.end()
-    model = pupil.models["two"]
+    toy.begin("two")
+    toy.learn()
+    toy.end()
+    model = toy.models["two"]
     assert isinstance(model, Classifier)
-    # The rows of task two are those that `Pupil.end` offers: batches of "two".
+    # The rows of task two are those that `ToyTraining.end` offers: batches of "two".
     second = fisher(model, names, "two")
     for n in names:
         torch.testing.assert_close(slots["fisher"][n], first[n] + second[n])
@@ -79,20 +79,20 @@ def test_fisher_is_summed_over_tasks() -> None:
 
 def test_only_entries_of_highest_score_move() -> None:
     """score = Σ g² / (F + mean F) over the stage before, g before masking and clipping."""
-    pupil = after_first_task()
-    remembered = {n: f.clone() for n, f in pupil.bound.states["dps"].weights["fisher"].items()}
-    pupil.begin("two")
-    at = dict(pupil.model.named_parameters())
+    toy = after_first_task()
+    remembered = {n: f.clone() for n, f in toy.bound.states["dps"].weights["fisher"].items()}
+    toy.begin("two")
+    at = dict(toy.model.named_parameters())
     sums = {n: torch.zeros_like(f) for n, f in remembered.items()}
     movable = {n: torch.zeros_like(f, dtype=torch.bool) for n, f in remembered.items()}
-    for step in range(pupil.steps):
+    for step in range(toy.steps):
         before = {n: p.detach().clone() for n, p in at.items()}
-        pupil.backward(step)
+        toy.backward(step)
         for n in sums:
             grad = at[n].grad
             assert grad is not None
             sums[n] += grad**2
-        pupil.optimizer.step()
+        toy.optimizer.step()
         for n, p in at.items():
             moved = p.detach() != before[n]
             if n not in movable:
@@ -166,14 +166,14 @@ def test_masking_is_of_the_stage_before_with_momentum_kept_out() -> None:
 
 def test_optimizer_learns_nothing_of_what_is_held_in_the_first_stage() -> None:
     """Left out of the step, not fed zeros: Adam has no moments of these tensors yet."""
-    pupil = after_first_task()
-    pupil.begin("two")
-    view = pupil.bound.views["dps"]
+    toy = after_first_task()
+    toy.begin("two")
+    view = toy.bound.views["dps"]
     covered = view.state.numbers["covered"]
-    pupil.learn(0, STAGE)
+    toy.learn(0, STAGE)
     for name in view.weights:
         assert bool(view.moments(name)) is (name not in covered), name
-    pupil.learn(STAGE, STAGE + 1)
+    toy.learn(STAGE, STAGE + 1)
     assert all(view.moments(name) for name in covered)
 
 

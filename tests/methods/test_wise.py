@@ -16,24 +16,24 @@ from holdfast.errors import Refused
 from holdfast.files import write_yaml
 from holdfast.methods import LwF, Merge, WiSE
 from holdfast.recipe import Recipe
-from holdfast.testing.pupil import Classifier, Pupil, make_batch
+from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
 
-def learned(method: WiSE, task: str = "two", **how: Any) -> tuple[Pupil, dict[str, Tensor]]:
-    """A pupil at the end of a task, not closed yet; all weights as the task began."""
-    pupil = Pupil(method, **how)
+def learned(method: WiSE, task: str = "two", **how: Any) -> tuple[ToyTraining, dict[str, Tensor]]:
+    """A toy at the end of a task, not closed yet; all weights as the task began."""
+    toy = ToyTraining(method, **how)
     for name in ("one", "two"):
-        pupil.begin(name)
-        start = snapshot(pupil)
-        pupil.learn()
+        toy.begin(name)
+        start = snapshot(toy)
+        toy.learn()
         if name == task:
-            return pupil, start
-        pupil.end()
+            return toy, start
+        toy.end()
     raise AssertionError
 
 
-def snapshot(pupil: Pupil) -> dict[str, Tensor]:
-    return {n: w.detach().clone() for n, w in pupil.bound.weights.items()}
+def snapshot(toy: ToyTraining) -> dict[str, Tensor]:
+    return {n: w.detach().clone() for n, w in toy.bound.weights.items()}
 
 
 def between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> Any:
@@ -51,31 +51,31 @@ def close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("head", [False, True])
 def test_shared_weights_end_between_and_the_head_where_asked(head: bool) -> None:
-    pupil, start = learned(WiSE(alpha=0.3, head=head))
-    end = snapshot(pupil)
-    old_head = {n: p.clone() for n, p in pupil.models["one"].classifier.named_parameters()}
-    pupil.end()
+    toy, start = learned(WiSE(alpha=0.3, head=head))
+    end = snapshot(toy)
+    old_head = {n: p.clone() for n, p in toy.models["one"].classifier.named_parameters()}
+    toy.end()
     expected = between(start, end, 0.3)
     if not head:
         expected |= {n: w for n, w in end.items() if n.startswith("two/")}
-    close(snapshot(pupil), expected)
-    for name, p in pupil.models["one"].classifier.named_parameters():
+    close(snapshot(toy), expected)
+    for name, p in toy.models["one"].classifier.named_parameters():
         assert torch.equal(p, old_head[name])
-    assert pupil.bound.states["wise"].numbers == {"alpha": 0.3}
-    assert not pupil.bound.states["wise"].bytes()
+    assert toy.bound.states["wise"].numbers == {"alpha": 0.3}
+    assert not toy.bound.states["wise"].bytes()
 
 
 def test_the_next_task_starts_from_the_interpolated_weights() -> None:
-    pupil, _ = learned(WiSE(alpha=0.3))
-    pupil.end()
-    start = snapshot(pupil)
-    pupil.begin("two")
-    pupil.learn()
-    end = snapshot(pupil)
-    pupil.end()
-    shared = pupil.bound.shared.keys()
+    toy, _ = learned(WiSE(alpha=0.3))
+    toy.end()
+    start = snapshot(toy)
+    toy.begin("two")
+    toy.learn()
+    end = snapshot(toy)
+    toy.end()
+    shared = toy.bound.shared.keys()
     close(
-        {n: w for n, w in snapshot(pupil).items() if n in shared},
+        {n: w for n, w in snapshot(toy).items() if n in shared},
         {n: w for n, w in between(start, end, 0.3).items() if n in shared},
     )
 
@@ -83,11 +83,11 @@ def test_the_next_task_starts_from_the_interpolated_weights() -> None:
 @pytest.mark.parametrize("first", [False, True])
 def test_the_first_task_goes_back_to_the_pre_trained_weights_only_where_asked(first: bool) -> None:
     method = WiSE(alpha=0.3, first=first)
-    pupil, start = learned(method, "one")
-    end = snapshot(pupil)
-    pupil.end()
-    found = snapshot(pupil)
-    for name in pupil.bound.shared:
+    toy, start = learned(method, "one")
+    end = snapshot(toy)
+    toy.end()
+    found = snapshot(toy)
+    for name in toy.bound.shared:
         if first:
             expected = 0.7 * start[name] + 0.3 * end[name]
             torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-5)
@@ -98,50 +98,48 @@ def test_the_first_task_goes_back_to_the_pre_trained_weights_only_where_asked(fi
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_both_ends_are_exact(alpha: float) -> None:
-    pupil, start = learned(WiSE(alpha=alpha), dtype=torch.bfloat16)
-    end = snapshot(pupil)
-    pupil.end()
-    for name in pupil.bound.shared:
-        assert torch.equal(pupil.bound.weights[name], (end if alpha else start)[name])
+    toy, start = learned(WiSE(alpha=alpha), dtype=torch.bfloat16)
+    end = snapshot(toy)
+    toy.end()
+    for name in toy.bound.shared:
+        assert torch.equal(toy.bound.weights[name], (end if alpha else start)[name])
 
 
 def test_bfloat16_weights_are_rounded_once() -> None:
-    pupil, start = learned(WiSE(alpha=0.3), dtype=torch.bfloat16)
-    end = snapshot(pupil)
-    pupil.end()
-    for name in pupil.bound.shared:
+    toy, start = learned(WiSE(alpha=0.3), dtype=torch.bfloat16)
+    end = snapshot(toy)
+    toy.end()
+    for name in toy.bound.shared:
         exact = torch.lerp(start[name].double(), end[name].double(), 0.3)
         torch.testing.assert_close(
-            pupil.bound.weights[name].double(), exact, atol=1e-6, rtol=2**-8, msg=name
+            toy.bound.weights[name].double(), exact, atol=1e-6, rtol=2**-8, msg=name
         )
 
 
 # --- the start ------------------------------------------------------------------------------------
 
 
-def closed_by(begin: Callable[[Pupil, dict[str, Tensor]], None]) -> tuple[Pupil, int]:
-    pupil = Pupil(WiSE(alpha=0.3))
-    pupil.begin("one")
-    pupil.learn()
-    pupil.end()
-    start = {n: w.detach().clone() for n, w in pupil.bound.shared.items()}
-    begin(pupil, start)
-    pupil.learn()
-    held = pupil.bound.states["wise"].bytes()
-    pupil.end()
-    return pupil, held
+def closed_by(begin: Callable[[ToyTraining, dict[str, Tensor]], None]) -> tuple[ToyTraining, int]:
+    toy = ToyTraining(WiSE(alpha=0.3))
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    start = {n: w.detach().clone() for n, w in toy.bound.shared.items()}
+    begin(toy, start)
+    toy.learn()
+    held = toy.bound.states["wise"].bytes()
+    toy.end()
+    return toy, held
 
 
 def test_start_weights_that_a_checkpoint_holds_are_not_copied() -> None:
-    def with_start(pupil: Pupil, start: dict[str, Tensor]) -> None:
-        model = pupil.model = pupil.add_model("two")
-        pupil.optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+    def with_start(toy: ToyTraining, start: dict[str, Tensor]) -> None:
+        model = toy.model = toy.add_model("two")
+        toy.optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
         rows = [make_batch("two", 0)]
-        pupil.bound.begin_task(
-            "two", pupil.optimizer, 9, model=model, data=rows, start=lambda: start
-        )
+        toy.bound.begin_task("two", toy.optimizer, 9, model=model, data=rows, start=lambda: start)
 
-    with_copy, copied = closed_by(lambda pupil, _: pupil.begin("two"))
+    with_copy, copied = closed_by(lambda toy, _: toy.begin("two"))
     without, held = closed_by(with_start)
     assert held == 0 and copied == 4 * sum(w.numel() for w in without.bound.shared.values())
     for name, w in with_copy.bound.weights.items():
@@ -149,10 +147,10 @@ def test_start_weights_that_a_checkpoint_holds_are_not_copied() -> None:
 
 
 def test_a_start_that_nobody_kept_is_refused() -> None:
-    pupil, _ = learned(WiSE())
-    del pupil.bound.states["wise"].weights["start"]
+    toy, _ = learned(WiSE())
+    del toy.bound.states["wise"].weights["start"]
     with pytest.raises(Refused, match=r"wise: nobody kept.*start="):
-        pupil.end()
+        toy.end()
 
 
 def test_a_deployed_model_stays_and_the_first_task_learned_here_goes_back() -> None:
@@ -195,20 +193,20 @@ def test_a_head_goes_back_to_how_it_was_fitted() -> None:
 
 def choosing(
     tolerance: float, score: Callable[[float], float]
-) -> tuple[Pupil, Any, Any, list[Any]]:
+) -> tuple[ToyTraining, Any, Any, list[Any]]:
     """Close a task whose selection score is a function of the α that the weights stand at."""
-    pupil, start = learned(WiSE(choose=tolerance, alpha=0.01))
-    end, asked = snapshot(pupil), []
+    toy, start = learned(WiSE(choose=tolerance, alpha=0.01))
+    end, asked = snapshot(toy), []
     name = "encoder.layers.0.up.weight"
 
     def evaluate() -> Mapping[str, float]:
-        way = (pupil.bound.weights[name].detach() - start[name]) / (end[name] - start[name])
+        way = (toy.bound.weights[name].detach() - start[name]) / (end[name] - start[name])
         asked.append(round(way.median().item(), 3))
         return {"score": score(asked[-1])}
 
-    pupil.bound.evaluate = evaluate
-    pupil.end()
-    return pupil, start, end, asked
+    toy.bound.evaluate = evaluate
+    toy.end()
+    return toy, start, end, asked
 
 
 @pytest.mark.parametrize(
@@ -216,19 +214,19 @@ def choosing(
 )
 def test_the_smallest_share_within_the_tolerance_is_taken(tolerance: float, alpha: float) -> None:
     """The score rises by .1 a tenth up to α .7, and from there on next to nothing."""
-    pupil, start, end, asked = choosing(tolerance, lambda a: min(a, 0.7) + 1e-9 * a)
-    assert pupil.bound.states["wise"].numbers == {"alpha": alpha}
+    toy, start, end, asked = choosing(tolerance, lambda a: min(a, 0.7) + 1e-9 * a)
+    assert toy.bound.states["wise"].numbers == {"alpha": alpha}
     assert asked[0] == 1.0 and asked[1:] == pytest.approx([t / 10 for t in range(1, len(asked))])
-    shared = pupil.bound.shared.keys()
+    shared = toy.bound.shared.keys()
     expected = {n: w for n, w in between(start, end, alpha).items() if n in shared}
-    close({n: w for n, w in snapshot(pupil).items() if n in shared}, expected)
+    close({n: w for n, w in snapshot(toy).items() if n in shared}, expected)
 
 
 def test_where_none_is_good_enough_the_learned_weights_stay_bit_for_bit() -> None:
-    pupil, _, end, asked = choosing(0.01, lambda a: float(a == 1.0))
-    for name, w in snapshot(pupil).items():
+    toy, _, end, asked = choosing(0.01, lambda a: float(a == 1.0))
+    for name, w in snapshot(toy).items():
         assert torch.equal(w, end[name]), name
-    assert len(asked) == 10 and pupil.bound.states["wise"].numbers == {"alpha": 1.0}
+    assert len(asked) == 10 and toy.bound.states["wise"].numbers == {"alpha": 1.0}
 
 
 # --- LoRA -----------------------------------------------------------------------------------------

@@ -116,13 +116,13 @@ def test_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rooms_serve_training_wherever_they_were_asked_for_first() -> None:
     blocks._kept.__dict__.clear()
     with torch.inference_mode(), torch.device("meta"):
-        blocks.room(0, [6], torch.float32, torch.device("cpu"))
-    blocks.room(0, [6], torch.float32, torch.device("cpu")).fill_(1)
+        blocks.workspace(0, [6], torch.float32, torch.device("cpu"))
+    blocks.workspace(0, [6], torch.float32, torch.device("cpu")).fill_(1)
 
 
 def test_rooms_are_kept_apart_by_place_and_type() -> None:
     def ask(place: int, dtype: torch.dtype, count: int = 6) -> Tensor:
-        return blocks.room(place, [count], dtype, torch.device("cpu"))
+        return blocks.workspace(place, [count], dtype, torch.device("cpu"))
 
     first = ask(0, torch.float32).fill_(1)
     ask(1, torch.float32).fill_(2)

@@ -11,7 +11,7 @@ from holdfast.search.final import FinalJob, Result
 from holdfast.search.objective import Scores, Watch
 from holdfast.search.plan import Plan
 from holdfast.search.study import Claim, Study
-from holdfast.search.worker import Job
+from holdfast.search.worker import Replicate
 
 STEPS = 60  # of a whole trial
 BEST = 1e-3  # the base rate at which `curve` peaks
@@ -35,7 +35,7 @@ def scores(lr: float, head: float) -> tuple[float, float, float]:
     return 0.5 + 0.4 * near, 0.5 + 0.4 * near, 0.5 + 0.3 * near / (1 + head)
 
 
-def curve(job: Job, watch: Watch) -> Scores:
+def curve(job: Replicate, watch: Watch) -> Scores:
     """Tells every rung as training would; scores grow linearly with the steps of a task."""
     rates = job.recipe.rates
     old, new, after = scores(job.lr, rates.head)
@@ -47,7 +47,7 @@ def curve(job: Job, watch: Watch) -> Scores:
     return Scores(old, new, after, STEPS, 1.0)
 
 
-def make_curve(_: Plan) -> Callable[[Job, Watch], Scores]:
+def make_curve(_: Plan) -> Callable[[Replicate, Watch], Scores]:
     return curve
 
 

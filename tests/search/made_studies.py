@@ -10,7 +10,7 @@ import numpy as np
 
 from holdfast.search.trials import (
     COLUMNS,
-    Study,
+    ReadStudy,
     Trial,
     part_names,
     write_trials,
@@ -19,7 +19,7 @@ from holdfast.search.trials import (
 SHA = iter(range(10**9))
 
 
-def study(trials: Sequence[tuple[float, Sequence[float]]]) -> Study:
+def study(trials: Sequence[tuple[float, Sequence[float]]]) -> ReadStudy:
     """A study of (reward, rates) pairs, each reward half from either task."""
     made = tuple(
         Trial(number=i, lr=tuple(lr), old=0.9, new=reward / 2, old_after=reward / 2)
@@ -31,7 +31,7 @@ def study(trials: Sequence[tuple[float, Sequence[float]]]) -> Study:
         "study": None,
         "layers": None,
     }
-    return Study(**usual | {"trials": made, "left_out": {}})
+    return ReadStudy(**usual | {"trials": made, "left_out": {}})
 
 
 def logs(count: int = 49, seed: int = 0, parts: int = 10) -> list[tuple[float, list[float]]]:

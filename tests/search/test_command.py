@@ -16,7 +16,7 @@ from holdfast.cli import main
 from holdfast.errors import Refused
 from holdfast.experiments.sequence import load_tasks
 from holdfast.search import plan as plans
-from holdfast.search import training
+from holdfast.search import trial
 from holdfast.search.plan import Plan
 from holdfast.search.run import search
 from holdfast.tasks import Task
@@ -38,7 +38,7 @@ def test_a_search_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # So few steps teach little: without this all trials would stop after task one.
-    monkeypatch.setattr(training, "constant_score", lambda *_: -1.0)
+    monkeypatch.setattr(trial, "constant_score", lambda *_: -1.0)
     assert main(words(place, tmp_path)) == 0
     said = capsys.readouterr()
     body = json.loads((tmp_path / "search.json").read_text())

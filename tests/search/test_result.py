@@ -20,7 +20,7 @@ from holdfast.search.final import FinalJob, Result, contenders, finish, jobs
 from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan
 from holdfast.search.result import gain, steps
-from holdfast.search.rows import Row, best, front
+from holdfast.search.rows import TrialRow, best, front
 from holdfast.search.run import search
 from holdfast.search.study import Study
 from holdfast.search.trials import read_study
@@ -28,13 +28,13 @@ from holdfast.search.worker import work
 
 
 def row(number: int, new: float | None = None, old_after: float | None = None, *,
-        kind: str | None = None, state: str = "complete", **more: Any) -> Row:  # fmt: skip
+        kind: str | None = None, state: str = "complete", **more: Any) -> TrialRow:  # fmt: skip
     usual: dict[str, Any] = {
         "number": number, "state": state, "control": kind and f"{kind}@{number}", "kind": kind,
         "params": {"rate": 1e-3}, "rate": 1e-3, "multipliers": [1.0] * 4, "old": 0.9, "new": new,
         "old_after": old_after, "reason": None, "steps": STEPS, "seconds": 1.0, "attempts": 1,
     }  # fmt: skip
-    return Row(**{**usual, **more})
+    return TrialRow(**{**usual, **more})
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_steps_are_compared_with_what_was_not_pruned(place: Path) -> None:
 # --- the final runs -----------------------------------------------------------------------------
 
 
-def finished(place: Path, out: Path) -> tuple[Plan, list[Row]]:
+def finished(place: Path, out: Path) -> tuple[Plan, list[TrialRow]]:
     from holdfast.search.rows import rows
 
     of = Study(out, plan(place))

@@ -12,7 +12,7 @@ from holdfast.errors import Refused
 from holdfast.search import worker
 from holdfast.search.objective import Diverged, Pruned, Scores, Watch
 from holdfast.search.study import Study
-from holdfast.search.worker import Job, run, work
+from holdfast.search.worker import Replicate, run, work
 from holdfast.training import stopping
 
 
@@ -33,9 +33,9 @@ def one(of: Study, train: Any) -> Any:
 
 def test_all_trials_are_made_and_told(place: Path, tmp_path: Path) -> None:
     of = study(place, tmp_path)
-    seen: list[Job] = []
+    seen: list[Replicate] = []
 
-    def train(job: Job, watch: Watch) -> Scores:
+    def train(job: Replicate, watch: Watch) -> Scores:
         seen.append(job)
         return curve(job, watch)
 
@@ -52,7 +52,7 @@ def test_all_trials_are_made_and_told(place: Path, tmp_path: Path) -> None:
 
 def test_a_trials_curve_and_rate_reach_its_training(place: Path, tmp_path: Path) -> None:
     of = study(place, tmp_path, tune=["ewc.strength"])
-    jobs: dict[int, Job] = {}
+    jobs: dict[int, Replicate] = {}
     work(of, lambda job, watch: jobs.setdefault(job.number, job) and curve(job, watch))
     params = of.trials()[9].params
     assert jobs[9].lr == params["rate"]
@@ -67,7 +67,7 @@ def test_a_trials_curve_and_rate_reach_its_training(place: Path, tmp_path: Path)
 def test_what_stops_is_told_with_its_reason_and_steps(
     stop: Exception, state: str, place: Path, tmp_path: Path
 ) -> None:
-    def train(job: Job, watch: Watch) -> Scores:
+    def train(job: Replicate, watch: Watch) -> Scores:
         watch.at(1, steps=10, old=0.3)
         raise stop
 
@@ -85,9 +85,9 @@ def test_a_score_that_is_no_number_fails(place: Path, tmp_path: Path) -> None:
 
 
 def test_replicates_are_averaged_and_only_the_first_tells(place: Path, tmp_path: Path) -> None:
-    jobs: list[Job] = []
+    jobs: list[Replicate] = []
 
-    def train(job: Job, watch: Watch) -> Scores:
+    def train(job: Replicate, watch: Watch) -> Scores:
         jobs.append(job)
         watch.at(1, steps=5, old=0.1 + job.replicate)
         return Scores(0.5, 0.6 + 0.1 * job.replicate, 0.4, STEPS, 2.0)

@@ -158,8 +158,8 @@ def test_a_rule_learned_from_the_same_rows_leaves_evaluation_rows_in_place(kind:
 @pytest.mark.parametrize("kind", ["length", "cluster"])
 def test_equal_texts_fall_to_one_side(kind: str) -> None:
     task = made()
-    twins = tuple(replace(row, label=1 - int(row.label)) for row in task.train[:60])
-    one, two, _ = KINDS[kind](replace(task, evaluation=twins))
+    references = tuple(replace(row, label=1 - int(row.label)) for row in task.train[:60])
+    one, two, _ = KINDS[kind](replace(task, evaluation=references))
     assert {row.text for row in one.evaluation} <= {row.text for row in one.train}
     assert {row.text for row in two.evaluation} <= {row.text for row in two.train}
 

@@ -1,4 +1,4 @@
-"""Replaying recordings: those of the published code, and our own from the slow twin."""
+"""Replaying recordings: those of the published code, and our own from the slow reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dps_twin import Twin
+from dps_reference import Reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,14 +29,14 @@ def test_published_trajectories_are_reproduced(golden: Path, capsys: Any) -> Non
 def record(
     folder: Path, *, mix: bool, adamw: bool, p: float = 0.3, us: int = 4, exact: bool = False
 ) -> Path:
-    """A recording made with the slow twin in the published form; returns its file."""
+    """A recording made with the slow reference in the published form; returns its file."""
     draw, steps = torch.Generator().manual_seed(0), 4 * us + 3
     options = {"lr": 0.03, "weight_decay": 0.05} if adamw else {"lr": 0.1}
     start = [0.3 * torch.randn(SIZES[i + 1], SIZES[i], generator=draw).double() for i in LAYERS]
     biases = [0.3 * torch.randn(SIZES[i + 1], generator=draw).double() for i in LAYERS]
     shared: dict[str, Any] = {"p": p, "us": us, "exact": exact, "adamw": adamw, **options}
-    weights = Twin({str(i): w.numpy() for i, w in enumerate(start)}, mix=mix, **shared)
-    plain = Twin({str(i): b.numpy() for i, b in enumerate(biases)}, **{**shared, "us": 10**6})
+    weights = Reference({str(i): w.numpy() for i, w in enumerate(start)}, mix=mix, **shared)
+    plain = Reference({str(i): b.numpy() for i, b in enumerate(biases)}, **{**shared, "us": 10**6})
     x = torch.randn(steps, 5, SIZES[0], generator=draw)
     y = torch.randint(SIZES[-1], (steps, 5), generator=draw)
     tensors = {"x": x, "y": y, "loss": torch.zeros(steps)}
@@ -82,7 +82,7 @@ def _numpy(grad: Tensor | None) -> Any:
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize("adamw", [False, True])
 @pytest.mark.parametrize(("p", "us"), [(0.3, 4), (0.6, 1), (0.5, 3)])
-def test_the_slow_twins_trajectories_are_reproduced(
+def test_the_slow_references_trajectories_are_reproduced(
     mix: bool, adamw: bool, p: float, us: int, tmp_path: Path
 ) -> None:
     record(tmp_path, mix=mix, adamw=adamw, p=p, us=us)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.ops.blocks import blocks, room
+from holdfast.ops.blocks import blocks, workspace
 from holdfast.ops.distributed import sharded
 
 if TYPE_CHECKING:
@@ -89,13 +89,13 @@ def important_rows(importance: Weights) -> dict[str, Tensor]:
 
 def _offset(w: Tensor, aim: Tensor) -> Tensor:
     dtype = torch.promote_types(w.dtype, aim.dtype)
-    return torch.sub(w, aim, out=room(0, w.shape, dtype, w.device))
+    return torch.sub(w, aim, out=workspace(0, w.shape, dtype, w.device))
 
 
 def potential(
     weights: Weights, anchor: Weights, strength: float, importance: Weights | None = None
 ) -> Tensor:
-    """λ/2 Σ F (w − w*)², differentiable; the slow twin of `pull_` and the value reported."""
+    """λ/2 Σ F (w − w*)², differentiable; the slow reference of `pull_` and the value reported."""
     total = torch.zeros(())
     for name, target in anchor.items():
         square = (weights[name] - target).square()

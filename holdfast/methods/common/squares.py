@@ -7,7 +7,7 @@ positions, the gradient of example n is
     layer norm  G_n = Σ_t δ_nt ⊙ x̂_nt       bias  Σ_t δ_nt
     embedding   G_n[i] = Σ_{t: x_nt = i} δ_nt
 
-and Σ_n G_n² is added up. The slow twin, one backward pass an example, is in `importance`.
+and Σ_n G_n² is added up. The slow reference, one backward pass an example, is in `importance`.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def make_batch(task: str, step: int, rows: int = 8) -> Batch:
     return {"tokens": tokens, "labels": (tokens.sum(1) + TASKS.index(task)) % 3}
 
 
-class Pupil:
+class ToyTraining:
     """Learns `TASKS` one after another with a method (None: plainly), and can be saved anywhere."""
 
     def __init__(
@@ -151,7 +151,7 @@ class Pupil:
         for step in range(3):
             yield make_batch(task, step)
 
-    def learn_all(self, **how: Any) -> Pupil:
+    def learn_all(self, **how: Any) -> ToyTraining:
         """Both tasks, from beginning to end."""
         for task in TASKS:
             self.begin(task)
@@ -194,24 +194,24 @@ class Pupil:
         }
 
     @classmethod
-    def load(cls, saved: Mapping[str, Any], method: Method, *, closed: bool) -> Pupil:
-        """A new pupil, of other initial weights, that takes up where another was saved.
+    def load(cls, saved: Mapping[str, Any], method: Method, *, closed: bool) -> ToyTraining:
+        """A new toy, of other initial weights, that takes up where another was saved.
 
         closed: whether the task it was saved in had ended, so that the next one is to begin.
         """
-        pupil = cls(method)
+        toy = cls(method)
         state = {"tensors": load(saved["tensors"]), "meta": json.loads(saved["meta"])}
         tasks = list(saved["models"])
         for task in tasks if closed else tasks[:-1]:
-            pupil.add_model(task, seed=50)
+            toy.add_model(task, seed=50)
         if closed:
-            pupil.bound.load_state_dict(state)
+            toy.bound.load_state_dict(state)
         else:
-            pupil.begin(tasks[-1], seed=50)
-            pupil.optimizer.load_state_dict(saved["optimizer"])
-            pupil.bound.load_state_dict(state)
-        for task, model in pupil.models.items():
+            toy.begin(tasks[-1], seed=50)
+            toy.optimizer.load_state_dict(saved["optimizer"])
+            toy.bound.load_state_dict(state)
+        for task, model in toy.models.items():
             model.load_state_dict(saved["models"][task])
-        pupil.bound.models |= pupil.models
+        toy.bound.models |= toy.models
         torch.set_rng_state(saved["random"])
-        return pupil
+        return toy

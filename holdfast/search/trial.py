@@ -28,7 +28,7 @@ from holdfast.experiments.runs import RECORD, open_run
 from holdfast.experiments.sequence import describe
 from holdfast.search.objective import Diverged, Scores, Stop, Watch, constant_score, rung_steps
 from holdfast.search.plan import Plan
-from holdfast.search.worker import Job
+from holdfast.search.worker import Replicate
 from holdfast.tasks import Task
 from holdfast.training.manifest import damage
 
@@ -150,7 +150,7 @@ class Training:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.loaded = plan, Loaded(plan)
 
-    def __call__(self, job: Job, watch: Watch) -> Scores:
+    def __call__(self, job: Replicate, watch: Watch) -> Scores:
         plan, tasks = replace(self.plan.settings, lr=job.lr), list(self.loaded.pair(job.seed))
         one = tasks[0]
         watch.floor = constant_score(
@@ -176,7 +176,9 @@ class Training:
             self._clear(job.folder)
         return _scores(record)
 
-    def _learn(self, job: Job, tasks: list[Task], plan: Any, record: Record, watch: Watch) -> None:
+    def _learn(
+        self, job: Replicate, tasks: list[Task], plan: Any, record: Record, watch: Watch
+    ) -> None:
         _drop_damaged(job.folder)
         learner = TrialLearner(self.loaded, watch, job.folder, self.plan.source, tasks, job.recipe,
                                plan, job.seed, record)  # fmt: skip
@@ -190,7 +192,7 @@ class Training:
             self._clear(job.folder)
             raise stop from None
 
-    def _record(self, job: Job, tasks: list[Task], plan: Any) -> Record:
+    def _record(self, job: Replicate, tasks: list[Task], plan: Any) -> Record:
         return Record(
             tasks=[describe(task) for task in tasks],
             settings={**plan.to_dict(), "model": self.plan.model,

@@ -14,11 +14,11 @@ from holdfast import Rates, Recipe, Replay, run_sequence
 from holdfast.errors import Refused
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
-from holdfast.search import training
+from holdfast.search import trial
 from holdfast.search.objective import Diverged, Pruned, Watch, evenly
 from holdfast.search.plan import Plan
-from holdfast.search.training import Training
-from holdfast.search.worker import Job
+from holdfast.search.trial import Training
+from holdfast.search.worker import Replicate
 
 SETTINGS: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "max_length": 16, "selection": 12}
 RECIPE = Recipe(rates=Rates.bertcl(), methods=[Replay(memory=4)], name="t")
@@ -31,17 +31,17 @@ def plan(place: Path) -> Plan:
     return fake_plan(place, rungs=3, **SETTINGS)
 
 
-constant_score = training.constant_score
+constant_score = trial.constant_score
 
 
 @pytest.fixture(autouse=True)
 def _never_collapsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few steps teach little: without this, most trials here would stop after task one."""
-    monkeypatch.setattr(training, "constant_score", lambda *_: -1.0)
+    monkeypatch.setattr(trial, "constant_score", lambda *_: -1.0)
 
 
-def job(out: Path, *, lr: float = LR, seed: int = 0, recipe: Recipe = RECIPE) -> Job:
-    return Job(0, 0, seed, recipe, lr, out)
+def job(out: Path, *, lr: float = LR, seed: int = 0, recipe: Recipe = RECIPE) -> Replicate:
+    return Replicate(0, 0, seed, recipe, lr, out)
 
 
 class Told:
@@ -132,7 +132,7 @@ def test_a_finished_trial_is_only_read(
 ) -> None:
     """Its worker was killed before it told."""
     first = Training(plan)(job(tmp_path / "0"), Told().watch)
-    monkeypatch.setattr(training, "TrialLearner", None)
+    monkeypatch.setattr(trial, "TrialLearner", None)
     assert Training(plan)(job(tmp_path / "0"), Told().watch) == first
 
 
@@ -144,7 +144,7 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint(
     saving = fake_plan(place, rungs=3, **SETTINGS, save_steps=save_steps)
     whole = Training(saving)(job(tmp_path / "whole"), Told().watch)
     steps: list[int] = []
-    rung = training.TrialLearner.rung
+    rung = trial.TrialLearner.rung
 
     def cut(self: Any, index: int, step: int, total: int) -> None:
         steps.append(index * total + step)
@@ -152,7 +152,7 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint(
             raise KeyboardInterrupt
         rung(self, index, step, total)
 
-    monkeypatch.setattr(training.TrialLearner, "rung", cut)
+    monkeypatch.setattr(trial.TrialLearner, "rung", cut)
     with pytest.raises(KeyboardInterrupt):
         Training(saving)(job(tmp_path / "cut"), Told().watch)
     assert steps[-1] == 18 + 8
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_of_task_one_is_learned_again(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.TrialLearner, "rung", cut)
+        patch.setattr(trial.TrialLearner, "rung", cut)
         Training(saving)(job(out), Told().watch)
     weights = out / "tasks" / "1-mood" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_of_task_one_is_learned_again(
 def test_what_collapses_stops_after_task_one(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "constant_score", constant_score)
+    monkeypatch.setattr(trial, "constant_score", constant_score)
     still = Recipe(rates=Rates.flat(), name="still")
     with pytest.raises(Pruned, match=r"collapsed: 0\.\d+ on task one") as end:
         Training(plan)(job(tmp_path / "0", lr=1e-12, recipe=still), Told().watch)
@@ -212,7 +212,7 @@ def test_other_refusals_are_passed_on(
     def full(*_: Any, **__: Any) -> None:
         raise Refused("No space left on device")
 
-    monkeypatch.setattr(training.TrialLearner, "learn", full)
+    monkeypatch.setattr(trial.TrialLearner, "learn", full)
     with pytest.raises(Refused, match="No space"):
         Training(plan)(job(tmp_path / "0"), Told().watch)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-class Twin:
+class Reference:
     """Trains given weights from given gradients; every other parameter is left to the caller.
 
     A stage is `us` steps; even stages (from 0) accumulate, odd ones mask.
