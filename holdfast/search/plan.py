@@ -22,9 +22,8 @@ from holdfast.experiments.settings import Settings
 from holdfast.files import write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.search.controls import Control, controls
 from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly
-from holdfast.search.space import Space, flat_rates, with_tuned
+from holdfast.search.space import Control, Space, controls, flat_rates, with_tuned
 from holdfast.tasks import Task
 from holdfast.tasks.shifts import SHIFTS, Shifted
 from holdfast.tasks.splits import stratified

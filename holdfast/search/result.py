@@ -19,9 +19,8 @@ from holdfast.experiments.statistics import mean_spread, paired_difference
 from holdfast.files import write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.search.final import Contender, Result
-from holdfast.search.importance import importance
 from holdfast.search.plan import Plan
-from holdfast.search.rows import TrialRow, as_trials, best, front
+from holdfast.search.rows import TrialRow, as_trials, best, front, importance
 from holdfast.search.space import MULTIPLIER
 from holdfast.search.trials import NAME, part_names, write_trials
 

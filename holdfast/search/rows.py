@@ -1,17 +1,25 @@
-"""The trials of a study as plain rows: what reports, files and choices are made from."""
+"""The trials of a study as plain rows: what reports, files and choices are made from.
+
+How much each part's rate decided is computed from them by PED-ANOVA: from the normalised
+multipliers, not from the raw ones that the sampler drew, which share a factor that no trial feels.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from holdfast.search import storage
 from holdfast.search.space import RATE, Space
-from holdfast.search.trials import Trial
+from holdfast.search.trials import Trial, part_names
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
+
+LEAST = 12  # trials, below which shares of importance are not worth showing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +120,60 @@ def as_trials(found: Iterable[TrialRow], space: Space) -> list[Trial]:
 
 def _known(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+class Importance(NamedTuple):
+    """Shares that sum to 1 (or nothing), and what they were computed from."""
+
+    shares: Mapping[str, float]
+    note: str
+
+
+def importance(found: Sequence[TrialRow], space: Space) -> Importance:
+    """The share of each part, the base rate and the tuned settings.
+
+    Where fewer than `LEAST` trials were finished, what they told at the last rung that as many
+    reached is taken in place of their scores.
+    """
+    usable = [r for r in found if r.multipliers is not None and r.rate is not None]
+    done = [(r, r.value) for r in usable if r.value is not None]
+    note = f"new + old of {len(done)} finished trials"
+    if len(done) < LEAST:
+        reached = Counter(rung for r in usable for rung in r.rungs)
+        rungs = [rung for rung, count in reached.items() if count >= LEAST]
+        if not rungs:
+            return Importance({}, f"fewer than {LEAST} trials: nothing to compute it from")
+        last = max(rungs)
+        done = [(r, r.rungs[last]) for r in usable if last in r.rungs]
+        note = f"what {len(done)} trials told at rung {last}, since few were finished"
+    columns = _columns([r for r, _ in done], space)
+    moved = {name: values for name, values in columns.items() if max(values) > min(values)}
+    shares = dict.fromkeys(columns, 0.0)
+    if moved and len({value for _, value in done}) > 1:
+        shares |= _ped_anova(moved, [value for _, value in done])
+    return Importance(shares, note)
+
+
+def _columns(found: Sequence[TrialRow], space: Space) -> dict[str, list[float]]:
+    names = part_names(space.parts)
+    columns = {
+        name: [(r.multipliers or [])[i] for r in found] for i, name in enumerate(names)
+    }  # fmt: skip
+    columns["base rate"] = [r.params[RATE] for r in found]
+    return columns | {name: [r.params[name] for r in found] for name in space.tuned}
+
+
+def _ped_anova(columns: Mapping[str, list[float]], values: Sequence[float | None]) -> Any:
+    optuna = storage.optuna()
+    study = optuna.create_study(direction="maximize")
+    ranges = {
+        name: optuna.distributions.FloatDistribution(
+            min(column), max(column), log=min(column) > 0
+        )
+        for name, column in columns.items()
+    }  # fmt: skip
+    for i, value in enumerate(values):
+        params = {name: column[i] for name, column in columns.items()}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=value))
+    found = optuna.importance.get_param_importances(study)
+    return {name: float(share) for name, share in found.items()}

@@ -23,9 +23,9 @@ from typing import IO, TYPE_CHECKING, Any
 from holdfast.errors import Refused
 from holdfast.experiments.record import scrub
 from holdfast.search import storage as stores
-from holdfast.search.controls import Control
 from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan, keep, known, refuse_other
+from holdfast.search.space import Control
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial

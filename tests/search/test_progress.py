@@ -10,8 +10,8 @@ from fakes import curve, plan
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import describe
 from holdfast.search.final import DIVERGED, jobs
-from holdfast.search.progress import Line
 from holdfast.search.rows import rows
+from holdfast.search.run import Line
 from holdfast.search.study import Study
 from holdfast.search.worker import run, work
 

@@ -12,15 +12,15 @@ import pytest
 from fakes import STEPS, curve, make_curve, make_result, plan, result
 
 from holdfast import Rates, Recipe
-from holdfast.errors import Busy, Refused
+from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments.runs import open_run
-from holdfast.search import final, importance
+from holdfast.search import final
 from holdfast.search.combine import combine
 from holdfast.search.final import FinalJob, Result, contenders, finish, jobs
 from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan
 from holdfast.search.result import gain, steps
-from holdfast.search.rows import TrialRow, best, front
+from holdfast.search.rows import TrialRow, best, front, importance
 from holdfast.search.run import search
 from holdfast.search.study import Study
 from holdfast.search.trials import read_study
@@ -284,7 +284,7 @@ def test_a_final_run_that_diverged_is_not_made_again(
     def diverge(run: Any, tasks: Any, settings: Any, folder: Path) -> None:
         (folder / "tasks").mkdir(parents=True)
         runs.append(folder)
-        raise Refused("diverged: no gradient of 8 steps was finite", where="mood")
+        raise TrainingDiverged("diverged: no gradient of 8 steps was finite", where="mood")
 
     monkeypatch.setattr(final.Job, "run", diverge)
     control = made.controls[0]
@@ -374,7 +374,7 @@ def test_what_decides_has_the_largest_share(place: Path) -> None:
         m = space.multipliers(params)
         good = 1 / (1 + (m[3] - 1) ** 2)
         rows.append(row(i, good, 0.0, params=params, multipliers=m, rate=params["rate"]))
-    shares = importance.importance(rows, space).shares
+    shares = importance(rows, space).shares
     assert (
         sum(shares.values()) == pytest.approx(1) and max(shares, key=shares.__getitem__) == "head"
     )
@@ -383,10 +383,10 @@ def test_what_decides_has_the_largest_share(place: Path) -> None:
 
 def test_too_few_trials_have_no_importance_and_rungs_stand_in(place: Path) -> None:
     space = plan(place).space
-    assert importance.importance([row(0, 0.5, 0.5)], space).shares == {}
+    assert importance([row(0, 0.5, 0.5)], space).shares == {}
     rows = [row(i, state="pruned", params={"rate": 1e-3 + i * 1e-5}, rate=1e-3 + i * 1e-5,
                 rungs={1: i / 20} | ({2: 0.5} if i < 3 else {})) for i in range(12)]  # fmt: skip
-    said = importance.importance(rows, space)
+    said = importance(rows, space)
     assert "at rung 1" in said.note and said.shares["base rate"] == 1
 
 

@@ -17,8 +17,7 @@ from holdfast import DPS, EWC, Rates, Recipe
 from holdfast.engine.method import Method, Range
 from holdfast.errors import Refused
 from holdfast.methods import METHODS
-from holdfast.search.controls import at_points, controls
-from holdfast.search.space import RATE, Space, flat_rates
+from holdfast.search.space import RATE, Space, at_points, controls, flat_rates
 
 FLAT = (1e-5, 1e-4, 1e-3)
 
