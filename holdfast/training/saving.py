@@ -38,6 +38,7 @@ class SavingMixin(_Base):
     _limit: int | None = None
     _to_push: str | None = None
     _resuming = False
+    _at_work = False  # whether the recipe is bound to what is trained
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.
@@ -84,6 +85,7 @@ class SavingMixin(_Base):
             if self._watch is not None:
                 self._watch.remove()
             self._watch = self._outputs = None
+            self._at_work = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, committed when it is whole; older ones go only then."""
@@ -135,7 +137,7 @@ class SavingMixin(_Base):
         names = {id(w): name for name, w in self.bound.weights.items()}
         return {
             "optimizer": type(self.bound.optimizer).__name__,
-            "groups": [[len(g["params"]), g["initial_lr"], g["weight_decay"]] for g in groups],
+            "groups": [[len(g["params"]), _first_rate(g), g["weight_decay"]] for g in groups],
             "accumulation": self.args.gradient_accumulation_steps,
             "batch": self.args.train_batch_size,
             "ranks": self.args.world_size,
@@ -143,6 +145,13 @@ class SavingMixin(_Base):
             "max_grad_norm": self.bound.max_grad_norm,
             "order": [names.get(id(w), "") for g in groups for w in g["params"]],
         }
+
+
+def _first_rate(group: dict[str, Any]) -> float | None:
+    """The rate that a group began with, where it is known: not every schedule keeps it."""
+    if "initial_lr" in group:
+        return float(group["initial_lr"])
+    return group["base_lr"] * group["multiplier"] if "multiplier" in group else None
 
 
 def _exact_moments_(optimizer: torch.optim.Optimizer, file: Path) -> None:

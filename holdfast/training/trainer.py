@@ -14,7 +14,7 @@ import copyreg
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -61,7 +61,7 @@ class RecipeMixin(SavingMixin):
         self.bound = bound
         self.task, self._shared, self.start = task, shared, start
         self.exact_resume, self.stop_on_signals = exact_resume, stop_on_signals
-        self._window = 0.0
+        self._window: float | None = 0.0
         self._ignores_items: bool | None = None
         self._outputs: Any = None
         self._watch: Any = None
@@ -97,7 +97,11 @@ class RecipeMixin(SavingMixin):
     # --- optimizer and binding ------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer of choice over the recipe's groups."""
+        """Trainer's optimizer of choice over the recipe's groups; that of a class that makes its
+        own is taken as it is."""
+        theirs: Any = super().create_optimizer
+        if theirs.__func__ is not transformers.Trainer.create_optimizer:
+            return theirs() if model is None else theirs(model)
         if self.optimizer is None:
             net = self.model if model is None else model
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
@@ -118,6 +122,12 @@ class RecipeMixin(SavingMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's scheduler; then the recipe is bound, for the number of steps is known."""
+        if self.recipe.rates != Rates.flat() and not all(
+            "multiplier" in group for group in self.optimizer.param_groups
+        ):
+            raise Refused(f"{type(self).__name__} makes an optimizer of its own, at other rates",
+                          where="recipe.rates",
+                          remedy="build it with recipe.param_groups(model, …)")  # fmt: skip
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.bound is None:
             self.bound = self.recipe.unbound(seed=self.args.seed)
@@ -137,6 +147,7 @@ class RecipeMixin(SavingMixin):
             start=self.start,
             resuming=self._resuming,
         )
+        self._at_work = True
         if self.bound.has_penalty and self._watch is None:
             self._watch = self.model.register_forward_hook(self._see)
         return scheduler
@@ -193,7 +204,9 @@ class RecipeMixin(SavingMixin):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's window of micro-batches, weighed."""
         samples, items = super().get_batch_samples(*args, **kwargs)
-        self._window = sum(self._weight(batch) for batch in samples)
+        # What is no mapping yet is divided among steps later, as TRL does with what it generates.
+        told = all(isinstance(batch, Mapping) for batch in samples)
+        self._window = sum(self._weight(batch) for batch in samples) if told else None
         return samples, items
 
     def compute_loss(
@@ -206,17 +219,23 @@ class RecipeMixin(SavingMixin):
     ) -> Any:
         """Trainer's loss, weighted within its accumulation window, plus the methods' penalties."""
         batch, weight = dict(inputs), self._weight(inputs)
+        learning = model.training and torch.is_grad_enabled()
+        if learning and not self._at_work:
+            raise Refused("create_scheduler was not called, so that the recipe is not at work",
+                          where=type(self).__name__,
+                          remedy="call super().create_scheduler(…) in yours")  # fmt: skip
         result = super().compute_loss(
             model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
         loss, outputs = result if return_outputs else (result, None)
-        if model.training and torch.is_grad_enabled() and self.bound is not None:
+        if learning and self.bound is not None:
             divides = not self._scaled(num_items_in_batch)
             steps = self.current_gradient_accumulation_steps
-            many = steps > 1 or self.args.world_size > 1
+            many = (steps > 1 or self.args.world_size > 1) and self._window is not None
             if many and (divides or self._ignores(model, batch, num_items_in_batch)):
                 # Σ over the window must be the mean over its rows, whatever their division: also
                 # among ranks, by whose number Trainer has multiplied a loss that ignores them.
+                assert self._window is not None
                 every = self._window if divides else float(num_items_in_batch)
                 share = weight / every if every else 0.0
                 loss = loss * share * (steps if divides else 1)
@@ -242,7 +261,7 @@ class RecipeMixin(SavingMixin):
         Every sequence-classification head of Transformers does, so that Trainer's accumulated
         gradient is too large by the number of micro-batches.
         """
-        if self.compute_loss_func is not None or self.label_smoother is not None:
+        if self.compute_loss_func is not None or self.label_smoother is not None or items is None:
             return False
         if self._ignores_items is None:
             kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL averages over every call
@@ -296,6 +315,16 @@ class _Recipied(type):
     """The type of classes that `with_recipe` makes: they pickle by the class they extend."""
 
 
+@functools.cache
+def _type_for(theirs: type) -> type:
+    """`_Recipied`, or one that is of the type of an abstract class as well."""
+    if theirs is type:
+        return _Recipied
+    both = type("_Recipied", (_Recipied, theirs), {})
+    copyreg.pickle(both, _rebuild)
+    return both
+
+
 def _rebuild(cls: type) -> Any:
     # A class that extends one of ours has a name of its own and is found by it.
     return (
@@ -315,7 +344,7 @@ def with_recipe(trainer_class: type) -> Any:
         return trainer_class
     name = f"{trainer_class.__name__}WithRecipe"
     body = {"__module__": __name__, "__doc__": trainer_class.__doc__}
-    return _Recipied(name, (RecipeMixin, trainer_class), body)
+    return cast(Any, _type_for)(type(trainer_class))(name, (RecipeMixin, trainer_class), body)
 
 
 Trainer = with_recipe(transformers.Trainer)
