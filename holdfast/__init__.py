@@ -33,6 +33,7 @@ _HOMES = {
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
     "Trainer": "holdfast.training.trainer",
+    "RecipeCallback": "holdfast.training.callback",
     "Task": "holdfast.tasks",
     "load_task": "holdfast.tasks",
     "run_sequence": "holdfast.experiments.sequence",
@@ -81,5 +82,6 @@ if TYPE_CHECKING:
     from holdfast.report import write_report as write_report
     from holdfast.tasks import Task as Task
     from holdfast.tasks import load_task as load_task
+    from holdfast.training.callback import RecipeCallback as RecipeCallback
     from holdfast.training.trainer import Trainer as Trainer
     from holdfast.training.trainer import with_recipe as with_recipe

@@ -245,7 +245,8 @@ class Learner:
         task = self.tasks[index]
         if self.models:
             return add_head(self.models[-1], task, seed=seed)
-        return load_model(self.source, task, seed=seed)
+        model = load_model(self.source, task, seed=seed)
+        return add_head(model, task, seed=seed) if self.place else model  # as in the sequence
 
     def _callbacks(self, index: int) -> list[TrainerCallback]:
         return [History(self, index), *self._bars(self.tasks[index].name)]

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.forwarding import in_mode
+from holdfast.engine.forwarding import in_mode, own_randomness
 from holdfast.errors import Refused
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
@@ -107,6 +107,8 @@ class RecipeMixin(SavingMixin):
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
                 self.args, net
             )
+            if isinstance(kwargs.get("optimizer_dict"), list):
+                return super().create_optimizer(net)  # groups that hold a loss's own weights too
             own = {"params", "model", "optimizer_dict"} & kwargs.keys()
             if own or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
                 raise Refused(
@@ -137,6 +139,7 @@ class RecipeMixin(SavingMixin):
         clip = self.recipe.max_grad_norm
         self.bound.max_grad_norm = self.args.max_grad_norm or None if clip is None else clip
         self.bound.evaluate = self.evaluate
+        self._check_rows()
         self.bound.begin_task(
             self.task,
             self.optimizer,
@@ -151,6 +154,30 @@ class RecipeMixin(SavingMixin):
         if self.bound.has_penalty and self._watch is None:
             self._watch = self.model.register_forward_hook(self._see)
         return scheduler
+
+    def _check_rows(self) -> None:
+        """Methods that run the model on rows need batches that it takes: not all trainers' are."""
+        assert self.bound is not None
+        needing = [m.name for m in self.bound.methods if m.needs_data]
+        if not needing or self._resuming:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with (
+            own_randomness(torch.Generator()),
+            in_mode(model.modules(), training=False),
+            torch.no_grad(),
+        ):
+            batch = next(self._batches(order=None)(), None)
+            try:
+                if batch is not None:
+                    model(**batch)
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                raise Refused(
+                    f"{', '.join(needing)} runs the model on rows, and it does not take the "
+                    f"batches of {type(self).__name__}: {str(error).partition(chr(10))[0]}",
+                    where="recipe",
+                    remedy="methods that need no rows are served: dps, l2sp",
+                ) from None
 
     def _see(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         # Not through return_outputs: for that TRL runs the model once more, drawing dropout.

@@ -1,4 +1,4 @@
-"""Trainer classes of other makers: abstract ones, with an optimizer, schedule or loop of their own."""
+"""Trainer classes of other makers: abstract, with an optimizer, schedule or loop of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from models import arguments, bert, collate, rows, same, weights
 
 import holdfast
-from holdfast import DPS, Rates, Recipe, Refused, with_recipe
+from holdfast import DPS, EWC, Merge, Rates, Recipe, Refused, with_recipe
 
 MASKED = Recipe(methods=[DPS(drop=0.5, stage=2)])
 
@@ -101,3 +101,38 @@ def test_batches_that_are_lists_weigh_nothing(tmp_path: Path) -> None:
     trainer = made(holdfast.Trainer, tmp_path)
     trainer.get_batch_samples(iter([[{"prompt": "a"}], [{"prompt": "b"}]]), 2, torch.device("cpu"))
     assert trainer._window is None
+
+
+class Columns(Abstract):
+    """As trainers of sentence encoders: batches by column, groups that hold the loss's weights."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **how: Any) -> Any:
+        mine = {k.removeprefix("anchor_"): v for k, v in inputs.items()}
+        return super().compute_loss(model, mine, *args, **how)
+
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> Any:
+        cls, how = super().get_optimizer_cls_and_kwargs(args, model)
+        return cls, how | {"optimizer_dict": [{"params": list(self.model.parameters())}]}
+
+
+def by_column(made_rows: list[Any]) -> dict[str, Any]:
+    return {f"anchor_{k}": v for k, v in collate(made_rows).items()}
+
+
+def test_batches_by_column_are_trained_on_and_refused_where_methods_would_run_them(
+    tmp_path: Path,
+) -> None:
+    """Refused before the first step, not when a task that took hours ends."""
+    trainer = made(with_recipe(Columns), tmp_path)
+    trainer.data_collator = by_column
+    trainer.train()
+    assert len(trainer.bound.optimizer.param_groups) == 1  # theirs
+    assert trainer.bound.states["dps"].weights
+    for recipe in (Recipe(methods=[EWC()]), Recipe(methods=[Merge()])):
+        trainer = made(with_recipe(Columns), tmp_path, recipe)
+        trainer.data_collator, before = by_column, weights(trainer.model)
+        with pytest.raises(Refused, match=r"(ewc|merge) runs the model on rows.* of Columns"):
+            trainer.train()
+        assert same(weights(trainer.model), before)
+    with pytest.raises(Refused, match="makes an optimizer of its own"):
+        made(with_recipe(Columns), tmp_path, Recipe(rates=Rates.bertcl())).train()

@@ -1,0 +1,93 @@
+"""A recipe for a Trainer that cannot be extended: `callbacks=[RecipeCallback(recipe)]`.
+
+`with_recipe` does more and is to be preferred. A callback cannot change the loss, the optimizer's
+groups or when gradients are clipped: methods that add to the loss (replay, lwf, kl_anchor) and rates
+other than flat are refused, and Trainer clips before the methods' work, not after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from holdfast.engine.batches import Data
+from holdfast.engine.bound import Bound
+from holdfast.errors import Refused
+from holdfast.network.rates import Rates
+from holdfast.recipe import Recipe
+from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.manifest import commit
+
+
+class RecipeCallback(TrainerCallback):
+    """Bind a recipe while a Trainer trains.
+
+    recipe: without methods that add to the loss, at flat rates.
+    bound: the `Bound` of earlier tasks, to go on with a sequence.
+    task, shared, start: as `with_recipe` takes them.
+    data: the task's rows in batches, which `head_first` and some methods read; see `Bound`.
+
+    Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and taken up
+    from `output_dir/checkpoint-<step>` when training goes on from there.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        bound: Bound | None = None,
+        task: str = "task",
+        shared: nn.Module | None = None,
+        start: Callable[[], Mapping[str, Tensor]] | None = None,
+        data: Data | None = None,
+    ) -> None:
+        if recipe.rates != Rates.flat():
+            raise Refused("a callback cannot give parts rates of their own", where="recipe.rates",
+                          remedy="use with_recipe, or recipe.param_groups")  # fmt: skip
+        self.bound = bound or recipe.unbound()
+        if self.bound.has_penalty:
+            adding = ", ".join(m.name for m in recipe.methods if m.defines("penalty"))
+            raise Refused(f"a callback cannot add {adding} to the loss", where="recipe",
+                          remedy="use with_recipe")  # fmt: skip
+        self.recipe, self.task, self.data = recipe, task, data
+        self._shared, self._start, self._seeded = shared, start, bound is not None
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        if not self._seeded:
+            self.bound, self._seeded = self.recipe.unbound(seed=args.seed), True
+        self.bound.max_grad_norm = self.recipe.max_grad_norm
+        self.bound.begin_task(
+            self.task, optimizer, state.max_steps, model=model, shared=self._shared, data=self.data,
+            start=self._start, resuming=state.global_step > 0,
+        )  # fmt: skip
+        if state.global_step:
+            load_state(self.bound, _checkpoint(args, state))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        made = self.bound.state_dict()  # by every rank: shards are put together
+        if args.should_save:
+            folder = _checkpoint(args, state)
+            commit(folder, save_state(self.bound, folder, state=made))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bound.unbind()
+
+    def end_task(self) -> None:
+        """Close the task: methods estimate importance, and may change weights."""
+        self.bound.end_task(self.data)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
