@@ -1,8 +1,8 @@
 """A recipe for a Trainer that cannot be extended: `callbacks=[RecipeCallback(recipe)]`.
 
 `with_recipe` does more and is to be preferred. A callback cannot change the loss, the optimizer's
-groups or when gradients are clipped: methods that add to the loss (replay, lwf, kl_anchor) and rates
-other than flat are refused, and Trainer clips before the methods' work, not after.
+groups or when gradients are clipped: methods that add to the loss (replay, lwf, kl_anchor) and
+rates other than flat are refused, and Trainer clips before the methods' work, not after.
 """
 
 from __future__ import annotations
