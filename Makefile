@@ -23,7 +23,7 @@ wheel: .venv/dev.stamp
 	cd build/wheel && export PYTHONPATH=site && ../../$(BIN)/python -c \
 		'import holdfast; assert "build/wheel/site" in holdfast.__file__, holdfast.__file__' \
 		&& ../../$(BIN)/python -m pytest -c ../../pyproject.toml \
-		../../tests/test_cli.py ../../tests/test_public.py ../../tests/report
+		../../tests/test_public.py ../../tests/report ../../tests/tasks/test_labels.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check $(SOURCES)
