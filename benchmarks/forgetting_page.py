@@ -21,7 +21,7 @@ class Cell:
     """The runs of one arm on one sequence, a value a seed."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        joint = runs[0]["arm"] == "joint"
+        self.runs, joint = runs, runs[0]["arm"] == "joint"
         last = [run["scores"][-1] for run in runs]
         self.seeds = [run["seed"] for run in runs]
         self.new = [row[-1] for row in last]
@@ -47,6 +47,16 @@ def cells(runs: Sequence[Run]) -> dict[str, dict[str, Cell]]:
     return {
         sequence: {arm: Cell(sorted(found, key=lambda r: r["seed"])) for arm, found in arms.items()}
         for sequence, arms in grouped.items()
+    }
+
+
+def same_seeds(arms: dict[str, Cell], arm: str) -> dict[str, Cell]:
+    """The arms that ran on all seeds which this one and plain fine-tuning have, on those alone."""
+    seeds = {*arms[arm].seeds} & {*arms.get("flat 2e-4", arms[arm]).seeds}
+    return {
+        name: Cell([run for run in cell.runs if run["seed"] in seeds])
+        for name, cell in arms.items()
+        if seeds and seeds <= {*cell.seeds}
     }
 
 
@@ -90,14 +100,17 @@ def _share(cell: Cell, arm: str) -> str:
 
 
 def _together(found: dict[str, dict[str, Cell]]) -> str:
-    """Each arm over the sequences it was run on: differences are to the best flat rate there.
+    """Each arm over the sequences it was run on: differences to the best flat rate of like seeds.
 
     Sequences whose first task was not learned have nothing to keep, and are left out.
     """
     found = {s: a for s, a in found.items() if learned(a)}
     rows = []
     for arm in dict.fromkeys(a for arms in found.values() for a in arms):
-        mine = [arms for arms in found.values() if arm in arms]
+        mine = [same_seeds(arms, arm) for arms in found.values() if arm in arms]
+        mine = [arms for arms in mine if arms]
+        if not mine:
+            continue
         gains, kept, ceiling, met = [], [], [], []
         for arms in mine:
             cell, flat = arms[arm], best_flat(arms, "new")
