@@ -22,10 +22,10 @@ Share = Annotated[float | int, Field(gt=0)]
 
 
 def count(amount: float | int, total: int, *, what: str = "amount", least: int = 1) -> int:
-    """A number of things out of `total`: an integer counts them, a float below 1 is a share.
+    """A number of things out of `total`: an integer is a count, a float below 1 a share.
 
-    A share is rounded down, as the published stages of DPS are, but not below `least`. `what` is
-    how an error calls the amount.
+    A share is rounded down, as the published stages of DPS are, but not below `least`. `what`
+    names the amount in errors.
     """
     if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount >= 0:
         raise Refused(f"{what} {amount!r} is neither a share nor a count")
@@ -38,7 +38,7 @@ def count(amount: float | int, total: int, *, what: str = "amount", least: int =
 
 
 def exactly(share: float, total: int) -> Fraction:
-    """share · total, exactly as the share is written: .29 of 100 is 29, not 28.999…"""
+    """share · total, with the share as it is written in decimal: .29 of 100 is 29, not 28.999…"""
     return Fraction(str(share)) * total
 
 
@@ -59,9 +59,9 @@ def _takes(validator: TypeAdapter[Any], value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A configuration that cannot be made wrong: `Refused` names the field and the value."""
+    """A configuration that is always valid: `Refused` names a wrong field and its value."""
 
-    shares: ClassVar[tuple[str, ...]] = ()  # fields in which 1.0 means neither a share nor a count
+    shares: ClassVar[tuple[str, ...]] = ()  # fields that take a `Share`: 1.0 is refused
 
     def __post_init__(self) -> None:
         for name, validator in _validators(type(self)).items():  # type: ignore[arg-type]
@@ -81,12 +81,12 @@ class Checked:
 
     @classmethod
     def where(cls, name: str) -> str:
-        """How an error calls a field."""
+        """The name of a field in errors."""
         return name
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str | None = None) -> Self:
-        """The configuration in `values`, which errors say came from `where`."""
+        """The configuration in `values`; errors name `where` as their source."""
         needed = [f.name for f in fields(cls)
                   if f.default is MISSING and f.default_factory is MISSING]  # fmt: skip
         only_keys(values, [f.name for f in fields(cls)], required=needed, where=where,
@@ -97,6 +97,6 @@ class Checked:
             raise error.within(where) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, as it stands in a file."""
+        """The configuration as plain values, as in a file."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

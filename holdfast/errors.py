@@ -1,4 +1,4 @@
-"""The one error a user's mistake raises, and what is told without one."""
+"""The one error that a user's mistake raises, and warnings logged once."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Refused(ValueError):
 
 
 class TrainingDiverged(Refused):
-    """Training ended in numbers that are not finite."""
+    """Training ended in non-finite numbers."""
 
 
 class Busy(Refused):
-    """Another process works on this run."""
+    """Another process is working on this run."""
 
 
 @functools.cache
 def tell_once(line: str) -> None:
-    """Say a line that is no reason to refuse, once a process."""
+    """Log a warning, each line once per process."""
     logging.getLogger("holdfast").warning(line)
 
 

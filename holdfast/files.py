@@ -30,7 +30,7 @@ _INT = re.compile(r"^[-+]?[0-9]+$")
 
 
 class _Reader(yaml.SafeLoader):
-    """SafeLoader with the core schema's scalars only, refusing what a plain file never needs."""
+    """SafeLoader with only the core schema's scalars; refuses tags, aliases and odd keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -60,7 +60,7 @@ class _Reader(yaml.SafeLoader):
 
 
 class _Writer(yaml.SafeDumper):
-    """SafeDumper that repeats shared values instead of aliasing, so that `_Reader` takes it."""
+    """SafeDumper that repeats shared values instead of aliasing, so that `_Reader` accepts it."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -113,7 +113,7 @@ def read_yaml(source: Path | str, *, where: str | None = None) -> dict[str, Any]
         raise Refused(f"not YAML: {str(error).splitlines()[0]}", where=where) from None
     except RecursionError:
         raise Refused("nested too deeply", where=where) from None
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise Refused(f"not a number Python can read: {error}", where=where) from None
     if not isinstance(data, dict):
         kind = "nothing" if data is None else type(data).__name__
@@ -150,7 +150,7 @@ def dump_yaml(data: Mapping[str, Any]) -> str:
     try:
         data = _plain(data, "")
         text = _dump(data, readable=True)
-        # PyYAML writes a few control characters that no YAML reader takes back; escape those.
+        # PyYAML writes a few control characters that no YAML reader accepts; escape those.
         with suppress(Refused):
             if read_yaml(text) == data:
                 return text
@@ -166,7 +166,7 @@ def _dump(data: Mapping[str, Any], *, readable: bool) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy of plain data, subclasses of its types (NumPy's float64, enums of text) made plain."""
+    """A copy of plain data; subclasses (NumPy's float64, enums of text) become the plain type."""
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
             raise Refused(f"key {odd[0]!r} is not text and cannot be saved", where=where or None)
@@ -214,7 +214,7 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in it durable where folders can be opened (not on Windows)."""
+    """Make renames in `folder` durable, if folders can be opened (not on Windows)."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What other packages add to holdfast by entry points; asked only for a name that is not ours."""
+"""What other packages add to holdfast by entry points; looked up only for names not ours."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from holdfast.errors import Refused, nearest
 
 
 def plugin(group: str, name: str, known: Iterable[str]) -> tuple[Any, str]:
-    """What an installed package calls `name` in an entry-point group, and whence: package, value.
+    """The object that an installed package registers as `name` in a group, and its origin as text.
 
-    `Refused` where none does (`known` are the names that come with holdfast), where two do, and
-    where it cannot be loaded.
+    `Refused` if no package does (`known` are the names that come with holdfast), if two do, and
+    if it cannot be loaded.
     """
     found = list(entry_points(group=group, name=name))
     kind = group.removeprefix("holdfast.").removesuffix("s")

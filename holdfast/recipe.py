@@ -47,7 +47,7 @@ class Recipe:
     `max_grad_norm=None` clips nothing in a plain loop and inherits
     `TrainingArguments.max_grad_norm` in a Trainer. `name` names the recipe in tables.
     `head_first` fits a task's fresh head before its first step. `parts` are
-    {glob on parameter names: part}, for weights that are not where `holdfast.parts` puts them.
+    {glob on parameter names: part}, for weights that `holdfast.parts` misplaces.
     """
 
     rates: Rates = field(default_factory=Rates.flat)
@@ -81,14 +81,14 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """The recipe in a YAML file, called like the file unless it says a name."""
+        """The recipe in a YAML file, named after the file unless it gives a name."""
         path = Path(path)
         values = read_yaml(path)
         return cls.from_dict(values | {"name": values.get("name") or path.stem}, where=str(path))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-        """The recipe in plain values; unknown keys are refused with the nearest known one."""
+        """The recipe in plain values; unknown keys are refused, naming the nearest known one."""
         only_keys(values, [*(f.name for f in fields(cls)), "kind", "schema"], where=where)
         if values.get("kind", "recipe") != "recipe" or values.get("schema", 1) != 1:
             raise Refused("is not a recipe of schema 1", where=where)
@@ -108,7 +108,7 @@ class Recipe:
             raise error.within(where) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in a recipe file."""
+        """Plain values, as in a recipe file."""
         body = {
             "kind": "recipe",
             "schema": 1,
@@ -117,7 +117,7 @@ class Recipe:
             "methods": {m.name: m.to_dict() for m in self.methods},
             "max_grad_norm": self.max_grad_norm,
         }
-        # Left out where they say nothing: recipes written before they existed keep their hash.
+        # Left out when unset, so that recipes written before they existed keep their hash.
         if self.head_first is not None:
             body["head_first"] = self.head_first.to_dict()
         if self.parts:
@@ -130,7 +130,7 @@ class Recipe:
 
     @classmethod
     def named(cls, spec: str | Path) -> Recipe:
-        """The recipe of a name in `PRESETS`, or in a file."""
+        """The recipe called `spec` in `PRESETS`, or in that file."""
         if str(spec) in PRESETS:
             return PRESETS[str(spec)]()
         if Path(spec).suffix in {".yaml", ".yml"} or os.path.exists(spec):
@@ -170,7 +170,7 @@ class Recipe:
         return bound
 
     def unbound(self, *, seed: int = 0) -> Bound:
-        """The state holder of a whole sequence, before its first task."""
+        """The `Bound` for a whole sequence of tasks, before its first."""
         return Bound(
             self.methods,
             max_grad_norm=self.max_grad_norm,
@@ -180,7 +180,7 @@ class Recipe:
         )
 
     def idle_alone(self) -> str | None:
-        """A line that says so, where nothing of this recipe acts on a task learned by itself."""
+        """A line to show if nothing in this recipe affects a task learned by itself, else None."""
         acts = self.head_first is not None or self.rates != Rates.flat()
         if acts or not self.methods or not all(m.idle_at_first for m in self.methods):
             return None

@@ -1,4 +1,4 @@
-"""What a `Bound` attaches to: an optimizer that can be served, and parameters by name."""
+"""What a `Bound` attaches to: a supported optimizer, and parameters by name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Attachment:
 
 
 def groups_by_id(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The group of each parameter, by identity; one that stands twice is refused."""
+    """The group of each parameter, by identity; a parameter listed twice is refused."""
     held = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
     found = dict(held)
     if len(found) != len(held):
@@ -81,12 +81,12 @@ def groups_by_id(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
 def default_shared(model: nn.Module) -> nn.Module | None:
     """What tasks share: the encoder below a task head, or all of a model without one (None).
 
-    A language model's head belongs to the pre-trained model; a classifier's does not. The two
-    are told apart by whether the model names output embeddings. Of a PEFT model the encoder is
-    shared with the adapters in it; a head of `modules_to_save` is the task's own.
+    A language model's head belongs to the pre-trained model; a classifier's does not. Only the
+    former has output embeddings. In a PEFT model the encoder and its adapters are shared; a head
+    in `modules_to_save` is the task's own.
     """
     below = getattr(model, "get_base_model", None)
-    inner = below() if callable(below) else model  # of PEFT: the model that its adapters are in
+    inner = below() if callable(below) else model  # PEFT: the model that holds the adapters
     base = getattr(inner, "base_model", None)
     if not isinstance(base, nn.Module) or base is inner:
         return None
@@ -106,9 +106,9 @@ def unwrap(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
 
 
 def _wraps(optimizer: Any) -> bool:
-    """Whether this is Accelerate's or Lightning's cover of an optimizer, which is the one to bind.
+    """Whether this is Accelerate's or Lightning's wrapper; the optimizer inside it is bound.
 
-    Others that have an `optimizer` (Lookahead) do work of their own in their step: they stay.
+    Other classes with an `optimizer` (Lookahead) do work in their own step and are not unwrapped.
     """
     return hasattr(optimizer, "step_was_skipped") or any(
         kind.__name__ == "LightningOptimizer" for kind in type(optimizer).__mro__
@@ -116,7 +116,7 @@ def _wraps(optimizer: Any) -> bool:
 
 
 def check_served(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what cannot be served, before anything is attached; docs/optimizers.md lists it."""
+    """Refuse what is not supported, before anything is attached; docs/optimizers.md lists it."""
     kind = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):
         raise Refused("LBFGS runs its closure several times a step", remedy="use AdamW")
@@ -148,9 +148,9 @@ def check_served(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def finite(optimizer: Any, norm: Tensor) -> Tensor:
-    """Whether a step's gradients, of total norm `norm`, are finite, also to a GradScaler: 0-dim.
+    """Whether a step's gradients, of total norm `norm`, are finite, by GradScaler too: 0-dim bool.
 
-    The optimizer is left nothing of the scaler: those that are not fused refuse to see one.
+    Also clears `found_inf`: optimizers that are not fused raise if it is set.
     """
     good, found = torch.isfinite(norm), getattr(optimizer, "found_inf", None)
     if found is not None:
@@ -160,7 +160,7 @@ def finite(optimizer: Any, norm: Tensor) -> Tensor:
 
 
 class Held:
-    """The optimizer's groups as last read: other ones are noticed, at no cost per weight."""
+    """The optimizer's groups as last read, to detect changes at no cost per weight."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -171,9 +171,9 @@ class Held:
         self._sizes = [len(group["params"]) for group in self._groups]
 
     def changed(self, weights: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]] | None:
-        """The new group of each weight if the groups are others (after loading), else None.
+        """The new group of each weight if the groups were replaced (after loading), else None.
 
-        Raises `Refused` where a parameter came or went: no method has any state of it.
+        Raises `Refused` if a parameter was added or removed: methods' state would not match.
         """
         groups = self._optimizer.param_groups
         same = len(groups) == len(self._groups) and all(
@@ -196,10 +196,10 @@ class Held:
 
 
 class Hooks:
-    """The optimizer's step hooks: `before` once its gradients are there, `after` its update.
+    """The optimizer's step hooks: `before` runs once gradients are ready, `after` its update.
 
     A GradScaler is told that the optimizer undoes the scale itself, so that it calls step() even
-    where gradients overflowed: otherwise it passes over the step, and nobody could count it.
+    when gradients overflowed: otherwise it skips the step, and the skip could not be counted.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class Hooks:
             raise
 
     def _check_scaled(self) -> None:
-        """What GradScaler refuses where it unscales itself."""
+        """Refuse float16 gradients, as GradScaler does when it unscales them itself."""
         held = (w for group in self._optimizer.param_groups for w in group["params"])
         if any(w.grad is not None and w.grad.dtype is torch.float16 for w in held):
             raise Refused(
@@ -270,7 +270,7 @@ class Hooks:
             )
 
     def _within(self, frame: FrameType | None) -> bool:
-        """Whether a step that began is running still; one that raised is not on the stack."""
+        """Whether the recorded step is still running; one that raised is not on the stack."""
         if self._running is None:
             return False
         while frame is not None and frame is not self._running:

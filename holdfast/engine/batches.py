@@ -1,4 +1,4 @@
-"""Rows in batches as a model takes them: counted, taken one by one, told apart."""
+"""Batches as a model takes them: counting their rows, splitting and identifying them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rows_of(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
 
 
 def first_rows(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
-    """The batches up to `rows` rows, the last one cut."""
+    """The batches up to `rows` rows in all, the last one cut short."""
     left = rows
     for batch in batches:
         size = rows_in(batch)
@@ -52,16 +52,16 @@ def first_rows(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
 
 
 def without_labels(batch: Batch) -> dict[str, Any]:
-    """A batch as it is given to another task's model."""
+    """A batch without labels, as another task's model is given it."""
     return {k: v for k, v in batch.items() if k not in LABELS}
 
 
 def identities(batch: Batch) -> Tensor:
-    """A number for each row, by its content without labels and padding: int64, (rows,).
+    """A hash of each row's content without labels and padding: int64, (rows,).
 
-    A row's number is the sum over its entries of a mixture of input, place and value, modulo 2^64:
-    two rows share one by chance in 2^-64. Padding is what `attention_mask` says it is, before the
-    row or after it, in every input that begins with the mask's shape; without a mask, all counts.
+    It is the sum over a row's entries of a hash of input, position and value, modulo 2^64: two
+    rows collide with probability 2^-64. `attention_mask` says what is padding, on either side, in
+    every input whose shape begins with the mask's; without a mask every entry counts.
     """
     size, mask = rows_in(batch), batch.get("attention_mask")
     total: Tensor | None = None
@@ -72,7 +72,7 @@ def identities(batch: Batch) -> Tensor:
         entries = _integers(values.detach()).reshape(size, -1)
         present = torch.ones_like(entries)
         if mask is not None and values.shape[: mask.ndim] == mask.shape:
-            each = entries.shape[1] // max(1, mask[0].numel())  # a vector a token, or a number
+            each = entries.shape[1] // max(1, mask[0].numel())  # values per token
             present = (mask != 0).to(entries.dtype).reshape(size, -1).repeat_interleave(each, 1)
         place = present.cumsum(1)
         mixed = _mixed(_mixed(entries + zlib.crc32(key.encode())) + place)
@@ -89,20 +89,20 @@ def _integers(values: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """One to one on int64, each bit of the result hanging on all of x (a finalizer of hashes)."""
+    """A hash finalizer: a bijection on int64 whose every output bit depends on all of x."""
     for shift, odd in ((32, -0x61C8864680B583EB), (29, -0x40A7B892E31B1A47), (32, 1)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * odd  # >> carries the sign down
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * odd  # >> alone would extend the sign
     return x
 
 
 class Seen:
-    """The rows that a rank was given: how many, and what tells them from others."""
+    """The rows that a rank was given: their number and fingerprint."""
 
     def __init__(self) -> None:
         self.count, self.prints = 0, 0
 
     def through(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, taken note of."""
+        """Yield the batches, recording them."""
         for batch in batches:
             self.count += rows_in(batch)
             if distributed.world() > 1:
@@ -111,7 +111,7 @@ class Seen:
             yield batch
 
     def require_equal(self, device: torch.device) -> None:
-        """Every rank must have been given all rows: slices would count some twice, others never."""
+        """Refuse unless every rank got all rows: slices would count some twice, others never."""
         if distributed.world() > 1:
             distributed.require_equal(
                 {"the number of rows": self.count, "the rows": self.prints},

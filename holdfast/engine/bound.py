@@ -1,13 +1,13 @@
 """A recipe at work on a model and an optimizer: the engine, and the one place that holds state.
 
-The work hangs on the optimizer's own step hooks, so that any loop, Accelerate and any Trainer is
-served alike. Per step, in this order:
+Everything runs in the optimizer's own step hooks, so that any loop, Accelerate and any Trainer
+works the same way. Per step, in this order:
 
     unscaled gradients → penalty_grad_ of each → finite? → before_step of each → clip
                        → optimizer → after_step of each
 
-It stands in three storeys: `Stepping` is such a step, `Passes` adds the passes over rows beside
-training's own, `Bound` tasks, what is attached for each, and saving.
+It has three layers: `Stepping` is such a step, `Passes` adds extra passes over the rows, and
+`Bound` adds tasks, what is attached for each, and saving.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Bound(Passes):
     """Methods bound to a model and an optimizer, for a whole sequence of tasks.
 
     Made by `Recipe.bind`. `skipped` counts the steps left out for non-finite gradients;
-    `norm` is the gradient norm of the last step, before clipping.
+    `norm` is the gradient norm of the last step, before `before_step` and clipping.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Bound(Passes):
         self.parts = dict(parts or {})  # overrides, see `holdfast.parts`
         self.max_grad_norm = max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
-        # One for each method, so that a method more changes no draw of the others.
+        # One generator per method, so that adding a method changes no draw of the others.
         self.states = {m.name: State(distributed.number_of([seed, m.name])) for m in self.methods}
         self.views = {m.name: View(self, self.states[m.name]) for m in self.methods}
         self.models, self.finished = {}, []
@@ -95,13 +95,13 @@ class Bound(Passes):
         `shared` is the module that all tasks share (default: see `attachment.default_shared`).
         Parameters outside of it are named `task/name` and never anchored across tasks. `data` are
         the task's training rows, as `end_task` takes them: the head is fitted to them first, if the
-        recipe says so, and methods may read them. `start` returns the shared weights by name as
-        they are now, whenever it is asked: where a checkpoint holds them, no method copies them.
-        `resuming`: a saved state is loaded next, so the head is not fitted and no row is read.
+        recipe says so, and methods may read them. `start`, called at any later time, returns the
+        shared weights by name as they are now (from a checkpoint), so that no method copies them.
+        `resuming`: a saved state is loaded next, so the head is not fitted and `read_rows` not run.
 
-        Raises `Refused` for what cannot be served: sparse gradients, an optimizer that runs its
-        closure more than once, parameters that belong to no module of the model, an optimizer
-        already bound; docs/optimizers.md has them all.
+        Raises `Refused` for what is not supported: sparse gradients, an optimizer that runs its
+        closure more than once, parameters that are not in the model, an optimizer already bound;
+        docs/optimizers.md lists them all.
         """
         model = model if model is not None else self.models.get(self.task)
         if model is None:
@@ -183,11 +183,11 @@ class Bound(Passes):
         self._undo.callback(mixing.install(chosen, self.owners, mix))
 
     def end_task(self, data: Data | None = None) -> None:
-        """The task is learned: methods estimate importance, keep rows, and may change weights.
+        """Finish a learned task: methods estimate importance, keep rows, and may change weights.
 
         `data` are the task's training rows in batches as the model takes them, re-iterable or a
         function that returns them. Runs in evaluation mode, without touching the global
-        random state. Every rank calls this, and with all rows: methods divide them.
+        random state. Every rank must call this with all rows: methods divide them.
         """
         model = self._model()
         needing = [m.name for m in self.methods if m.needs_data]
@@ -210,10 +210,10 @@ class Bound(Passes):
         *,
         shared: nn.Module | None = None,
     ) -> None:
-        """Take over a task that was learned elsewhere: what `end_task` would have left of it.
+        """Take over a task learned elsewhere, with the state that `end_task` would have left.
 
-        One pass over its rows, nothing is trained: so a deployed model is protected from the
-        first task that it learns here.
+        Nothing is trained: methods only read the task's rows, so that a deployed model is
+        protected from the first task that it learns here.
         """
         still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         self.begin_task(task, still, 1, model=model, shared=shared, data=data, resuming=True)
@@ -228,14 +228,14 @@ class Bound(Passes):
     # --- what hooks and loops call ------------------------------------------------------------
 
     def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
-        """Train the task on with other rates over the same base rate; see `groups.regroup_`."""
+        """Continue the task with other rates over the same base rate; see `groups.regroup_`."""
         model = self._model()
         regroup_(self.optimizer, model, rates, scheduler, parts(model, self.parts))
         by_id = groups_by_id(self.optimizer)
         self.group_of = {name: by_id[id(w)] for name, w in self.weights.items()}
 
     def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
-        """See `View.grams`; methods that ask alike share one pass over the rows."""
+        """See `View.grams`; calls with the same settings share one pass over the rows."""
         key = repr([merged, sorted(how.items())])
         if key not in self._grams:
             self._grams[key] = measure(self, **how)
@@ -244,10 +244,10 @@ class Bound(Passes):
     # --- saving -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, as ``{"tensors": {key: tensor}, "meta": JSON}``.
+        """All that is needed to resume, as ``{"tensors": {key: tensor}, "meta": JSON}``.
 
-        Tensors are not copied. Keys are ``method/kind/slot/name``. Those of weights in shards are
-        put together on rank 0; then every rank must call this, and others are given no tensors.
+        Tensors are not copied. Keys are ``method/kind/slot/name``. Sharded tensors are gathered
+        on rank 0; then every rank must call this, and other ranks get no tensors.
         """
         tensors, numbers = pack(self.states)
         meta = {
@@ -267,11 +267,11 @@ class Bound(Passes):
         return {"tensors": tensors, "meta": meta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state; nothing is captured anew.
+        """Load a saved state; nothing is measured again.
 
         Call it after `begin_task` of the same task, or before any. Raises `Refused` where the
         methods, or the names, shapes or types of the parameters differ. Between tasks, a method's
-        `tunable` settings may be others than those of the saved state.
+        `tunable` settings may differ from those saved.
         """
         meta, tensors = state["meta"], dict(state["tensors"])
         between = meta["finished"][-1:] == [meta["task"]]
@@ -285,7 +285,7 @@ class Bound(Passes):
         if attached and meta["task"] != self.task:
             raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
         drawn = tensors.pop("generator")
-        if drawn.ndim == 1:  # of an earlier version, where all methods had one
+        if drawn.ndim == 1:  # an earlier version had one for all methods
             tell_once("the state holds one random state for all methods: they go on from new ones")
             self.generator.set_state(drawn)
             for name, each in self.states.items():
@@ -306,7 +306,7 @@ class Bound(Passes):
 def _firm(
     methods: Mapping[str, Mapping[str, Any]], loose: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
-    """The settings of each method without those that may differ."""
+    """The settings of each method that must match: all but the `loose` ones."""
     return {
         name: {k: v for k, v in settings.items() if k not in loose.get(name, ())}
         for name, settings in methods.items()

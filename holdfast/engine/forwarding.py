@@ -1,4 +1,4 @@
-"""Extra forward passes that leave training its random state, its weights and its gradients."""
+"""Extra forward passes that leave training's random state, weights and gradients untouched."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ def own_randomness(generator: torch.Generator) -> Iterator[None]:
 
 
 def uncompiled() -> contextlib.AbstractContextManager[None]:
-    """Run compiled models as they are written.
+    """Run compiled models eagerly.
 
-    Compiled code passes over hooks that were not there when it was compiled, such as those which
-    measure the Fisher information, and draws its own dropout; and batches of other sizes would
-    be compiled for.
+    Compiled code skips hooks added since it was compiled, such as those that measure the Fisher
+    information, draws dropout in its own way, and would recompile for other batch sizes.
     """
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         return contextlib.nullcontext()
@@ -38,7 +37,7 @@ def uncompiled() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
-    """Training or evaluation mode within the block, and each module's own after it."""
+    """Training or evaluation mode within the block; each module's own mode is restored after it."""
     before = [(module, module.training) for module in modules]
     for module, _ in before:
         module.training = training
@@ -65,7 +64,7 @@ def returning(module: nn.Module, outputs: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(weights: Mapping[str, nn.Parameter], by: Mapping[str, Tensor]) -> Iterator[None]:
-    """Other values in place of some weights; only without gradients."""
+    """Within the block, other values in place of some weights; only without gradients."""
     if by and torch.is_grad_enabled():
         raise RuntimeError("view.forward(weights=...) works only under torch.no_grad()")
     if any(sharded(weights[name]) for name in by):
@@ -73,7 +72,7 @@ def replaced(weights: Mapping[str, nn.Parameter], by: Mapping[str, Tensor]) -> I
                       remedy="train with DistributedDataParallel")  # fmt: skip
     kept = {name: weights[name].data for name in by}
     try:
-        if by:  # autocast keeps the narrow copy of each weight for its block
+        if by:  # autocast caches a low-precision copy of each weight
             torch.clear_autocast_cache()
         for name, w in by.items():
             weights[name].data = w
@@ -96,10 +95,9 @@ def adapters(model: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model below PEFT's adapters within the block; its own heads stay as they are.
+    """Within the block, the model without PEFT's adapters; its own heads stay as they are.
 
-    (PEFT's `disable_adapter` changes `modules_to_save` back too, and after it trains what was
-    frozen.)
+    (PEFT's `disable_adapter` also undoes `modules_to_save`, and unfreezes what was frozen.)
     """
     layers = [layer for layer in adapters(model) if not layer.disable_adapters]
     trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
@@ -116,7 +114,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untrained(model: nn.Module, held: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Keep gradients off what the optimizer does not hold: the heads of other tasks."""
+    """No gradients for parameters that the optimizer does not hold: the heads of other tasks."""
     ours = {id(w) for w in held.values()}
     foreign = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
     if any(sharded(w) for w in held.values()):

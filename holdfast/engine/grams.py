@@ -1,17 +1,17 @@
-"""Gram matrices of what layers are given: which directions of its input a task uses, and how much.
+"""Gram matrices of layer inputs: which directions of a layer's input a task uses, and how much.
 
 For a layer y = W x + b with x̃ = (x, 1), over the positions of a task's rows,
 
     G = 1/rows · Σ x̃ x̃ᵀ                                   shape (d, d), d = inputs + 1
 
-Everything that keeps a layer's *function* rather than its weights needs no more than G: with G of
-the old task, tr((W−W₀) G (W−W₀)ᵀ) is the mean squared change of the layer's outputs on its rows.
-Layers that read the same tensor (query, key, value) share one matrix. A convolution is the linear
-layer of its unfolded inputs; an embedding the one of one-hot inputs, whose G is the count of each
-row; a norm, for each feature, one of two inputs (x̂_i, 1). Padding does not count. What is given
-once for all rows of a batch, such as positions of shape (1, tokens), counts once a row.
+A method that preserves a layer's *function* rather than its weights needs only G: with the old
+task's G, tr((W−W₀) G (W−W₀)ᵀ) is the mean squared change of the layer's outputs on its rows.
+Layers that read the same tensor (query, key, value) share one matrix. A convolution is a linear
+layer on its unfolded inputs; an embedding is one on one-hot inputs, whose G is the count of each
+row; a norm is, for each feature, one on two inputs (x̂_i, 1). Padding does not count. An input
+shared by all rows of a batch, such as positions of shape (1, tokens), counts once per row.
 
-How large G may grow is said in `holdfast.ops.moments`.
+`holdfast.ops.moments` gives the memory that G takes.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ Structure = Literal["full", "block", "low_rank"]
 
 @dataclass
 class Grams:
-    """What a task's rows give each layer: moments, who reads them, and counts for embeddings."""
+    """Statistics of layer inputs on a task's rows: moments, their readers, embedding counts."""
 
     moments: dict[str, Moment] = field(default_factory=dict)  # by the first weight that reads it
     readers: dict[str, str] = field(default_factory=dict)  # each layer's weight -> its moment
     counts: dict[str, Tensor] = field(default_factory=dict)  # embedding -> (rows of it,)
 
     def of(self, layer: Layer) -> Moment | None:
-        """The moment that a layer reads; None where it was never called."""
+        """The moment of a layer's inputs; None if the layer was never called."""
         key = self.readers.get(layer.weight)
         return None if key is None else self.moments[key]
 
     def require_like(self, other: Grams) -> None:
-        """`Refused` where a layer shares its inputs with others than it does there."""
+        """`Refused` if layers do not share their inputs as they do in `other`."""
         if any(self.readers.get(name, key) != key for name, key in other.readers.items()):
             raise Refused("layers read other inputs than in the task before", where="grams",
                           remedy="keep the network's structure for a whole sequence")  # fmt: skip
 
     def add_(self, other: Grams) -> None:
-        """Add another task's, measured on the same network; no tensor is written to."""
+        """Add those of another task on the same network; no tensor is modified in place."""
         self.require_like(other)
         self.readers |= other.readers
         for key, moment in other.moments.items():
@@ -104,10 +104,10 @@ def measure(
 ) -> Grams:
     """The Gram matrices of the shared layers on the first `rows` rows of `bound.data`.
 
-    structure: of layers of more than `width` inputs; others are always whole. norms: whether those
-    of norms are measured too. Ranks of a process group take every W-th batch and add up; with
-    weights in shards each goes through every batch. Raises `Refused` without rows, and for inputs
-    that are not finite.
+    structure: for layers of more than `width` inputs; others get the full matrix. norms: measure
+    norms too. Each of W ranks takes every W-th batch and the sums are added; with sharded weights
+    each rank goes through every batch. Raises `Refused` without rows, and for inputs that are not
+    finite.
     """
     model, device = bound.models[bound.task], next(iter(bound.weights.values())).device
     distributed.reshard_(model)
@@ -128,7 +128,7 @@ def measure(
                 eye.begin(batch)
                 bound.forward(batch, training=False)
     distributed.reshard_(model)
-    bound.generator.set_state(state)  # ranks differ in how often they called
+    bound.generator.set_state(state)  # ranks differ in how often they drew
     seen.require_equal(device)
     if not total:
         raise Refused(
@@ -149,7 +149,7 @@ def measure(
 def _sum_over_ranks(
     eye: _Eye, embeddings: Mapping[str, nn.Embedding], device: torch.device
 ) -> None:
-    """Add up what each rank has seen; a layer that only some called is known to all then."""
+    """Sum over ranks; a layer that only some ranks called is then known to all."""
     found = eye.found
     names = [*(layer.weight for layer in eye.layers), *embeddings]
     called = distributed.gather([n in found.readers or n in found.counts for n in names], device)
@@ -182,7 +182,7 @@ def _sum_of_low_ranks(moment: LowRank) -> None:
 
 
 class _Eye:
-    """Sees what layers are given: of one row which of them are given the same tensor, then sums."""
+    """Watches layer inputs: first, on one row, which layers share a tensor; then sums over rows."""
 
     def __init__(
         self, layers: Sequence[Layer], structure: Structure, width: int, rank: int
@@ -191,13 +191,13 @@ class _Eye:
         self.structure, self.width, self.rank = structure, width, rank
         self.mask: Tensor | None = None
         self.rows = 0
-        # Every call of each layer on the one row: the tensor, which is kept so that no other takes
-        # its id, and how often it was written to.
+        # The calls of each layer on that row: the tensor, kept alive so that its id is not reused,
+        # and its version, the count of in-place writes.
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
 
     @contextmanager
     def watching(self, embeddings: Mapping[str, nn.Embedding]) -> Iterator[None]:
-        """Within the block every call of a layer is seen."""
+        """Observe every call of a layer within the block."""
         with ExitStack() as stack:
             for module, see in (
                 *((layer.module, self._at(layer)) for layer in self.layers),
@@ -208,7 +208,7 @@ class _Eye:
             yield
 
     def learned(self) -> None:
-        """The one row has passed: layers of the same calls share a moment."""
+        """The one row is done: layers with the same calls share a moment."""
         first: dict[Any, str] = {}
         alike = {layer.weight: layer.alike for layer in self.layers}
         for name, calls in self._calls.items():
@@ -217,13 +217,13 @@ class _Eye:
         self._calls = {}
 
     def begin(self, batch: Batch) -> None:
-        """A batch comes whose inputs are added up."""
+        """Start a batch whose inputs are to be summed."""
         mask = batch.get("attention_mask")
         masked = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         self.mask, self.rows = cast(Tensor, mask).bool() if masked else None, rows_in(batch)
 
     def moment(self, layer: Layer, device: torch.device) -> Moment:
-        """The moment that a layer reads, made empty on first use."""
+        """The moment of a layer's inputs, created empty on first use."""
         key = self.found.readers.setdefault(layer.weight, layer.weight)
         if key not in self.found.moments:
             self.found.moments[key] = self._empty(layer, device)

@@ -7,12 +7,12 @@ where the head is one linear layer: the features of all rows are computed once, 
     logistic   argmin_W  Σ −log softmax(W x + b)_y + ‖W‖² / (2 C)     (scikit-learn's L-BFGS)
     ridge      for regression,  argmin_w  Σ (w x + b − y)² + ‖w‖² / C
 
-Of two classes the logits are ∓ half of scikit-learn's one, Σ −log σ(±(w x + b)) + ‖w‖² / (2 C); of
-several labels a row each has its own. A class without rows gets no weights and a bias 2 below the
-least. The bias is never shrunk.
+With two classes the logits are ∓ half of scikit-learn's one, Σ −log σ(±(w x + b)) + ‖w‖² / (2 C);
+with several labels per row each label has its own such fit. A class without rows gets zero weights
+and a bias 2 below the smallest. The bias is not regularised.
 
-A head of several layers, or fit="steps", is trained by AdamW by itself; the encoder runs in
-evaluation mode and without gradients. Every rank of several reads all rows and fits the same head.
+A head of several layers, or one with fit="steps", is trained alone with AdamW; the encoder runs in
+evaluation mode without gradients. With several ranks each reads all rows and fits the same head.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class HeadFirst(Checked):
 
     fit: `logistic` (convex, where the head is one linear layer; ridge for regression) or `steps`
         (default: `steps` where `steps` is given, else `logistic`).
-    inverse_decay: C > 0 of the convex fit; the larger, the more the rows count.
-    steps: of AdamW on the head by itself: a share of the task's own, or a number (default: .1).
-    lr: of those steps.
-    rows: that the convex fit takes, at most (tokens, where each has a label).
+    inverse_decay: C > 0 of the convex fit; a larger C regularises less.
+    steps: AdamW steps on the head alone: a share of the task's steps, or a number (default: .1).
+    lr: learning rate of those steps.
+    rows: the most rows that the convex fit uses (tokens, where each has a label).
     """
 
     shares: ClassVar[tuple[str, ...]] = ("steps",)
@@ -77,8 +77,8 @@ class HeadFirst(Checked):
     ) -> Head | None:
         """The head of a model above what tasks share.
 
-        None, which is said once, where it has none of its own: the head of a language model is
-        pre-trained, and one that a model of `learned` (finished tasks) uses has been fitted.
+        None, with one warning, if the model has no fresh head: a language model's is pre-trained,
+        and one shared with a model in `learned` (finished tasks) has been trained.
         """
         own: list[nn.Parameter] = []
         if shared is not None and shared is not model:
@@ -93,7 +93,7 @@ class HeadFirst(Checked):
 
 
 class Head:
-    """A model's own parameters above the shared module, and what its last layer is given."""
+    """A model's own parameters above the shared module, and the inputs of its last layer."""
 
     def __init__(
         self,
@@ -114,12 +114,12 @@ class Head:
 
     @property
     def looking(self) -> bool:
-        """Whether the convex fit takes more rows."""
+        """Whether the convex fit needs more rows."""
         return self.layer is not None and self._rows < self.how.rows
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Note what the last layer is given in the forward pass within the block."""
+        """Record the last layer's inputs and outputs in the forward pass within the block."""
         if self.layer is None:
             yield
             return
@@ -139,7 +139,7 @@ class Head:
         labels = next((v for k, v in batch.items() if k in LABELS), None)
         x, returned = self._passed[0] if len(self._passed) == 1 else (None, None)
         if labels is None or x is None or not _same(returned, _of(outputs, "logits")):
-            self.layer = None  # the logits are no linear function of its input: steps, then
+            self.layer = None  # no labels, or its output is not the logits: use steps
             return
         # One row of labels for each input of the layer: (rows,), (rows, tokens) or (rows, labels).
         if labels.ndim > x.ndim or labels.shape[: x.ndim - 1] != x.shape[:-1]:
@@ -150,13 +150,13 @@ class Head:
         if not labels.is_floating_point():
             known = (labels != -100).all(1)
             x, labels = x[known], labels[known]
-        left = self.how.rows - self._rows  # cut, so that the size of batches changes nothing
+        left = self.how.rows - self._rows  # cut, so that the batch size does not matter
         self._features.append(x[:left].cpu())
         self._labels.append(labels[:left].cpu())
         self._rows += len(self._features[-1])
 
     def fit(self, data: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
-        """Fit the head to what was seen, or by steps over `data`; says what was done."""
+        """Fit the head to the rows seen, or by steps over `data`; returns what was done."""
         if self.layer is None:
             return self._steps(data)
         if not self._features:
@@ -222,7 +222,7 @@ def _of(outputs: Any, name: str) -> Any:
 
 
 def _same(returned: Tensor | None, logits: Any) -> bool:
-    """Whether a layer's output is the logits, but for their type and trailing 1."""
+    """Whether a layer's output is the logits, up to dtype and a trailing dimension of 1."""
     if returned is None or not isinstance(logits, Tensor) or returned.numel() != logits.numel():
         return False
     return torch.equal(returned.float().flatten(), logits.float().flatten())
@@ -241,7 +241,7 @@ Problem = Literal["regression", "single_label_classification", "multi_label_clas
 
 
 def _problem(told: Problem | None, y: Array, outputs: int) -> Problem | None:
-    """What the labels y (n, ·) are to the model's loss; None where no convex fit is meant."""
+    """How the model's loss reads the labels y (n, ·); None where no convex fit applies."""
     binary = bool(np.isin(y, (0, 1)).all())
     if told is None and y.dtype.kind != "f" and outputs > 1:
         told = "single_label_classification"
@@ -274,14 +274,14 @@ def _solved(
             if len(np.unique(y[:, label])) == 2:
                 one = logistic(y[:, label])
                 weight[label], bias[label] = one.coef_[0], one.intercept_[0]
-            elif len(y):  # always so, or never
+            elif len(y):  # all rows have this label, or none
                 bias[label] = 2.0 if y[0, label] else -2.0
         return weight, bias
     classes = np.unique(y[:, 0])
     if len(classes) < 2:
         return None
     fitted = logistic(y[:, 0])
-    # Of two classes scikit-learn returns the difference of their logits.
+    # For two classes scikit-learn returns the difference of their logits.
     coef, intercept = fitted.coef_, fitted.intercept_
     if len(classes) == 2:
         coef = np.concatenate([-coef, coef]) / 2

@@ -1,13 +1,13 @@
 """The contract: what a fine-tuning method is, which hooks it may define, what a hook can see.
 
-A `Method` is a frozen configuration. All that it remembers lives in the `Bound`, as a `State`
+A `Method` is a frozen configuration. Everything it remembers lives in the `Bound`, as a `State`
 keyed by canonical parameter names, so that it is saved, resumed and counted in one place.
 
-Hooks run in fixed phases; the order of methods in a recipe counts only within a phase::
+Hooks run in fixed phases; the order of methods in a recipe matters only within a phase::
 
     prepare → read_rows* → begin_task → loaded?
-            → (weights → penalty → penalty_grad_ → before_step → after_step)* → unbound
-            → end_task
+            → (weights → penalty → penalty_grad_ → before_step → after_step)*
+            → unbound and end_task, in either order
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class Method(Checked):
     needs_features: ClassVar[bool] = False  # penalty reads `view.features`
     needs_old_task: ClassVar[bool] = False  # does nothing before a second task
     changes_weights: ClassVar[bool] = False  # end_task may change weights: scores are taken after
-    # Methods that it cannot stand beside in a recipe, and why.
+    # Methods that it cannot be combined with in a recipe, and why.
     excludes: ClassVar[Mapping[str, str]] = {}
-    # Fields that say how strongly what is remembered acts: between tasks they may be others.
+    # Fields that do not change what the remembered state means: they may change between tasks.
     tunable: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -101,13 +101,13 @@ class Method(Checked):
         return getattr(cls, hook) is not getattr(Method, hook)
 
     def previous_of(self, view: View) -> Collection[str]:
-        """Names whose weights before a step `after_step` reads, if it `needs_previous`: all."""
+        """Names whose weights before a step `after_step` reads (`needs_previous`); default all."""
         return list(view.weights)
 
     # --- the hooks -------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Change the network itself, once, before the optimizer and any checkpoint (PEFT)."""
+        """Change the network itself (PEFT), once, before the optimizer and any checkpoint."""
         return model
 
     def wants_rows(self, view: View) -> bool:
@@ -115,20 +115,20 @@ class Method(Checked):
         return self.defines("read_rows")
 
     def read_rows(self, view: View) -> None:
-        """A batch of the task's rows before its first step, in evaluation mode, without gradients.
+        """One batch of the task's rows before its first step, in evaluation mode, no gradients.
 
-        `view.inputs`, `view.outputs` and `view.features` are of this batch; all methods share the
-        one pass. Not called where a saved state is to be loaded (`view.resuming`).
+        `view.inputs`, `view.outputs` and `view.features` are those of the batch; all methods share
+        this one pass. Not called if a saved state is loaded next (`view.resuming`).
         """
 
     def begin_task(self, view: View) -> None:
-        """A task starts, and its rows were read: make state, remember anchors."""
+        """A task starts, after `read_rows`: create state, remember anchors."""
 
     def loaded(self, view: View) -> None:
-        """A saved state was taken up: make again what is not saved (`view.state.cache`)."""
+        """A saved state was loaded: rebuild what is not saved (`view.state.cache`)."""
 
     def mixed(self, view: View) -> Collection[str]:
-        """Names of the parameters that `weights` replaces, asked once a task: all by default."""
+        """Names of the parameters that `weights` replaces, asked once per task; default all."""
         return list(view.weights)
 
     def weights(self, view: View, name: str, w: Tensor) -> Tensor:
@@ -143,15 +143,15 @@ class Method(Checked):
         """Add a penalty's exact gradient to `view.grads` in place, once a step."""
 
     def before_step(self, view: View) -> None:
-        """Read or change gradients in place; `view.grads[name] = None` leaves a tensor out."""
+        """Read or change gradients in place; `view.grads[name] = None` skips that tensor."""
 
     def after_step(self, view: View) -> None:
         """Read or change weights after the optimizer's step."""
 
     def unbound(self, view: View) -> None:
-        """The recipe lets go of the model and the optimizer: take off what was put on them.
+        """The recipe is detached from model and optimizer: remove what was attached to them.
 
-        Also called where the task failed to begin, and there may be nothing to take off.
+        Also called if the task failed to begin, when there may be nothing to remove.
         """
 
     def end_task(self, view: View) -> None:
@@ -162,7 +162,7 @@ class Method(Checked):
 
 
 class Gradients(MutableMapping[str, Tensor | None]):
-    """The gradients of this step by name; assigning None leaves a tensor out of the step."""
+    """The gradients of this step by name; assigning None skips that tensor in the step."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self._weights = weights
@@ -216,12 +216,12 @@ class View:
 
     @property
     def shared(self) -> Mapping[str, nn.Parameter]:
-        """Those of `weights` that all tasks share: without the task's own head."""
+        """The subset of `weights` that all tasks share: without the task's own head."""
         return self.bound.shared
 
     @property
     def encoder(self) -> nn.Module | None:
-        """The module that all tasks share; None where that is the whole model."""
+        """The module that all tasks share; None if they share the whole model."""
         return self.bound.core
 
     @property
@@ -246,12 +246,12 @@ class View:
 
     @property
     def inputs(self) -> Mapping[str, Any] | None:
-        """The micro-batch, inside `penalty`."""
+        """The micro-batch, inside `penalty` (in `read_rows` the batch)."""
         return self.bound.inputs
 
     @property
     def outputs(self) -> Any:
-        """What the model returned for the micro-batch, inside `penalty`."""
+        """What the model returned for `inputs`."""
         return self.bound.outputs
 
     @property
@@ -262,9 +262,9 @@ class View:
 
     @property
     def rows(self) -> Tensor:
-        """What tells the rows of the micro-batch apart: int64 of shape (rows,), by their content.
+        """A hash of each row of the micro-batch by its content: int64 of shape (rows,).
 
-        The same row has the same number in any batch, whatever its padding; labels do not count.
+        The same row has the same hash in any batch, whatever its padding; labels do not count.
         """
         if self.inputs is None:
             raise Refused(
@@ -290,13 +290,13 @@ class View:
 
     @property
     def resuming(self) -> bool:
-        """Whether a saved state is loaded next, so that `begin_task` need measure nothing."""
+        """Whether a saved state is loaded next, so that `begin_task` can skip measurements."""
         return self.bound.resuming
 
     @property
     def generator(self) -> torch.Generator:
-        """The only source of randomness for this method, which is no other's: saved, and equal on
-        all ranks."""
+        """The method's own generator, and its only source of randomness: saved, and equal on all
+        ranks."""
         return self.state.generator
 
     def lr(self, name: str) -> float:
@@ -319,7 +319,7 @@ class View:
 
         Dropout draws from `generator`, so that a method never changes what the training
         forward draws. `weights` replaces parameters by name; only without gradients.
-        `training=False` runs it in evaluation mode, whatever the model is in.
+        `training=False` runs it in evaluation mode, whatever the model's mode is.
         """
         return self.bound.forward(inputs, weights=weights, task=task, training=training,
                                   generator=self.generator)  # fmt: skip
@@ -327,30 +327,30 @@ class View:
     def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the model of every finished task returns for a batch, in evaluation mode.
 
-        For this micro-batch the heads read `features`, so that the encoder is not run again;
-        labels are left out, for they are of another task.
+        For this micro-batch the heads read `features`, so that the encoder is not run again.
+        Labels are left out: they belong to another task.
         """
         return self.bound.old_outputs(inputs, generator=self.generator)
 
     def grams(self, **how: Any) -> Grams:
-        """The Gram matrices of the shared layers' inputs on `data`, measured once a task's end.
+        """The Gram matrices of the shared layers' inputs on `data`, cached during `end_task`.
 
-        how: `rows`, `structure`, `width`, `rank`, see `grams.measure`; `merged=True` asks
-        for those of the network as a method of this task's end has changed it.
+        how: `rows`, `structure`, `width`, `rank`, `norms`, see `grams.measure`; `merged=True`
+        measures anew, on the network as a method has just changed it.
         """
         return self.bound.measured_grams(**how)
 
     def start(self) -> Mapping[str, Tensor] | None:
-        """The shared weights as the task began, where the caller keeps them (a checkpoint)."""
+        """The shared weights as the task began, if the caller kept them (a checkpoint)."""
         return self.bound.start() if self.bound.start is not None else None
 
     def score(self) -> float:
-        """One number of `evaluate`, higher is better: its `score`, or minus its loss."""
+        """`evaluate` as one number, higher is better: its `score`, or minus its `eval_loss`."""
         found = self.evaluate()
         if "score" in found:
             return float(found["score"])
         return -float(found["eval_loss"])
 
     def evaluate(self) -> Mapping[str, float]:
-        """Scores of the task on rows kept for selection, where the caller offers them."""
+        """Scores of the task on its selection rows, if the caller provides them."""
         return self.bound.evaluate()

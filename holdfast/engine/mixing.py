@@ -1,12 +1,12 @@
-"""Forward weights: show a module another weight than the one it owns, while it trains.
+"""Forward weights: give a module another weight than the one it owns, while it trains.
 
-The module gets a per-instance subclass whose property stands before the parameter. The parameter
+The module gets a per-instance subclass whose property shadows the parameter. The parameter
 stays registered under its own name, so that state_dict, names and `save_pretrained` do not change
 (`parametrize` renames them), and recomputation under activation checkpointing sees the same
 weight (`functional_call` gives wrong gradients there, without an error).
 
-Under `torch.compile` the stand-in is one opaque operator in the graph, which looks up what to show
-when it runs: the graph depends neither on the stage nor on the step's noise, and is compiled once.
+Under `torch.compile` the stand-in is one opaque operator in the graph, which looks up its value at
+run time: the graph depends neither on the stage nor on the step's noise, and is compiled once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from holdfast.errors import Refused
 
 Mix = Callable[[str, Tensor], Tensor]
 
-_SHOWN: dict[str, Callable[[Tensor], Tensor]] = {}  # what stands in, by key, while installed
+_SHOWN: dict[str, Callable[[Tensor], Tensor]] = {}  # the stand-ins by key, while installed
 _NEXT = itertools.count()
-# The subclass of each module, its plain class and the key of each attribute: kept for the next
-# task, because compiled code is guarded by the class.
+# Each module's plain class, its subclass and the key of each attribute: kept for the next task,
+# because compiled code is guarded by the class.
 _KINDS: weakref.WeakKeyDictionary[nn.Module, tuple[type, type, dict[str, str]]]
 _KINDS = weakref.WeakKeyDictionary()
 
@@ -37,9 +37,9 @@ def install(
 ) -> Callable[[], None]:
     """Let `mix(name, w)` stand in for each of `weights` while the modules that own it train.
 
-    Returns the function that undoes it. Raises `Refused` for a module that reads its parameters
-    behind the attribute (recurrent layers), where a stand-in would be ignored, and where another
-    stand-in is installed: undone in any order but the reverse they would be left in a tangle.
+    Returns the function that undoes it. Raises `Refused` for a module that bypasses the attribute
+    to read its parameters (recurrent layers), where a stand-in would be ignored, and where another
+    stand-in is installed: they could be undone in reverse order only.
     """
     attributes: dict[nn.Module, dict[str, str]] = {}
     for name, w in weights.items():
@@ -85,7 +85,7 @@ def _subclass(kind: type, attributes: list[str]) -> tuple[type, type, dict[str, 
 
 
 def _plain(kind: type) -> Callable[[nn.Module, Any], Any]:
-    """How a mixed module copies and pickles: as what it is without mixing."""
+    """`__reduce_ex__` of a mixed module: it copies and pickles as its plain class."""
 
     def reduce(module: nn.Module, protocol: Any) -> Any:
         # The old protocol names the class as a plain argument; newer ones insist on type(module).
@@ -111,13 +111,13 @@ def _stand_in(attribute: str, key: str) -> property:
 
 
 def _shown_now(w: Tensor, key: str) -> Tensor:
-    """What `key` shows in place of `w`, of its shape and type."""
+    """The stand-in of `key` for `w`, of its shape and type."""
     return _apart(_SHOWN[key](w), w)
 
 
 def _pulled_back(w: Tensor, grad: Tensor, key: str) -> Tensor:
-    """The gradient of `w`, given that of what `key` shows in its place; shapes as `w`."""
-    # Below autograd here: it is let in again, so that methods need no gradient written apart.
+    """The gradient of `w`, given that of its stand-in; both shaped like `w`."""
+    # Operators run below autograd: re-enable it, so that methods need no backward formula.
     autograd = torch._C.DispatchKey.AutogradFunctionality
     with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
         leaf = w.detach().requires_grad_()
@@ -125,7 +125,7 @@ def _pulled_back(w: Tensor, grad: Tensor, key: str) -> Tensor:
 
 
 def _apart(result: Tensor, given: Tensor) -> Tensor:
-    """`result`, in memory of its own: an operator may not return its argument."""
+    """`result` in memory of its own: an operator may not return its argument."""
     shared = result.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     return result.clone() if shared else result
 

@@ -1,4 +1,4 @@
-"""The passes of a `Bound` beside training's own: over a task's rows before it, and for methods."""
+"""Forward passes outside training: over a task's rows before its first step, and for methods."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Passes(Stepping):
     finished: list[str]
     total_steps: int
     data: Callable[[], Batches]
-    _grams: dict[str, Grams]  # measured on `data`
-    fitted: dict[str, Any] | None = None  # what fitting the head of this task took
-    core: nn.Module | None = None  # what tasks share, where it is a part of the model
+    _grams: dict[str, Grams]  # measured on `data`, by settings
+    fitted: dict[str, Any] | None = None  # how this task's head was fitted
+    core: nn.Module | None = None  # what tasks share, if that is a part of the model
 
     @contextlib.contextmanager
     def _offering(self, data: Data | None) -> Iterator[None]:
-        """Within the block methods can read the task's rows, as often as they like."""
+        """Within the block methods can read the task's rows any number of times."""
         if isinstance(data, Iterator):
             raise Refused("an iterator can be read once only", where="data",
                           remedy="pass a list, a loader, or a function returning one")  # fmt: skip
@@ -79,7 +79,7 @@ class Passes(Stepping):
                         head.see(batch, self.outputs)
                     for method in readers:
                         method.read_rows(self.views[method.name])
-                self.generator.set_state(drawn)  # who reads changes no draw that comes later
+                self.generator.set_state(drawn)  # later draws do not depend on who reads rows
                 self._forget_step()
                 if head:
                     with own_randomness(self.generator):
@@ -92,7 +92,7 @@ class Passes(Stepping):
     def _seeing_features(
         self, *, always: bool = False
     ) -> contextlib.AbstractContextManager[Any, None]:
-        """Keep what the shared module returns, until the step or the next forward pass."""
+        """Keep the shared module's outputs until the step or its next forward pass."""
 
         def see(module: nn.Module, _: Any, outputs: Any) -> None:
             if always or (module.training and torch.is_grad_enabled()):
@@ -110,8 +110,8 @@ class Passes(Stepping):
         features: Any = None,
         generator: torch.Generator | None = None,
     ) -> Any:
-        """See `View.forward`; with `features` the shared module returns these. `generator` is what
-        dropout draws from (default: the bound's own)."""
+        """See `View.forward`. With `features` the shared module returns these without running;
+        dropout draws from `generator` (default: the bound's own)."""
         task = task or self.task
         if task not in self.models:
             raise Refused(f"no model of task {task!r}", where="view.forward",
@@ -131,7 +131,7 @@ class Passes(Stepping):
                 concerned -= {*self.core.modules()}
             if training is not None:
                 stack.enter_context(in_mode(concerned, training))
-            elif model.training != ours.training:  # another task's; loaded ones are in evaluation
+            elif model.training != ours.training:  # another task's: match this model's mode
                 stack.enter_context(in_mode(concerned - {*ours.modules()}, ours.training))
             return model(**batch)
 

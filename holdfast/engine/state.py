@@ -18,7 +18,7 @@ class State:
 
     `weights[slot][name]` are tensors shaped like the parameter `name` or broadcast to it;
     `tensors[slot][key]` are any other tensors; `numbers` is JSON. `cache` is anything that can be
-    made again: it is not saved, and empty after loading. `generator` is the method's own.
+    recomputed: it is not saved, and empty after loading. `generator` is the method's own.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -29,7 +29,7 @@ class State:
         self.cache: dict[str, Any] = {}
 
     def slot(self, name: str) -> dict[str, Tensor]:
-        """The per-parameter tensors called `name`, made empty on first use."""
+        """The per-parameter tensors of slot `name`, created empty on first use."""
         return self.weights.setdefault(name, {})
 
     def bytes(self) -> int:
@@ -42,8 +42,8 @@ class State:
 def pack(states: Mapping[str, State]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors keyed ``method/kind/slot/name``, not copied, and the numbers of each method.
 
-    Tensors in shards are put together one after another, on the CPU of rank 0: every rank must
-    call this, and those above 0 are given no tensors.
+    Sharded tensors are gathered one after another on the CPU of rank 0: every rank must call
+    this, and ranks above 0 get no tensors.
     """
     tensors = {
         f"{method}/{kind}/{slot}/{name}": tensor
@@ -60,7 +60,7 @@ def pack(states: Mapping[str, State]) -> tuple[dict[str, Tensor], dict[str, Any]
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole = {}
     for key, t in tensors.items():
-        gathered = distributed.full(t)  # a collective: also where it is dropped at once
+        gathered = distributed.full(t)  # a collective: every rank must call it
         if distributed.rank() == 0:
             whole[key] = gathered.cpu()
     return whole
@@ -72,10 +72,10 @@ def unpack(
     numbers: Mapping[str, Any],
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Fill `states` with copies, each beside the weight of its name where there is one.
+    """Fill `states` with copies, each on the device and in the shards of its weight, if it has one.
 
-    `tensors` are whole, as `pack` makes them, whatever the number of ranks that saved them; beside
-    a weight in shards each rank keeps its part.
+    `tensors` are whole, as `pack` makes them, whatever the number of ranks that saved them; for
+    sharded weights each rank keeps its part.
     """
     for method, state in states.items():
         state.weights, state.tensors, state.cache = {}, {}, {}
@@ -93,7 +93,7 @@ def describe(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:
 
 
 def check_fit(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse parameters that are not those of the saved state, with the list."""
+    """Refuse parameters that differ from those of the saved state, listing them."""
     wrong = [f"{k} is new" for k in now if k not in saved]
     wrong += [f"{k} was {saved[k]}, is {v}" for k, v in now.items() if saved.get(k, v) != v]
     wrong += [f"{k} is gone" for k in saved if k not in now]

@@ -1,4 +1,4 @@
-"""One step of a `Bound`: what methods do around the optimizer's own; for the order see there."""
+"""One step of a `Bound`: what methods do around the optimizer's; `bound.py` gives the order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from holdfast.ops.gradients import clip_, total_norm, unscale_
 class Stepping:
     """The part of `Bound` that the optimizer's step hooks run."""
 
-    methods: tuple[Method, ...]  # what has no value here is set by `Bound`
+    methods: tuple[Method, ...]  # attributes without a value are set by `Bound`
     views: dict[str, View]
-    generator: torch.Generator  # of the bound itself; those of methods are in their states
+    generator: torch.Generator  # the bound's own; each method has one in its state
     states: dict[str, State]
     models: dict[str, nn.Module]
     task: str
@@ -42,7 +42,7 @@ class Stepping:
     _asked = _skip = False
     _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
-    # The norm last asked for, the gradients it is of, and what tells whether they were written.
+    # The last norm measured, its gradients, and their ids and versions at that time.
     _measured: tuple[Tensor, list[Tensor], list[tuple[int, int]]] | None = None
 
     def _model(self) -> nn.Module:
@@ -58,7 +58,7 @@ class Stepping:
     @randomness.setter
     def randomness(self, states: Tensor) -> None:
         for generator, state in zip(self._generators(), states, strict=True):
-            generator.set_state(state.clone())  # torch reads past where a view of it begins
+            generator.set_state(state.clone())  # set_state misreads a view with an offset
 
     def _generators(self) -> list[torch.Generator]:
         return [self.generator, *(self.states[name].generator for name in sorted(self.states))]
@@ -79,14 +79,14 @@ class Stepping:
     ) -> Tensor:
         """The methods' penalties for a micro-batch: add them to its loss.
 
-        loss: what they are added to, where that is not `outputs.loss`.
+        loss: the loss they are added to, if that is not `outputs.loss`.
         """
         self._asked, self.inputs, self.outputs = True, inputs, outputs
         self.loss = loss if loss is not None else getattr(outputs, "loss", None)
         total = torch.zeros((), device=next(self._model().parameters()).device)
         features = self.features
         for method in self._defining("penalty"):
-            self.features = features  # the forward pass of another method has had its own
+            self.features = features  # a method's forward pass may replace them
             total = total + method.penalty(self.views[method.name])
         self.features = self.loss = None  # they hold the graph of this micro-batch
         return total
@@ -97,12 +97,12 @@ class Stepping:
         if self.has_penalty and not self._asked:
             raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
         unscale_(self.optimizer, self._gradients())
-        # Pulls come before the one pass that measures: what is not finite is so after them too.
+        # Penalties come before the one measurement: adding them cannot hide a non-finite gradient.
         for method in self._defining("penalty_grad_"):
             method.penalty_grad_(self.views[method.name])
         self.norm = self.gradient_norm()
         self._skip = not finite(self.optimizer, self.norm)
-        if self._wrapper is not None:  # Accelerate judges by whether step() was called: tell it
+        if self._wrapper is not None:  # Accelerate would only see that step() was called
             self._wrapper._is_overflow = self._skip
         if self._skip:
             self._leave_out()
@@ -118,8 +118,8 @@ class Stepping:
     def _leave_out(self) -> None:
         """Leave this step out of training altogether."""
         for w in self.weights.values():
-            w.grad = None  # the optimizer passes over tensors without a gradient
-        # Some count their steps in the groups nevertheless.
+            w.grad = None  # the optimizer skips tensors without a gradient
+        # Some optimizers count steps in their groups nevertheless.
         self._options = [{**group} for group in self.optimizer.param_groups]
         if self._wrapper is not None:
             self._wrapper._accelerate_step_called = False
@@ -139,7 +139,7 @@ class Stepping:
 
     def _forget_step(self) -> None:
         self._asked, self._measured = False, None
-        self._drawn = self.randomness  # a step that is left out has drawn nothing
+        self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.features = None
         self.previous = {}
         for view in self.views.values():
@@ -149,12 +149,12 @@ class Stepping:
     def gradient_norm(self) -> Tensor:
         """The global norm of the gradients as they are: under a GradScaler, `unscale_` them first.
 
-        Measured where a gradient was written since it was last asked for in this step (writes
-        through `.data` are not seen). Of shards it always is: all ranks must ask at once, whatever
-        each has written.
+        Cached within a step until a gradient is written (writes through `.data` are not seen).
+        For shards it is always measured: all ranks must call this together, whatever each has
+        written.
         """
         grads = self._gradients()
-        # By identity, which is no other's while the gradients are kept, and torch's count of writes
+        # Ids are unique while the gradients are kept; `_version` counts in-place writes.
         now = [(id(g), distributed.local(g)._version) for g in grads]
         norm, _, then = self._measured or (None, [], [])
         if norm is None or now != then or any(map(distributed.sharded, grads)):

@@ -1,6 +1,6 @@
 """The methods: one file each. `METHODS` is the one list of those that come with holdfast.
 
-A package of its own adds one by an entry point, and is asked only for a name that is not here:
+Another package adds one by an entry point, which is looked up only for names that are not here:
 
     [project.entry-points."holdfast.methods"]
     mine = "my_package:Mine"
@@ -29,7 +29,7 @@ GROUP = "holdfast.methods"
 
 
 def method_named(name: str) -> type[Method]:
-    """The method of a name: one of `METHODS`, or of an installed package."""
+    """The method called `name`: one of `METHODS`, or from an installed package."""
     if name in METHODS:
         return METHODS[name]
     made, whence = plugin(GROUP, name, METHODS)

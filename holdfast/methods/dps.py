@@ -13,22 +13,22 @@ task; while masking, N = M and W* are the weights at the start of the stage:
     W̃ = W* + N (W − W*) / (1 − drop)          ∂L/∂W := N ∂L/∂W̃   (published: without 1/(1−drop))
     FAM ← Σ_t N_t,   score = GAM / max(FAM, 1) · exp(−FAM / stage)   the exp from `stage` ≥ 50 on
 
-**Retention** (`score="retention"`, our own) joins DPS to remembered tasks: with F the Fisher
-information of the finished tasks, every stage moves the entries of highest
+**Retention** (`score="retention"`, our own) protects earlier tasks: with F the Fisher information
+of the finished tasks, every stage moves the entries with the highest
 
-    score = Σ_t g_t² / (F + mean F)            per tensor, g from the stage before
+    score = Σ_t g_t² / (F + mean F)            mean per tensor, g from the stage before
 
-and in the first stage of a new task nothing that the method covers moves. It covers what tasks
-share, never a task's own head. The first task of all trains as if the method were not there. No row
-of an old task is kept. g is the gradient that reaches the step, with the pull of EWC or L2-SP where
-the recipe has one.
+and in the first stage of a new task no covered weight moves. Weights that tasks share are covered,
+never a task's own head. The very first task trains as if the method were not there. No row of an
+old task is kept. g is the gradient of the step, including the pull of EWC or L2-SP if the recipe
+has one.
 
 What is remembered, by slot (of the size of the weight, but for `count` with column noise):
 
-    sum    Σ g² of the running stage        start  W* of Mix while it accumulates
+    sum    Σ g² of the current stage        start  W* of Mix while it accumulates
     held   the values that a masking stage keeps; for Mix all values at its start
-    mask   M of Mix, packed in bits; elsewhere NaN in `held` marks what may move
-    count  FAM of Mix                       fisher F, of retention; it outlives the task
+    mask   M of Mix, packed in bits; otherwise NaN in `held` marks what may move
+    count  FAM of Mix                       fisher F of retention, kept after the task
 
 Deviations from the published code: a stage counts optimizer steps, not forward passes (equal
 without accumulation), and Mix draws its noise once a step, so that accumulation equals a large
@@ -64,14 +64,14 @@ PENALTY_FROM = 50  # the published code applies the frequency penalty from this 
 class DPS(Method):
     """Dynamic parameter selection: Dense, Mix, or by retention.
 
-    drop: share of each covered tensor that a masking stage keeps still, 0 < drop < 1.
+    drop: share of the covered weights that a masking stage freezes, 0 < drop < 1.
     stage: length of a stage, a share of the task's steps or a number of steps.
     mix: DPS Mix rather than Dense.
     freeze: "exact" keeps masked weights bit for bit; "gradient" zeroes their gradient only.
     select: the threshold is found per "tensor" or over all covered tensors ("global").
     score: "gradient" (published) or "retention".
     modules: "linear" (weights of every linear layer, HF Conv1D included), "all" parameters, or
-        globs of parameter names, of which each must match.
+        globs of parameter names, each of which must match.
     noise: Mix draws it per input "column" (published) or per "weight".
     frequency_penalty: whether Mix applies it; null: from stages of 50 steps on, as published.
     fisher_labels, fisher_rows: how retention estimates F; see `holdfast.methods.common.importance`.
@@ -123,7 +123,7 @@ class DPS(Method):
         """The names that take part, in the model's order."""
         candidates = view.weights
         if self.score == "retention":
-            # Where tasks have heads of their own, all that they share may hold what is retained.
+            # If tasks have heads of their own, the head part of the shared weights is covered too.
             own = len(view.weights) > len(view.shared)
             candidates = {n: w for n, w in view.shared.items() if own or view.parts[n] != "head"}
         if self.modules == "all":
@@ -227,7 +227,7 @@ class DPS(Method):
         """The end of a stage: select a subnetwork from the sums, or start summing anew."""
         slots = view.state.weights
         if self.masking(view) and self.score != "retention":
-            # The buffer of held values becomes the next stage's sum: one tensor serves both.
+            # The buffer of held values becomes the next stage's sum, to save memory.
             slots["sum"] = {n: t.zero_() for n, t in slots.pop("held", {}).items()}
             view.state.tensors.pop("mask", None)
             return
@@ -238,7 +238,7 @@ class DPS(Method):
         if self.score == "retention":
             slots["sum"] = sums
             for name, mask in masks.items():
-                # What the new task never pulled at stays, also where the threshold is zero.
+                # Entries without any gradient stay, even if the threshold is zero.
                 mask &= sums[name] > 0
                 mark_(slots["held"][name].copy_(view.weights[name]), mask)
             for total in sums.values():
@@ -272,7 +272,7 @@ class DPS(Method):
         return score
 
     def frozen(self, view: View) -> dict[str, Tensor]:
-        """Where each covered tensor must not move (True), in a masking stage."""
+        """True for the entries of each covered tensor that a masking stage freezes."""
         held, bits = view.state.slot("held"), view.state.tensors.get("mask")
         if bits is not None:
             return {n: ~unpack(bits[n], h.shape) for n, h in held.items()}
@@ -290,7 +290,7 @@ class DPS(Method):
             if name not in slots.get("held", {}):
                 return w
             base = slots["held"][name]
-            if self.freeze != "exact":  # else W = W* where M = 0, and the formula needs no M
+            if self.freeze != "exact":  # "exact": W = W* where M = 0
                 keep = unpack(view.state.tensors["mask"][name], w.shape)
         else:
             if "noise" not in view.scratch:
@@ -300,7 +300,7 @@ class DPS(Method):
         mixed: Tensor = _Mix.apply(w, base, keep, self.drop, not self.masking(view))
         return mixed
 
-    @torch.inference_mode(False)  # drawn there, it could not serve the backward pass of the step
+    @torch.inference_mode(False)  # autograd cannot save inference tensors
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""
         shape = self._noise_shape(view, name)
@@ -337,7 +337,7 @@ class DPS(Method):
 class _Mix(torch.autograd.Function):
     """W̃ = W* + N (W − W*) / (1 − drop), whose gradient with respect to W is taken as N g.
 
-    `keep` is N, (rows, columns), (1, columns) or (rows, 1); None where W = W* wherever N = 0. While
+    `keep` is N, (rows, columns), (1, columns) or (rows, 1); None if W = W* wherever N = 0. While
     masking (`draws` False) `before_step` multiplies the gradient by N, once for all micro-batches.
     """
 
@@ -349,7 +349,7 @@ class _Mix(torch.autograd.Function):
         now, scale = w.to(base.dtype), 1 / (1 - drop)
         if keep is None:
             return torch.lerp(base, now, scale).to(w.dtype)
-        share = keep.view(torch.uint8).to(base.dtype).mul_(scale)  # of W in W̃; 0 gives W* itself
+        share = keep.view(torch.uint8).to(base.dtype).mul_(scale)  # of W in W̃; 0 gives W* exactly
         return torch.lerp(base, now, share).to(w.dtype)
 
     @staticmethod
@@ -361,7 +361,7 @@ class _Mix(torch.autograd.Function):
 
 
 def widened(w: Tensor) -> Tensor:
-    """A copy in at least float32, which holds narrower types exactly."""
+    """A copy in at least float32, which represents narrower types exactly."""
     return w.detach().to(wide(w.dtype), copy=True)
 
 
@@ -371,5 +371,5 @@ def _conv1d(owners: tuple[nn.Module, ...]) -> bool:
 
 
 def _linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
-    # Not a matrix tied to an embedding: the published code never masks embeddings.
+    # Excludes a matrix tied to an embedding: the published code never masks embeddings.
     return w.ndim == 2 and (all(isinstance(m, nn.Linear) for m in owners) or _conv1d(owners))

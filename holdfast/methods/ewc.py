@@ -1,7 +1,7 @@
 """EWC: elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796, eq. 3).
 
 After each task t its weights θ_t and the diagonal F_t of its Fisher information are remembered;
-later tasks pay for moving weights that mattered:
+later tasks are penalised for moving weights that mattered:
 
     P(θ) = λ/2 · Σ_t Σ_i F_{t,i} (θ_i − θ_{t,i})²        ∂P/∂θ_i = λ Σ_t F_{t,i} (θ_i − θ_{t,i})
 
@@ -12,8 +12,8 @@ F ← decay · F + F_t, θ̄ ← θ_t.
 
 λ has the unit of old rows per new row: with losses averaged over rows, λ = N_old / N_new is the
 Laplace approximation of training on both; larger values are needed in practice, because the
-diagonal understates the curvature. Codes that drop the ½ or square batch-mean gradients need
-another λ.
+diagonal understates the curvature. Implementations that drop the ½ or square batch-mean gradients
+need another λ.
 The task's own head is never anchored.
 """
 
@@ -93,7 +93,7 @@ class EWC(Method):
                 anchor[name] = now[name]
             else:
                 old[name].add_(f)
-                # θ̄ + F_t / ΣF (θ_t − θ̄); where nothing is known the newest weight stands.
+                # θ̄ + F_t / ΣF (θ_t − θ̄); where ΣF = 0 the newest weight is the anchor.
                 share = torch.where(old[name] > 0, f / old[name], torch.ones_like(f))
                 anchor[name] = torch.lerp(anchor[name].to(f.dtype), now[name].to(f.dtype), share)
         view.state.tensors["rows"] = important_rows(old)

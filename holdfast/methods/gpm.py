@@ -1,25 +1,25 @@
 """GPM: gradient projection memory (Saha, Garg & Roy, ICLR 2021, arXiv 2103.09762).
 
-A layer y = W x̃, x̃ = (x, 1), answers old inputs as before if its change has nothing of their
-directions. With U (k, d) orthonormal rows that span them,
+A layer y = W x̃, x̃ = (x, 1), keeps its outputs on old inputs if its change is orthogonal to them.
+With U (k, d) orthonormal rows that span them,
 
     g ← g (I − UᵀU)                            ΔW ← ΔW (I − UᵀU),   so that ΔW x̃ = 0 in the span
 
-U are eigenvectors of the Gram matrix G of old inputs (`engine.grams`). A task adds the fewest
-leading ones v of what U does not hold yet, so that together they hold the share ε of its inputs:
+U holds eigenvectors of the Gram matrices G of old inputs (`engine.grams`). A task adds the fewest
+leading eigenvectors v of what U does not span yet that bring the share of tr G captured to ε:
 
     Ĝ = (I − UᵀU) G (I − UᵀU)                  tr(U G Uᵀ) + Σ vᵀ Ĝ v ≥ ε tr G
 
 Layers that read the same tensor share one U. LoRA's factors are linear layers like any other: A
-keeps A x of old inputs, B keeps B (A x). Embeddings, norms and what else is no linear layer have
-no such span: by `others` they stand still, or train freely and change what later layers are given.
-The first task of all trains as if the method were not there. No row of an old task is kept.
+keeps A x of old inputs, B keeps B (A x). Embeddings, norms and other layers that are not linear
+have no such span: `others` freezes them, or lets them train and change the inputs of later layers.
+The very first task trains as if the method were not there. No row of an old task is kept.
 
-Deviations from the paper: a projected gradient is not a projected update, for momentum of other
-steps and weight decay move weights within the span. So `project="update"` projects the gradient,
-and after the step what the optimizer made of it, which is exact up to rounding (coarse for bfloat16
+Deviations from the paper: a projected gradient is not a projected update, because momentum from
+other steps and weight decay move weights within the span. So `project="update"` projects the
+gradient and then the optimizer's update, which is exact up to rounding (coarse for bfloat16
 weights); `"gradient"` is as published. The paper has no biases; they are a column of W here.
-Directions that hold less than a millionth of tr G are rounding, and never in U.
+Directions with less than a millionth of tr G are rounding, and never in U.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class GPM(Measuring):
     threshold: ε, the share of each old task's inputs that is protected, 0 < ε ≤ 1; 1 leaves
         nothing to a layer whose inputs use all directions.
     project: "update" is exact; "gradient", as published, is not under momentum or weight decay.
-    others: whether shared weights that are in no linear layer stand still ("freeze") or "train"
-        once a task is remembered.
+    others: whether shared weights outside linear layers are frozen ("freeze") or "train" once a
+        task is remembered.
     rows: rows of the finished task that are measured.
-    structure, width, rank: of inputs wider than `width`, see `Merge`; of `low_rank` a task can
+    structure, width, rank: for inputs wider than `width`, see `Merge`; with `low_rank` a task can
         protect `rank` directions at most.
     """
 
@@ -94,7 +94,7 @@ class GPM(Measuring):
         if self.project == "gradient":
             return
         for layer in _covered(view):
-            # Without a gradient a weight has not moved, and is not to.
+            # A weight without a gradient has not moved.
             moved = [n for n in layer.names if view.grads[n] is not None]
             before = {n: local(view.previous[n]) for n in moved}
             now = {n: local(view.weights[n].detach()) for n in moved}
@@ -120,14 +120,14 @@ class GPM(Measuring):
 
 
 def widened(moment: Moment, old: Tensor | None, threshold: float) -> Tensor:
-    """U with the leading directions of a task's inputs that it did not hold.
+    """U extended by the leading directions of a task's inputs that it did not span.
 
-    Orthonormal rows a block, (blocks, k, b), filled up with rows of zeros: a Gram matrix in
-    diagonal blocks has its eigenvectors in these. One block is the whole input.
+    (blocks, k, b): orthonormal rows per block, padded with rows of zeros, since the eigenvectors
+    of a block-diagonal Gram matrix lie in single blocks. One block is the whole input.
     """
     values, vectors, held, total = _leading(moment, old)
     value, order = values.flatten().sort(descending=True)
-    before = held + value.cumsum(0) - value  # the share that is held without this one
+    before = held + value.cumsum(0) - value  # captured without this one
     chosen = (before < (threshold - ROUNDING) * total) & (value > ROUNDING * total)
     marks = torch.zeros_like(value, dtype=torch.bool)
     marks[order] = chosen
@@ -141,8 +141,8 @@ def widened(moment: Moment, old: Tensor | None, threshold: float) -> Tensor:
 
 
 def _orthonormal(rows: Tensor, width: int) -> Tensor:
-    """Rows of the same span. Of all of `width` entries the unit vectors, so that nothing is left
-    of a gradient: Adam would make steps of its rounding."""
+    """Orthonormal rows of the same span; unit vectors if it is the whole space, so that a gradient
+    projects to exactly 0: Adam would turn rounding into steps."""
     if len(rows) >= min(width, rows.shape[1]):
         return torch.eye(*rows.shape, dtype=rows.dtype, device=rows.device)
     return torch.linalg.qr(rows.T)[0].T
@@ -174,7 +174,7 @@ def _leading(moment: Moment, old: Tensor | None) -> tuple[Tensor, Tensor, float,
 
 
 def _wide(t: Tensor) -> Tensor:
-    """In double where that is cheap and to be had."""
+    """In double where that is cheap and available."""
     return t if t.shape[-1] > SMALL or t.device.type == "mps" else t.double()
 
 
@@ -182,7 +182,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _covered(view: View) -> list[Layer]:
-    """The layers whose old inputs are known: none in the first task."""
+    """The layers with remembered inputs: none in the first task."""
     if "covered" not in view.state.cache:
         readers = view.state.numbers.get("readers", {})
         linear, _ = layers_of(view.shared, view.modules)
@@ -194,11 +194,11 @@ def _covered(view: View) -> list[Layer]:
 
 
 def _projected(view: View, layer: Layer, change: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a layer's change leaves its outputs on old inputs alone.
+    """The part of a layer's change that leaves its outputs on old inputs as they are.
 
-    Without the bias, or the weight, in `change` the other one alone must do so.
+    If `change` lacks the bias or the weight, the other one's part alone must do so.
     """
-    if layer.weight not in change:  # each old input has the appended 1
+    if layer.weight not in change:  # a bias alone changes the output of every input
         return {name: torch.zeros_like(c) for name, c in change.items()}
     if layer.bias not in change:
         layer = replace(layer, bias=None)
@@ -213,7 +213,7 @@ def _projected(view: View, layer: Layer, change: Mapping[str, Tensor]) -> dict[s
 
 
 def _of_inputs(cache: dict[str, Tensor], key: str, u: Tensor, d: int) -> Tensor:
-    """U without the appended 1: orthonormal rows that span what is left of it."""
+    """U without the appended 1: orthonormal rows that span what remains."""
     if key not in cache:
         block, place = divmod(d - 1, u.shape[-1])
         u = u.clone()

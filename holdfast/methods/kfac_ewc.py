@@ -1,8 +1,8 @@
-"""One-sided K-FAC EWC: hold what layers answer to old inputs (Ritter et al., NeurIPS 2018,
+"""One-sided K-FAC EWC: preserve layer outputs on old inputs (Ritter et al., NeurIPS 2018,
 arXiv 1805.07810, with the identity for the curvature at a layer's outputs).
 
 With W_t (outputs, inputs + 1) a layer's weight and bias when task t was learned, and G_t the Gram
-matrix of its inputs (x, 1) on the task's rows (`holdfast.engine.grams`), later tasks pay
+matrix of its inputs (x, 1) on the task's rows (`holdfast.engine.grams`), later tasks add
 
     P = λ/2 · Σ_t Σ_layers tr((W − W_t) G_t (W − W_t)ᵀ),
 
@@ -12,15 +12,15 @@ tasks. Its gradient needs no tensors per task. With G = Σ G_t and W* the weight
     ∂P/∂W = λ [(W − W*) G + R],   R = Σ_t (W* − W_t) G_t,
     R ← R + (W*_new − W*) G   and then   G ← G + G_new,  W* ← W*_new      when a task ends
 
-(λ (W G − Σ W_t G_t) is the same, but the small difference of large products, which reduced
-precision of matrix products, TF32, would drown.) An embedding is the layer of one-hot inputs: G is
-the count of each row. Norms, and a task's own head, are free.
+(λ (W G − Σ W_t G_t) is the same, but a small difference of large products, which would be lost in
+low-precision matrix products such as TF32.) An embedding is a layer on one-hot inputs: G is the
+count of each row. Norms, and a task's own head, are not penalised.
 
-With `every` = k the gradient is added k-fold in every k-th step: its mean is the same, and a step
-costs one k-th of it. Adam's second moment sees that the pull comes in pushes.
+With `every` = k the gradient is added k-fold in every k-th step: its mean is the same, at one k-th
+of the cost per step. Adam's second moment does notice that the pull comes in bursts.
 
-Deviation from the paper: its other factor, the curvature at the outputs, is left out, so that what
-is held is the layers' outputs themselves; λ has another unit for it.
+Deviation from the paper: its other factor, the curvature at the outputs, is left out, so that the
+layers' outputs themselves are preserved; λ therefore has another unit.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from holdfast.ops.distributed import beside, like, local, sharded
 
 @dataclass(frozen=True, kw_only=True)
 class KfacEWC(Measuring):
-    """Pull weights to where every layer answers old tasks' inputs as it did.
+    """Pull weights to where every layer's outputs on old tasks' inputs are as they were.
 
     strength: λ ≥ 0.
     every: the gradient is added in every `every`-th step of a task, `every`-fold.
     rows: rows of the finished task that are measured.
-    structure, width, rank: of inputs wider than `width`, see `Merge`; smaller blocks cost less.
+    structure, width, rank: for inputs wider than `width`, see `Merge`; smaller blocks cost less.
     """
 
     name: ClassVar[str] = "kfac_ewc"
@@ -102,7 +102,7 @@ class KfacEWC(Measuring):
 
 
 def _covered(view: View) -> tuple[list[Layer], dict[str, Tensor | None]]:
-    """Layers whose inputs are known, and embeddings with the rows of them that occur."""
+    """Layers with remembered inputs, and embeddings with those of their rows that occurred."""
     cache, state = view.state.cache, view.state
     if not cache:
         linear, _ = layers_of(view.shared, view.modules)
@@ -117,7 +117,7 @@ def _covered(view: View) -> tuple[list[Layer], dict[str, Tensor | None]]:
 
 
 def _products(view: View, grams: Grams) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-    """(W − W*) G by name, of what this rank holds; of embeddings only the rows returned with it."""
+    """(W − W*) G by name, for this rank's shards; for embeddings only the rows returned with it."""
     linear, embeddings = _covered(view)
     anchor = view.state.weights["anchor"]
     for layer in linear:

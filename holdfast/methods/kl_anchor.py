@@ -1,37 +1,36 @@
-"""KL anchor: hold what the model says of the task's own rows to what it said before.
+"""KL anchor: keep the model's outputs on the task's own rows close to what they were before.
 
     P = λ · mean over counted outputs of KL(π₀ ‖ π)          (direction "reverse": KL(π ‖ π₀))
 
-π is the model of now, in the training pass itself; π₀ the anchor, in evaluation mode: the model as
-the task began (after its head was fitted), or the base, as it was before its first task. Counted
-are the rows of a classifier, and the tokens of a language model whose label is not −100, each
-predicted from those before it (of masked language models, taggers and decoders with an encoder: at
-its own place). Of a regression ½ (z⁰ − z)² stands in place of the divergence, of several labels a
-row the sum of each label's.
+π is the current model, in the training pass itself; π₀ the anchor, in evaluation mode: the model as
+the task began (after its head was fitted), or the base, as it was before its first task. The rows
+of a classifier count, and the tokens of a language model whose label is not −100, each predicted
+from those before it (for masked language models, taggers and encoder-decoders: at its own
+position). A regression has ½ (z⁰ − z)² in place of the divergence; with several labels per row
+their divergences are summed.
 
-How far a model forgets goes with KL(π ‖ π₀) on the new task's inputs (RL's Razor, arXiv
-2509.04259); ASFT (arXiv 2509.23753) adds λ KL(π₀ ‖ π) to a loss whose tokens count as they are
-probable,
+How much a model forgets tracks KL(π ‖ π₀) on the new task's inputs (RL's Razor, arXiv 2509.04259);
+ASFT (arXiv 2509.23753) adds λ KL(π₀ ‖ π) to a loss that weights tokens by their probability,
 
     L = 1/n Σ_t sg[p(y_t)] · (−log p(y_t)) + λ KL            sg: held constant
 
-in place of the plain mean of −log p(y_t): `token_weight="detached_probability"`. As a penalty that
-is what is added to the model's own loss:
+in place of the plain mean of −log p(y_t): `token_weight="detached_probability"`. As a penalty added
+to the model's own loss this is
 
     P = 1/n Σ_t (sg[p(y_t)] − 1) · (−log p(y_t)) + λ KL
 
-where 1/n is what the model's own loss has in its place, told by its value: a Trainer divides by the
-labels of several micro-batches. That loss must be of every label alike, without label smoothing.
+where 1/n is the factor of the model's own loss, inferred from its value: a Trainer divides by the
+labels of several micro-batches. That loss must weight all labels alike, without label smoothing.
 λ = 0 leaves DFT.
 
-π₀ of classes is kept by row, from one pass over the rows before the first step, so that a step
-costs nothing more. A vocabulary is too large for that: there each micro-batch has a second forward
-pass, without gradients, of remembered weights (4 bytes a weight that is trained), or of the base
-with PEFT's adapters switched off (no copy). Where the training pass returns no logits, its loss
-being fused with the last layer (TRL), the model itself is run once more, with gradients.
+For classes π₀ is kept by row, from one pass over the rows before the first step, so that steps cost
+no extra. A vocabulary is too large for that: there each micro-batch has a second forward pass,
+without gradients, with remembered weights (4 bytes per trained weight), or with the base, PEFT's
+adapters switched off (no copy). If the training pass returns no logits because its loss is fused
+with the last layer (TRL), the model itself is run once more, with gradients.
 
-A fresh head knows nothing: held to the answers it starts with, a classifier learns less. Fit it
-first (`head_first`).
+A fresh head knows nothing: anchored to its initial outputs, a classifier learns less. Fit it first
+(`head_first`).
 """
 
 from __future__ import annotations
@@ -57,15 +56,15 @@ from holdfast.methods.common.importance import kind_of
 
 @dataclass(frozen=True, kw_only=True)
 class KLAnchor(Method):
-    """Hold the model's outputs on the task's own rows near to an anchor's.
+    """Keep the model's outputs on the task's own rows close to an anchor's.
 
-    strength: λ ≥ 0, beside the task's own loss, in nats per nat.
+    strength: λ ≥ 0, relative to the task's own loss, in nats per nat.
     anchor: `start`, the model as the task began, or `base`, as it was before its first task: with
-        PEFT, adapters off. A base has the task's own head as that began.
+        PEFT, adapters off. The base uses the task's own head as the task began.
     direction: `forward`, KL(π₀ ‖ π), or `reverse`, KL(π ‖ π₀).
     keep: `logits` of each row, or `weights` for a second pass; `auto`: logits of (rows, classes)
-        where the task's rows are passed before its first step, and weights elsewhere.
-    token_weight: `detached_probability` weighs the loss of each label by its probability (ASFT).
+        if the task's rows are passed before its first step, otherwise weights.
+    token_weight: `detached_probability` weights the loss of each label by its probability (ASFT).
     """
 
     name: ClassVar[str] = "kl_anchor"
@@ -91,12 +90,12 @@ class KLAnchor(Method):
         state, base = view.state, self.anchor == "base"
         answers.forget(state)
         before = state.weights.pop("anchor", {}) if base else {}
-        kept = {name: w for name, w in before.items() if "/" not in name}  # no head's
+        kept = {name: w for name, w in before.items() if "/" not in name}  # without heads
         if gone := kept.keys() - view.shared.keys():
             raise Refused(f"{min(gone)} was trained in an earlier task, and is not in this one",
                           where="kl_anchor",
                           remedy="train it on, or anchor at the start")  # fmt: skip
-        # What is not kept is as it was when the anchor was set.
+        # Weights not kept yet have not moved since the anchor was set.
         state.weights["anchor"] = kept
         by_row = self.keep != "weights" and self._answer(view)
         off = _switched_off(view) if base else set()
@@ -156,7 +155,7 @@ class KLAnchor(Method):
             return _logits(view.forward(batch, weights=kept, training=False))
 
     def _answer(self, view: View) -> bool:
-        """Keep the anchor's logits of every row; False where they are not those of classes."""
+        """Keep the anchor's logits of every row; False unless they are (rows, classes)."""
         rows, found, seen = [], [], Seen()
         for batch in seen.through(view.data()):
             logits = self._anchored(view, batch)
@@ -180,7 +179,7 @@ def _model(view: View) -> torch.nn.Module:
 
 
 def _switched_off(view: View) -> set[str]:
-    """Names of the weights that play no part once adapters are switched off."""
+    """Names of the weights that are unused once adapters are switched off."""
     off = {
         id(p)
         for layer in adapters(_model(view))
@@ -191,7 +190,7 @@ def _switched_off(view: View) -> set[str]:
 
 
 def _counted(view: View) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits, which of their places count (without the last axis), and a label each if known."""
+    """Logits, which of their positions count, and the labels there if known."""
     if view.outputs is None or view.inputs is None:
         raise Refused("no outputs here", where="kl_anchor",
                       remedy="call bound.penalty(batch, outputs)")  # fmt: skip
@@ -202,35 +201,35 @@ def _counted(view: View) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _aligned(view: View, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits and labels at the same places, and which of these count."""
+    """Logits and labels aligned by position, and which positions count."""
     inputs = view.inputs or {}
     labels = next((v for k, v in inputs.items() if k in LABELS and isinstance(v, Tensor)), None)
     if labels is not None and labels.is_floating_point():
-        labels = None  # numbers, or several labels a row: all rows count
-    # Without labels all counts that is no padding.
+        labels = None  # a regression, or several labels per row: all rows count
+    # Without labels every position counts that is not padding.
     mask = inputs.get("attention_mask") if logits.ndim == 3 else None
     counted = logits.new_ones(logits.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
     if labels is not None:
-        labels = labels.reshape(labels.shape[: logits.ndim - 1])  # (rows, 1) of classes too
+        labels = labels.reshape(labels.shape[: logits.ndim - 1])  # also for classes of (rows, 1)
         counted = labels != -100
     if counted.shape != logits.shape[:-1]:
         raise Refused(f"labels of shape {tuple(counted.shape)} do not fit logits of "
                       f"{tuple(logits.shape)}", where="kl_anchor")  # fmt: skip
     if logits.ndim == 3 and _shifts(_model(view)):
-        # What the logits at t say is judged by the token at t + 1.
+        # The logits at t predict the token at t + 1.
         logits, counted = logits[:, :-1], counted[:, 1:]
         labels = None if labels is None else labels[:, 1:]
     return logits, counted, labels
 
 
 def _shifts(model: Any) -> bool:
-    """Whether the labels of a model stand one place after the logits they judge.
+    """Whether a model's logits predict the label one position later.
 
-    Hugging Face models say so by `loss_type`; one that does not say is taken for a causal one.
+    Hugging Face models declare this by `loss_type`; one that does not is taken to be causal.
     """
     joint = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     kind = getattr(model, "loss_type", None)
-    # A model of pictures and text is ForConditionalGeneration, as a translator is.
+    # Image-and-text models are ForConditionalGeneration, as translators are.
     return not joint and kind in (None, "ForCausalLM", "ForConditionalGeneration")
 
 

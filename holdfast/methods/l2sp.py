@@ -4,8 +4,8 @@
 
 w_S are the weights that were there before the task (all but its head), w⁰_S their values when the
 task begins. α and β have the unit loss / weight². Unlike decoupled decay, the pull enters the
-gradient and is scaled by Adam. Deviation: biases and norms are pulled too, as the paper's equation
-says and many codes do not.
+gradient and is scaled by Adam. Biases and norms are pulled too, as in the paper's equation, though
+not in many implementations.
 """
 
 from __future__ import annotations

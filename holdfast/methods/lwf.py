@@ -1,30 +1,29 @@
 """LwF: learning without forgetting (Li & Hoiem, ECCV 2016, arXiv 1606.09282, eq. 2-3).
 
-Before a task every old head answers the new task's rows; while it is learned, each old head on the
-changing encoder is held to these answers:
+Before a task every old head's outputs on the new task's rows are kept; while it is learned, each
+old head, on the changing encoder, is held to these answers:
 
     P = λ Σ_old T² · mean over rows of KL(softmax(z⁰/T) ‖ softmax(z/T))
 
-z⁰ are the logits before the task, z those of now. Of a regression ½ (z⁰ − z)² stands in place of
-the divergence: that of two normal distributions of variance 1; of several labels a row the sum of
-each label's. No row of an old task is kept, and the answers (a number a class and row) are told by
-the content of a row, so that the order of batches does not matter. The old heads read what the
-encoder returned for the task's own loss: a step has no second pass. They are themselves not
-trained. Deviation: the paper's loss is a cross entropy, which differs by the constant entropy of
-the answers.
+z⁰ are the logits before the task, z the current ones. A regression has ½ (z⁰ − z)² in place of the
+divergence: that of two normal distributions of variance 1; with several labels per row their
+divergences are summed. No row of an old task is kept, and the answers (one number per class and
+row) are looked up by a row's content, so that the order of batches does not matter. The old heads
+read what the encoder returned for the task's own loss: no second pass. They are not trained.
+Deviation: the paper's loss is a cross entropy, which differs by the answers' constant entropy.
 
-Of use once the task's own head was fitted first: a random head sends the encoder away from them.
+Fit the task's own head first: a random head drives the encoder away from the answers.
 
-**rows="near"** is ours. What an old head answers to rows unlike any of its own task is of no use to
-anybody, and holding it costs the new task much. Each row then counts by how near it lies to the old
-task's, in the inputs x̃ = (x, 1) of that task's last layer before the new task:
+**rows="near"** is ours. An old head's answers on rows unlike any of its own task are of no use, and
+holding them costs the new task much. With it each row counts by how near it lies to the old task's
+rows, measured in the inputs x̃ = (x, 1) of that task's last layer before the new task:
 
     share = min(1, d / h),   h = x̃ᵀ (M+εI)⁻¹ x̃,   M = E_old[x̃ x̃ᵀ],   d = E_old[h] = tr M(M+εI)⁻¹
 
-so that a row as near as the old ones are on average counts whole (but for ε, .3 of M's mean
+so that a row as near as the old ones are on average counts in full (but for ε, .3 of M's mean
 diagonal, h is 1 plus the squared Mahalanobis distance). M is all that is kept of the old rows:
-4 (inputs + 1)² bytes a task, measured when it was learned. A head of several layers, or whose layer
-is not given one input a row, holds every row.
+4 (inputs + 1)² bytes per task, measured when it was learned. For a head of several layers, or one
+that does not take one input per row, every row counts in full.
 """
 
 from __future__ import annotations
@@ -47,17 +46,17 @@ from holdfast.methods.common import answers
 from holdfast.methods.common.answers import divergence
 from holdfast.methods.common.importance import kind_of
 
-MEASURED = 100  # rows of a finished task that its moment is measured on
-RIDGE = 0.3  # of the moment's mean diagonal: a hundred rows do not fill its directions
+MEASURED = 100  # rows of a finished task from which its moment is measured
+RIDGE = 0.3  # of the moment's mean diagonal: a hundred rows do not span its directions
 
 
 @dataclass(frozen=True, kw_only=True)
 class LwF(Method):
     """Hold the old heads' answers on the new task's rows.
 
-    strength: λ ≥ 0, of each old head beside the task's own loss.
-    temperature: T > 0; the larger, the more the small probabilities count.
-    rows: `all` of the new task's, as published, or each by its share, how `near` it is.
+    strength: λ ≥ 0 of each old head, relative to the task's own loss.
+    temperature: T > 0; the larger, the more small probabilities count.
+    rows: `all` of the new task's count alike, as published, or each by how `near` it is.
     """
 
     name: ClassVar[str] = "lwf"
@@ -140,10 +139,10 @@ class LwF(Method):
 
 
 class _Near:
-    """How near the inputs of a head's last layer lie to those of its own task, of moment M."""
+    """How near inputs of a head's last layer lie to those of its own task, whose moment is M."""
 
     def __init__(self, layer: nn.Linear, moment: Tensor) -> None:
-        moment = moment.to(layer.weight.device)  # a loaded one lies on the processor
+        moment = moment.to(layer.weight.device)  # a loaded one is on the CPU
         eye = torch.eye(len(moment), device=moment.device)
         self.layer = layer
         self.factor = torch.linalg.cholesky(moment + RIDGE * moment.diagonal().mean() * eye)
@@ -156,7 +155,7 @@ class _Near:
 
 
 def _near(view: View) -> dict[str, _Near]:
-    """What is known of the rows of each finished task."""
+    """For each finished task with a moment, how near rows lie to its own."""
     moments = view.state.tensors.get("moments", {})
     layers = {task: _last_layer(view, task) for task in moments}
     return {task: _Near(layer, moments[task]) for task, layer in layers.items() if layer}
@@ -169,7 +168,7 @@ def _moment(view: View, layer: nn.Linear) -> Tensor | None:
         with _given(layer) as given:
             view.forward(batch, training=False)
         found.append(_one_a_row(given, rows_in(batch)))
-    view.generator.set_state(state)  # methods after this one draw as they would without it
+    view.generator.set_state(state)  # draws after this do not depend on it
     seen.require_equal(layer.weight.device)
     if not found:
         raise Refused("no rows to measure", where="lwf", remedy="pass the task's rows as data=")
@@ -185,19 +184,19 @@ def _moment(view: View, layer: nn.Linear) -> Tensor | None:
 
 
 def _last_layer(view: View, task: str) -> nn.Linear | None:
-    """The layer that a task's head is; None where it is not one linear layer."""
+    """The linear layer that is a task's whole head; None if the head is not one."""
     model, encoder = view.bound.models.get(task), view.encoder
     if model is None:
         return None
     below = {id(p) for p in encoder.parameters()} if encoder is not None else set()
     own = [p for p in model.parameters() if id(p) not in below]
-    # Beside a head in `modules_to_save` PEFT keeps the one that it took the place of, frozen.
+    # For a head in `modules_to_save` PEFT also keeps the original one, frozen.
     return only_layer(model, [p for p in own if p.requires_grad] or own)
 
 
 @contextlib.contextmanager
 def _given(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Within the block, what a layer is given, with a 1 appended: (…, inputs + 1) a call."""
+    """Record a layer's inputs within the block, with a 1 appended: (…, inputs + 1) per call."""
     given: list[Tensor] = []
 
     def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -211,12 +210,12 @@ def _given(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _one_a_row(given: list[Tensor], rows: int) -> Tensor | None:
-    """The inputs of a layer's first call: (rows, inputs + 1); None where they are not one a row."""
+    """The inputs of a layer's first call: (rows, inputs + 1); None unless there is one per row."""
     return given[0] if given and given[0].shape[:-1] == (rows,) else None
 
 
 def _logits(outputs: Any, task: str) -> Tensor:
-    """Logits of a row each, in float32 at least: (rows, classes)."""
+    """One row of logits per row, in at least float32: (rows, classes)."""
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise Refused(

@@ -1,7 +1,7 @@
 """Merging in function space: RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) in a sequence.
 
-When a task is learned, every linear layer becomes the one whose outputs differ least from those of
-the new weights W₁ on the new task's inputs and from those of the start weights W₀ on the old ones':
+After a task, every linear layer becomes the one whose outputs differ least from those of the new
+weights W₁ on the new task's inputs and those of the start weights W₀ on the old tasks' inputs:
 
     argmin_W  Σ_new ‖(W − W₁) x̃‖² + γ Σ_old ‖(W − W₀) x̃‖² + ε ‖W − W₀‖²
             = W₀ + (W₁ − W₀) G_new (G_new + γ G_old + ε I)⁻¹
@@ -9,16 +9,16 @@ the new weights W₁ on the new task's inputs and from those of the start weight
 with x̃ the input with a 1 appended (weight and bias are one matrix) and G the Gram matrices of
 `holdfast.engine.grams`, means over rows. An embedding's row moves by its share of counts
 n_new / (n_new + γ n_old), which is the same equation for one-hot inputs, without ε. A norm
-y_i = g_i x̂_i + b_i has one of two inputs (x̂_i, 1) for each feature i (`norms="solve"`), or moves by
-the share `others`, as weights of modules that are no such layer do; a layer that the new task never
-called stays. Afterwards G_old ← G_old + G_new.
+y_i = g_i x̂_i + b_i is solved on the inputs (x̂_i, 1) per feature i (`norms="solve"`), or moves by
+the share `others`, as do the weights of all other modules; a layer that the new task never called
+keeps its start weights. Afterwards G_old ← G_old + G_new.
 
-No row of an old task is kept, and no step of training pays for it. Deviations from the paper: it
-merges models that were trained side by side, and shrinks the off-diagonals of G by .9 where we add
+No row of an old task is kept, and training steps cost no extra. Deviations from the paper: it
+merges models that were trained separately, and multiplies the off-diagonals of G by .9 where we add
 ε; it takes sums over rows where we take means, so that tasks count alike, however large.
 
-LoRA: of the product B A the merged one is computed, and the factors are refitted to it by singular
-values (a product of rank 2r, of which the nearest of rank r is kept).
+LoRA: the product B A is merged, and the factors are refitted to it by truncated SVD (the merged
+product has rank 2r; its nearest rank-r approximation is kept).
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from holdfast.ops import distributed
 class Merge(Measuring):
     """Merge each task's weights with those it began with, layer by layer, in closed form.
 
-    strength: γ ≥ 0, how much a row of old tasks counts beside one of the new; 0 keeps the new
-        weights wherever the new task has inputs, ∞ the start weights on old inputs.
-    ridge: ε as a share of the mean diagonal; it holds what no task's inputs reach at W₀.
+    strength: γ ≥ 0, the weight of each old task relative to the new one; 0 keeps the new weights
+        wherever the new task has inputs, ∞ the start weights on old inputs.
+    ridge: ε as a share of the mean diagonal; it keeps directions that no task's inputs use at W₀.
     rows: rows of the finished task that are measured.
-    again: measure once more on the merged network, whose inputs are other ones, before adding up.
+    again: measure again on the merged network, whose layer inputs differ, before adding up.
     norms: `share`, or `solve` the same equation for each feature's scale and shift.
-    others: share of its change that a norm (unless solved for), or any weight but those of linear
-        layers and embeddings, keeps.
-    structure, width, rank: of Gram matrices wider than `width`: `full`, `block` (diagonal blocks
+    others: share of its change that a norm (unless solved for) or any weight outside linear layers
+        and embeddings keeps.
+    structure, width, rank: for Gram matrices wider than `width`: `full`, `block` (diagonal blocks
         of at most `width`) or `low_rank` (`rank` directions and a diagonal).
-    choose: how much of the new task's selection score may be given up: the largest of γ · 10, 3, 1,
-        .3 that costs no more is taken, or else the smallest. None: `strength` as it is.
+    choose: how much of the new task's selection score may be lost: of γ · 10, 3, 1 and .3 the
+        largest that loses no more is taken, or else the smallest. None: `strength` as it is.
     """
 
     name: ClassVar[str] = "merge"
@@ -87,7 +87,7 @@ class Merge(Measuring):
     @torch.no_grad()
     def end_task(self, view: View) -> None:
         state, old = view.state, self.remembered(view)
-        # As other methods ask, where norms are not solved for: they share one pass.
+        # No `norms` unless needed: methods that ask for the same share one pass.
         how = {"norms": True} if self.norms == "solve" else {}
         new = self.measured(view, **how)
         start = start_of(view) if old is not None else None
@@ -101,12 +101,12 @@ class Merge(Measuring):
                 state.numbers["strength"] = self._merge(view, merger)
                 if self.again:
                     new = self.measured(view, **how, merged=True)
-            state.tensors.clear()  # so that each sum takes the place of the old one in memory
+            state.tensors.clear()  # frees each old sum as the new one is made
             old.add_(new)
         (old or new).save(state.tensors, state.numbers)
 
     def _merge(self, view: View, merger: _Merger) -> float:
-        """Merge with `strength`, or with the largest γ that costs no more than `choose`."""
+        """Merge with `strength`, or the largest γ that loses no more than `choose`; returns γ."""
         if self.choose is None:
             merger.merge_(self.strength)
             return self.strength
@@ -120,10 +120,10 @@ class Merge(Measuring):
 
 
 class _Merger:
-    """What can be merged: the weights before and after a task, and what both tasks' rows gave.
+    """Merges the weights before and after a task, by the old and the new Gram matrices.
 
-    The learned weights are kept while several strengths are tried (`choose`), or else only the
-    layers at work.
+    The learned weights are copied if several strengths are tried (`choose`); otherwise layers are
+    overwritten as they are merged.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class _Merger:
         self.learned: Mapping[str, Tensor] = view.shared
         distributed.reshard_(view.bound.models[view.task])
         layers, _ = layers_of(view.shared, view.modules)
-        # Layers of one input are solved for in one go; what only old tasks called stands still.
+        # Layers with the same input are solved together; those only old tasks called stay still.
         self.groups: dict[tuple[str, bool], list[Layer]] = {}
         self.still: set[str] = {n for n in old.counts if n not in new.counts}
         for layer in [*layers, *norms_of(view.shared, view.modules)]:
@@ -167,7 +167,7 @@ class _Merger:
             self._write({name: torch.lerp(before, after, self._share(name, strength))})
 
     def _share(self, name: str, strength: float) -> Tensor | float:
-        """Of an embedding's rows by their counts, of anything else a fixed one."""
+        """The share of its change a weight keeps: by counts for embedding rows, else fixed."""
         if name in self.still:
             return 0.0
         if name not in self.new.counts or name not in self.old.counts:

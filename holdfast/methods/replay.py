@@ -1,14 +1,14 @@
-"""Replay: a few kept rows of every old task stand beside the new ones.
+"""Replay: train on a few kept rows of every old task along with the new ones.
 
     L(new micro-batch) + weight · mean over replayed rows of their own task's loss
 
 Each finished task leaves a uniform sample of its rows (reservoir sampling, Vitter 1985, algorithm
-R), so replay needs to be *allowed* to keep old rows; where it is, it is the bar to beat (Chaudhry
-et al. 2019, arXiv 1902.10486). The old task's head serves its loss and is not trained further.
-Dropout in the replayed forward pass draws from the methods' own generator.
+R), so keeping old rows must be *allowed*; where it is, replay is the bar to beat (Chaudhry et al.
+2019, arXiv 1902.10486). The old task's head computes its loss and is not trained further. Dropout
+in the replayed forward pass draws from the method's own generator.
 
-Where several ranks train together each holds the same rows, kept from all rows of the task, and
-replays other ones of them: what one process draws for the whole batch is divided.
+With several ranks each holds the same rows, sampled from all rows of the task, and replays its own
+part of one draw for the whole batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Replay(Method):
     memory: rows kept of each task, a share of its rows or a number.
     share: rows replayed per row of the micro-batch, 0 < share ≤ 1 (rounded up to whole rows).
     every: replay in every n-th optimizer step only.
-    weight: of the replayed loss, ≥ 0.
+    weight: weight of the replayed loss, ≥ 0.
     """
 
     name: ClassVar[str] = "replay"
@@ -77,7 +77,7 @@ class Replay(Method):
             mine = picked[(picked >= start) & (picked < start + size)] - start
             anywhere = bool(((every >= start) & (every < start + size)).any())
             start += size
-            if not len(mine) and anywhere:  # another rank's forward pass draws once
+            if not len(mine) and anywhere:  # matches the draw of another rank's forward pass
                 torch.randint(2**62, (), generator=view.generator)
             if len(mine):
                 batch = _trim({k: t[mine] for k, t in view.state.tensors[task].items()})
@@ -92,7 +92,7 @@ class Replay(Method):
             size = count(size, sum(1 for _ in rows_of(view.data())))
         seen = Seen()
         for i, row in enumerate(rows_of(seen.through(view.data()))):
-            # Algorithm R: row i displaces a kept one with probability size / (i + 1).
+            # Algorithm R: row i replaces a kept one with probability size / (i + 1).
             place = i if i < size else int(torch.randint(i + 1, (), generator=view.generator))
             if place < size:
                 tensors = {k: v.cpu() for k, v in row.items() if isinstance(v, Tensor)}
@@ -105,14 +105,14 @@ class Replay(Method):
 
 
 def _padding(view: View) -> dict[str, float]:
-    """What stands behind the end of a shorter row, by field; 0 for any other."""
+    """The padding value after a shorter row, by field; 0 for other fields."""
     config = getattr(view.bound.models[view.task], "config", None)
     pad = getattr(config, "pad_token_id", None)
     return {"input_ids": pad if pad is not None else 0, "labels": -100}
 
 
 def _stack(rows: list[dict[str, Tensor]], padding: Mapping[str, float]) -> dict[str, Tensor]:
-    """Rows of one each, padded at the end of their second dimension to one length."""
+    """Stack batches of one row, padded at the end of dimension 1 to one length."""
     return {key: _pad([row[key] for row in rows], padding.get(key, 0)) for key in rows[0]}
 
 
@@ -128,7 +128,7 @@ def _pad(tensors: Iterable[Tensor], value: float) -> Tensor:
 
 
 def _trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cut columns that the attention mask blanks in every row."""
+    """Cut trailing columns that the attention mask hides in every row."""
     mask = batch.get("attention_mask")
     if mask is None:
         return batch

@@ -1,18 +1,18 @@
-"""WiSE-FT: between the weights before and after (Wortsman et al., CVPR 2022, arXiv 2109.01903).
+"""WiSE-FT: interpolates weights before and after (Wortsman et al., CVPR 2022, arXiv 2109.01903).
 
-When a task is learned, every shared weight goes back part of its way:
+After a task, every shared weight goes part of the way back:
 
     w ← w₀ + α (w₁ − w₀)
 
 with w₀ the weights as the task began and w₁ the learned ones. α is fixed, or the smallest of
 .1, .2, … .9 whose selection score of the task stays within a tolerance of the learned weights'
-(1 if none does: they stay as they are). No row is kept and no step of training pays for it.
+(1 if none does: the learned weights stay). No row is kept and training steps cost no extra.
 
-Of LoRA the product B A is interpolated, not its factors, and the factors are refitted to it by
-singular values (a product of rank 2r, of which the nearest of rank r is kept). Buffers, such as
-the running means of a batch norm, stay. Deviation: the paper starts from a zero-shot model, whose
-head is interpolated too; a fresh head has no weights worth going back to, unless it was fitted
-first, so that `head` must ask for it.
+For LoRA the product B A is interpolated, not its factors, and the factors are refitted to it by
+truncated SVD (the product has rank 2r; its nearest rank-r approximation is kept). Buffers, such
+as the running means of a batch norm, are unchanged. Deviation: the paper starts from a zero-shot
+model, whose head is interpolated too; a fresh head has no weights worth going back to unless it
+was fitted first, so it is interpolated only with `head`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ ALPHAS = tuple(tenths / 10 for tenths in range(1, 10))  # tried in this order
 class WiSE(Method):
     """Interpolate between the weights as a task began and as it ended.
 
-    alpha: α, the share of each weight's way that is kept, 0 ≤ α ≤ 1.
-    choose: how much of the task's selection score may be given up, in its units: the smallest of
-        .1, .2, … .9 that costs no more is taken, or else 1. None: `alpha` as it is.
-    first: also the first task, with the pre-trained weights (else it is learned plainly).
-    head: also the task's own head, which should have been fitted first.
+    alpha: α, the share of each weight's change that is kept, 0 ≤ α ≤ 1.
+    choose: how much of the task's selection score may be lost, in its units: the smallest of
+        .1, .2, … .9 that loses no more is taken, or else 1. None: `alpha` as it is.
+    first: also interpolate the first task, with the pre-trained weights (otherwise left as it is).
+    head: also interpolate the task's own head, which should have been fitted first.
     """
 
     name: ClassVar[str] = "wise"
@@ -117,7 +117,7 @@ def _write(
     learned: Mapping[str, Tensor],
     alpha: float,
 ) -> None:
-    """weights ← start + α (learned − start), in place; each of LoRA's pairs as its product."""
+    """weights ← start + α (learned − start), in place; LoRA pairs by their product."""
     share: Any = _Share(alpha)
     refitted: dict[str, Tensor] = {}
     for pair in factors_of(weights) if 0 < alpha < 1 else ():
@@ -132,7 +132,7 @@ def _write(
 
 
 class _Share:
-    """Stands where a Gram matrix does: of every change the same share is kept."""
+    """Stands in for a Gram matrix: keeps the same share of every change."""
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha

@@ -1,4 +1,4 @@
-"""An optimizer's groups by the rates of parts: made, and made anew while it trains."""
+"""Optimizer parameter groups from the rates of parts, and regrouping while training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from holdfast.network.rates import Rates, number
 from holdfast.network.stacks import is_norm
 
 FROZEN = "_frozen_by_rates"  # set on a parameter whose gradient was turned off here
-# What a group's place on the curve says; all else is an option that its parameters keep.
+# Keys that follow from the rates; all others are options that the parameters keep.
 PLACE = ("params", "param_names", "part_names", "multiplier", "lr", "initial_lr")
 
 
@@ -32,12 +32,12 @@ def param_groups(
     """Groups for any torch optimizer, one for each distinct (rate, decay).
 
     Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay`, `part_names`,
-    `multiplier` and `base_lr`, the rate before it.
+    `multiplier` and `base_lr`, the rate without the multiplier.
     Biases and the vectors of norms are not decayed; `no_decay`, globs on canonical names, replaces
     that rule. A parameter whose multiplier is 0, or that does not require a gradient, is in no
-    group, so that neither momentum nor decay moves it. The gradient of the former is turned off,
-    and on again where this is called with rates that train it: wrap the model in
-    DistributedDataParallel after this, for it expects every gradient that it has seen on.
+    group, so that neither momentum nor decay moves it. A multiplier of 0 also turns
+    `requires_grad` off, until this is called with rates that train the parameter: wrap the model
+    in DistributedDataParallel afterwards, as it fixes which gradients to expect.
     """
     groups = grouped(model, rates, lr=lr, weight_decay=weight_decay, parts=parts, no_decay=no_decay)
     held = {id(p) for group in groups for p in group["params"]}
@@ -52,7 +52,7 @@ def param_groups(
 
 
 def learns(parameter: nn.Parameter) -> bool:
-    """Whether it requires a gradient, or would if no rates had frozen it."""
+    """Whether a parameter requires a gradient, or would if no rates had frozen it."""
     return parameter.requires_grad or hasattr(parameter, FROZEN)
 
 
@@ -65,7 +65,7 @@ def grouped(
     parts: Parts | None = None,
     no_decay: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """What `param_groups` returns, without a change to the model."""
+    """What `param_groups` returns, without changing the model."""
     lr, weight_decay = number(lr, "lr"), number(weight_decay, "weight_decay")
     if isinstance(no_decay, str):
         raise Refused(f"no_decay is one text, {no_decay!r}", remedy=f"write [{no_decay!r}]")
@@ -105,13 +105,13 @@ def _in_order(groups: Iterable[dict[str, Any]], parts: Parts) -> list[dict[str, 
 def _spared(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], globs: Sequence[str] | None
 ) -> set[str]:
-    """Names of the parameters that weight decay leaves alone."""
+    """Names of the parameters without weight decay."""
     if globs is not None:
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in parameters):
                 raise Refused(f"no parameter matches {glob!r}", where="no_decay")
         return {name for name in parameters if any(fnmatchcase(name, glob) for glob in globs)}
-    # Direct parameters only: a block that is called a norm may hold matrices further down.
+    # Direct parameters only: a block with norm in its name may hold matrices further down.
     norms = {
         canonical(f"{path}.{name}" if path else name)
         for path, module in model.named_modules()
@@ -123,7 +123,7 @@ def _spared(
 
 
 def _is_bias(name: str) -> bool:
-    """`…bias`, and a recurrent module's `bias_ih_l0`; not T5's relative_attention_bias.weight."""
+    """`…bias` and a recurrent module's `bias_ih_l0`, not T5's relative_attention_bias.weight."""
     own = name.rpartition(".")[2]
     return own.endswith("bias") or own.startswith(("bias_ih_l", "bias_hh_l"))
 
@@ -138,11 +138,11 @@ def regroup_(
     scheduler: Any = None,
     parts: Parts | None = None,
 ) -> None:
-    """Group the optimizer's parameters by other rates, and let a scheduler go on with them.
+    """Group the optimizer's parameters by other rates, and let a scheduler continue with them.
 
-    The base rate, what decays and all other options stay, as does the optimizer's state. Raises
+    The base rate, weight decay and all other options stay, as does the optimizer's state. Raises
     `Refused`, and changes nothing, for groups that `param_groups` did not make, for rates that
-    would freeze or free a parameter, and for a schedule that is not one for all groups.
+    would freeze or unfreeze a parameter, and for a schedule that differs between groups.
     """
     before = optimizer.param_groups
     if any("multiplier" not in group for group in before):
@@ -156,7 +156,7 @@ def regroup_(
             raise Refused("other rates may not freeze or free a parameter", where="set_rates")
     schedulers = _every(scheduler)
     _check_schedule(schedulers, before)
-    # How far a schedule has come; one with a least rate holds some groups back.
+    # The schedule's current factor; a minimum rate may keep it larger for some groups.
     rates_of = [(group["lr"], group["base_lr"] * group["multiplier"]) for group in before]
     share = min((now / first for now, first in rates_of if first), default=1.0)
     after: dict[Any, dict[str, Any]] = {}
@@ -182,7 +182,7 @@ def regroup_(
 
 
 def _every(scheduler: Any) -> list[Any]:
-    """A scheduler without Accelerate's cover, and those that it runs (SequentialLR)."""
+    """A scheduler without Accelerate's wrapper, and those that it runs (SequentialLR)."""
     if scheduler is None:
         return []
     scheduler = getattr(scheduler, "scheduler", scheduler)
@@ -190,7 +190,7 @@ def _every(scheduler: Any) -> list[Any]:
 
 
 def _check_schedule(schedulers: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse schedules that hold a rate, or a function, of their own for each group."""
+    """Refuse schedules with a different rate or function for each group."""
     for each in schedulers:
         own = hasattr(each, "max_lrs") or any("max_lr" in group for group in groups)
         for name in ("lr_lambdas", "min_lrs"):

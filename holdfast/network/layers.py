@@ -1,6 +1,6 @@
-"""Linear layers in whatever form: their weights as one matrix, and what they were given as rows.
+"""Linear layers in any form: their weights as one matrix, and their inputs as rows.
 
-A convolution is the linear layer of its unfolded inputs, a norm one of (x̂_i, 1) for each feature i.
+A convolution is a linear layer on its unfolded inputs, a norm one on (x̂_i, 1) for each feature i.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Layer:
 
     @property
     def lora(self) -> bool:
-        """Whether it is one of PEFT's pair of factors, which are merged together."""
+        """Whether it is one of a pair of LoRA factors in PEFT, which are merged together."""
         return ".lora_A." in self.weight or ".lora_B." in self.weight
 
     @property
@@ -44,12 +44,12 @@ class Layer:
 
     @property
     def alike(self) -> object:
-        """Layers for which this is equal make the same rows of the same tensor."""
+        """A key: layers that share it make the same rows from the same tensor."""
         return self.weight if self.convolution else self.d
 
     @property
     def has_one(self) -> bool:
-        """Whether what the appended 1 is multiplied by may change: the bias."""
+        """Whether the column of the appended 1, the bias, can change."""
         return self.bias is not None
 
     @property
@@ -62,7 +62,7 @@ class Layer:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     def require_rows(self, weights: Mapping[str, Tensor]) -> None:
-        """`Refused` unless this rank holds whole rows of `matrix`, so that it can work on these."""
+        """`Refused` unless this rank holds whole rows of `matrix`, so that it can work alone."""
         w = weights[self.weight]
         shared = distributed.sharded(w) and distributed.local(w).shape != w.shape
         if shared and (self.transposed or distributed.local(w).shape[1:] != w.shape[1:]):
@@ -70,7 +70,7 @@ class Layer:
                           remedy="shard weights by their outputs, or replicate them")  # fmt: skip
 
     def matrix(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """W and b of some weights by name, as (outputs, inputs + 1); a missing bias is 0."""
+        """W and b from `weights`, as (outputs, inputs + 1); a missing bias is 0."""
         w = distributed.full(weights[self.weight]).float()
         w = w.T if self.transposed else w.flatten(1)
         if self.bias is None:
@@ -78,14 +78,14 @@ class Layer:
         return torch.cat([w, distributed.full(weights[self.bias]).float()[:, None]], 1)
 
     def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
-        """The reverse of `matrix`: weights by name, in their shapes."""
+        """The inverse of `matrix`: weights by name, in their shapes."""
         w, b = matrix[:, :-1], matrix[:, -1]
-        shape = tuple(cast(Tensor, self.module.weight).shape)[1:]  # of rows on this rank too
+        shape = tuple(cast(Tensor, self.module.weight).shape)[1:]  # also for this rank's rows alone
         found = {self.weight: w.T if self.transposed else w.reshape(len(w), *shape)}
         return found if self.bias is None else {**found, self.bias: b}
 
     def inputs(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """What the layer was given, a row a position, with a 1 appended: (n, inputs + 1).
+        """The layer's inputs, one row per position, with a 1 appended: (n, inputs + 1).
 
         mask (rows, positions) is False for padding.
         """
@@ -107,7 +107,7 @@ class Norm(Layer):
 
     @property
     def has_one(self) -> bool:
-        return True  # without a bias there is no 1 at all
+        return True  # a norm without bias has no appended 1
 
     @property
     def d(self) -> int:
@@ -172,7 +172,7 @@ def layers_of(
 ) -> tuple[list[Layer], dict[str, nn.Embedding]]:
     """The linear layers of some weights, and their embeddings by the weight's name.
 
-    A weight that an embedding and a layer share (tied output) is the embedding's. Grouped
+    A weight tied between an embedding and a layer counts as the embedding's. Grouped
     convolutions and weights of other modules are in neither.
     """
     linear: list[Layer] = []
@@ -188,7 +188,7 @@ def layers_of(
 
 
 def norms_of(weights: Mapping[str, nn.Parameter], owners: Owners) -> list[Norm]:
-    """The norms of some weights over the last dimension: LayerNorm, and what is called RMSNorm."""
+    """The norms over the last dimension that own some weights: LayerNorm, and RMSNorm by name."""
     return [
         Norm(own[0], name, _bias(own[0], weights))
         for name, own in _by_weight(weights, owners).items()
@@ -201,7 +201,7 @@ RMS = ("RMSNorm", "T5LayerNorm")
 
 
 def _by_weight(weights: Mapping[str, nn.Parameter], owners: Owners) -> dict[str, list[nn.Module]]:
-    """The modules of each name of which it is the `weight`."""
+    """For each name the modules that hold it as their `weight`."""
     found = {n: [m for m in owners[n] if getattr(m, "weight", None) is w]
              for n, w in weights.items()}  # fmt: skip
     return {name: modules for name, modules in found.items() if modules}

@@ -16,7 +16,7 @@ from holdfast.ops.moments import Moment
 
 @dataclass(frozen=True)
 class Factors:
-    """A low-rank pair W + s·B A of PEFT: its input is that of A. Of convolutions too."""
+    """PEFT's low-rank pair W + s·B A, whose input is that of A; also for convolutions."""
 
     a: str  # (r, inputs)
     b: str  # (outputs, r)
@@ -29,9 +29,9 @@ class Factors:
         strength: float,
         ridge: float,
     ) -> dict[str, Tensor]:
-        """Factors of the merged B A: of rank r the nearest one, by singular values.
+        """Factors of the merged B A: its nearest rank-r approximation, by truncated SVD.
 
-        moments: of the old inputs and of the new. The merged product, of rank 2r, is
+        moments: of the old inputs, then of the new. The merged product, of rank 2r, is
 
             B₀A₀ + (B₁A₁ − B₀A₀) P,  P = G (G + γ G_old + εI)⁻¹.
         """
@@ -40,7 +40,7 @@ class Factors:
             distributed.full(w[n]).float().flatten(1) for w in (old, new) for n in shapes
         )
         if torch.equal(a0, a1) and torch.equal(b0, b1):
-            return {}  # what did not move is left as it is
+            return {}  # unchanged factors are left as they are
         theirs, mine = cast(Any, moments)
         both = functional.pad(torch.cat([a0, a1]), (0, 1))
         kept = mine.shrunk(both, theirs, strength, ridge, bias=False)[:, :-1]

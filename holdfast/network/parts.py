@@ -4,14 +4,14 @@ Works on any `nn.Module`, by its structure and never by the name of its class (`
 the repeated blocks):
 
 - A block is "layer.k". What is registered before the blocks is "embeddings", what is registered
-  after them is "head", save what names itself otherwise (`rel_embeddings`, `classifier`).
-- Two stacks, one of which calls itself a decoder: "encoder.layer.k" and "decoder.layer.k" on one
-  scale of depth; what follows the encoder's blocks (its final norm) joins its last layer.
+  after them is "head", unless its name says otherwise (`rel_embeddings`, `classifier`).
+- Two stacks, one of them named a decoder: "encoder.layer.k" and "decoder.layer.k" on one scale of
+  depth; what follows the encoder's blocks (its final norm) joins its last layer.
 - Other stacks stand side by side (the towers of CLIP), each on a scale from 0 to 1:
   "text_model.layer.k", "vision_model.layer.k".
 - No repeated blocks: the modules that own parameters, in order of registration, a norm joining
-  what it follows. The first is "embeddings", the last "head", those between are layers; a module
-  on its own is "head".
+  what it follows. The first is "embeddings", the last "head", the others are layers; a single
+  module is "head".
 
 A tied weight counts once, under the name that is registered first: GPT-2's output matrix is in
 "embeddings".
@@ -40,8 +40,8 @@ from holdfast.network.stacks import (
 
 EMBEDDINGS, HEAD = "embeddings", "head"
 
-# Path components that wrappers insert. torch.compile, activation checkpointing, FSDP1, Fabric and
-# DeepSpeed name theirs unmistakably; PEFT moves a layer it adapts below one of the last two.
+# Path components that wrappers insert. torch.compile, activation checkpointing, FSDP1 and Fabric
+# use unmistakable names; PEFT moves a layer that it adapts below one of the last two.
 _COMPONENTS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 _COMPONENTS |= {"_forward_module", "base_layer", "original_module"}
 
@@ -64,7 +64,7 @@ def canonical(name: str) -> str:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """{canonical name: parameter} in order of registration, a tied one once, under its first name.
+    """{canonical name: parameter} in order of registration; a tied one once, under its first name.
 
     Refused if two different parameters would share a name, or one has no shape yet.
     """
@@ -109,7 +109,7 @@ class Parts:
 
 
 def parts(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Parts:
-    """Put every parameter of `model` in exactly one part; the head of this file says how.
+    """Put every parameter of `model` in exactly one part, by the rules at the top of this file.
 
     `overrides` is {glob on canonical names: part}, tried in order, the first match wins. A glob
     that matches nothing, or a part that the model does not have, is Refused.
@@ -186,7 +186,7 @@ def _is_embedding(words: list[str], owner: nn.Module, before: nn.Module | None) 
 
 
 def _in_a_row(model: nn.Module, raw: list[str]) -> dict[str, str]:
-    """{raw name: part} of a network without a stack: modules in order of registration."""
+    """{raw name: part} for a network without stacks: modules in order of registration."""
     modules = dict(model.named_modules())
     units: dict[str, list[str]] = {}
     for name in raw:

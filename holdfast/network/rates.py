@@ -1,6 +1,6 @@
 """A learning rate for each part of a network, as a curve over relative depth.
 
-Rates are shape × scale: `Rates` holds multipliers only, the base learning rate is given apart, so
+Rates are shape × scale: `Rates` holds multipliers only, the base learning rate is separate, so
 that a curve is never credited for a smaller overall step. One multiplier for the embeddings, K for
 the layers, one for the head::
 
@@ -43,11 +43,11 @@ class Rates:
     head: float
     """Multiplier of what runs after the last layer."""
     layers: int | None = None
-    """How many layers the network had on which the curve was found; None: points at (j + ½)/K."""
+    """Layers of the network on which the curve was found; None: points at (j + ½)/K."""
     freeze_below: float = 0.0
     """Parts of smaller relative depth get 0, whatever the curve says."""
     geometric_mean_rate: float | None = None
-    """Geometric mean of the learning rates with which the curve was found, if known."""
+    """Geometric mean of the learning rates of the curve where it was found, if known."""
     name: str = "rates"
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Where the curve comes from: plain data, kept in the file."""
@@ -101,7 +101,7 @@ class Rates:
 
     @classmethod
     def flat(cls) -> Rates:
-        """One rate for everything: the control of every other curve."""
+        """One rate for everything: the control for every other curve."""
         return cls(embeddings=1.0, points=(1.0,), head=1.0, name="flat")
 
     @classmethod
@@ -128,7 +128,7 @@ class Rates:
         """The published averages of searched rates, relative to their geometric mean 3.0e-6.
 
         The searched rates are 6.6 times lower than the 2e-5 they were compared with; divided by
-        their mean, only the shape is left.
+        their mean, they give only the shape.
         """
         rates = [1e-6 * rate for rate in _BERTCL_AVERAGED]
         mean = _geometric_mean(rates)
@@ -173,10 +173,10 @@ class Rates:
     # --- applying ------------------------------------------------------------------------------
 
     def at(self, depth: float) -> float:
-        """The layers' multiplier at a relative depth, `freeze_below` left aside.
+        """The layers' multiplier at a relative depth, ignoring `freeze_below`.
 
-        Between neighbours a < b at distance t from a: exp((1 − t)·log a + t·log b). Where one of
-        them is 0 there is no logarithm, and the nearer one counts (the later one half-way).
+        A share t of the way from one point a to the next b: exp((1 − t)·log a + t·log b). If one
+        of them is 0, which has no logarithm, the nearer one counts (b half-way).
         """
         values = self._on_layers()
         places = [(i + 0.5) / len(values) for i in range(len(values))]
@@ -203,7 +203,7 @@ class Rates:
         }  # fmt: skip
 
     def _on_layers(self) -> tuple[float, ...]:
-        """The K points spread over the layers of the curve's own network: layer i, point ⌊iK/L⌋."""
+        """The K points spread over the L layers of the curve's network: layer i, point ⌊iK/L⌋."""
         k, n = len(self.points), self.layers or 0
         return self.points if n < k else tuple(self.points[i * k // n] for i in range(n))
 
@@ -260,7 +260,7 @@ PRESETS: dict[str, Callable[[], Rates]] = {
 
 
 def plot(rates: Rates, path: str | os.PathLike[str], parts: Parts | None = None) -> None:
-    """Draw multiplier by part on a log axis; a frozen part is a cross at the foot.
+    """Plot multiplier by part on a log axis; a frozen part is a cross at the bottom.
 
     Without `parts` the control points are drawn, each as a part of its own.
     """
@@ -296,7 +296,7 @@ def plot(rates: Rates, path: str | os.PathLike[str], parts: Parts | None = None)
 
 
 def number(value: Any, where: str) -> float:
-    """A finite number that is not negative, as a float."""
+    """A finite, non-negative number, as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise Refused(f"{value!r} is not a number", where=where)
     try:

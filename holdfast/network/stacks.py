@@ -2,11 +2,11 @@
 
 A *stack* is the outermost list of repeated blocks (ModuleList, Sequential or ModuleDict whose
 members own sub-modules) that holds most parameters. Outermost, so that the experts inside a layer
-are no layers; but stages of unequal shape (ResNet, Swin, ConvNeXt) are opened, so that their
+are not layers; but stages of unequal shape (ResNet, Swin, ConvNeXt) are opened, so that their
 blocks are the layers and a downsampling joins its nearest block. Several lists under one parent
-(`layer1 … layer4`, `downs` and `ups`) are one stack, and lists of equal length with a list of
-norms beside them (`convs`, `norms`) are the same layers in slices. Without any such list, the
-layers of recurrent modules are the blocks.
+(`layer1 … layer4`, `downs` and `ups`) are one stack, and lists of equal length beside a list of
+norms (`convs`, `norms`) are slices of the same layers. Without any such list, the layers of
+recurrent modules are the blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import chain
 
 from torch import nn
 
-# A second stack smaller than this share of the largest is part of what surrounds it.
+# A second stack below this share of the largest counts as part of its surroundings.
 MINOR = 0.1
 
 
@@ -26,7 +26,7 @@ MINOR = 0.1
 class Stack:
     """Repeated blocks in order; a block is the module paths or parameter names that it owns."""
 
-    path: str  # of the list, the first one if there are several
+    path: str  # of the list, or of the first of several
     blocks: list[list[str]]
     size: int  # number of weights
     kind: object = None
@@ -43,7 +43,7 @@ class Stack:
 def find_stacks(model: nn.Module) -> list[Stack]:
     """The stacks that make up the network, in order of registration, decoders last."""
     lists = _block_lists(model) or _recurrent(model)
-    # A list inside a head is no stack, unless everything is (a wrapper's attribute "classifier").
+    # A list inside a head is not a stack, unless all lists are (a wrapper names it "classifier").
     lists = [one for one in lists if not is_head(one.path.split("."))] or lists
     if not lists:
         return []
@@ -63,7 +63,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def _block_lists(model: nn.Module) -> list[Stack]:
-    """Every list of repeated blocks that is not inside a block of another."""
+    """Every list of repeated blocks that is not inside another list's block."""
     found: list[Stack] = []
     closed: set[str] = set()
     for path, module in model.named_modules():
@@ -78,7 +78,7 @@ def _block_lists(model: nn.Module) -> list[Stack]:
 
 
 def _recurrent(model: nn.Module) -> list[Stack]:
-    """Recurrent modules as stacks: what ends in `_l0` is the first layer, both directions."""
+    """Recurrent modules as stacks: parameters in `_l0` are layer 0, in both directions."""
     found = []
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
@@ -93,8 +93,8 @@ def _recurrent(model: nn.Module) -> list[Stack]:
 def _repeated(module: nn.Module, *, lone: bool = False) -> dict[str, nn.Module]:
     """The members of a container from its first repeated block to its last, {} if it has none.
 
-    Blocks own sub-modules. In a ModuleList all of them count (hybrid models mix classes), even a
-    single one, and so elsewhere if `lone`; otherwise two of one kind, holding most of the weights.
+    Blocks own sub-modules. A ModuleList of blocks only (or, if `lone`, any container of them)
+    counts whole, mixed kinds or one block too; else two of a kind with most of the weights.
     """
     if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
         return {}
@@ -116,9 +116,9 @@ def _repeated(module: nn.Module, *, lone: bool = False) -> dict[str, nn.Module]:
 
 
 def _expand(path: str, members: dict[str, nn.Module]) -> list[list[str]]:
-    """Blocks as lists of what they own, stages opened.
+    """Blocks as lists of what they own, with stages opened.
 
-    Layers of one stack have the same shapes, stages have not: so experts inside equal layers stay
+    Layers of one stack have the same shapes, stages do not: so experts inside equal layers stay
     closed, and the blocks of unequal stages (or of bare lists in a list) become the layers.
     """
     kinds: dict[object, list[nn.Module]] = {}
@@ -142,7 +142,7 @@ def _expand(path: str, members: dict[str, nn.Module]) -> list[list[str]]:
             full = _join(own, parameter)
             if any(inside(full, layer[0]) for layer in layers[first:]):
                 seen = True
-            else:  # what a stage has before its blocks joins the first, what follows the last
+            else:  # a stage's other weights join its first block, or its last
                 layers[-1 if seen else first].append(full)
     return layers
 
@@ -185,7 +185,7 @@ def _one_of(model: nn.Module, lists: list[Stack]) -> Stack:
 
 
 def _is_peer(stack: Stack, largest: Stack) -> bool:
-    """Whether a second stack is one in its own right, rather than part of a stem or a head."""
+    """Whether a second stack stands in its own right, and is not part of a stem or a head."""
     if inside(stack.path, largest.path) or inside(largest.path, stack.path):
         return False
     if {stack.role, largest.role} == {"encoder", "decoder"}:
@@ -209,17 +209,17 @@ def _label(stacks: list[Stack]) -> None:
 
 
 def is_serial(stacks: list[Stack]) -> bool:
-    """Data flows through the stacks in turn if some, not all, are decoders."""
+    """Whether data flows through the stacks in turn: if some of them, not all, are decoders."""
     return 0 < sum(stack.role == "decoder" for stack in stacks) < len(stacks)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module, or a class it derives from, calls itself a norm."""
+    """Whether the module's class, or one it derives from, has norm in its name."""
     return any("norm" in kind.__name__.lower() for kind in type(module).__mro__)
 
 
 def is_head(words: list[str]) -> bool:
-    """Whether a name says that it belongs to the output, wherever it was registered."""
+    """Whether a name marks an output module, wherever it was registered."""
     return any(re.search(r"(^|_)heads?$|classifier|logit|^final_", word.lower()) for word in words)
 
 
@@ -230,7 +230,7 @@ def _owners(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _kind(module: nn.Module) -> object:
-    """What makes two modules the same: the class, or for a bare container its members' kinds."""
+    """The kind of a module: its class, or for a bare container its members' kinds."""
     if type(module) in (nn.Sequential, nn.ModuleList):
         return frozenset(_kind(child) for child in _owners(module).values())
     return type(module).__qualname__
@@ -259,7 +259,7 @@ def prefixes(path: str) -> list[str]:
 
 
 def _shared_components(paths: list[str]) -> int:
-    """How many leading components all paths share, the last component of each not counted."""
+    """How many leading components all paths share, not counting the last of each."""
     columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
     same = [len(set(column)) == 1 for column in columns]
     return [*same, False].index(False)

@@ -1,1 +1,1 @@
-"""Work on tensors, in place and without synchronising, on any number of ranks."""
+"""Tensor operations, in place where possible, on one process or any number of ranks."""

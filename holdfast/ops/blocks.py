@@ -1,8 +1,8 @@
-"""Elementwise work on large tensors, in blocks that stay in the processor's cache.
+"""Elementwise work on large tensors, in blocks that stay in the CPU's cache.
 
-An operation on a whole tensor sends its temporaries through memory, and memory is what bounds
-elementwise work on weights. On accelerators, where a launch costs more than that, a tensor is one
-block. Of tensors in shards (`DTensor`) each rank works on its own part.
+An operation on a whole tensor sends its temporaries through memory, whose bandwidth bounds
+elementwise work on weights. On accelerators, where launches cost more than that, a tensor is one
+block. Of sharded tensors (`DTensor`) each rank works on its own part.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _kept = threading.local()
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of each of `tensors`, views of about `SIZE` entries of the first.
+    """Yield matching rows of all `tensors` as views, about `SIZE` entries of the first at a time.
 
     Tensors agree in their first dimension. Rows longer than `SIZE` stay whole.
     """
@@ -36,9 +36,9 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def workspace(place: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor to write a block's result into, of undefined content, valid until asked for again.
+    """An uninitialised tensor for a block's result, valid until the next call for its `place`.
 
-    On a processor the memory is kept, one piece for each `place` and thread: fresh memory costs a
+    On the CPU the memory is kept, one buffer per `place`, dtype and thread: fresh memory costs a
     page fault every 4 KiB, which takes longer than the work (measured: 3 to 6 times).
     """
     count = math.prod(shape)
@@ -47,6 +47,6 @@ def workspace(place: int, shape: Sequence[int], dtype: torch.dtype, device: torc
     workspaces: dict[tuple[int, torch.dtype], Tensor] = vars(_kept).setdefault("workspaces", {})
     found = workspaces.get((place, dtype))
     if found is None or found.numel() < count:
-        with torch.inference_mode(False):  # else it could not be written to in training
+        with torch.inference_mode(False):  # an inference tensor could not be written to in training
             found = workspaces[place, dtype] = torch.empty(count, dtype=dtype, device=device)
     return found[:count].view(shape)

@@ -1,7 +1,7 @@
 """Several processes that train one model: the one place that knows of ranks and shards.
 
-Nothing here costs a single process anything: without an initialised process group every question
-is answered at once, and no tensor is looked at. All ranks of the default group train one model on
+Nothing here costs a single process anything: without an initialised process group every function
+returns at once and communicates nothing. All ranks of the default group train one model on
 different rows (data parallel: replicated, or in shards by FSDP2).
 """
 
@@ -18,8 +18,8 @@ from torch import distributed as dist
 
 from holdfast.errors import Refused
 
-PIECE = 1 << 20  # entries that a fingerprint looks at in one piece
-Placement = tuple[Any, ...]  # the process groups over which the parts of a tensor lie
+PIECE = 1 << 20  # entries that a fingerprint reads at a time
+Placement = tuple[Any, ...]  # the process groups over which a tensor is sharded
 
 
 def world() -> int:
@@ -36,7 +36,7 @@ def rank() -> int:
 
 
 def sharded(t: Tensor) -> bool:
-    """Whether a tensor is a `DTensor`, of which this rank holds a part."""
+    """Whether a tensor is a `DTensor`, of which this rank holds only a part."""
     return type(t) is not Tensor and hasattr(type(t), "to_local")
 
 
@@ -46,7 +46,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def like(part: Tensor, whole: Tensor) -> Tensor:
-    """A tensor of which every rank holds `part`, of the layout of `whole`."""
+    """A tensor laid out as `whole`, of which this rank holds `part`."""
     if not sharded(whole):
         return part
     kind, laid = cast(Any, type(whole)), cast(Any, whole)
@@ -62,9 +62,9 @@ def full(t: Tensor) -> Tensor:
 
 
 def beside(t: Tensor, weight: Tensor) -> Tensor:
-    """`t` where `weight` lies: on its device and, if both have one shape, in the same shards.
+    """`t` on the device of `weight` and, if both have the same shape, in the same shards.
 
-    No rank tells another anything: each keeps its own part.
+    Nothing is communicated: each rank keeps its own part.
     """
     if not sharded(weight) or sharded(t) or t.shape != weight.shape:
         return t.to(weight.device)
@@ -76,9 +76,9 @@ def beside(t: Tensor, weight: Tensor) -> Tensor:
 
 
 def reshard_(model: nn.Module) -> None:
-    """Drop what FSDP2 gathered for a forward pass without a backward one.
+    """Free what FSDP2 gathered for a forward pass that no backward pass follows.
 
-    Until then modules hold whole weights, which would not see what is written to the shards.
+    Until then modules hold whole weights, which would miss writes to the shards.
     """
     for module in model.modules():
         if callable(reshard := getattr(module, "reshard", None)):
@@ -106,7 +106,7 @@ def sum_(t: Tensor, over: Placement) -> Tensor:
 
 
 def mean(t: Tensor) -> Tensor:
-    """The mean of all entries, 0-dim and equal on all ranks, of a tensor in shards too."""
+    """The mean of all entries of a tensor, sharded or not: 0-dim, equal on all ranks."""
     if not sharded(t):
         return t.mean()
     return sum_(local(t).sum(), placement(t)) / t.numel()
@@ -116,7 +116,7 @@ def mean(t: Tensor) -> Tensor:
 
 
 def reduce_(tensors: Iterable[Tensor]) -> None:
-    """Sum each tensor over all ranks, in place; one at a time, for they may be large."""
+    """Sum each tensor over all ranks, in place; one at a time, as they may be large."""
     if world() > 1:
         for t in tensors:
             dist.all_reduce(t)
@@ -133,7 +133,7 @@ def gather(numbers: list[int], device: torch.device) -> list[list[int]]:
 
 
 def require_equal(values: Mapping[str, int], device: torch.device, *, remedy: str) -> None:
-    """`Refused`, on every rank, where ranks differ in one of the numbers, which it names."""
+    """`Refused`, on every rank, if ranks differ in one of the numbers, naming it."""
     every = gather(list(values.values()), device)
     for column, what in enumerate(values):
         for other, row in enumerate(every):
@@ -142,13 +142,13 @@ def require_equal(values: Mapping[str, int], device: torch.device, *, remedy: st
 
 
 def number_of(value: Any) -> int:
-    """64 bits that tell JSON values apart."""
+    """A 64-bit hash of a JSON value."""
     text = json.dumps(value, sort_keys=True, default=str).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big", signed=True)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int:
-    """64 bits that change with any entry and with its place; one pass, on the tensors' device."""
+    """A 64-bit hash of all entries and their positions; one pass, on the tensors' device."""
     total = 0
     for t in tensors:
         bits = t.detach().contiguous().flatten()
@@ -156,8 +156,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
         bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
         total = 31 * total + t.numel()
         for piece in bits.split(PIECE):
-            # An odd factor for each place: a plain sum misses that two entries changed places, or
-            # that a generator, which counts drawn numbers up and remaining ones down, has drawn.
+            # An odd factor per position: a plain sum would miss two swapped entries, or a draw from
+            # a generator, whose state counts numbers drawn up and numbers left down.
             odd = torch.arange(1, 2 * len(piece), 2, device=t.device)
             total = 31 * total + int((odd * piece).sum())
     return (total + 2**63) % 2**64 - 2**63
@@ -165,12 +165,12 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 @torch.no_grad()
 def align_(randomness: Tensor, weights: Mapping[str, Tensor], plan: Any) -> Tensor:
-    """Give every rank the weights of rank 0, as DDP does with its module, and return its random
-    states.
+    """Give every rank the weights of rank 0, as DDP does with its module; returns rank 0's
+    random states.
 
-    Ranks may have been seeded each for itself, and a new head be drawn before that. Weights in
-    shards are left as they are: their parts differ by design. `Refused` where ranks differ in
-    `plan`, plain values, or in the names, shapes or types of the weights.
+    Ranks may have been seeded differently, even before a new head was drawn. Sharded weights are
+    left as they are: their parts differ by design. `Refused` where ranks differ in `plan` (plain
+    values) or in the names, shapes or types of the weights.
     """
     if world() == 1:
         return randomness
@@ -183,7 +183,7 @@ def align_(randomness: Tensor, weights: Mapping[str, Tensor], plan: Any) -> Tens
     dist.broadcast(randomness, 0)
     for w in weights.values():
         if not sharded(w):
-            same = w.detach().contiguous()  # of a transposed weight a copy
+            same = w.detach().contiguous()  # a copy if the weight is transposed
             dist.broadcast(same, 0)
             if same.data_ptr() != w.data_ptr():
                 w.copy_(same)
@@ -193,9 +193,9 @@ def align_(randomness: Tensor, weights: Mapping[str, Tensor], plan: Any) -> Tens
 def require_aligned(
     randomness: Tensor, weights: Mapping[str, Tensor], steps: tuple[int, int]
 ) -> None:
-    """`Refused` where ranks are no longer equal: each has stepped with gradients of its own.
+    """`Refused` if ranks have diverged: each stepped with gradients of its own.
 
-    steps: taken and left out. One pass over the weights, and four numbers told.
+    steps: taken and left out. Takes one pass over the weights, and gathers four numbers.
     """
     if world() == 1:
         return
@@ -214,16 +214,16 @@ def require_aligned(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel: extra forward passes go past its bookkeeping."""
+    """The module inside DistributedDataParallel: extra forward passes bypass its bookkeeping."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     return model
 
 
 def refuse_unserved(model: nn.Module, optimizer: Any) -> None:
-    """Refuse sharded training whose gradients or weights cannot be seen by name, with the remedy.
+    """Refuse sharded training whose gradients or weights are not accessible by name.
 
-    DeepSpeed and FSDP1 are known by their marks: neither needs to be installed.
+    DeepSpeed and FSDP1 are recognised by attributes and class names: neither need be installed.
     """
     remedy = "use DistributedDataParallel, or fully_shard (FSDP2)"
     for name, p in model.named_parameters():
@@ -254,5 +254,5 @@ def refuse_unserved(model: nn.Module, optimizer: Any) -> None:
 
 
 def _from(package: str, thing: Any) -> bool:
-    """Whether a class of `package` is among the classes of an object."""
+    """Whether a class from `package` is among the classes of an object."""
     return any(f"{c.__module__}.".startswith(f"{package}.") for c in type(thing).__mro__)

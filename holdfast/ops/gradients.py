@@ -11,7 +11,7 @@ from holdfast.ops import distributed
 
 
 def unscale_(optimizer: Any, grads: list[Tensor]) -> None:
-    """Undo the scale of a GradScaler that a fused optimizer would undo inside its kernel."""
+    """Undo the GradScaler scale that a fused optimizer would otherwise undo in its kernel."""
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         if grads:
@@ -23,13 +23,13 @@ def unscale_(optimizer: Any, grads: list[Tensor]) -> None:
 def total_norm(grads: list[Tensor]) -> Tensor:
     """The Euclidean norm over all gradients, at least float32.
 
-    Of gradients in shards it is the norm of the whole: equal on all ranks, which all must call it.
+    For sharded gradients it is the norm of the whole, equal on all ranks; all must call this.
     """
     if any(distributed.sharded(g) for g in grads):
         return _norm_of_shards(grads)
     if not any(g.dtype.itemsize < 4 for g in grads):
         return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-    # In their own type, norms of float16 above 65,504 are infinite, bfloat16 has three digits.
+    # In their own dtype, float16 norms overflow above 65,504 and bfloat16 has three digits.
     alike: dict[Any, list[Tensor]] = {}
     for g in grads:
         alike.setdefault((g.device, g.dtype), []).append(g)
@@ -42,16 +42,16 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _norm_of_shards(grads: list[Tensor]) -> Tensor:
-    """The root of Σ ‖shard‖²: shards summed over the ranks that hold them, others counted once.
+    """√Σ ‖shard‖²: shards summed over the ranks that hold them, others counted once.
 
-    In float64, so that sums of squares overflow no sooner; every mesh adds up one number.
+    In float64, so that squares of finite norms do not overflow; one number is reduced per mesh.
     """
     alike: dict[distributed.Placement, list[Tensor]] = {}
     for g in grads:
         alike.setdefault(distributed.placement(g), []).append(distributed.local(g))
     square = torch.zeros((), dtype=torch.float64, device=grads[0].device)
     for spread, same in alike.items():
-        norm = total_norm([g for g in same if g.numel()])  # of an empty shard there is none
+        norm = total_norm([g for g in same if g.numel()])  # an empty shard has none
         square += distributed.sum_(norm.to(square).square(), spread)
     return square.sqrt().float()
 

@@ -1,11 +1,11 @@
 """Masks of weights: kept in bits or as NaN, and applied without a branch per entry.
 
-On a processor `masked_fill_` and `where` take a branch for every entry, which a mask without
-pattern mispredicts: arithmetic is 6 to 10 times as fast (measured on one core, 10.6 M float32
-entries: `masked_fill_` 24 ms, `mul_` 2 ms). Accelerators take the plain way.
+On the CPU `masked_fill_` and `where` take a branch for every entry, which an irregular mask makes
+unpredictable: arithmetic is 6 to 10 times as fast (measured on one core, 10.6 M float32 entries:
+`masked_fill_` 24 ms, `mul_` 2 ms). Accelerators use the plain operations.
 
-A mask says which entries move. It is either a tensor of bits (`pack`), or lies in the values to
-hold themselves, as NaN where an entry moves (`mark_`); then `bits` is None below.
+A mask says which entries move. It is either a tensor of bits (`pack`), or stored in the held
+values themselves, as NaN where an entry moves (`mark_`); then `bits` is None below.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def pack(mask: Tensor) -> Tensor:
     """A bool mask (…, n) as bits, uint8 (…, ⌈n/8⌉): bit k of byte j is entry 8j + k.
 
-    Rows are packed apart, so that a slice of rows is a slice of the bits. A mask of fewer than two
-    dimensions is kept as bytes of its own shape.
+    Each row is packed separately, so that a slice of rows is a slice of the bits. A mask of fewer
+    than two dimensions is kept as bytes of its own shape.
     """
     if mask.ndim < 2:
         return mask.to(torch.uint8)
@@ -42,7 +42,7 @@ def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """The inverse of `pack`: bool, of `shape`."""
     if len(shape) < 2:
         return bits.bool()
-    # Eight bytes of a mask are one number, looked up in a table.
+    # A table maps each byte of bits to eight bytes of the mask, as one int64.
     place = workspace(0, bits.shape, torch.int32, bits.device).copy_(bits).flatten()
     eights = _table(bits.device).index_select(0, place)
     whole = eights.view(torch.bool).view(*shape[:-1], 8 * bits.shape[-1])
@@ -51,7 +51,7 @@ def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
 
 @functools.lru_cache
 def _table(device: torch.device) -> Tensor:
-    """For each byte its eight bits as bytes 0 or 1, in one int64."""
+    """For each byte value its eight bits as bytes 0 or 1, in one int64."""
     rows = [[byte >> k & 1 for k in range(8)] for byte in range(256)]
     return torch.tensor(rows, dtype=torch.uint8).view(torch.int64).flatten().to(device)
 
@@ -74,7 +74,7 @@ def zero_(grad: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
             moves = unpack(b, h.shape)
             if g.device.type == "cpu":
                 moves = workspace(1, g.shape, g.dtype, g.device).copy_(moves.view(torch.uint8))
-        elif g.device.type == "cpu":  # a comparison into floats is vectorised, into bool it is not
+        elif g.device.type == "cpu":  # a comparison is vectorised with float output, not with bool
             moves = torch.ne(h, h, out=workspace(1, h.shape, h.dtype, h.device))
         else:
             moves = h != h

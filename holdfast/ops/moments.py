@@ -1,9 +1,9 @@
-"""Second moments of a layer's inputs: sums Σ x xᵀ of (n, d) inputs, and the solves they are for.
+"""Second moments of a layer's inputs: sums Σ x xᵀ of (n, d) inputs, and solves with them.
 
 Three structures:
 
     full       G itself, 4 d² bytes
-    block      its diagonal blocks of at most `width` inputs: what blocks have in common is left out
+    block      its diagonal blocks of about `width` inputs at most; the rest is taken as 0
     low_rank   G ≈ FᵀF + diag(r), F of (rank, d): 4 d (rank + 1) bytes
 """
 
@@ -21,17 +21,17 @@ SMALL = 256  # matrices up to this size are solved in double
 
 @dataclass
 class Blocks:
-    """Diagonal blocks of a Gram matrix: `matrix` (blocks, b, b); one block is the whole of it."""
+    """Diagonal blocks of a Gram matrix: `matrix` (blocks, b, b); one block is all of it."""
 
     matrix: Tensor
-    d: int  # inputs + 1; the last block is filled up with zeros
+    d: int  # inputs + 1; the last block is padded with zeros
 
     @classmethod
     def empty(cls, d: int, width: int | None, device: torch.device) -> Blocks:
-        """For d − 1 inputs, and the 1 beside them, in blocks of at most `width` (None: one)."""
+        """For d − 1 inputs and the appended 1, in ⌈(d − 1) / width⌉ blocks (width None: one)."""
         blocks = 1 if width is None else max(1, math.ceil((d - 1) / width))
         b = math.ceil(d / blocks)
-        # Products are faster into rows that begin at multiples of 64 bytes; `close_` packs them.
+        # Products are faster into rows that start at multiples of 64 bytes; `close_` packs them.
         return cls(torch.zeros(blocks, b, b + -b % 16, device=device)[..., :b], d)
 
     def cut(self, x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Blocks:
         return x.transpose(0, 1).flatten(1)[:, : self.d]
 
     def see_(self, x: Tensor) -> None:
-        """Add Σ x xᵀ of inputs (n, d): in strips, of which `close_` mirrors what they leave out."""
+        """Add Σ x xᵀ of inputs (n, d), the upper triangle only, in strips; `close_` mirrors it."""
         pieces, b = self.cut(x), self.matrix.shape[-1]
         strip = max(64, math.ceil(b / 8))
         for i in range(0, b, strip):
@@ -53,12 +53,12 @@ class Blocks:
             self.matrix[:, i : i + strip, i:].baddbmm_(mine, pieces[:, :, i:])
 
     def close_(self) -> None:
-        """All inputs were seen: what the strips left out is mirrored."""
+        """All inputs were seen: mirror the upper triangle."""
         self.matrix = self.matrix.triu().contiguous()
         self.matrix += self.matrix.triu(1).mT
 
     def add_(self, other: Blocks) -> None:
-        """Add another's; no tensor is written to, for other methods may hold it."""
+        """Add another's, not in place: other methods may hold the tensors."""
         self.matrix = self.matrix + other.matrix
 
     def scale_(self, factor: float) -> None:
@@ -67,25 +67,25 @@ class Blocks:
     def shrunk(
         self, delta: Tensor, old: Blocks, strength: float, ridge: float, *, bias: bool = True
     ) -> Tensor:
-        """Δ G (G + γ G_old + εI)⁻¹ of Δ (n, d): what of a change is kept.
+        """Δ G (G + γ G_old + εI)⁻¹ of Δ (n, d): the part of a change that is kept.
 
-        ε is `ridge` times the mean diagonal of the sum. bias=False leaves the appended 1 out.
+        ε is `ridge` times the mean diagonal of G + γ G_old. bias=False ignores the appended 1.
         """
         new = self.matrix if bias else self._without_one()
         both = torch.add(new, old.matrix if bias else old._without_one(), alpha=strength)
         diagonal = both.diagonal(dim1=1, dim2=2)
-        # Where neither task has any input there is nothing to solve, nor to change.
+        # If both matrices are 0 nothing is kept; ε = 1 keeps the solve regular.
         mean = diagonal.sum() / max(self.d - (not bias), 1)
         diagonal.add_(torch.where(mean > 0, mean * ridge, 1.0))
         pieces = self.cut(delta.to(new.dtype))
-        if len(delta) > new.shape[-1]:  # fewer left sides: the matrix itself
+        if len(delta) > new.shape[-1]:  # fewer rows in G than in Δ: solve for G
             kept = torch.bmm(pieces, _divided(new, both))
         else:
             kept = _divided(torch.bmm(pieces, new), both)
         return self.joined(kept).to(delta.dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """x G of x (n, d)."""
+        """x G for x (n, d)."""
         return self.joined(torch.bmm(self.cut(x), self.matrix))
 
     def _without_one(self) -> Tensor:
@@ -117,13 +117,13 @@ class LowRank:
     def see_(self, x: Tensor) -> None:
         """Add Σ x xᵀ of inputs (n, d).
 
-        Of the rows X, those of F included, F becomes the best of its rank, Uᵀ X with U the leading
-        eigenvectors of X Xᵀ; the diagonal of what it leaves out goes to `rest`.
+        With X the rows of F and x together, F becomes the best approximation of its rank, Uᵀ X with
+        U the leading eigenvectors of X Xᵀ; the diagonal of the remainder goes to `rest`.
         """
         for piece in x.split(max(2 * self.rank, 64)):
             rows = torch.cat([self.factor, piece.to(self.factor.dtype)])
             if not bool(rows.isfinite().all()):
-                self.rest = self.rest + torch.nan  # told when all is measured, on every rank
+                self.rest = self.rest + torch.nan  # refused after the pass, on every rank
                 return
             if len(rows) > self.d:
                 rows = torch.linalg.qr(rows, mode="r")[1]  # fewer rows, the same XᵀX
@@ -139,7 +139,7 @@ class LowRank:
         """All inputs were seen."""
 
     def add_(self, other: LowRank) -> None:
-        """Add another's; no tensor is written to."""
+        """Add another's, not in place."""
         self.rest = self.rest + other.rest
         self.see_(other.factor)
 
@@ -149,7 +149,7 @@ class LowRank:
     def shrunk(
         self, delta: Tensor, old: LowRank, strength: float, ridge: float, *, bias: bool = True
     ) -> Tensor:
-        """As `Blocks.shrunk`, by the Woodbury identity: nothing of d × d is made.
+        """As `Blocks.shrunk`, by the Woodbury identity, without any d × d matrix.
 
         With M = D + CᵀC, C = (F, √γ F_old):  M⁻¹ = D⁻¹ − D⁻¹Cᵀ (I + C D⁻¹ Cᵀ)⁻¹ C D⁻¹
         """
@@ -189,14 +189,14 @@ def _exact(device: torch.device) -> torch.dtype:
 def _divided(left: Tensor, matrix: Tensor) -> Tensor:
     """left · matrix⁻¹ of positive definite matrices (k, b, b), in double where that is cheap.
 
-    Rounding of large sums may outweigh a small ridge: then double, and then eigenvalues below what
-    rounding leaves certain are raised to that.
+    Rounding may outweigh a small ridge, and Cholesky fail: then it is repeated in double, and if
+    that fails too, eigenvalues are raised to at least 1e-7 of the largest.
     """
     wide = _exact(matrix.device)
     for dtype in (wide,) if matrix.shape[-1] <= SMALL else (matrix.dtype, wide):
         factor, failed = torch.linalg.cholesky_ex(matrix.to(dtype))
         if not bool(failed.any()):
-            # Two solves from the right: of rows as they lie, so without a copy of either side.
+            # Solving from the right needs no transposed copy of either side.
             half = _triangular(factor.mT, left.to(dtype), upper=True, left=False)
             return _triangular(factor, half, upper=False, left=False).to(left.dtype)
     values, vectors = torch.linalg.eigh(matrix.to(wide))

@@ -1,11 +1,11 @@
 """Which entries of a tensor are its largest: thresholds and masks by rank.
 
-The bits of floats of one sign order as integers do. So the value of a rank is found digit by
-digit: count how often each leading digit occurs, keep the one in which the rank falls, go on with
-the next digit. It is exact, never sorts, and needs a bounded amount of memory beside the scores
+Floats of one sign sort as their bits do as integers. So the value at a rank is found digit by digit
+(a radix select): count how often each leading digit occurs, keep the one in which the rank falls,
+go on with the next digit. It is exact, never sorts, and needs a bounded amount of extra memory
 (measured on one core: 4 to 6 times as fast as `kthvalue` for a million entries and more). Counts
-add up over ranks, so a tensor in shards needs one small all-reduce a digit, of the counts of all
-tensors. Small scores are copied instead, and partitioned.
+add up over processes, so sharded tensors need one small all-reduce per digit, for all tensors at
+once. Small scores are copied and partitioned instead.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from holdfast.config import exactly
 from holdfast.ops import distributed
 
-CHUNK = 1 << 20  # entries looked at in one piece: what bounds the memory beside the scores
-COPIED = 1 << 22  # up to it, numpy's vectorised partition of a copy is faster
-SMALL = 1 << 15  # up to it, on an accelerator, `kthvalue` of a copy is
+CHUNK = 1 << 20  # entries read at a time: it bounds the extra memory
+COPIED = 1 << 22  # up to this, numpy's vectorised partition of a copy is faster
+SMALL = 1 << 15  # the same for `kthvalue` of a copy on an accelerator
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
@@ -31,9 +31,9 @@ def select(
 ) -> dict[str, Tensor]:
     """True where an entry's score is at least that of rank ⌈n (1 − drop)⌉, counted from the top.
 
-    Entries that tie with the threshold are all kept, so equal scores keep everything. Of a tensor
-    that lies in shards (`DTensor`) n counts all of it, and the mask lies as it does; then every
-    rank must call this, with the same names.
+    Entries that tie with the threshold are all kept, so equal scores keep everything. For sharded
+    tensors (`DTensor`) n counts the whole tensor, and the mask is sharded alike; then every rank
+    must call this, with the same names.
     """
     if not scores:
         return {}
@@ -71,7 +71,7 @@ def thresholds(groups: Sequence[Sequence[Tensor]], drop: float) -> list[Tensor]:
 
 
 def _of_copy(group: Sequence[Tensor], rank: int) -> Tensor:
-    """The value of a rank, 1 for the smallest, from a copy of all scores."""
+    """The value at a rank, 1 for the smallest, from a copy of all scores."""
     flat = torch.cat([s.detach().flatten() for s in group])
     if not flat.is_cpu or flat.dtype not in INTEGERS:
         return flat.kthvalue(rank).values
@@ -80,15 +80,15 @@ def _of_copy(group: Sequence[Tensor], rank: int) -> Tensor:
 
 
 def _by_digits(groups: Sequence[Sequence[Tensor]], ranks: list[int], *, bits: int) -> list[Tensor]:
-    """The value of a rank, 1 for the smallest, in each group, found `bits` bits at a time."""
+    """The value at a rank, 1 for the smallest, in each group, found `bits` bits at a time."""
     dtype = torch.float32
     for group in groups:
         for s in group:
             dtype = torch.promote_types(dtype, s.dtype)
     width, size, device = torch.finfo(dtype).bits, 1 << bits, groups[0][0].device
     left = torch.tensor(ranks, device=device)[:, None]
-    found = [0] * len(groups)  # the leading bits of each value, as a signed number
-    share = [1.0] * len(groups)  # of the entries, those that have these bits
+    found = [0] * len(groups)  # the leading bits of each value, as a signed integer
+    share = [1.0] * len(groups)  # of the entries that have these bits
     for shift in range(width - bits, -1, -bits):
         first = shift == width - bits
         counts: dict[distributed.Placement, Tensor] = {}
@@ -101,7 +101,7 @@ def _by_digits(groups: Sequence[Sequence[Tensor]], ranks: list[int], *, bits: in
                 prefix = None if first else found[i]
                 _count_(counts[where][i], s, dtype, shift, prefix, sparse=share[i] < 1 / 8)
         total = torch.stack([distributed.sum_(t, where) for where, t in counts.items()]).sum(0)
-        # The sign bit comes first; below zero, the larger digit is of the smaller number.
+        # The sign bit comes first; for negative floats a larger digit means a smaller number.
         negative = [v < 0 for v in found]
         if first:
             total = torch.cat([total[:, size // 2 :].flip(1), total[:, : size // 2]], 1)
@@ -129,8 +129,8 @@ def _count_(
 ) -> None:
     """Add how often each digit at `shift` occurs among the entries whose bits above are `prefix`.
 
-    counts: int64, one entry for each digit, of which there are a power of two.
-    sparse: few entries have the prefix, so that picking them out pays.
+    counts: int64, one entry per digit; its length is a power of two.
+    sparse: few entries have the prefix, so that selecting them first pays off.
     """
     size = len(counts)
     for piece in distributed.local(s).detach().flatten().split(CHUNK):

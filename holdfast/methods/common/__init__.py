@@ -1,1 +1,1 @@
-"""What several methods share: start weights, importance, kept answers."""
+"""What several methods share: anchors, importance, kept answers, Gram matrices."""

@@ -39,8 +39,8 @@ def keep_start(view: View) -> None:
 
 
 def start_of(view: View) -> Weights | None:
-    """In `end_task`: the shared weights as the task began, no longer remembered; None if no one
-    kept them."""
+    """In `end_task`: take out the shared weights as the task began; None if nobody kept
+    them."""
     return view.state.weights.pop("start", None) or view.start()
 
 
@@ -55,7 +55,7 @@ def pull_(
 ) -> None:
     """Add λ F (w − w*) to the gradients in place; tensors without a gradient are left out.
 
-    rows: for some of the names the rows outside of which F is 0, as `important_rows` finds them.
+    rows: for some names the rows with F > 0, as `important_rows` finds them; F is 0 elsewhere.
     """
     for name, target in anchor.items():
         grad = grads.get(name)
@@ -77,7 +77,7 @@ def pull_(
 def important_rows(importance: Weights) -> dict[str, Tensor]:
     """The rows of each tensor with an importance above 0, where that is at most half of them.
 
-    So are embeddings: the words of the old task's rows are a small part of a vocabulary.
+    This is the case for embeddings: an old task's rows use a small part of the vocabulary.
     """
     found = {
         name: f.flatten(1).any(1).nonzero()[:, 0]

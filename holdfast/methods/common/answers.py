@@ -1,7 +1,7 @@
-"""What a model answered, kept by row, and how far it has come from it since.
+"""A model's outputs kept by row, and their divergence from its current outputs.
 
-Methods that hold outputs (lwf, kl_anchor) ask the model once for each row before the task. A row is
-told by its content (`view.rows`), so that neither the order of batches nor their padding matters.
+Methods that hold outputs (lwf, kl_anchor) run the model once on each row before the task. Rows are
+identified by content (`view.rows`), so that neither the order of batches nor padding matters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def kept(state: State) -> bool:
 def recall(state: State, rows: Tensor, *, where: str, remedy: str) -> dict[str, Tensor]:
     """The answers for these rows, (rows, …) each; `Refused` for a row that was not kept."""
     for slot in (state.tensors["rows"], state.tensors["answers"]):
-        for key, tensor in slot.items():  # loaded ones lie on the processor
+        for key, tensor in slot.items():  # loaded ones are on the CPU
             slot[key] = tensor.to(rows.device)
     known = state.tensors["rows"]["known"]
     place = torch.searchsorted(known, rows).clamp_(max=len(known) - 1)
@@ -48,7 +48,7 @@ def forget(state: State) -> None:
 
 
 def exact(logits: Tensor) -> Tensor:
-    """Logits in float32 at least: the logarithms of bfloat16 are good for two digits."""
+    """Logits in at least float32: bfloat16 logarithms are good for only two digits."""
     return logits.to(wide(logits.dtype))
 
 
@@ -61,17 +61,17 @@ def divergence(
     reverse: bool = False,
     shares: Tensor | None = None,
 ) -> Tensor:
-    """How far outputs (rows, classes) have come, as a mean over rows, in nats.
+    """How far outputs (rows, classes) have moved, as a mean over rows, in nats.
 
-    classes: T² · KL(softmax(before/T) ‖ softmax(now/T)); reverse: KL(now ‖ before) in its place.
-    labels: the same of each label against its absence, added up.
+    classes: T² · KL(softmax(before/T) ‖ softmax(now/T)); reverse: KL(now ‖ before) instead.
+    labels: the same for each label against its absence, summed over labels.
     numbers: ½ Σ (before − now)², the divergence of two normal distributions of variance 1.
-    shares: (rows,), how much each row counts; 1 where left out.
+    shares: (rows,), the weight of each row; 1 by default.
     """
     shares = torch.ones(len(now), device=now.device) if shares is None else shares
     if kind == "numbers":
         return 0.5 * ((before - now).square().sum(-1) * shares).mean()
-    if kind == "labels":  # of two classes, the absent one has the logit 0
+    if kind == "labels":  # as two classes; absence has logit 0
         before, now = (torch.stack([z, torch.zeros_like(z)], -1) for z in (before, now))
     p = (before / temperature).log_softmax(-1)
     q = (now / temperature).log_softmax(-1)

@@ -5,8 +5,8 @@
 Squaring the gradient of a *batch mean* instead shrinks the estimate by about the batch size
 (measured: 130-fold between batches of 1 and 128); here the batch size changes nothing.
 
-Where several ranks train together, each is given all rows, takes every W-th batch of them, and the
-sums are added: the same numbers on all ranks as in one process, but for the order of addition.
+With W ranks each is given all rows, takes every W-th batch of them, and the sums are added: all
+ranks get the same numbers as one process would, but for the order of addition.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ def diagonal_fisher(
 ) -> dict[str, Tensor]:
     """The diagonal of the Fisher information of each weight, float32, mean over rows.
 
-    `labels` says which y enters: ``true``, the row's own (the empirical Fisher, and the only
-    choice for regression and language models, where −log p is the model's own loss, a mean over
-    tokens for the latter); ``sampled``, one drawn from the model's prediction (unbiased);
-    ``expected``, every class weighted by its predicted probability (exact, one backward pass a
-    class); ``auto``, ``sampled`` where the model returns class logits and ``true`` elsewhere.
-    Where `config.problem_type` of `model` says that a row has several labels, each is drawn, or
-    weighted, by itself, −log p their sum; several numbers a row are a regression.
+    `labels` chooses y: ``true``, the row's own (the empirical Fisher, and the only choice for
+    regression and language models, where −log p is the model's own loss, a mean over tokens for
+    the latter); ``sampled``, one drawn from the model's prediction (unbiased); ``expected``,
+    every class weighted by its predicted probability (exact, one backward pass per class);
+    ``auto``, ``sampled`` if the model returns class logits and ``true`` otherwise.
+    If `config.problem_type` of `model` declares several labels per row, each is drawn, or
+    weighted, separately, and −log p is their sum; several numbers per row are a regression.
     `forward(batch)` must return an object with `logits` (rows × classes) and, for
     ``true``, `loss`. At most the first `rows` rows are used. Frozen weights are left out. Raises
-    `Refused` without any row.
+    `Refused` if there are no rows.
 
-    `modules` names the owners of each weight: given them, and layers of known kinds called once a
-    forward pass, a whole batch takes one backward pass (`squares`; the same numbers).
+    `modules` names the owners of each weight: with it, and only layers of known kinds called once
+    per forward pass, a whole batch takes one backward pass (`squares`; the same numbers).
 
-    All ranks must call this with the same rows in the same order; other ones are refused. Weights
-    in shards (FSDP2) make every rank go through every row, for a backward pass adds up what ranks
-    are at, and squares do not add up so.
+    All ranks must call this with the same rows in the same order, or it is refused. With sharded
+    weights (FSDP2) every rank goes through every row: a backward pass averages gradients over
+    ranks, and the square of a mean is not the mean of squares.
     """
     learned = {n: w for n, w in weights.items() if w.requires_grad}
     total = {n: torch.zeros_like(w, dtype=wide(w.dtype)) for n, w in learned.items()}
-    # One draw a row from a generator of our own: the same labels whatever the batch size.
+    # One draw per row from a separate generator: the same labels whatever the batch size.
     seed = int(torch.randint(2**62, (), generator=generator))
     draws = torch.Generator().manual_seed(seed)
-    # What `forward` draws is drawn once too: ranks and batch sizes differ in how often they call.
+    # Restored at the end: how often `forward` draws depends on ranks and batch size.
     after = generator.get_state() if generator is not None else None
     shards = any(distributed.sharded(w) for w in learned.values())
     layers = Layers.owning(learned, modules) if modules is not None and labels != "true" else None
@@ -76,7 +76,7 @@ def diagonal_fisher(
     for turn, batch in enumerate(seen.through(first_rows(batches, rows))):
         size = rows_in(batch)
         if turn % ranks != distributed.rank() % ranks:
-            torch.rand(size, 1, generator=draws, dtype=torch.float64)  # that another rank uses
+            torch.rand(size, 1, generator=draws, dtype=torch.float64)  # used by another rank
             continue
         if layers is not None and size > 1:
             output, calls = layers.run(functools.partial(forward, batch), size)
@@ -116,11 +116,11 @@ def _add_squares_of_shards_(
     weights: Mapping[str, nn.Parameter],
     touched: Iterable[nn.Parameter],
 ) -> None:
-    """Add the squared gradient of one row that every rank is at, each in its own shards.
+    """Add the squared gradient of one row, the same on every rank, each in its own shards.
 
-    FSDP2 reduces gradients into `.grad`, as a mean over ranks: of equal ones. It frees what a
-    second backward pass would need, so every term has a forward pass of its own. The gradients of
-    all `touched` parameters are put back.
+    FSDP2 reduces gradients into `.grad`, as a mean over ranks, here of equal ones. It frees what a
+    second backward pass would need, so every term has its own forward pass. The gradients of all
+    `touched` parameters are restored.
     """
     kept = [(p, p.grad) for p in touched]
     state, index, count = draws.get_state(), 0, 1
@@ -144,7 +144,7 @@ def _add_squares_of_shards_(
 def _add_squares_(
     total: Mapping[str, Tensor], term: Tensor, weights: Mapping[str, Tensor], *, keep: bool
 ) -> None:
-    """Add the squared gradient of one example's term: any model, one backward pass a row."""
+    """Add the squared gradient of one example's term: any model, one backward pass per row."""
     inputs = list(weights.values())
     grads = torch.autograd.grad(term, inputs, retain_graph=keep, allow_unused=True)
     for name, grad in zip(weights, grads, strict=True):
@@ -158,8 +158,8 @@ def _log_likelihoods(
 ) -> list[Tensor]:
     """The terms to differentiate, each a sum over rows; their squared gradients add up to F.
 
-    An expectation over y enters as √p(y|x) log p(y|x) for every y, with √p held constant. Of
-    labels that each hold or not, with logits z and p = σ(z), it is √(p (1 − p)) z for every label.
+    An expectation over y enters as √p(y|x) log p(y|x) for every y, with √p held constant. For
+    independent binary labels with logits z and p = σ(z) it is √(p (1 − p)) z for every label.
     """
     kind = None if labels == "true" else _drawable(output, batch, model)
     if kind is None and labels in ("true", "auto"):
@@ -189,7 +189,7 @@ def _log_likelihoods(
 
 
 def _uniform(rows: int, each: int, draws: torch.Generator) -> Tensor:
-    """Float64, (rows, each), of one draw a row, which other ranks can skip."""
+    """Uniform float64 (rows, each) from one draw per row, which other ranks can skip."""
     u = torch.rand(rows, 1, generator=draws, dtype=torch.float64)
     if each == 1:
         return u
@@ -198,8 +198,8 @@ def _uniform(rows: int, each: int, draws: torch.Generator) -> Tensor:
 
 
 def kind_of(model: Any, logits: Tensor) -> Kind:
-    """What the last axis of a model's logits is: one of several classes, a number or several, or
-    labels that each hold or not. Hugging Face models say the last by `config.problem_type`."""
+    """What the last axis of a model's logits is: classes, one or several numbers, or independent
+    binary labels. Hugging Face models declare the last by `config.problem_type`."""
     declared = getattr(getattr(model, "config", None), "problem_type", None)
     if declared == "multi_label_classification":
         return "labels"
@@ -207,7 +207,7 @@ def kind_of(model: Any, logits: Tensor) -> Kind:
 
 
 def _drawable(output: Any, batch: Batch, model: nn.Module | None) -> Kind | None:
-    """What the logits of a row are of, where a label of it can be drawn from them."""
+    """The kind of a row's logits if labels can be drawn from them, else None."""
     logits = getattr(output, "logits", None)
     if logits is None or logits.ndim != 2:
         return None

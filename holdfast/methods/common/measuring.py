@@ -1,4 +1,4 @@
-"""What merge, gpm and kfac_ewc share: they measure what layers are given when a task ends."""
+"""What merge, gpm and kfac_ewc share: they measure layers' inputs when a task ends."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from holdfast.engine.method import Method, View
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Method):
-    """Gram matrices of the finished task's inputs, and how much of them is measured and kept.
+    """Methods with Gram matrices of layer inputs, and how much of these is measured and kept.
 
     rows: rows of the finished task that are measured.
-    structure, width, rank: of inputs wider than `width`: `full`, `block` (diagonal blocks of at
+    structure, width, rank: for inputs wider than `width`: `full`, `block` (diagonal blocks of at
         most `width`) or `low_rank` (`rank` directions and a diagonal).
     """
 
@@ -30,11 +30,11 @@ class Measuring(Method):
         return True
 
     def measured(self, view: View, **more: Any) -> Grams:
-        """Those of this task, in `end_task`; methods that ask alike share one pass."""
+        """The Grams of this task, in `end_task`; methods with the same settings share one pass."""
         return view.grams(
             rows=self.rows, structure=self.structure, width=self.width, rank=self.rank, **more
         )
 
     def remembered(self, view: View) -> Grams | None:
-        """Those of the tasks before, as `Grams.save` left them; None before a task was measured."""
+        """The Grams of earlier tasks, as `Grams.save` left them; None before the first."""
         return Grams.load(view.state.tensors, view.state.numbers, self.rank)

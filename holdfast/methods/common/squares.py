@@ -1,4 +1,4 @@
-"""Squared gradients of single examples from one backward pass a batch, layer by layer.
+"""Squared gradients of single examples from one backward pass per batch, layer by layer.
 
 With x the input and δ the output gradient of a layer, both of shape (N, T, ·) for N examples of T
 positions, the gradient of example n is
@@ -7,7 +7,7 @@ positions, the gradient of example n is
     layer norm  G_n = Σ_t δ_nt ⊙ x̂_nt       bias  Σ_t δ_nt
     embedding   G_n[i] = Σ_{t: x_nt = i} δ_nt
 
-and Σ_n G_n² is added up. The slow reference, one backward pass an example, is in `importance`.
+and Σ_n G_n² is added up. The slow reference, one backward pass per row, is in `importance`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Call = tuple[nn.Module, Tensor, Tensor]  # a layer, what it was given, what it returned
+Call = tuple[nn.Module, Tensor, Tensor]  # a layer, its input, its output
 
 
 class Layers:
@@ -32,7 +32,7 @@ class Layers:
     def owning(
         cls, weights: Mapping[str, nn.Parameter], owners: Mapping[str, tuple[nn.Module, ...]]
     ) -> Layers | None:
-        """The layers of `weights`; None where one is tied or of a kind that is not known here."""
+        """The layers of `weights`; None if one is tied or its layer's kind is not known here."""
         names: dict[nn.Module, dict[str, str]] = {}
         for name, w in weights.items():
             if len(owners[name]) != 1 or _equation(owners[name][0]) is None:
@@ -45,7 +45,7 @@ class Layers:
     def run(self, forward: Callable[[], Any], size: int) -> tuple[Any, list[Call] | None]:
         """`forward()`, and what each layer saw of its `size` examples.
 
-        None in place of the latter where a layer was called twice or mixed its examples.
+        None in place of the latter if a layer was called twice or mixed its examples.
         """
         calls: list[Call] = []
 
@@ -54,7 +54,7 @@ class Layers:
                 output = output.expand(size, *output.shape[1:])  # positions, shared by the batch
             output = output.clone() if output.requires_grad else output.detach().requires_grad_()
             calls.append((layer, inputs[0].detach(), output))
-            return output.view_as(output)  # what follows may change it in place
+            return output.view_as(output)  # later code may change it in place
 
         handles = [layer.register_forward_hook(see) for layer in self.names]
         try:
@@ -125,7 +125,7 @@ def _positions(x: Tensor) -> Tensor:
 
 
 def _equation(layer: nn.Module) -> Callable[..., None] | None:
-    # A subclass may compute something else, so the class itself decides; mixing keeps its name.
+    # A subclass may compute something else, so the class name decides; mixing keeps that name.
     kind = type(layer)
     if kind.__name__ == "Conv1D" and not isinstance(layer, nn.Conv1d):
         return _conv1d
