@@ -4,10 +4,10 @@
 
 Time: MiniLM on each task for one epoch, (a) as published scripts train it, every row padded to 128
 tokens and AdamW unfused, (b) by Trainer's own defaults with rows padded per batch, (c) by
-holdfast's. The clock stops while scores are taken; the score to reach is (a)'s at its end.
-Saving: the seconds within each checkpoint, by Trainer and by holdfast, as a share of 100 steps;
-Trainer beside itself is the noise. Repetitions are interleaved. Writes the JSON and, beside it, the
-tables (.md).
+holdfast's. The clock stops while scores are computed; the target is the score of (a) at its end.
+Saving: the seconds within each checkpoint, by Trainer and by holdfast, and their difference as a
+share of 100 steps; a second Trainer shows the noise. Repetitions are interleaved. Writes the JSON
+and, beside it, the tables (.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from holdfast.experiments.heads import encode, evaluate, load_model, load_tokeni
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 
-LOOKS = 8  # how often a score is taken on the way
+LOOKS = 8  # how often the score is computed during training
 PADDED, DYNAMIC, OURS = "published (padded to 128, unfused)", "trainer (per batch)", "holdfast"
 SAVERS = ("trainer", "trainer again", "holdfast")
 
@@ -65,7 +65,7 @@ class Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self.began
 
     def timed(self, save: Callable[..., None]) -> Callable[..., None]:
-        """`save`, with its seconds kept."""
+        """`save`, with its seconds recorded."""
 
         def measured(*args: Any, **kwargs: Any) -> None:
             began = time.perf_counter()
@@ -96,7 +96,7 @@ class Work:
     def run(
         self, kind: str, out: Path, *, seed: int, save: int = 0, steps: int = 0, scored: bool = True
     ) -> Clock:
-        """Train once. `kind` says by what; save: steps between checkpoints, 0 for none."""
+        """Train once, in the way of `kind`; save: steps between checkpoints, 0 for none."""
         padded = DataCollatorWithPadding(
             self.tokenizer, padding="max_length", max_length=self.chosen.max_length
         )
@@ -133,7 +133,7 @@ def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str
             clock = work.run(kind, out / "speed", seed=repeat)
             found[kind].append(clock)
             tell(f"{work.task.name} · {kind} · {clock.seconds:.1f} s, {clock.points[-1][2]:.3f}")
-    # A score is reached within its own noise: one standard error on the selection rows.
+    # The target counts as reached within its noise: one standard error on the selection rows.
     target = statistics.median(c.points[-1][2] for c in found[PADDED])
     noise = math.sqrt(max(target * (1 - target), 0.01) / max(len(work.selection), 1))
     rows = []
@@ -155,7 +155,7 @@ def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str
 
 
 def saving(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
-    """Seconds of each checkpoint, and what share of the training between two they are."""
+    """Seconds of each checkpoint, and the excess over Trainer's as a share of 100 steps."""
     steps, found = chosen.save_runs * chosen.save_steps, {kind: list[Clock]() for kind in SAVERS}
     for repeat in range(chosen.repeats):
         for kind in _turned(list(SAVERS), repeat):
@@ -183,7 +183,7 @@ def saving(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[st
 
 
 def _turned(values: list[Any], by: int) -> list[Any]:
-    """Begin elsewhere each time, so that none is always the first after a pause."""
+    """Start with another one each time, so that none is always the first after a pause."""
     by %= len(values)
     return values[by:] + values[:by]
 
@@ -231,7 +231,7 @@ def main() -> int:
         print(f"[{next(done)}/{runs}, {time.monotonic() - began:.0f} s] {line}", flush=True)
 
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        # The first training pays for what is loaded and allocated once.
+        # A first training, not counted, pays for what is loaded and allocated once.
         works[0].run(DYNAMIC, Path(folder) / "warm", seed=0, steps=min(10, works[0].steps))
         faster = [row for work in timed for row in speed(work, chosen, Path(folder), tell)]
         cost = saving(works[0], chosen, Path(folder), tell)

@@ -3,12 +3,12 @@
     python benchmarks/forgetting.py --pairs 10 --seeds 5 --json docs/results/forgetting.json
 
 Real tasks of at most 48 tokens, 800 training rows, 100 steps of 16 a task. All arms of a sequence
-and seed start from one checkpoint of the first task, trained once at a flat rate. The JSON is also
-what is done: the same command goes on with what it does not hold yet, seed by seed, the most
-telling arms first, and may be stopped at any time. Beside it: tables (.md) and a picture (.svg).
+and seed start from one checkpoint of the first task, trained once at a flat rate. The JSON also
+records progress: the same command runs what it does not hold yet, seed by seed, the most telling
+arms first, and may be stopped at any time. Beside it: tables (.md) and a picture (.svg).
 
-Tuned things (rates, strengths) were chosen on the TUNING pairs, by scores on selection rows; the
-others are reported, on evaluation rows. `--sequences tuning` runs the former.
+Rates and strengths were tuned on the TUNING pairs, by scores on selection rows; the other pairs are
+reported, on evaluation rows. `--sequences tuning` runs the former.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from holdfast.recipe import PRESETS
 from holdfast.tasks import Task, load_task
 
 # Chosen before any run: far and near domains, single sentences and pairs, 2 to 14 classes, one
-# regression. Those of TUNING serve only to choose.
+# regression. Those in TUNING serve only for tuning.
 TUNING = ["trec6>sst2", "trec6>snli", "snli>sick", "sst2>amazon5", "sick>stsb"]
 PAIRS = [
     "sst2>trec6", "sick>snli", "amazon5>sst2", "snli>mnli", "ag_news>dbpedia14", "trec6>stsb",
@@ -49,7 +49,7 @@ PAIRS = [
 ]  # fmt: skip
 CHAINS = ["trec6>snli>sst2>dbpedia14", "sst2>amazon5>cola>sick"]
 TEN = ["trec6>sst2>snli>ag_news>stsb>cola>qqp>dbpedia14>sick>amazon5"]
-# By themselves, of 500 rows.
+# Single tasks, with 500 training rows.
 ALONE = [
     f"{t}@500" for t in ("trec6", "sst2", "snli", "mrpc", "cola", "stsb", "dbpedia14", "amazon5")
 ]
@@ -201,7 +201,7 @@ class Bench:
         one = AutoModelForSequenceClassification.from_pretrained(begun)
         models, bound = {names[0]: one}, recipe.unbound(seed=seed)
         start = json.loads((begun / "scores.json").read_text())
-        # Checkpoints differ in their last bits between machines: arms compare within one of them.
+        # Checkpoints differ in their last bits between machines: compare arms from the same one.
         found: dict[str, Any] = {"first": self.heads.source_hash(str(begun)),
                                  "fit_seconds": [], "end_seconds": [],
                                  "scores": [start["evaluation"]],
@@ -244,7 +244,7 @@ class Bench:
         return batches
 
     def _joint(self, names: list[str], seed: int, lr: float) -> dict[str, Any]:
-        """All tasks' rows trained together, in as many steps as all tasks have one by one."""
+        """All tasks' rows trained together, in as many steps as all tasks take one by one."""
         from transformers import get_linear_schedule_with_warmup
 
         one = self.heads.load_model(self.source, task(names[0], seed), seed=1000 * seed)
@@ -302,7 +302,7 @@ def work(names: list[str], seed: int, arm: str | None) -> dict[str, Any] | None:
 
 
 def main() -> int:
-    """Run or go on with the benchmark."""
+    """Run or resume the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=10, help="how many of the reported pairs")

@@ -13,7 +13,7 @@ from results import markdown
 
 Run = dict[str, Any]
 KEPT = 0.99  # of the old task's score: the target
-LEARNED = 0.05  # a score at or below it is that of nothing learned
+LEARNED = 0.05  # a score at or below it means that nothing was learned
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#222222"]
 
 
@@ -34,7 +34,7 @@ class Cell:
 
 
 def _kept(scores: list[list[float]]) -> float:
-    """What is left of each old task, a mean over those that had been learned at all."""
+    """Score at the end / just after learning, mean over old tasks that were learned at all."""
     old = [(scores[j][j], scores[-1][j]) for j in range(len(scores) - 1) if scores[j][j] > LEARNED]
     return statistics.fmean(after / before for before, after in old) if old else math.nan
 
@@ -61,7 +61,7 @@ def same_seeds(arms: dict[str, Cell], arm: str) -> dict[str, Cell]:
 
 
 def best_flat(arms: dict[str, Cell], value: str) -> tuple[str, float] | None:
-    """The flat rate of the best mean, chosen on the very rows it is judged on: a hard control."""
+    """The flat rate of the best mean, chosen on the rows it is judged on: a strong control."""
     flat = {a: statistics.fmean(getattr(c, value)) for a, c in arms.items() if a.startswith("flat")}
     return max(flat.items(), key=lambda item: item[1]) if flat else None
 
@@ -131,7 +131,7 @@ def _together(found: dict[str, dict[str, Cell]]) -> str:
 
 
 def _alone(found: dict[str, dict[str, Cell]]) -> str:
-    """Each arm on each task by itself, and over all of them."""
+    """Each arm on each single task, and over all of them."""
     arms = dict.fromkeys(a for arms in found.values() for a in arms)
     whole = [a for a in arms if all(a in mine for mine in found.values())]
     rows = [

@@ -3,10 +3,9 @@
     python benchmarks/pruners.py --quick --json docs/results/pruners-quick.json
 
 One random search without a pruner records the scores of its trials at twelve rungs. Every pruner is
-then asked about them, trial by trial, in many orders: what it would have stopped is known, so that
-no training is spent on it. Beside the pruners as searches use them stand halving with evenly spaced
-rungs, and with the factor that is Optuna's own. Kept under --runs; the same command goes on where
-it was stopped.
+then asked about them, trial by trial, in many orders: this shows what it would have stopped,
+without more training. Besides the pruners as searches use them: halving with evenly spaced rungs,
+also with Optuna's default factor. Kept under --runs; the same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ CASES: dict[str, tuple[str, Rungs, int | None]] = {  # pruner, its rungs, anothe
 
 
 def curves(chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
-    """The trials that have a score at every rung; steps of one."""
+    """The trials that have a score at every rung; the steps of one trial."""
     made = {**settings(chosen), "trials": chosen.curves}
     pair = chosen.tasks[0]
     body = search(
@@ -59,7 +58,7 @@ def curves(chosen: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
 
 
 def _none_of_them(_: Plan) -> Any:
-    """No final runs: the curves are all that is wanted."""
+    """No final runs: only the curves are needed."""
     return lambda job: Result(None, None, None, 0, "not run")
 
 
@@ -144,7 +143,7 @@ def picture(found: Mapping[str, Any]) -> Panel:
         lines = []
         for name, colour in zip(CASES, (theme.plain, *theme.colours), strict=False):
             paths = [run["path"] for run in found[name]["runs"]]
-            trials = range(found["controls"] - 1, len(paths[0]))  # all have the controls alike
+            trials = range(found["controls"] - 1, len(paths[0]))  # all share the controls
             steps = [100 * mean(p[i][0] for p in paths) / len(paths[0]) for i in trials]
             bests = [mean(p[i][1] for p in paths) for i in trials]
             lines += axes.plot(steps, bests, color=colour, lw=1.8)
@@ -160,7 +159,7 @@ def mean(values: Any) -> float:
 
 
 def main() -> int:
-    """Run or go on with the benchmark."""
+    """Run or resume the benchmark."""
     chosen = arguments(__doc__, curves=True)
     print(f"{chosen.curves} whole trials: {estimate(chosen, chosen.curves)}", flush=True)
     found = pruners(chosen)

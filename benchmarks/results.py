@@ -29,7 +29,7 @@ def save(path: Path, found: dict[str, Any], told: str) -> None:
         **found,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(body).replace(str(DATA), "../shared/data")  # not where this machine has it
+    text = json.dumps(body).replace(str(DATA), "../shared/data")  # not this machine's path
     path.write_text(text + "\n")
     path.with_suffix(".md").write_text(f"`{command}`\n\n{told}\n")
     print(told)

@@ -4,11 +4,11 @@
 
 Synthetic float32 tensors, as one large one and as many small ones: summing squares (DPS), adding a
 squared gradient to Fisher information, selecting a subnetwork, marking it, zeroing its gradients,
-restoring weights. For each the slope of log time over log size (1 is linear) and GB/s beside the
-machine's own copy, measured in the same run. A size that would need more than --memory is left
-out, and said so. Writes the JSON and beside it the table (.md) and a picture (.png).
+restoring weights. For each the slope of log time over log size (1 is linear) and GB/s beside a
+plain copy, measured in the same run. A size that would need more than --memory is left out and
+reported. Writes the JSON and beside it the table (.md) and a picture (.png).
 
-What whole models of up to a thousand million weights take at the end of a task: `task_end.py`.
+For whole models of up to a thousand million weights at the end of a task see `task_end.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = (10**7, 3 * 10**7, 10**8, 3 * 10**8, 10**9)
 COLUMNS = {"one large": 1024, "many small": 256}
 SMALL = 256 * 256  # entries of a small tensor
 NEEDED = 4 + 4 + 1 + 1  # bytes an entry: two tensors, a mask, and what an operation adds
-# Bytes that must be read and written per entry; for a selection one reading, whatever it takes.
+# Bytes that must be read and written per entry; for a selection one read, however many it does.
 TRAFFIC = {"copy": 8, "accumulate": 12, "fisher": 12, "select": 4, "mark": 9, "zero": 12,
            "restore": 12}  # fmt: skip
 
@@ -51,7 +51,7 @@ def make(layout: str, count: int, device: str) -> list[Tensor]:
 def operations(
     grads: list[Tensor], sums: list[Tensor], drop: float
 ) -> dict[str, Callable[[], None]]:
-    """What is timed, in an order in which each finds what it needs."""
+    """The operations to time, in an order in which each finds what it needs."""
     masks: dict[str, Tensor] = {}
 
     def accumulate() -> None:
@@ -90,7 +90,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
 
 
 def measure(layout: str, count: int, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of each operation, over all the tensors once."""
+    """Median seconds of each operation, applied once to all tensors."""
     grads = make(layout, count, chosen.device)
     sums = [torch.empty_like(g) for g in grads]
     entries = sum(g.numel() for g in grads)
@@ -166,7 +166,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def available() -> int:
-    """Bytes of memory that can be had."""
+    """Bytes of free memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 

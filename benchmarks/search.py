@@ -3,10 +3,10 @@
     python benchmarks/search.py --quick --json docs/results/search-quick.json
 
 For every pair of tasks a search; then the winner, its ablation, the best flat rate, layer decay,
-`bertcl`, EWC and replay with the same fresh seeds on evaluation rows, all at the best flat rate but
-for the winner and its ablation. --full also fuses the pairs' curves and tries them on a fifth pair.
-Writes the JSON, and beside it the table (.md) and pictures (.svg). Everything is kept under --runs:
-the same command goes on where it was stopped.
+`bertcl`, EWC and replay with the same fresh seeds on evaluation rows, all at the best flat rate
+except the winner and its ablation. --full also fuses the pairs' curves and tries the result on a
+fifth pair. Writes the JSON, and beside it the table (.md) and pictures (.svg). Everything is kept
+under --runs: the same command resumes where it was stopped.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FIFTH = "mrpc:trec6"
 BESIDE = ("ewc", "replay")
 FINALS = 4 + len(BESIDE)  # winner, flat, layer decay, bertcl
 BATCH = 16
-SECONDS = 0.45  # a step on one of two cores, as measured; what an estimate of hours is made from
+SECONDS = 0.45  # a step on one of two cores, as measured; for the estimate of hours
 
 
 def settings(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Training of every run, and the number of trials."""
+    """The training settings of every run, and the number of trials."""
     if chosen.tiny:
         return {"train_size": 96, "epochs": 2.0, "max_length": 32, "evaluation_size": 60,
                 "selection": 40, "trials": 9, "flat": [1e-4, 2e-4]}  # fmt: skip
@@ -51,7 +51,7 @@ def settings(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def estimate(chosen: argparse.Namespace, runs: int) -> str:
-    """What so many runs of two tasks cost at most, in words."""
+    """What `runs` runs of two tasks cost at most, in words."""
     made = settings(chosen)
     steps = 2 * math.ceil(math.ceil(made["train_size"] / BATCH) * made["epochs"])
     hours = runs * steps * SECONDS / 3600 / chosen.workers
@@ -129,7 +129,7 @@ def table(pairs: list[dict[str, Any]]) -> str:
 
 
 def _spent(final: Mapping[str, Any], body: Mapping[str, Any]) -> int:
-    """Steps of the search that found it: all, or those of the flat trials that gave the rate."""
+    """Steps spent on finding it: the whole search, or the flat trials that gave the rate."""
     if final["kind"] in ("searched", "ablation"):
         return int(body["steps"]["spent"])
     return sum(t["steps"] or 0 for t in body["trials"] if t["kind"] == "flat")
@@ -159,7 +159,7 @@ def draw(pairs: list[dict[str, Any]], path: Path) -> None:
 
 
 def arguments(doc: str | None, *, curves: bool = False) -> argparse.Namespace:
-    """What was asked for; `curves`: also the two settings of a simulation of pruners."""
+    """The parsed options; `curves`: also the two of a simulation of pruners."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true", help="two pairs, 24 trials of 120 steps")
@@ -185,7 +185,7 @@ def arguments(doc: str | None, *, curves: bool = False) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run or go on with the benchmark."""
+    """Run or resume the benchmark."""
     chosen = arguments(__doc__)
     searches = len(chosen.tasks) + chosen.full
     runs = searches * (settings(chosen)["trials"] + FINALS * chosen.seeds)

@@ -3,12 +3,12 @@
     python benchmarks/step_overhead.py --quick --json docs/results/step-overhead-quick.json
 
 Each method steps beside plain fused AdamW in one process, in pairs of random order on the same
-batch, each on a copy of the model of its own; "plain again" is a second plain copy: the noise. Both
-sides clip (plain by `clip_grad_norm_`), which counts as optimizer phase, as everything between
-backward and the end of `optimizer.step()` does. Cycles of DPS that are longer than the run are
-measured by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle;
-so are the steps in which K-FAC EWC pulls. EWC's importance is that of 512 rows of --rows: which
-words they use decides what it costs. Gram matrices of GPM, K-FAC EWC and Merge are of these rows.
+batch, each on its own copy of the model; "plain again" is a second plain copy: the noise. Both
+sides clip (plain by `clip_grad_norm_`), which counts as optimizer phase, like everything between
+backward and the end of `optimizer.step()`. Cycles of DPS that are longer than the run are measured
+by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle; so are
+the steps in which K-FAC EWC pulls. EWC's importance comes from 512 rows of --rows: its cost depends
+on the words they use. The Gram matrices of GPM, K-FAC EWC and Merge are of the same rows.
 Writes the JSON, and beside it the table (.md) and a picture (.png).
 """
 
@@ -80,7 +80,7 @@ class Arm:
             self._begin()
 
     def _begin(self) -> None:
-        """Bind; methods for later tasks are given importance, as if one task were finished."""
+        """Bind; methods that act from the second task on get state as if one task were finished."""
 
         def begin(task: str) -> None:
             self.bound.begin_task(task, self.optimizer, 10**6, model=self.model, data=self.rows)
@@ -258,7 +258,7 @@ def measure(
 
 
 def added_bytes(ours: Arm, plain: Arm, batch: dict[str, Tensor], held: int) -> dict[str, float]:
-    """Remembered, and kept between forward and backward pass, per covered weight."""
+    """Bytes of state, and kept between forward and backward pass, per covered weight."""
     bound = ours.bound
     if bound is None or not bound.methods:
         return {"state": 0.0, "forward": 0.0}

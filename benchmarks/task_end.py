@@ -3,23 +3,23 @@
     python benchmarks/task_end.py --quick --json task-end.json
     python benchmarks/task_end.py --models bert-large --lengths 32 --json task-end.json
 
-A model learns a second task by --recipe (`default`, or lwf_merge, merge …), on processors.
-Rows are random tokens without padding; weights are random but for MiniLM's. Measured are
+A model learns a second task by --recipe (`default`, or lwf_merge, merge …), on the CPU.
+Rows are random tokens without padding; weights are random except MiniLM's. Measured are
 
     a step        plain training of --batch rows, nothing of ours in it
     before        one pass over the task's rows: their features, the old head's answers, the fit of
                   the head. Larger models read fewer rows; seconds are given for 1,000
-    the end       of a task: of Merge's 100 rows the forward passes, Gram products and solves
-                  (products with the change of weights included); LwF's pass over its rows, where
-                  it asks how near rows are; and the rest, most of it copying
+    the end       of a task: for Merge's 100 rows the forward passes, Gram products and solves
+                  (including products with the change of weights); LwF's pass over its rows, in
+                  which it measures how near they are; and the rest, mostly copying
 
-each of the two also in steps, and as a share of a task of 3 epochs of 1,000 rows. Memory is the
-peak above the model's own weights: states and all that the work takes for a while. The optimizer
-has none there, and the start weights are read from a file, tensor by tensor, as they would be from
-a checkpoint. "layer" compares the structures of one wide layer's Gram matrix.
+the last two also in steps, and as a share of a task of 3 epochs of 1,000 rows. Memory is the peak
+above the model's own weights: methods' state and temporaries. The optimizer holds none here, and
+the start weights are read from a file, tensor by tensor, as they would be from a checkpoint.
+"layer" compares the structures of one wide layer's Gram matrix.
 
-What is in the JSON is not measured again: one model and length a call is enough. Beside it the
-tables (.md). Linux only, for peaks of memory.
+What is in the JSON is not measured again, so that each call may measure one model and length.
+Beside it the tables (.md). Linux only, because of the memory peaks.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def make_rows(model: Any, rows: int, length: int, batch: int) -> list[dict[str, 
 
 
 class Stored(Mapping[str, Tensor]):
-    """Weights in a file, each read when it is asked for."""
+    """Weights in a file, each read on access."""
 
     def __init__(self, path: Path, weights: Mapping[str, Tensor]) -> None:
         self.path, self.names = path, list(weights)
@@ -132,13 +132,13 @@ class Stored(Mapping[str, Tensor]):
 
 
 def status(name: str) -> int:
-    """Bytes, as the kernel tells of this process: VmRSS held now, VmHWM at most."""
+    """Bytes of this process by the kernel's account: VmRSS held now, VmHWM at the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(s.split()[1]) for s in lines if s.startswith(f"{name}:"))
 
 
 def tidy() -> int:
-    """Give back what is not used, forget the peak; the bytes that are held."""
+    """Free unused memory and reset the peak; returns the bytes that are held."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -164,7 +164,7 @@ CLOCKS = {
 
 @contextlib.contextmanager
 def clocks() -> Iterator[dict[str, float]]:
-    """Seconds spent within the block in what `CLOCKS` names."""
+    """Seconds spent within the block in the functions of `CLOCKS`."""
     found = dict.fromkeys(CLOCKS, 0.0)
     with contextlib.ExitStack() as stack:
         for part, places in CLOCKS.items():
@@ -202,7 +202,7 @@ def measure_model(name: str, length: int, chosen: argparse.Namespace) -> dict[st
         bound.remember("task0", model, make_rows(model, chosen.batch, length, chosen.batch))
         start = Stored(Path(folder) / "start.safetensors", bound.shared)
         for turn in range(1, 1 + (chosen.repeats or shape.repeats)):
-            # A fresh head around the same encoder; the finished heads before the first are let go.
+            # A copy of the head on the same encoder; of the finished tasks only the first counts.
             encoder, task = model.base_model, f"task{turn}"
             model = copy.deepcopy(model, {id(encoder): encoder})
             bound.finished = bound.finished[:1]
@@ -239,7 +239,7 @@ def measure_model(name: str, length: int, chosen: argparse.Namespace) -> dict[st
 
 
 def plain_steps(model: Any, shape: Shape, length: int, chosen: argparse.Namespace) -> list[float]:
-    """Seconds of each plain training step but the first."""
+    """Seconds of each plain training step except the first."""
     rate = {"lr": 1e-6, "fused": True}
     optimizer = getattr(torch.optim, shape.optimizer)(model.parameters(), **rate)
 

@@ -2,8 +2,8 @@
 
     python benchmarks/trial_overhead.py --json docs/results/trial-overhead.json
 
-Training is what happens between the first step and the last one of a task; evaluation what
-`evaluate` takes outside of it. The first trial loads for all that follow, and is told apart.
+Training is the time between the first step and the last one of a task; evaluation is the time in
+`evaluate` outside of it. The first trial loads for all that follow, and is left out of the share.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class Clock(TrainerCallback):
             try:
                 return evaluate(*args, **kwargs)
             finally:
-                if self.began is None:  # at a rung within an epoch it is part of that
+                if self.began is None:  # at a rung within an epoch it counts as training
                     self.evaluation += time.perf_counter() - began
 
         return timed
 
 
 def trials(number: int, place: str) -> list[dict[str, float]]:
-    """Seconds of each of so many trials, storage included."""
+    """Seconds of each of `number` trials, storage included."""
     plan = Plan.make("minilm", paths(QUICK[0]), pruner="none", sampler="tpe", trials=50, **SETTINGS)
     study, train, rows = Study(place, plan), trial.Training(plan), []
     evaluate, callbacks = learner.evaluate, trial.TrialLearner._callbacks

@@ -38,7 +38,7 @@ def main() -> None:
             optimizer.zero_grad()
             net(x.chunk(ranks)[rank], y.chunk(ranks)[rank]).loss.backward()
             optimizer.step()
-        # All rows, on every rank: methods divide them, and add up what they find.
+        # All rows, on every rank: methods split them over ranks and add up the results.
         bound.end_task([{"x": a, "y": b} for a, b in zip(x.split(32), y.split(32), strict=True)])
     bound.unbind()
     if rank == 0:
@@ -70,7 +70,7 @@ class Net(nn.Module):
 
 
 def rows(task: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points in a region of the task's own, on either side of a plane of its own."""
+    """Points in the task's own region, labelled by the side of the task's own plane."""
     generator = torch.Generator().manual_seed(task)
     x = torch.randn(256, 8, generator=generator)
     x[:, 0] = 4.0 * task - 2.0

@@ -62,14 +62,14 @@ def tiny_bert() -> BertForSequenceClassification:
 
 
 def batches(count: int = 12, rows: int = 4) -> list[dict[str, torch.Tensor]]:
-    """Generated rows: does a sentence hold more high words than low ones?"""
+    """Generated rows: is the mean token id of a sentence above 27?"""
     draw = torch.Generator().manual_seed(0)
     words = [torch.randint(5, 50, (rows, 8), generator=draw) for _ in range(count)]
     return [{"input_ids": w, "labels": (w.float().mean(1) > 27).long()} for w in words]
 
 
 def trainer(**more: Any) -> pl.Trainer:
-    """Two micro-batches a step, on this machine's processor."""
+    """Two micro-batches a step, on the CPU."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -78,7 +78,7 @@ def trainer(**more: Any) -> pl.Trainer:
 
 
 def main() -> None:
-    """Fine-tune with DPS, and print how many steps were made and left out."""
+    """Fine-tune with DPS, and print how many steps were made and skipped."""
     recipe = holdfast.Recipe(methods=[holdfast.DPS(drop=0.3, stage=2)], max_grad_norm=1.0)
     module = Tuned(tiny_bert(), recipe)
     trainer().fit(module, DataLoader(batches(), batch_size=None))

@@ -39,7 +39,7 @@ class HoldHead(Method):
     strength: Annotated[float, Field(ge=0)] = 1.0
 
     def begin_task(self, view: View) -> None:
-        # What is in view.state is saved, and follows its parameter by name; self stays as it is.
+        # view.state is saved and follows its parameters by name; never change self.
         own = view.weights.keys() - view.shared.keys()
         view.state.weights["start"] = {n: view.weights[n].detach().clone() for n in own}
 
@@ -64,7 +64,7 @@ class Classifier(nn.Module):
 
 
 def moved(recipe: holdfast.Recipe, *, steps: int = 100) -> tuple[float, float]:
-    """How far training took the head from its first fit, and the share of right answers."""
+    """How far training moved the head from its first fit, and the share of right answers."""
     torch.manual_seed(0)
     model, x = Classifier(), torch.randn(256, 8)
     batch = {"x": x, "labels": (x @ torch.randn(8, 3)).argmax(1)}

@@ -12,7 +12,7 @@ import holdfast
 
 
 def main() -> None:
-    """Two tasks in a row on a small network, plainly and with EWC; prints what was kept."""
+    """Two tasks in a row on a small network, plain and with EWC; prints what was kept."""
     for recipe in (
         holdfast.Recipe(name="plain"),
         holdfast.Recipe(name="ewc", methods=[holdfast.EWC(strength=1e3)]),
@@ -66,7 +66,7 @@ class Output:
 
 
 def rows(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points in a region of the task's own, on either side of a plane of its own."""
+    """Points in the task's own region, labelled by the side of the task's own plane."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(256, 8, generator=generator)
     x[:, 0] = 4.0 * seed - 2.0

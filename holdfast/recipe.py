@@ -179,6 +179,13 @@ class Recipe:
             seed=seed,
         )
 
+    def check_bound(self, bound: Bound) -> None:
+        """Refuse the bound of another recipe; rates and clipping may differ."""
+        for name in ("methods", "head_first", "parts"):
+            if getattr(self, name) != getattr(bound, name):
+                raise Refused(f"the bound was made by a recipe of other {name}", where="recipe",
+                              remedy="pass the recipe of the task before")  # fmt: skip
+
     def idle_alone(self) -> str | None:
         """A line to show if nothing in this recipe affects a task learned by itself, else None."""
         acts = self.head_first is not None or self.rates != Rates.flat()

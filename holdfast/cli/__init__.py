@@ -1,13 +1,13 @@
 """The command line: one verb a file. 0 done, 1 damage found, 2 refused input, 130 or 143 stopped.
 
-A verb is a module with `ABOUT`, `EXAMPLE`, `RESUMES` (whether the same command goes on after it was
+A verb is a module with `ABOUT`, `EXAMPLE`, `RESUMES` (whether the same command resumes after it was
 stopped), `options(parser)` and `run(chosen)`. Another package adds one by an entry point, which is
-asked only for a verb that is not here:
+looked up only for a verb that is not here:
 
     [project.entry-points."holdfast.verbs"]
     mine = "my_package.mine"
 
-All are loaded for every `--help`: what is heavy is imported when a verb runs.
+All verb modules are loaded for every `--help`: import heavy packages in `run`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fault(error: Exception) -> str | None:
-    """One line for what the system refused, such as a full disk; None for an error of ours."""
+    """One line for an error of the system, such as a full disk; None for an error of ours."""
     if isinstance(error, OSError):
         said = error.strerror or str(error)
         said = "the name is too long" if error.errno == errno.ENAMETOOLONG else said
@@ -90,7 +90,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser of all verbs, and of the one `asked` for where another package has it."""
+    """The parser of all verbs, and of the one `asked` for if another package provides it."""
     parser = Parser(
         prog="holdfast",
         allow_abbrev=False,

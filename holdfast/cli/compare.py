@@ -1,4 +1,4 @@
-"""`holdfast compare`: recipes beside each other."""
+"""`holdfast compare`: several recipes side by side."""
 
 from __future__ import annotations
 

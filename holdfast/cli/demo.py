@@ -1,4 +1,4 @@
-"""`holdfast demo`: all of it, small."""
+"""`holdfast demo`: the whole workflow, small."""
 
 from __future__ import annotations
 

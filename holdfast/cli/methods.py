@@ -1,4 +1,4 @@
-"""`holdfast methods`: what there is."""
+"""`holdfast methods`: the methods and recipes there are."""
 
 from __future__ import annotations
 

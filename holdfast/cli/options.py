@@ -23,7 +23,7 @@ def add_tasks(parser: argparse.ArgumentParser, about: str = "") -> None:
 
 
 def add_run(parser: argparse.ArgumentParser, *, recipe: str) -> None:
-    """What a single run has beside its tasks and settings."""
+    """The options of a single run besides its tasks and settings."""
     parser.add_argument("--recipe", default=recipe, help=f"{RECIPE_HELP} ({recipe})")
     parser.add_argument("--seed", type=int, default=0)
 
@@ -59,7 +59,7 @@ def given(chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def number(text: str) -> float | int:
-    """What a share or a count says; argparse names this function when it refuses."""
+    """A share or a count as a number; argparse shows this function's name in its errors."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
@@ -73,7 +73,7 @@ def show(table: Any, *lines: object) -> None:
 
 
 def _described(hint: Any) -> tuple[str, Any]:
-    """What a setting's annotation says it is, and what reads it from a word."""
+    """The description in a setting's annotation, and the function that parses its value."""
     if get_origin(hint) is UnionType or NoneType in get_args(hint):  # … | None
         return _described(next(each for each in get_args(hint) if each is not NoneType))
     if get_origin(hint) is not Annotated:

@@ -16,7 +16,7 @@ RESUMES = True
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, help=TASK_HELP)
-    add_run(parser, recipe="plain")  # of one task nothing measured does better (docs/results)
+    add_run(parser, recipe="plain")  # on one task nothing measured does better (docs/results)
     add_settings(parser, out=RUN, without=["alone"])
 
 

@@ -1,4 +1,4 @@
-"""`holdfast verify`: what is damaged."""
+"""`holdfast verify`: which files are damaged."""
 
 from __future__ import annotations
 

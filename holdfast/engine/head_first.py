@@ -31,7 +31,7 @@ from holdfast.config import Checked, Share, count
 from holdfast.engine.batches import LABELS, Batch, rows_in
 from holdfast.engine.forwarding import returning
 from holdfast.errors import Refused, tell_once
-from holdfast.network.groups import learns
+from holdfast.network.groups import learning
 from holdfast.ops import distributed
 
 Array = np.ndarray[Any, Any]
@@ -83,7 +83,8 @@ class HeadFirst(Checked):
         own: list[nn.Parameter] = []
         if shared is not None and shared is not model:
             known = {id(p) for m in (shared, *learned) for p in m.parameters()}
-            own = [p for p in model.parameters() if id(p) not in known and learns(p)]
+            able = learning(model) - known
+            own = [p for p in model.parameters() if id(p) in able]
         if not own:
             name = type(model).__name__
             tell_once(f"head_first: {name} has no fresh head to train, so none is fitted first")

@@ -1,4 +1,4 @@
-"""What a run's Trainer is followed by: its record and its bar of progress."""
+"""Callbacks of a run's Trainer: for its record and its progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BAR_LINE = 0  # where this process draws its bar, below those of other processes
 
 
 class HeadNoted(TrainerCallback):
-    """What fitting the head took; of a resumed task, the process before has noted it."""
+    """Records what fitting the head took; if a task is resumed, an earlier process has done so."""
 
     def __init__(self, record: Record, trainer: Any) -> None:
         self.record, self.trainer = record, trainer
@@ -42,7 +42,7 @@ class History(TrainerCallback):
         if state.global_step and not any(
             h["learning"] == self.index and h["step"] == step for h in self.learner.record.history
         ):
-            # It ended between the checkpoint of an epoch's last step and the epoch's end.
+            # The run ended between the checkpoint of an epoch's last step and the epoch's end.
             self.on_epoch_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -50,7 +50,7 @@ class History(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not epoch_is_over(state):
-            return  # training was stopped within it, and will go on there
+            return  # training was stopped within the epoch, and will resume there
         learner, size = self.learner, len(self.learner.tasks)
         scores = [
             learner.score(j, "selection", most=HISTORY_ROWS)
@@ -76,7 +76,7 @@ class History(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """One line of progress a task."""
+    """One progress bar a task."""
 
     def __init__(self, label: str, task: str) -> None:
         self.label = f"{label} · {task}" if label else task

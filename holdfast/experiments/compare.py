@@ -1,4 +1,4 @@
-"""Recipes beside each other on the same tasks and seeds: each run is a sequence of its own."""
+"""Recipes side by side on the same tasks and seeds: each run is a sequence of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from holdfast.errors import Refused
-from holdfast.experiments.processes import spread
+from holdfast.experiments.processes import check_workers, spread
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import run_sequence
 from holdfast.experiments.settings import Settings
@@ -30,12 +30,13 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> list[Record]:
-    """Every recipe with every seed; finished runs are only read, killed ones go on.
+    """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
-    recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs land
-    in `out/<label>/seed-<n>`. workers > 1 runs that many processes
-    of one thread each. Returns the records by label, then by seed.
+    recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
+    kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
+    Returns the records by label, then by seed.
     """
+    check_workers(workers)
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")
     folders = {label: Path(out) / slug(label) for label in recipes}
@@ -56,7 +57,7 @@ def compare(
         for label, (recipe, own) in recipes.items()
         for seed in seeds
     ]
-    for _, own in recipes.values():  # before the first run is trained, not before the last
+    for _, own in recipes.values():  # refuse bad settings before any run, not after some
         Settings.from_dict({**settings, **own})
     if workers == 1:
         return [run_sequence(**job) for job in jobs]

@@ -26,9 +26,9 @@ def embedder(
     """A function from rows to an array (rows, width) in float32.
 
     The vector of a row is taken from the encoder's last layer: the `mean` over its tokens without
-    padding, or `cls`, the first token's, as BERTcL has it. A model that encodes and decodes gives
-    its encoder. Evaluation mode and no gradients; the model is left as it was found, and no random
-    number is drawn. Rows of like length go together, which wastes no padding.
+    padding, or `cls`, the first token's, as in BERTcL. Of an encoder-decoder the encoder is used.
+    Evaluation mode and no gradients; the model is left as it was found, and no random number is
+    drawn. Rows of similar length are batched together to save padding.
 
     Refused: an unknown pooling, no row, rows without tokens, outputs that are not finite.
     """
@@ -77,6 +77,6 @@ def embedder(
 def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Vectors (rows, width) of states (rows, tokens, width); `mask` (rows, tokens) is 1 or 0."""
     weights = mask.to(hidden.dtype)
-    if pooling == "cls":  # the first token that is none of the padding, on whichever side that is
+    if pooling == "cls":  # the first token that is not padding, whichever side is padded
         weights = weights * (weights.cumsum(1) == 1)
     return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)

@@ -62,9 +62,9 @@ def quiet() -> None:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The model's tokenizer; one without padding takes the model's, or its end of text.
+    """The model's tokenizer; if it has no padding token, the model's, or else end of text.
 
-    `Refused` where there is none: Transformers would make one up that knows no words.
+    `Refused` if there is none: Transformers would make one up without a vocabulary.
     """
     config = load_config(source)
     try:
@@ -99,7 +99,7 @@ def check_length(source: str, max_length: int) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     kin = ("roberta", "camembert", "longformer", "mpnet", "data2vec", "xmod", "esm")
     if positions and any(name in config.model_type for name in kin):
-        positions -= (_padding(config) or 0) + 1  # theirs are counted from the padding's id on
+        positions -= (_padding(config) or 0) + 1  # theirs start after the padding token's id
     if positions and 0 < positions < max_length:
         raise Refused(f"{max_length} tokens, the model has positions for {positions}",
                       where="--max-length", remedy=f"say --max-length {positions}")  # fmt: skip
@@ -114,7 +114,7 @@ def _padding(config: Any) -> int | None:
 def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
     """The pre-trained encoder below a fresh head for `task`; a classifier loses its old head.
 
-    In float32, whatever it was saved in; from safetensors only, since pickles run code.
+    In float32, whatever it was saved in; from safetensors only, since pickles can run code.
     """
     torch.manual_seed(seed)
     config = load_config(source)
@@ -139,12 +139,12 @@ def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
 
 
 def has_head(config: Any) -> bool:
-    """Whether a model was saved as a classifier: its head is dropped for that of the task."""
+    """Whether a model was saved as a classifier: its head is replaced by the task's."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def add_head(model: Any, task: Task, *, seed: int) -> nn.Module:
-    """A fresh head for `task` around the very encoder of `model`: its weights are shared."""
+    """A fresh head for `task` on `model`'s own encoder: its weights are shared."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**{**model.config.to_dict(), **_head(task)})
     fresh = AutoModelForSequenceClassification.from_config(config)
@@ -202,7 +202,7 @@ def count_cut(
     *,
     max_length: int,
 ) -> int:
-    """How many rows were cut: of those with `max_length` tokens, the ones that have more."""
+    """How many rows were cut: those at `max_length` tokens that have more when not cut."""
     full = [r for r, e in zip(rows, encoded, strict=True) if len(e["input_ids"]) >= max_length]
     whole = _tokens(full, task, tokenizer)["input_ids"] if full else []
     return sum(len(ids) > max_length for ids in whole)
@@ -218,7 +218,7 @@ def evaluate(
 ) -> float:
     """The task's metric over encoded rows; `Refused` where the model has diverged.
 
-    Draws no random numbers. Rows of like length go together, which wastes no padding; the
+    Draws no random numbers. Rows of similar length are batched together to save padding; the
     order changes no prediction.
     """
     training = model.training
@@ -226,7 +226,7 @@ def evaluate(
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     predicted: list[float] = [0.0] * len(rows)
-    with torch.no_grad():  # what a model caches in inference mode could not be trained with
+    with torch.no_grad():  # not inference_mode: a model may cache tensors, and then fail to train
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])

@@ -48,11 +48,11 @@ from holdfast.training.trainer import Trainer
 
 
 class Learner:
-    """The models of a sequence, one encoder between them, and the record they fill.
+    """The models of a sequence, which share one encoder, and the record they fill.
 
-    Made anew after a kill, it takes up the finished tasks from their checkpoints. With bf16 every
-    training pass is autocast, the replayed ones of earlier tasks too; scores and what methods
-    estimate at a task's end are of full precision, before a restart as after it.
+    Created again after a kill, it loads the finished tasks from their checkpoints. With bf16 every
+    training pass is autocast, also on replayed rows of earlier tasks; scores and what methods
+    estimate at a task's end use full precision, before and after a restart alike.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Learner:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
-        self.place = place  # of the first task in the sequence that its draws are those of
+        self.place = place  # of the first task in its sequence: seeds are those it has there
         self.tokenizer = self._tokenizer()
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.models: list[nn.Module] = []
@@ -91,7 +91,7 @@ class Learner:
         return home.with_name(f"{home.name}.training")
 
     def rows(self, index: int, split: str) -> list[dict[str, Any]]:
-        """A task's encoded rows; that some were cut is told, and in the record."""
+        """A task's encoded rows; if some were cut, the log and the record say so."""
         task, most = self.tasks[index], self.plan.max_length
         if (task.name, split) not in self._encoded:
             texts = getattr(task, split)
@@ -99,7 +99,7 @@ class Learner:
             cut = count_cut(texts, made, task, self.tokenizer, max_length=most)
             self._encoded[task.name, split] = made, cut
         rows, cut = self._encoded[task.name, split]
-        if cut and split != "selection":  # those are like the training rows
+        if cut and split != "selection":  # selection rows are like the training rows
             kind = {"train": "training"}.get(split, split)
             share = max(1, round(100 * cut / len(rows)))
             line = f"{task.name}: {share} % of the {kind} rows are cut at {most} tokens"
@@ -108,12 +108,12 @@ class Learner:
         return rows
 
     def warn(self, line: str) -> None:
-        """Tell it now and in the record."""
+        """Log a line and put it into the record."""
         logging.getLogger("holdfast").warning(line)
         self.record.warn(line)
 
     def _note_machine(self) -> None:
-        """What bit-equality hangs on, beside the packages; a change is told."""
+        """Record what bit-equality depends on besides the packages; warn of a change."""
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else ""
         now = {
             "device": str(device or "cpu"),
@@ -126,7 +126,7 @@ class Learner:
                 self.warn(f"{name} was {before} and is {value} since the run went on")
 
     def _finished(self) -> int:
-        """How many tasks are learned; from the first on whose folder is gone, they are not."""
+        """How many tasks are learned: those before the first whose folder is gone."""
         recorded = len(self.record.seconds)
         kept = next((i for i in range(recorded) if not self.home(i).exists()), recorded)
         for index in range(kept):
@@ -148,7 +148,7 @@ class Learner:
         last = load(self.home(finished - 1))
         for index in range(finished - 1):
             model = load(self.home(index))
-            share_encoder(last, model)  # its own is let go before the next is loaded
+            share_encoder(last, model)  # frees its own encoder before the next model is loaded
             self.models.append(model)
         self.models.append(last)
         self.bound = self.recipe.unbound(seed=self.seed)
@@ -206,7 +206,7 @@ class Learner:
         self.record.elapsed = 0.0
 
     def _start(self, index: int, model: Any) -> Callable[[], dict[str, torch.Tensor]] | None:
-        """Where the weights that the task begins with lie, so that no method need copy them."""
+        """A loader of the weights that the task begins with, so that no method need copy them."""
         before = self.home(index - 1)
         kept = index > 0 and (before / "config.json").is_file()
         return functools.partial(_weights_of, before, model) if kept else None
@@ -235,7 +235,7 @@ class Learner:
         held = {name: state.bytes() for name, state in self.bound.states.items()}
         return {k: {"bytes": n, "bytes_per_weight": n / weights} for k, n in held.items()}
 
-    # What a search does otherwise: it loads once for many runs, and measures at other moments.
+    # A search overrides some of these: it loads once for many runs, and scores at other moments.
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.source)
@@ -292,7 +292,7 @@ class Learner:
         shutil.rmtree(self.training(index), ignore_errors=True)
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
-        """Drop what the record says of steps that will be made again."""
+        """Drop what the record holds about steps that will be repeated."""
         within = (step_of(checkpoint) or 0) if checkpoint else 0
         step = self.steps_before(index) + within
         self.record.history = [
@@ -359,6 +359,6 @@ def _weights_of(folder: Path, model: Any) -> dict[str, torch.Tensor]:
 
 
 def unprepare(model: nn.Module) -> None:
-    """Take off what Accelerate laid around `forward`: a loaded model would not have it."""
+    """Remove Accelerate's wrapper of `forward`, which a model loaded from disk would not have."""
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         model.__dict__.pop(name, None)

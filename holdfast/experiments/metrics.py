@@ -59,7 +59,7 @@ def backward_transfer(scores: Matrix) -> Cell:
 
 
 def forward_transfer(scores: Matrix, alone: Sequence[Cell] | None) -> Cell:
-    """`mean_{j > 0} (R[j][j] - alone[j])`, alone[j] being task j trained by itself.
+    """`mean_{j > 0} (R[j][j] - alone[j])`, where alone[j] is task j trained alone.
 
     Positive: the tasks before helped. None unless every later task was also trained alone.
     """

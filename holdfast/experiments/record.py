@@ -1,4 +1,4 @@
-"""Everything about one run, as JSON: what a report draws from and a reader repeats a run from."""
+"""Everything about one run, as JSON: enough to draw its report and to repeat it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Record:
     """One run: a sequence of tasks (`kind="sequence"`) or a single task (`kind="train"`).
 
     `scores[i][j]` is the evaluation score on task j after learning task i, None where it was not
-    measured; left out, it is all None. The metrics are computed from it whenever they are read,
+    measured; by default it is all None. The metrics are computed from it whenever they are read,
     and stored in the file for other readers.
 
     Example:
@@ -239,7 +239,7 @@ class Record:
 
 
 def read_json(text: str) -> Any:
-    """JSON as it is written here; ValueError for NaN, Infinity and numbers as large as 1e999."""
+    """Parsed JSON; ValueError for NaN, Infinity and numbers that overflow, such as 1e999."""
 
     def finite(word: str) -> float:
         if not math.isfinite(value := float(word)):
@@ -259,7 +259,7 @@ _DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state",
 
 
 def _check(body: Mapping[str, Any], where: str | None) -> None:
-    """The shapes a report relies on, so that a damaged file is named instead of half drawn."""
+    """Check the structure a report relies on, so that a damaged file is not half drawn."""
 
     def fault(key: str, wanted: str) -> Refused:
         return Refused(f"damaged record: {key} is not {wanted}", where=where, remedy=REPEAT)
@@ -345,7 +345,7 @@ def scrub(text: str) -> str:
 
 
 def without_secrets(command: Sequence[str]) -> list[str]:
-    """A command line without the values of `--password`, `--hub-token=…` and kin."""
+    """A command line without the values of `--password`, `--hub-token=…` and the like."""
     words: list[str] = []
     hide = False
     for word in map(str, command):

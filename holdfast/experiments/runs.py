@@ -1,7 +1,7 @@
-"""The one store of runs: a folder a run, a lease while it is worked on, an atomic record.
+"""The one store of runs: a folder per run, a lease while a process works on it, an atomic record.
 
-A run's configuration is kept in `run.json`. The same configuration goes on where it stopped, and a
-different one in the same folder is refused, with what differs.
+A run's configuration is kept in `run.json`. The same configuration resumes where it stopped; a
+different one in the same folder is refused, naming what differs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _refuse_links(folder: Path) -> None:
-    """A link that was planted in the folder would have us write elsewhere; it may be one itself."""
+    """Refuse links inside the folder, which could redirect our writes; it may be one itself."""
     for inner, folders, files in os.walk(folder):
         for path in (Path(inner, name) for name in (*folders, *files)):
             if path.is_symlink():
@@ -78,7 +78,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
         raise Refused(f"holds a run with other settings ({told})", where=str(folder),
                       remedy="choose another --out")  # fmt: skip
-    # Nothing is lost: what kept the run from its first checkpoint may be corrected.
+    # Nothing is lost: a setting that kept the run from its first checkpoint may be corrected.
     (folder / RECORD).unlink(missing_ok=True)
     write_text_atomic(path, json.dumps(config, indent=1))
 
@@ -96,7 +96,7 @@ def _begun(folder: Path) -> bool:
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides on the training: not a recipe's name, nor whether tasks are run alone too."""
+    """The settings that affect training: not a recipe's name, nor whether tasks also run alone."""
     left_out = {"recipe": "name", "settings": "alone"}
     return {
         key: {k: v for k, v in value.items() if k != left_out.get(key)}
@@ -112,8 +112,8 @@ def _short(value: Any) -> str:
 
 
 def _take_lease(folder: Path) -> IO[str]:
-    """Lock the lease file and sign it; the system lets go of it when this process ends."""
-    # A link planted here is not followed: what it names would be emptied.
+    """Lock the lease file and sign it; the system releases it when this process ends."""
+    # A link planted here is not followed: its target would be truncated.
     handle = os.open(folder / LEASE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     file = open(handle, "r+", encoding="utf-8")  # noqa: SIM115
     try:

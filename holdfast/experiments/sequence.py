@@ -32,9 +32,9 @@ def run_sequence(
     """Learn `tasks` in order and test every task learned so far after each.
 
     model: `minilm`, a saved model's folder or a Hub id. recipe: a `Recipe`, or the name of a
-    preset or file. out: the run's folder (default: runs/ and a hash of the configuration); a run
-    that was killed goes on there after its last finished task or checkpoint, and a finished one
-    is only read. label: what names the run in a progress bar. settings: see `Settings`.
+    preset or file. out: the run's folder (default: runs/ and a hash of the configuration); a
+    killed run resumes there from its last finished task or checkpoint, and a finished one is only
+    read. label: the run's name in a progress bar. settings: see `Settings`.
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
@@ -62,11 +62,11 @@ class Job:
     seed: int
     command: list[str]
     bar: str | None
-    place: int = 0  # of the first task in its sequence: its draws are those that it has there
+    place: int = 0  # of the first task in its sequence: seeds are those it has there
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
-        from holdfast.experiments.heads import check_length, locate  # transformers: after checks
+        from holdfast.experiments.heads import check_length, locate  # loads transformers: late
 
         config = {
             "model": self.model,
@@ -86,7 +86,7 @@ class Job:
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
             record.settings["out"] = str(folder)  # it may have been moved
             before = record.to_dict()
-            record.recipe = self.recipe.to_dict()  # and this one renamed
+            record.recipe = self.recipe.to_dict()  # which may have been renamed
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
             if record.status != "done":
                 self._learn(source, tasks, plan, folder, record)
@@ -159,7 +159,7 @@ def load_tasks(specs: Sequence[str | Path], *, seed: int, plan: Settings) -> lis
 
 
 def describe(task: Task) -> dict[str, Any]:
-    """What a record says of a task."""
+    """What a record holds about a task."""
     return {
         "name": task.name,
         "metric": task.metric,

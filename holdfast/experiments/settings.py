@@ -1,4 +1,4 @@
-"""How every task of a run is trained: the one schema of Python, `run.json` and the command line."""
+"""How every task of a run is trained: one schema for Python, `run.json` and the command line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field
 
 from holdfast.config import Checked, Share
 
-# Those of Transformers that need no settings of their own.
+# The schedules of Transformers that need no arguments of their own.
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt",
@@ -18,7 +18,7 @@ HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
 def about(description: str, **bounds: Any) -> Any:
-    """A field's bounds, and what the command line says of it."""
+    """A field's bounds, and its help text on the command line."""
     return Field(description=description, **bounds)
 
 
@@ -28,7 +28,7 @@ class Settings(Checked):
 
     warmup and selection are a share below 1 or a number (of steps, of rows).
     save_steps: steps between checkpoints within a task; 0 saves none, null at every epoch's end.
-    alone: train each later task by itself as well, which forward transfer needs.
+    alone: also train each later task alone, which forward transfer needs.
     """
 
     shares: ClassVar[tuple[str, ...]] = ("warmup", "selection")

@@ -1,7 +1,7 @@
-"""Whether what was saved is still what was written: checkpoints and records of a folder tree.
+"""Check that the checkpoints and records in a folder tree are still what was written.
 
-Needs no torch. Folders are walked without following links, and of a folder only what its own
-manifest names is read.
+Needs no torch. Folders are walked without following links, and of a checkpoint only the files that
+its own manifest names are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Tell = Callable[[str], None]
 
 
 def verify(paths: Sequence[Path], tell: Tell = print) -> int:
-    """Tell of every checkpoint, record and configuration below `paths` whether it is whole.
+    """Report whether each checkpoint, record and configuration below `paths` is whole.
 
     Returns 0 if all are, 1 if one is damaged. Raises `Refused` where there is nothing to check.
     """

@@ -15,7 +15,8 @@ from holdfast.network.parts import parts as parts_of
 from holdfast.network.rates import Rates, number
 from holdfast.network.stacks import is_norm
 
-FROZEN = "_frozen_by_rates"  # set on a parameter whose gradient was turned off here
+# Of a module: names of its parameters that rates froze. A parameter would lose it when copied.
+FROZEN = "_frozen_by_rates"
 # Keys that follow from the rates; all others are options that the parameters keep.
 PLACE = ("params", "param_names", "part_names", "multiplier", "lr", "initial_lr")
 
@@ -40,20 +41,29 @@ def param_groups(
     in DistributedDataParallel afterwards, as it fixes which gradients to expect.
     """
     groups = grouped(model, rates, lr=lr, weight_decay=weight_decay, parts=parts, no_decay=no_decay)
-    held = {id(p) for group in groups for p in group["params"]}
-    for p in named_parameters(model).values():
-        if learns(p) and id(p) not in held:
-            p.requires_grad_(False).grad = None
-            setattr(p, FROZEN, True)
-        elif hasattr(p, FROZEN):
-            p.requires_grad_(True)
-            delattr(p, FROZEN)
+    held, able = {id(p) for group in groups for p in group["params"]}, learning(model)
+    for module in model.modules():
+        frozen = set(getattr(module, FROZEN, ()))
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) in able - held:
+                p.requires_grad_(False).grad = None
+                frozen.add(name)
+            elif name in frozen:
+                p.requires_grad_(True)
+                frozen.remove(name)
+        if frozen or hasattr(module, FROZEN):
+            setattr(module, FROZEN, frozen)
     return groups
 
 
-def learns(parameter: nn.Parameter) -> bool:
-    """Whether a parameter requires a gradient, or would if no rates had frozen it."""
-    return parameter.requires_grad or hasattr(parameter, FROZEN)
+def learning(model: nn.Module) -> set[int]:
+    """Ids of the parameters that require a gradient, or would if no rates had frozen them."""
+    return {
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad or name in getattr(module, FROZEN, ())
+    }
 
 
 def grouped(
@@ -72,13 +82,13 @@ def grouped(
     parameters = named_parameters(model)
     parts = parts_of(model) if parts is None else parts
     multiplier = rates.of(parts)
-    spared = _spared(model, parameters, no_decay)
+    spared, able = _spared(model, parameters, no_decay), learning(model)
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         part = parts.names.get(name)
         if part is None:
             raise Refused("is in no part", where=name, remedy="make the parts from this model")
-        if multiplier[part] == 0 or not learns(parameter):
+        if multiplier[part] == 0 or id(parameter) not in able:
             continue
         decay, times = 0.0 if name in spared else weight_decay, multiplier[part]
         fresh = {"params": [], "lr": lr * times, "weight_decay": decay, "base_lr": lr,
@@ -150,9 +160,9 @@ def regroup_(
                       remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
     parts = parts_of(model) if parts is None else parts
     multiplier = {name: rates.of(parts)[part] for name, part in parts.names.items()}
-    held = {id(p) for group in before for p in group["params"]}
+    held, able = {id(p) for group in before for p in group["params"]}, learning(model)
     for name, p in named_parameters(model).items():
-        if (id(p) in held) is not (multiplier[name] != 0 and learns(p)):
+        if (id(p) in held) is not (multiplier[name] != 0 and id(p) in able):
             raise Refused("other rates may not freeze or free a parameter", where="set_rates")
     schedulers = _every(scheduler)
     _check_schedule(schedulers, before)

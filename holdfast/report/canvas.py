@@ -1,7 +1,7 @@
 """One picture as SVG by matplotlib, once for light and once for dark pages.
 
-No picture holds anything but shapes and text, and a page shows them as images, where nothing
-runs. Names are text, never mathematics: `$` is a dollar.
+Pictures hold only shapes and text, and pages embed them as images, in which no script runs. Names
+are plain text, never math: `$` is a dollar sign.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def panel(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Letters that the measuring font lacks are the reader's browser's business."""
+    """No warnings about letters that the measuring font lacks: the reader's browser has its own."""
     log = logging.getLogger("matplotlib")
     level = log.level
     log.setLevel(logging.ERROR)

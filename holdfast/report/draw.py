@@ -245,7 +245,7 @@ def tradeoff(study: Comparison) -> Picture | None:
             (axes.get_xlim(), axes.set_xlim),
             (axes.get_ylim(), axes.set_ylim),
         ):
-            widen = max(0.0, 0.02 - (high - low)) / 2  # two points of score fill no picture
+            widen = max(0.0, 0.02 - (high - low)) / 2  # an axis spans at least two points of score
             stretch(low - widen, high + widen)
         axes.set(xlabel="old tasks, at the end", ylabel="new task")
         axes.annotate(

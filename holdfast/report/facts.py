@@ -135,10 +135,10 @@ def run_facts(record: Record, label: str | None = None) -> RunFacts:
 def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """Records grouped by what they learned, then by configuration, over seeds.
 
-    A configuration is a recipe and every setting but the seed. The control is the configuration
-    of `is_control`; of several (a flat rate each) the one with the best new_plus_old (of a single
-    task: its score) on the selection rows, or on the evaluation rows where those are all there
-    is: that favours the control, never the recipe beside it.
+    A configuration is a recipe and every setting outside `PER_RUN`. The control is the one for
+    which `is_control` holds; of several (one per flat rate), the one with the best new_plus_old
+    (for a single task: score) on the selection rows, or on the evaluation rows if only these were
+    scored: that favours the control, never the recipe it is compared with.
     """
     studies: dict[str, list[Record]] = {}
     for record in records:
@@ -208,7 +208,7 @@ def _run_warnings(body: dict[str, Any], tasks: list[TaskFacts]) -> list[str]:
 def _history(body: dict[str, Any]) -> tuple[list[float], list[tuple[float, list[Cell]]]]:
     """Where tasks begin and what was measured, in steps counted over the whole sequence.
 
-    A history whose steps begin again with every task is put end to end.
+    If the steps of a history start again with every task, the tasks are laid end to end.
     """
     size, counts = len(body["tasks"]), body["steps"]
     by_task: dict[int, list[tuple[float, list[Cell]]]] = {}
@@ -312,7 +312,7 @@ def _short(value: object) -> str:
 
 
 def is_control(recipe: dict[str, Any]) -> bool:
-    """`plain`, and `plain@2e-5`, `plain-2e-5` and kin, if it is what its name says.
+    """Whether a recipe is named `plain`, `plain@2e-5`, `plain-2e-5` or the like, and is plain.
 
     That is: no methods, and one rate for every part.
     """

@@ -41,7 +41,7 @@ class Section:
 def find_records(paths: Iterable[str | Path]) -> list[Record]:
     """Records from files, and from every `record.json` below folders; links are not followed.
 
-    A task that a sequence also trained alone is in the sequence's own record already.
+    Skips records of tasks trained alone for a sequence, as its own record has their scores.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -68,7 +68,7 @@ def _of_a_sequence(record: Path, asked: Path) -> bool:
 def write_report(records: Sequence[Record], path: str | Path, title: str | None = None) -> Path:
     """Write the report of one run, or of recipes over seeds, as one self-contained page.
 
-    Pictures come first, then the tables, the warnings, and what repeats each run. Records that
+    Pictures come first, then the tables, the warnings, and how to repeat each run. Records that
     learned other tasks or started from another model get a section of their own.
     """
     page = render(records, title)
@@ -179,7 +179,7 @@ def _yaml(recipe: dict[str, Any]) -> str:
 
 
 def _layout(pictures: Sequence[Picture]) -> list[tuple[str, Picture]]:
-    """A class for each picture: panels take a row, others half; one left over takes a row too."""
+    """A CSS class for each picture: panels take a row, others half; a left-over one takes a row."""
     classes: list[str] = []
     for i, picture in enumerate(pictures):
         wide = len(picture.panels) > 1

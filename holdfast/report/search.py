@@ -1,7 +1,7 @@
 """What a search found: `search.json` -> a page, and a table for the terminal.
 
-The facts are computed by the search; here they are put into words and pictures. Everything in them
-may come from a stranger's file: names are cleaned, and the page runs nothing.
+The facts are computed by the search; here they are put into words and pictures. The file may come
+from a stranger: names are cleaned, and the page runs no script.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 FACTS = "search.json"
 SCHEMA = 1
 SHOWN = 10  # trials in the table of the best
-EDGE = 1.15  # a rate this near to the end of its range lies at the end
+EDGE = 1.15  # a rate within this factor of an end of its range counts as at the end
 NONE = type(None)
 NUMBER, TEXT = (int, float, NONE), (str, NONE)
-# What the page reads, and as what; of lists, what each entry holds.
+# The keys that the page reads, with their types; for lists, those of each entry.
 NEEDED: dict[str, Any] = {
     "study": dict, "tasks": list, "shift": dict, "config": dict, "counts": dict, "reasons": dict,
     "trials": list, "front": list, "final": list, "gain": dict, "steps": dict, "importance": dict,
@@ -56,7 +56,7 @@ REASONS = {"collapsed": "task one no better than one answer for all"}
 
 
 def load_search(path: str | Path) -> dict[str, Any]:
-    """The facts of a search from its folder or its `search.json`; `Refused` if they are none."""
+    """The facts of a search from its folder or its `search.json`; `Refused` if it holds none."""
     path = Path(path)
     path = path / FACTS if path.is_dir() else path
     where = str(path)
@@ -127,7 +127,7 @@ def render(body: Mapping[str, Any]) -> str:
 
 
 def _cleaned(value: Any) -> Any:
-    """The facts with every text on one line and without what a terminal or a page would obey."""
+    """The facts with every text on one line and without control characters."""
     if isinstance(value, Mapping):
         return {clean(k): _cleaned(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -202,7 +202,7 @@ def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def differences(body: Mapping[str, Any]) -> dict[str, Difference | None]:
-    """new + old of every final contender less the best flat rate's, paired by seed."""
+    """new + old of every final contender minus the best flat rate's, paired by seed."""
     scores = {f["label"]: {s["seed"]: s["new_plus_old"] for s in f["seeds"]} for f in body["final"]}
     flat = next((f["label"] for f in body["final"] if f["kind"] == "flat"), None)
     if flat is None:
@@ -211,7 +211,7 @@ def differences(body: Mapping[str, Any]) -> dict[str, Difference | None]:
 
 
 def counts(body: Mapping[str, Any]) -> list[str]:
-    """`23 complete`, `19 pruned`, … without what there is none of."""
+    """`23 finished`, `19 pruned`, … without states that no trial is in."""
     words = {"fail": "failed", "complete": "finished"}
     return [f"{n} {words.get(state, state)}" for state, n in body["counts"].items() if n]
 
@@ -256,7 +256,7 @@ def search_table(body: Mapping[str, Any]) -> Table:
 
 
 def seeds(final: Mapping[str, Any]) -> str:
-    """How many seeds, and of how many nothing came."""
+    """How many seeds, and how many of them diverged."""
     gone = sum(s["new_plus_old"] is None for s in final["seeds"])
     return str(len(final["seeds"])) + (f", {gone} diverged" if gone else "")
 

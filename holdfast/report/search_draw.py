@@ -81,7 +81,7 @@ def history(body: Body) -> Picture | None:
             points = [t["number"] for t in group], [t["value"] for t in group]
             lines.append(axes.scatter(*points, s=30, marker=marker, color=colour, zorder=3))
             names.append(name)
-        # Stopped trials have no such score: they stand on the axis, below all scores.
+        # Stopped trials have no such score: they are drawn on the axis, below all scores.
         axes.margins(y=0.14)
         floor = axes.get_xaxis_transform()
         for state, name, marker, colour in (
@@ -150,7 +150,7 @@ def rates(body: Body) -> Picture | None:
 
 
 def importance(body: Body) -> Picture | None:
-    """How much each part's rate decided; no picture where all trials scored alike."""
+    """How much each part's rate mattered; no picture if all trials scored alike."""
     found = body["importance"]
     shares = {k: v for k, v in found["shares"].items() if v is not None}
     if not any(shares.values()):
@@ -172,7 +172,7 @@ def importance(body: Body) -> Picture | None:
 
 
 def front(body: Body) -> Picture | None:
-    """New against old afterwards for all finished trials; those that none beats in both joined."""
+    """New against old afterwards for all finished trials, with the Pareto front joined."""
     done = _done(body["trials"])
     if len(done) < 2:
         return None

@@ -29,7 +29,7 @@ def cell(value: object) -> str:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write rows under the keys of all of them, in order of first appearance."""
+    """Write rows with a column for every key that occurs, in order of first appearance."""
     header = list(dict.fromkeys(key for row in rows for key in row))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -63,7 +63,7 @@ def comparison_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row a measured or unmeasured matrix cell: the whole of every score matrix."""
+    """One row for each cell of every score matrix, measured or not."""
     return [
         {
             "recipe": group.label,

@@ -98,7 +98,7 @@ def _cells(group: GroupFacts, single: bool) -> list[str]:
 
 
 def as_text(table: RenderableType, *, width: int = 120) -> str:
-    """The table without colours, as a file or a pipe wants it."""
+    """The table without colours, for a file or a pipe."""
     import io
 
     from rich.console import Console

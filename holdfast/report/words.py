@@ -1,4 +1,4 @@
-"""Numbers and names as words: one line each, whatever a stranger put into a name."""
+"""Numbers and names as text: one line each, whatever an untrusted name contains."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def spread_text(spread: Spread, *, sign: bool = False) -> str:
 
 
 def noise_note(tasks: list[TaskFacts]) -> str:
-    """Why some scores stand without their noise; empty where none does."""
+    """Why some scores are shown without their noise; empty if none is."""
     bare = list(dict.fromkeys(t.metric for t in tasks if t.final is not None and t.noise is None))
     return f"no noise of {' or '.join(bare)}: it needs the predictions, not kept" if bare else ""
 
@@ -76,7 +76,7 @@ def run_sentences(tasks: list[TaskFacts]) -> list[str]:
 
 
 def _lost(task: TaskFacts, new: TaskFacts) -> str:
-    """What an old task lost by the end, and whether one score is that exact."""
+    """What an old task lost by the end, and whether that is within the noise of the scores."""
     name = short(task.name)
     if task.learned is None or task.final is None:
         return f"What {name} lost was not measured."

@@ -1,1 +1,1 @@
-"""Learning rates by part: search them, write down what was tried, fuse what several found."""
+"""Learning rates by part: search for them, record the trials, fuse several searches' results."""

@@ -1,7 +1,7 @@
-"""Fuse what searches found into one curve of learning rates (BERTcL, arXiv 2404.01317).
+"""Fuse the results of searches into one curve of learning rates (BERTcL, arXiv 2404.01317).
 
-Within a study the trials are ranked by reward = new + old_after, rank r = 0 the best, and averaged
-in the logarithm with weights that fall geometrically; studies are then averaged plainly::
+Within a study the trials are ranked by reward = new + old_after, rank r = 0 the best, and their log
+rates are averaged with weights that fall geometrically; studies are then averaged plainly::
 
     w_r = base^-r                                       base 1.8: the best weighs 4/9 of many
     ln lr[study, part] = Σ_r w_r ln lr[r, part] / Σ_r w_r
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BASE = 1.8
-TIED = 1e-9  # rewards nearer than that are equal: two ways to the same sum differ in rounding
+TIED = 1e-9  # rewards closer than this are equal: one sum computed two ways differs by rounding
 FORMULA = "exp(sum base^-rank ln lr / sum base^-rank) a study, log average over studies"
 
 
@@ -93,9 +93,9 @@ class Fusion:
 
 
 def rank_weights(rewards: Sequence[float], base: float = BASE) -> np.ndarray:
-    """base^-rank of each reward, rank 0 the largest, scaled to the sum 1: (trials,).
+    """base^-rank of each reward, rank 0 the largest, scaled to sum to 1: (trials,).
 
-    Rewards in a row within `TIED` of their neighbour are equal and share the mean of their
+    Sorted rewards within `TIED` of their neighbour count as equal and share the mean of their
     weights. `base` 1 weighs all trials alike.
     """
     if isinstance(base, bool) or not isinstance(base, int | float) or not 1 <= base < math.inf:
@@ -129,7 +129,7 @@ def fuse(studies: Sequence[ReadStudy], *, base: float = BASE, layers: int | None
                           remedy="combine studies of the same parts")  # fmt: skip
     weights = [rank_weights(_rewards(study), base) for study in studies]
     logs = [_log_average(study, w) for study, w in zip(studies, weights, strict=True)]
-    # fsum is exact, so that the order of the studies leaves no trace
+    # fsum is exact, so that the order of the studies does not matter
     fused = np.array([math.fsum(column) / len(studies) for column in zip(*logs, strict=True)])
     spread = fused - fused.mean()
     if not np.abs(spread).max() < 300 * math.log(10):
@@ -145,7 +145,7 @@ def _rewards(study: ReadStudy) -> list[float]:
 
 
 def _log_average(study: ReadStudy, weights: np.ndarray) -> list[float]:
-    """Σ_r w_r ln lr_r of each part: (parts,). Sums are exact: the order of rows leaves no trace."""
+    """Σ_r w_r ln lr_r / Σ_r w_r of each part: (parts,). Exact sums: row order does not matter."""
     logs = np.log(np.array([trial.lr for trial in study.trials]))  # (trials, parts)
     total = math.fsum(weights)
     return [math.fsum(weights * column) / total for column in logs.T]

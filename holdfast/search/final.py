@@ -1,10 +1,10 @@
-"""The last act of a search: the winner and the controls on evaluation rows, with fresh seeds.
+"""The last stage of a search: the winner and the controls on evaluation rows, with fresh seeds.
 
-This is the only time that evaluation rows are scored, and no seed of it was used while searching.
+This is the only time that evaluation rows are scored, with seeds that the search itself never used.
 The best flat rate was chosen on selection rows, like the winner; the shapes that need no search run
-at that rate. The ablation is the winner without its shape: flat, at the rate and settings that it
-has of its own, so that what these earn is not credited to the curve. Runs are shared among the
-processes of a search: each takes those nobody works on.
+at that rate. The ablation is the winner without its shape: flat, at the winner's own rate and
+settings, so that their effect is not credited to the curve. Runs are shared among the processes of
+a search: each takes runs that no other is working on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLL = 0.5
 
 @dataclass(frozen=True)
 class Contender:
-    """What is run once more: a label for tables, its kind, the trial it stems from."""
+    """A configuration to run again: a label for tables, its kind, the trial it stems from."""
 
     label: str
     kind: str  # searched, flat, ablation, layer_decay, bertcl
@@ -58,7 +58,7 @@ class FinalJob:
 
 @dataclass(frozen=True)
 class Result:
-    """Its scores on evaluation rows; None where it diverged, and `reason` says so."""
+    """Scores of a final run on evaluation rows; None if it diverged, for which see `reason`."""
 
     new: float | None
     old: float | None
@@ -77,8 +77,8 @@ Evaluate = Callable[[FinalJob], Result]
 def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     """The winner, its ablation, the best flat rate, and the shapes at that rate.
 
-    Where a flat rate is the winner, or a shape at that very rate, it stands once. Nothing where no
-    trial was finished.
+    A winner that is a flat rate, or a shape at that very rate, is listed once. Empty if no trial
+    was finished.
     """
     winner, flat = best(found), best(found, kind="flat")
     made: list[Contender] = []
@@ -95,7 +95,7 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     by_kind = {r.kind: r for r in found if r.kind not in (None, "flat")}
     for control in plan.controls:
         label = f"{control.label}@{flat.rate:g}"
-        # A shape that won at this very rate stands there already, as the winner.
+        # A shape that won at this very rate is listed already, as the winner.
         if control.kind != "flat" and all(label != c.label for c in made):
             params = {**control.params, RATE: flat.rate}
             made.append(Contender(label, control.kind, by_kind[control.kind].number, params))
@@ -103,7 +103,7 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
 
 
 def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
-    """Every contender with every fresh seed, a seed of all before the next seed."""
+    """Every contender with every fresh seed; all of them with one seed before the next."""
     return [
         FinalJob(c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}")
         for seed in plan.fresh_seeds
@@ -117,7 +117,7 @@ def ended(job: FinalJob) -> bool:
         return True
     try:
         return Record.load(job.folder / RECORD).status == "done"
-    except Refused:  # none yet, or a damaged one, of which the run itself tells
+    except Refused:  # none yet, or a damaged one, which the run itself reports
         return False
 
 
@@ -146,7 +146,7 @@ def finish(
 
 
 class Evaluation:
-    """How a final run is made: an ordinary sequence, in the one store of runs."""
+    """Makes a final run: an ordinary sequence, in the one store of runs."""
 
     def __init__(self, plan: Plan, command: Sequence[str] | None = None) -> None:
         self.plan, self.command = plan, list(command or sys.argv)
@@ -157,7 +157,7 @@ class Evaluation:
         if job.seed not in self._pairs:
             self._pairs[job.seed] = plan.pair(job.seed)
         gone = job.folder / DIVERGED
-        if gone.is_file():  # or every process of the search, and every later one, would try again
+        if gone.is_file():  # else every process of the search, now and later, would try again
             return Result(None, None, None, 0, gone.read_text(encoding="utf-8"))
         recipe = plan.space.recipe(plan.base, c.params, name=c.label)
         run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)

@@ -1,11 +1,11 @@
-"""What a trial is worth, what is told on the way, and when it is stopped.
+"""What a trial is worth, what it reports on the way, and when it is stopped.
 
     new_plus_old   S[1][1] + S[1][0]          the papers' reward; 2 is perfect
     pareto         (S[1][1], S[1][0])         both, as a front
 
 S is the score matrix on *selection* rows; evaluation rows are not scored while searching. At rung
-k = 1 … 2n (n a task, the last at its end) a trial tells S[0][0] so far, in task one, and
-new + old so far, in task two. A pruner compares trials of one rung only.
+k = 1 … 2n (n a task, the last at its end) a trial reports S[0][0] so far, in task one, and
+new + old so far, in task two. A pruner compares trials at the same rung only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Pruner = Literal["halving", "hyperband", "none"]
 Sampler = Literal["tpe", "gp", "cmaes", "random", "nsga2"]
 Rungs = tuple[float, ...]  # of a task: the shares of its steps after which they come, the last 1
 # Halving decides at rungs 1, 2 and 4: before task one costs much, when it is nearly learned, and
-# as soon as forgetting shows (docs/results says what each rung tells of the end).
+# as soon as forgetting shows (docs/results says how well each rung predicts the end).
 RUNGS: dict[Pruner, Rungs] = {
     "halving": (1 / 6, 2 / 3, 1.0), "hyperband": (1 / 2, 1.0), "none": (1 / 3, 2 / 3, 1.0),
 }  # fmt: skip
@@ -50,7 +50,7 @@ class Scores:
 
 
 class Stop(Exception):
-    """A trial ends before its time; `steps` of training were spent on it."""
+    """A trial ends early; `steps` of training were spent on it."""
 
     def __init__(self, reason: str, steps: int = 0) -> None:
         super().__init__(reason)
@@ -58,7 +58,7 @@ class Stop(Exception):
 
 
 class Pruned(Stop):
-    """It collapsed, or does worse than others did at this rung."""
+    """The trial collapsed, or does worse than others did at this rung."""
 
 
 class Diverged(Stop):
@@ -67,9 +67,9 @@ class Diverged(Stop):
 
 @dataclass
 class Watch:
-    """One replicate of a trial on its way: tells each rung, and ends what is not worth its steps.
+    """Follows one replicate of a trial: reports each rung, and stops it if it is not worth it.
 
-    tell(rung, value) passes a value on and says whether to prune.
+    tell(rung, value) reports a value and returns whether to prune.
     """
 
     rungs: Rungs  # of each task
@@ -86,20 +86,20 @@ class Watch:
         if end_of_one and not self.whole and self.floor is not None and old <= self.floor:
             raise Pruned(f"collapsed: {old:.3f} on task one, as one answer for all rows "
                          f"({self.floor:.3f})", steps)  # fmt: skip
-        # What is trained to its end is finished, however it compares.
+        # A trial that is trained to its end is finished, however it compares.
         if self.tell(rung, value) and rung < 2 * len(self.rungs):
             raise Pruned(f"pruned at rung {rung}", steps)
 
 
 def constant_score(metric: str, labels: Sequence[float], classes: int | None) -> float:
-    """The best score of one answer for all rows; 0 for a ranking."""
+    """The best score that one answer for all rows can get; 0 for a regression."""
     if classes is None:
         return 0.0
     return max(score(metric, labels, [c] * len(labels), classes=classes) for c in set(labels))
 
 
 def evenly(count: int) -> Rungs:
-    """So many rungs a task, evenly spaced."""
+    """`count` rungs a task, evenly spaced."""
     return tuple((k + 1) / count for k in range(count))
 
 
@@ -109,7 +109,7 @@ def rung_steps(total: int, rungs: Rungs) -> list[int]:
 
 
 def check_choice(sampler: str, pruner: str | None, objective: str) -> Pruner:
-    """The pruner that is meant, after refusing what does not go together."""
+    """The pruner to use; refuses unknown names and choices that do not go together."""
     for name, value, known in (
         ("--sampler", sampler, ("tpe", "gp", "cmaes", "random", "nsga2")),
         ("--pruner", pruner or "none", ("halving", "hyperband", "none")),

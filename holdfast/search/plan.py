@@ -1,8 +1,8 @@
 """What a search is asked to do, checked before any training, and kept in its folder.
 
 `study.json` holds the configuration. Another process with the same one joins; a different one is
-refused with what differs. How long to go on (`trials`), how many processes and how many fresh seeds
-are no part of it: a study may be extended.
+refused, naming what differs. How long to go on (`trials`), how many processes and how many fresh
+seeds are not part of it, so that a study may be extended.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Plan:
         fresh: int = 3,
         **settings: Any,
     ) -> Plan:
-        """The plan; `Refused` names what cannot be."""
+        """The checked plan; `Refused` names what is wrong."""
         from holdfast.experiments.heads import check_length, load_config, locate
 
         chosen = check_choice(sampler, pruner, objective)
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """What is told before the first trial: of the tasks, and of points that do nothing."""
+        """Warnings before the first trial: about the tasks, and about points that do nothing."""
         told = [f"{task.name}: {line}" for task in self.tasks for line in task.warnings]
         points, layers = self.space.parts - 2, self.space.layers
         if layers is not None and points > 2 * layers:  # a layer lies between two points at most
@@ -152,12 +152,12 @@ class Plan:
 
     @property
     def seeds(self) -> list[int]:
-        """Of the replicates of every trial."""
+        """The seeds of the replicates of every trial."""
         return [self.seed + r for r in range(self.replicates)]
 
     @property
     def fresh_seeds(self) -> list[int]:
-        """Of the final runs: none that a trial has seen."""
+        """The seeds of the final runs: none that a trial has used."""
         return [self.seed + self.replicates + i for i in range(self.fresh)]
 
     def pair(self, seed: int) -> tuple[Task, ...]:
@@ -170,7 +170,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes two studies one: plain JSON values."""
+        """The configuration that two processes must share to join a study: plain JSON values."""
         from holdfast.experiments.heads import source_hash
 
         settings = self.settings.to_dict()
@@ -210,8 +210,8 @@ def load_shifted(
 ) -> Shifted:
     """The two tasks of a search and what their shift achieved.
 
-    A shift of one task is made once for a study, from up to `POOL` times the training rows that
-    are asked for, and each seed draws from the halves then: no evaluation row changes its task.
+    A shift of one task is made once for a study, from up to `POOL` times the training rows asked
+    for; each seed then draws from the halves, so that no evaluation row changes its task.
     """
     from holdfast.tasks.shifts import shift as shifted
 
@@ -233,7 +233,7 @@ def _drawn(half: Task, seed: int, plan: Settings) -> Task:
                               alike=[r.plain for r in rows])  # fmt: skip
     train, warnings = [rows[i] for i in rest], list(half.warnings)
     if plan.train_size is not None:
-        # What was said of the pool's size is nothing that anybody asked for.
+        # A warning about the pool's size does not concern the user.
         warnings = [line for line in warnings if not line.startswith("train_size ")]
         if plan.train_size > len(train):
             warnings.append(f"train_size {plan.train_size} takes all {len(train)} training rows")
@@ -248,7 +248,7 @@ def _embedder(source: str, task: Task, max_length: int) -> Any:
     from holdfast.experiments.heads import load_model, load_tokenizer, quiet
 
     quiet()
-    model = load_model(source, task, seed=0)  # its encoder is what serves
+    model = load_model(source, task, seed=0)  # only its encoder is used
     return embedder(model, load_tokenizer(source), max_length=max_length)
 
 
@@ -258,7 +258,7 @@ def _embedder(source: str, task: Task, max_length: int) -> Any:
 def known(folder: Path, plan: Plan, storage: str) -> str | None:
     """The study's name in its storage, by `study.json`; None where there is none yet.
 
-    `storage` is `holdfast.search.storage.kept`'s. Refused: another search.
+    storage: as `holdfast.search.storage.kept` returns it. Refused: another search.
     """
     path, mine = folder / FILE, plan.identity
     if path.is_file():
@@ -280,8 +280,8 @@ def known(folder: Path, plan: Plan, storage: str) -> str | None:
 def keep(folder: Path, plan: Plan, storage: str) -> str:
     """Write `study.json`; returns the study's name.
 
-    It is drawn anew for every folder: leases lie in the folder, so that no two folders may work on
-    one study.
+    The name is drawn anew for every folder: leases lie in the folder, so no two folders may work
+    on one study.
     """
     name = f"holdfast-{slug(folder.name)[:40]}-{secrets.token_hex(4)}"
     body = {"name": name, "storage": storage, "config": plan.identity}

@@ -84,10 +84,10 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The searched curve against the better flat control, on evaluation rows and paired by seed.
 
     The controls are the best flat rate and the ablation (flat at the winner's own rate and
-    settings); the better is the one that the winner is less above, of those with the most seeds in
-    common. verdict: `gain` or `loss` where the 95 % interval of the mean difference leaves 0 out,
-    else `no gain`; `not measured` where they share fewer than two seeds. A seed on which the winner
-    diverged is no gain, whatever the others say.
+    settings); of those with the most seeds in common, the better is the one with the smaller gap to
+    the winner. verdict: `gain` or `loss` if the 95 % interval of the mean difference excludes 0,
+    else `no gain`; `not measured` if they share fewer than two seeds. If the winner diverged on a
+    seed, the verdict is `no gain` unless it is `loss`.
     """
     won = next((f for f in finals if f["kind"] == "searched"), None)
     controls = [f for f in finals if f["kind"] in ("flat", "ablation") and f["mean"] is not None]
@@ -161,7 +161,7 @@ def _final(contender: Contender, seeds: Sequence[int], results: Results) -> dict
 
 
 def _kind(reason: str | None) -> str:
-    """A reason without its numbers: what tables count."""
+    """A reason without its numbers, as tables count it."""
     words = (reason or "").split(":")[0]
     if words.startswith("pruned"):
         return words
@@ -198,7 +198,7 @@ def _finite(value: Any) -> Any:
 
 
 def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
-    """The winner's curve with where it comes from; None where no trial was finished."""
+    """The winner's curve with its provenance; None if no trial was finished."""
     if body["winner"] is None:
         return None
     won = next(t for t in body["trials"] if t["number"] == body["winner"])

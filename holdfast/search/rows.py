@@ -1,7 +1,7 @@
 """The trials of a study as plain rows: what reports, files and choices are made from.
 
-How much each part's rate decided is computed from them by PED-ANOVA: from the normalised
-multipliers, not from the raw ones that the sampler drew, which share a factor that no trial feels.
+The importance of each part's rate is computed by PED-ANOVA, from the normalised multipliers and not
+the raw ones that the sampler drew: those share a factor that has no effect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TrialRow:
     steps: int | None
     seconds: float | None
     attempts: int
-    rungs: Mapping[int, float] = field(default_factory=dict)  # rung → what was told there
+    rungs: Mapping[int, float] = field(default_factory=dict)  # rung → the value reported there
     replicates: Sequence[Mapping[str, Any]] = ()
 
     @property
@@ -58,7 +58,7 @@ class TrialRow:
 
 
 def row(trial: FrozenTrial, space: Space) -> TrialRow:
-    """A trial as Optuna keeps it."""
+    """The row of a trial of Optuna's."""
     told = trial.user_attrs
     params = {k: float(v) for k, v in trial.params.items()}
     params = params or {k: float(v) for k, v in trial.system_attrs.get("fixed_params", {}).items()}
@@ -91,7 +91,7 @@ def best(found: Iterable[TrialRow], *, kind: str | None = None) -> TrialRow | No
 
 
 def front(found: Iterable[TrialRow]) -> list[TrialRow]:
-    """The finished trials that none beats in both scores, by the new task's."""
+    """The finished trials on the Pareto front of both scores, sorted by the new task's."""
     known = [r for r in found if r.value is not None]
 
     def beaten(r: TrialRow) -> bool:
@@ -132,8 +132,8 @@ class Importance(NamedTuple):
 def importance(found: Sequence[TrialRow], space: Space) -> Importance:
     """The share of each part, the base rate and the tuned settings.
 
-    Where fewer than `LEAST` trials were finished, what they told at the last rung that as many
-    reached is taken in place of their scores.
+    With fewer than `LEAST` finished trials, the values at the last rung that at least `LEAST`
+    trials reached are used instead of their scores.
     """
     usable = [r for r in found if r.multipliers is not None and r.rate is not None]
     done = [(r, r.value) for r in usable if r.value is not None]

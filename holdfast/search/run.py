@@ -1,4 +1,4 @@
-"""`search`: the whole of it, from what is asked to the files that say what was found."""
+"""`search`: a whole search, from its arguments to the files with its results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from holdfast.errors import Refused
-from holdfast.experiments.processes import EVERY, spread
+from holdfast.experiments.processes import EVERY, check_workers, spread
 from holdfast.search import result, storage
 from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, ended, finish, jobs
 from holdfast.search.plan import Plan
 from holdfast.search.rows import best, rows
-from holdfast.search.study import FINISHED, Study
+from holdfast.search.study import ATTEMPTS, FINISHED, Study
 from holdfast.search.worker import Train, work
 
 MakeTrain = Callable[[Plan], Train]
@@ -58,8 +58,7 @@ def search(
         >>> body = search("minilm", ["data/trec6", "data/sst2"], trials=50, out="runs/s")  # doctest: +SKIP
         >>> body["gain"]["sentence"]  # doctest: +SKIP
     """  # noqa: E501
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise Refused(f"must be a whole number from 1 on, not {workers!r}", where="--workers")
+    check_workers(workers)
     storage.check(str(asked.get("sampler", "tpe")))
     plan = Plan.make(model, tasks, **asked)
     folder = Path(out)
@@ -78,11 +77,15 @@ def search(
 def together(
     study: Study, workers: int, train: MakeTrain, evaluate: MakeEvaluate, *, progress: bool
 ) -> None:
-    """`labour` in so many processes, each with a view of the study of its own."""
+    """`labour` in `workers` processes, each with its own view of the study."""
     line = Line(study, shown=progress)
     each = partial(_joined, study.folder, study.plan, study.url, train, evaluate)
+    # A trial that kills its processes fails after ATTEMPTS of them, maybe all of one job.
+    most = workers * ATTEMPTS + 1
     try:
-        for _ in spread([each] * workers, workers, where=str(study.folder), look=line.look):
+        for _ in spread(
+            [each] * workers, workers, where=str(study.folder), look=line.look, attempts=most
+        ):
             pass
     finally:
         line.close()
@@ -104,7 +107,7 @@ def labour(
         if not study.over:
             made = train(plan)
             work(study, made, look=line.look)
-            del made  # its weights; the final runs load their own
+            del made  # frees its weights; the final runs load their own
         found = rows(study.trials(), plan.space)
         finish(jobs(study.folder, plan, found), evaluate(plan), look=line.look)
     finally:
@@ -112,7 +115,7 @@ def labour(
 
 
 def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[str, Any]:
-    """Read all results and write the files; the same from whichever process."""
+    """Read all results and write the files; the same whichever process does it."""
     plan = study.plan
     found = rows(study.trials(), plan.space)
     results = finish(jobs(study.folder, plan, found), evaluate)
@@ -126,22 +129,22 @@ def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[s
 
 
 class Line:
-    """One line for a whole study, whichever processes work on it."""
+    """One line of progress for a whole study, whichever processes work on it."""
 
     def __init__(self, study: Study, *, shown: bool) -> None:
         self.study, self.shown, self._looked = study, shown, 0.0
-        self.open: list[FinalJob] | None = None  # final runs that are not over; None: trials yet
+        self.open: list[FinalJob] | None = None  # final runs not over; None while trials run
         counts = study.counts()
         done = sum(counts[s] for s in FINISHED)
         self.bar = self._bar("search", "trial", max(study.plan.trials, done), done)
 
     def _bar(self, about: str, unit: str, total: int, done: int) -> Any:
-        # Workers end their trials together: only the mean over all of them tells the time left.
+        # Workers end their trials in bursts: only the mean over all of them predicts the time left.
         return tqdm(total=total, initial=done, unit=unit, desc=about, disable=not self.shown,
                     dynamic_ncols=True, smoothing=0)  # fmt: skip
 
     def look(self, *, now: bool = False) -> None:
-        """Draw what the storage and the folder say, at most once a second."""
+        """Draw the state of the storage and the folder, at most once a second."""
         if not self.shown or (not now and time.monotonic() - self._looked < EVERY):
             return
         self._looked = time.monotonic()

@@ -6,9 +6,9 @@ rate r. Only the shape of x is used, so that a curve is never credited for a sma
     m_i = x_i / exp(mean_j ln x_j)            geometric mean 1: the shape
     lr_i = r · m_i                            r is the geometric mean of the rates: the scale
 
-x and c·x are the same trial; the space has one dimension more than the curves have, which samplers
-do not mind, and shape and scale stay apart. Everything is searched on a log scale, but for what a
-method declares otherwise.
+x and c·x are the same trial: the space has one dimension more than the curves, which samplers cope
+with, and shape and scale stay separate. Everything is searched on a log scale unless a method
+declares otherwise.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Space:
         )  # fmt: skip
 
     def recipe(self, base: Recipe, params: Mapping[str, float], *, name: str) -> Recipe:
-        """`base` with a trial's curve and method settings; a tuned method joins if it is absent."""
+        """`base` with a trial's curve and method settings; adds a tuned method that it lacks."""
         methods = {m.name: m for m in with_tuned(base, self.tuned).methods}
         for word in self.tuned:
             method, setting = word.split(".", 1)

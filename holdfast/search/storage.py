@@ -1,4 +1,4 @@
-"""Where a study is kept, and Optuna itself: imported here and nowhere before it is needed.
+"""Where a study is kept, and Optuna itself: imported only here, and only when it is needed.
 
 `sqlite:///…` in the search's folder by default, `journal:PATH`, or any URL that Optuna takes.
 """
@@ -33,7 +33,7 @@ PAPER = {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}  # BERTcL'
 
 
 def optuna() -> Any:
-    """Optuna of a version that is served, quiet; `Refused` where there is none."""
+    """Optuna with its logging quieted; `Refused` if it is missing or too old."""
     try:
         import optuna as found
     except ImportError:
@@ -45,7 +45,7 @@ def optuna() -> Any:
 
 
 def check(sampler: str) -> None:
-    """Refuse before any training what a sampler needs and is not installed."""
+    """Refuse, before any training, a sampler whose package is not installed."""
     optuna()
     if sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
         raise Refused("the sampler cmaes needs the package cmaes", where="--sampler",
@@ -53,7 +53,7 @@ def check(sampler: str) -> None:
 
 
 def address(storage: str | None, folder: Path) -> str:
-    """The storage that is meant, with absolute paths: it is opened from other processes too."""
+    """The storage's URL, with absolute paths: it is opened from other processes too."""
     if storage is None:
         path = folder.resolve() / DATABASE
         if odd := [c for c in "?%{}" if c in str(path)]:
@@ -72,9 +72,9 @@ def address(storage: str | None, folder: Path) -> str:
 
 
 def _server(storage: str) -> str:
-    """A server's URL; refused where a password's own @ would pass for the end of it.
+    """A server's URL; refused if an unescaped @ in a password would be taken for its end.
 
-    What follows that would be taken for the host, and told by whatever looks for it.
+    The rest of the password would be taken for the host, and show up in error messages.
     """
     from sqlalchemy import make_url
     from sqlalchemy.exc import ArgumentError
@@ -107,13 +107,13 @@ def _sqlite(storage: str) -> str:
 
 
 def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
-    """The kind of file system that an absolute path lies on; empty where nothing tells."""
+    """The kind of file system that an absolute path lies on; empty if unknown."""
     try:
         lines = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return ""
     found = [(Path(line[1].replace(r"\040", " ")), line[2]) for line in lines if len(line) > 2]
-    # The deepest, and of two at one place the later one, which lies on top.
+    # The deepest mount point; of two at one place the later one, which lies on top.
     over = [(len(at.parts), i, kind) for i, (at, kind) in enumerate(found)
             if path.is_relative_to(at)]  # fmt: skip
     return max(over)[2] if over else ""
@@ -128,7 +128,7 @@ def kept(url: str, folder: Path) -> str:
 
 
 def open_storage(url: str) -> BaseStorage:
-    """Open or make it; the caller holds the search's lock while tables are made."""
+    """Open or create a storage; the caller holds the search's lock while tables are made."""
     found = optuna()
     try:
         if url.startswith(JOURNAL):
@@ -137,7 +137,7 @@ def open_storage(url: str) -> BaseStorage:
             backend = found.storages.journal.JournalFileBackend
             mend_journal(path)
             return found.storages.JournalStorage(backend(str(path)))
-        # A connection that was dropped while a trial was trained is opened anew.
+        # Reopens a connection that was dropped while a trial was trained.
         arguments: dict[str, Any] = {"pool_pre_ping": True}
         if url.startswith("sqlite:"):
             arguments["connect_args"] = {"timeout": WAIT, "factory": _Connection}
@@ -153,10 +153,10 @@ def open_storage(url: str) -> BaseStorage:
 
 
 class _Connection(sqlite3.Connection):
-    """SQLite with a write-ahead log: a trial is some twenty writes, of which none waits for a disk.
+    """SQLite with a write-ahead log: a trial makes some twenty writes; none waits for the disk.
 
-    A process may be killed at any moment and nothing is lost. Where the power fails, the last
-    writes may be gone: such a trial counts as running, and its run is read again, not made again.
+    A process may be killed at any moment and nothing is lost. If the power fails, the last writes
+    may be gone: such a trial counts as running, and its run is read again, not repeated.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -173,7 +173,7 @@ def _refusal(url: str, error: Exception) -> Refused:
 
 
 def mend_journal(path: Path) -> bool:
-    """Cut a last line that was torn by a kill or a full disk, keeping a copy; True if so.
+    """Cut off a last line torn by a kill or a full disk, keeping a copy; True if there was one.
 
     Optuna refuses to read past such a line once another one follows it, which would lose the study.
     Only a tail without its newline is cut: an operation that was never complete. A file that is no
@@ -223,14 +223,14 @@ def sampler(name: str, seed: int) -> BaseSampler:
 def pruner(name: str, seed: int = 0) -> BasePruner:
     """Optuna's pruner over rungs 1 … 2n.
 
-    halving, η = 2: at rungs 1, 2 and 4, of which the last is the first of task two, the better half
-    goes on. hyperband with the paper's settings: grace 1, η = 2, max_t 4; a trial's bracket hangs
-    on the seed and its number.
+    halving, η = 2: at rungs 1, 2 and 4 (of which 4 is the first of task two) the better half goes
+    on. hyperband with the paper's settings: grace 1, η = 2, max_t 4; a trial's bracket depends on
+    the seed and its number.
     """
     pruners = optuna().pruners
 
     class Hyperband(pruners.HyperbandPruner):  # type: ignore[name-defined]
-        """Optuna draws brackets by the study's name, which is another one in every folder."""
+        """Optuna draws brackets by the study's name, which differs from folder to folder."""
 
         def _get_bracket_id(self, study: Any, trial: Any) -> int:
             found: int = super()._get_bracket_id(SimpleNamespace(study_name=f"seed {seed}"), trial)

@@ -1,10 +1,10 @@
 """A study shared by processes of one machine: who works on which trial, and what came of it.
 
-Optuna asks and tells; it has no lease of its own for that (its heartbeat serves only `optimize`).
-Here a worker that takes a trial locks `claims/<number>` for as long as it lives: the system lets go
-of the lock when the process ends, however it ends. Asking, and looking for a trial whose worker
-died, happen under one lock of the study, so that no two workers take one trial and no trial is
-asked beyond the plan. A trial whose worker died is taken up again at most `ATTEMPTS` times in all.
+Optuna's ask and tell has no leases (its heartbeat serves only `optimize`). Here a worker that takes
+a trial locks `claims/<number>` for as long as it lives: the system releases the lock when the
+process ends, however it ends. Asking, and looking for a trial whose worker died, happen under one
+lock of the study, so that no two workers take one trial and no trial is asked beyond the plan. A
+trial whose worker died is taken up again, until it has had `ATTEMPTS` workers in all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLAIMS, LOCK = "claims", "lock"
 
 @dataclass
 class Claim:
-    """A trial that this worker holds. `close` lets go of it, told or not."""
+    """A trial that this worker holds. `close` releases it, finished or not."""
 
     study: Study
     number: int
@@ -47,9 +47,9 @@ class Claim:
     lease: IO[str]
 
     def report(self, rung: int, value: float) -> bool:
-        """Tell what was reached at a rung; whether to prune. Controls are told, and never pruned.
+        """Report the value at a rung; returns whether to prune. Controls are never pruned.
 
-        A trial that is made again, after its worker was killed, tells no rung twice.
+        A trial that is repeated, after its worker was killed, reports no rung twice.
         """
         if self.study.plan.objective == "pareto":
             return False
@@ -63,7 +63,7 @@ class Claim:
         return stop and self.control is None
 
     def done(self, scores: Scores, rows: list[dict[str, Any]]) -> None:
-        """It is finished: its scores, the mean over replicates, and those of each."""
+        """Finish the trial: its scores, the mean over replicates, and those of each."""
         self._note({**asdict(scores), "replicates": rows})
         self._tell("COMPLETE", scores.values(self.study.plan.objective))
 
@@ -76,7 +76,7 @@ class Claim:
         self._tell("FAIL")
 
     def excuse(self) -> None:
-        """The trial is not to blame that its worker stops: this attempt does not count."""
+        """Do not count this attempt: the trial is not to blame that its worker stops."""
         attempts = self.study.storage.get_trial(self.identity).user_attrs.get("attempts", 1)
         self._note({"attempts": max(0, attempts - 1)})
 
@@ -110,7 +110,7 @@ class Study:
         with self.lock():
             where = stores.kept(self.url, self.folder)
             name = known(self.folder, plan, where)
-            self.storage = stores.open_storage(self.url)  # before it is noted: it may be mistyped
+            self.storage = stores.open_storage(self.url)  # before `keep`: it may be mistyped
             self.name = name or keep(self.folder, plan, where)
             directions = ["maximize"] * (2 if plan.objective == "pareto" else 1)
             self.study = optuna.create_study(
@@ -128,7 +128,7 @@ class Study:
         self._identity = self.storage.get_study_id_from_name(self.name)
 
     def _enqueue(self, wanted: list[Control]) -> None:
-        """Those that a killed process did not come to; their order gives their numbers."""
+        """Enqueue the controls that are missing, in order: the order gives their numbers."""
         there = {t.user_attrs.get("control") for t in self.trials()}
         for control in wanted:
             if control.label not in there:
@@ -167,7 +167,7 @@ class Study:
             for trial in trials:
                 if trial.state != states.RUNNING or (lease := self.lease(trial.number)) is None:
                     continue
-                # Its worker may have told it and let go of it since the list was read.
+                # Its worker may have finished and released it since the list was read.
                 now = self.storage.get_trial(self._id(trial.number))
                 claim = self._take(now, lease) if now.state == states.RUNNING else None
                 if claim is not None:
@@ -183,9 +183,9 @@ class Study:
             return self._take(asked, taken)
 
     def _seed(self, number: int) -> None:
-        """Have a trial drawn by its number: not by which process asks, nor how often it started.
+        """Seed the sampler by a trial's number, whichever process asks and however often it began.
 
-        A process that goes on does not draw the same ones again.
+        A process that resumes a study does not draw the same trials again.
         """
         seed = (self.plan.seed * 100_003 + number) % 2**32
         self.study.sampler = stores.sampler(self.plan.sampler, seed)
@@ -205,7 +205,7 @@ class Study:
         return self.storage.get_trial_id_from_study_id_trial_number(self._identity, number)
 
     def _take(self, trial: FrozenTrial | Trial, lease: IO[str]) -> Claim | None:
-        """The claim on a trial; one that killed its workers too often has failed."""
+        """The claim on a trial; None, and the trial failed, if its workers ended too often."""
         attempts = int(trial.user_attrs.get("attempts", 0))
         control = trial.user_attrs.get("control")
         identity = self._id(trial.number)
@@ -216,10 +216,10 @@ class Study:
         claim._note({"attempts": attempts + 1})
         ranges, whole = self.plan.space.ranges, self.plan.space.whole
         if not ranges.keys() <= trial.params.keys():
-            open_type = stores.optuna().trial.Trial  # the other one is a finished trial's picture
+            open_type = stores.optuna().trial.Trial  # a FrozenTrial is only a snapshot
             if not isinstance(trial, open_type):
-                # Its worker died while it was drawn: what was drawn is kept, and drawn once more
-                # only so that the rest is what it would have been.
+                # Its worker died while parameters were drawn: those drawn are kept, and drawn once
+                # more only so that the rest are what they would have been.
                 self._seed(trial.number)
                 half, trial = trial, open_type(self.study, identity)
                 for name, where in half.distributions.items():
@@ -248,7 +248,7 @@ def _open(path: Path) -> IO[str]:
 
 
 def wait(seconds: float, look: Callable[[], None]) -> None:
-    """Sleep in short pieces, so that a signal is answered."""
+    """Sleep in short pieces, so that a signal is handled soon."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         look()

@@ -1,7 +1,7 @@
 """A trial as a run: two tasks one after another, in a folder of its own, scored on selection rows.
 
-What all trials of a worker share is loaded once: the tokenizer, the tokenised rows, the pre-trained
-encoder with the untrained heads, of which a trial gets a copy. A trial is the run that
+What all trials of a worker share is loaded once: the tokenizer, the tokenised rows, and the
+pre-trained encoder with untrained heads, which each trial copies. A trial is the run that
 `run_sequence` would make of its recipe, bit for bit, without the scores on evaluation rows.
 """
 
@@ -33,7 +33,7 @@ from holdfast.tasks import Task
 from holdfast.training.manifest import damage
 
 RUNG_ROWS = 128  # selection rows of each task that are scored at a rung within a task, at most
-WORTH_KEEPING = 60.0  # seconds of task one from which on its end is saved: saving takes about one
+WORTH_KEEPING = 60.0  # seconds: a task one of less is not saved at its end (saving takes about one)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Loaded:
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:
-        """What every record says of where it comes from."""
+        """The provenance in every record."""
         return {"commit": commit(Path(__file__).parent), "versions": versions(),
                 "command": list(sys.argv)}  # fmt: skip
 
@@ -62,7 +62,7 @@ class Loaded:
 
 
 class TrialLearner(Learner):
-    """A `Learner` that takes from `Loaded`, tells rungs, and keeps only what a restart needs."""
+    """A `Learner` that uses `Loaded`, reports rungs, and keeps only what a restart needs."""
 
     def __init__(self, loaded: Loaded, watch: Watch, *args: Any) -> None:
         self.loaded, self.watch = loaded, watch
@@ -74,11 +74,11 @@ class TrialLearner(Learner):
         return self.loaded.tokenizer
 
     def _untrained(self, index: int, seed: int) -> nn.Module:
-        """A copy of what was loaded for the first trial; the draws of a head hang on its seed."""
+        """A copy of the model made for the first trial; a head's draws depend only on its seed."""
         kept = self.loaded.untrained
         if (index, seed) not in kept:
             fresh: Any = super()._untrained(index, seed)
-            if index:  # the encoder is this trial's; of the copy it is no part
+            if index:  # the encoder is this trial's, and not part of what is kept
                 setattr(fresh, fresh.base_model_prefix, nn.Identity())
             kept[index, seed] = fresh
         model: Any = copy.deepcopy(kept[index, seed])
@@ -90,11 +90,11 @@ class TrialLearner(Learner):
         return [_Rungs(self, index)]
 
     def _scores(self, index: int, split: str) -> list[Any]:
-        """Evaluation rows decide nothing here, and are not looked at."""
+        """Evaluation rows decide nothing here, and are not scored."""
         return [None] * len(self.tasks) if split == "evaluation" else super()._scores(index, split)
 
     def _keep(self, index: int, model: Any) -> None:
-        """The last task's model serves nobody, and a short first task is learned again as fast."""
+        """Nothing needs the last task's model, and a short first task is as fast to learn again."""
         self.note_time()
         worth = self.plan.save_steps or self.record.elapsed >= WORTH_KEEPING
         if index + 1 < len(self.tasks) and worth:
@@ -124,13 +124,13 @@ class TrialLearner(Learner):
         self.watch.at(number, steps=self.made, old=scores[0], new=scores[1] if index else None)
 
     def _some(self, index: int) -> int:
-        """How many rows every k-th one gives, for the least k that keeps to `RUNG_ROWS`."""
+        """How many rows to score: every k-th, for the least k that gives at most `RUNG_ROWS`."""
         size = len(self.rows(index, "selection"))
         return size // math.ceil(size / RUNG_ROWS)
 
 
 class _Rungs(TrainerCallback):
-    """Looks after every step whether a rung is reached."""
+    """Checks after every step whether a rung is reached."""
 
     def __init__(self, learner: TrialLearner, index: int) -> None:
         self.learner, self.index = learner, index
@@ -163,7 +163,7 @@ class Training:
             "recipe": job.recipe.to_dict(),
             "seed": job.seed,
             "settings": plan.to_dict(),
-            "scored": "selection",  # such a record is none that `run_sequence` goes on with
+            "scored": "selection",  # so that `run_sequence` does not resume such a run
         }
         with open_run(job.folder, config):
             path = job.folder / RECORD
@@ -172,7 +172,7 @@ class Training:
                 if record.status != "done":
                     self._learn(job, tasks, plan, record, watch)
             finally:
-                gc.collect()  # a Trainer is in cycles with its model and moments
+                gc.collect()  # a Trainer forms reference cycles with its model and moments
             self._clear(job.folder)
         return _scores(record)
 
@@ -203,12 +203,12 @@ class Training:
 
     @staticmethod
     def _clear(folder: Path) -> None:
-        """Weights of a trial that is over: fifty trials would fill a disk."""
+        """Delete the weights of a trial that is over: those of fifty would fill a disk."""
         shutil.rmtree(folder / "tasks", ignore_errors=True)
 
 
 def _drop_damaged(folder: Path) -> None:
-    """A first task that was not saved whole is learned again: the trial asks nobody."""
+    """Delete a first task that was not saved whole: the trial learns it again without asking."""
     for home in (folder / "tasks").glob("1-*"):
         if not home.name.endswith(".training") and damage(home) is not None:
             shutil.rmtree(home)

@@ -1,10 +1,10 @@
 """What a search tried, as a file: the one definition, reader and writer of `trials.csv`.
 
-A study is one search: one model, one pair of tasks, one shift. Its file has a line a trial::
+A study is one search: one model, one pair of tasks, one shift. Its file has one line per trial::
 
     number,state,old,new,old_after,reward,steps,study,lr.embeddings,lr.point.1,…,lr.head
 
-Scores are of selection rows: `old` on task one after learning it, `new` on task two after learning
+Scores are on selection rows: `old` on task one after learning it, `new` on task two after learning
 it, `old_after` on task one then; `reward` = new + old_after. Rates are absolute, not multipliers.
 The same as JSON, for logs made elsewhere: `{"trials": [{"old": …, "new": …, "old_after": …,
 "lr": […]}]}`. docs/combine.md describes both.
@@ -35,14 +35,14 @@ NAME = "trials.csv"
 COLUMNS = ("number", "state", "old", "new", "old_after", "reward", "steps", "study")
 IDENTITY = ("study", "model", "tasks", "shift")  # equal in all rows; all but study optional
 OPTIONAL = ("layers", *IDENTITY[1:])
-RATE, EXTRA = "lr.", "extra."  # how the names of rates and of columns that nobody reads begin
+RATE, EXTRA = "lr.", "extra."  # prefixes of rate columns, and of columns that are not read back
 STATES = ("complete", "pruned", "fail", "running", "waiting")  # Optuna's, in lower case
 MAX_PARTS = 500
 MAX_TRIALS = 50_000
-SAME = 1e-6  # a reward may differ by that much from new + old_after, which were perhaps rounded
+SAME = 1e-6  # a reward may differ by this much from new + old_after, which may have been rounded
 
 _NUMBER = re.compile(r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?|nan|inf)", re.I)
-_FORMULA = "=+-@|%'＝＋－＠"  # a spreadsheet runs what begins so
+_FORMULA = "=+-@|%'＝＋－＠"  # a spreadsheet runs text that begins with one of these
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class ReadStudy:
 
 
 def part_names(count: int) -> list[str]:
-    """[embeddings, point.1, …, head]: what `count` rates of a trial are of."""
+    """[embeddings, point.1, …, head]: the parts that a trial's `count` rates belong to."""
     return ["embeddings", *(f"point.{j}" for j in range(1, count - 1)), "head"]
 
 
@@ -150,8 +150,8 @@ def read_study(path: str | Path) -> ReadStudy:
     """The study in a folder (its `trials.csv`), a `.csv` or a `.json` file.
 
     Refused, with file and line: rows of two studies; a trial's number twice; a rate that is not
-    finite and above 0; a reward that is not new + old_after; other columns than the known and
-    `extra.…`; text for a number; no trial with a score.
+    finite and above 0; a reward that is not new + old_after; unknown columns other than `extra.…`;
+    text for a number; no trial with a score.
     """
     path = Path(path)
     if path.is_dir():
@@ -219,7 +219,7 @@ def _read(cell: str | None) -> Any:
 
 
 def _header(header: list[str], where: str) -> list[str]:
-    """The parts that a header has rates of, after checking all its columns."""
+    """The parts whose rates a header lists, after checking all its columns."""
     where = f"{where}, line 1"
     rates = [name for name in header if name.startswith(RATE)]
     parts = part_names(max(len(rates), 3))
@@ -294,7 +294,7 @@ def _study(rows: Rows, where: str, sha256: str) -> ReadStudy:
 
 
 def _one(key: str, rows: Rows, where: str) -> None:
-    """Refuse a file whose rows differ in what must be one for all of them."""
+    """Refuse a file whose rows differ in `key`, which must be the same for all of them."""
     lines: dict[Any, list[str]] = {}
     for line, row in rows:
         value = row.get(key)
@@ -316,7 +316,7 @@ def _one(key: str, rows: Rows, where: str) -> None:
 
 
 def _told(places: list[str]) -> str:
-    """Where rows stand, runs of lines as first–last."""
+    """The places of rows in words, consecutive lines as first–last."""
     numbers = [int(re.sub(r"\D", "", place)) for place in places]
     runs: list[list[int]] = []
     for n in numbers:

@@ -1,8 +1,8 @@
-"""A worker: takes trials of a study one after another, trains them, tells what came of them.
+"""A worker: takes trials of a study one after another, trains them and reports the results.
 
-How a trial is trained is a function that is handed in, so that the logic of searching can be tested
-without a network: `train(job, watch) -> Scores`. It calls `watch.at` at every rung, which may raise
-`Stop`, and may raise it itself.
+How a trial is trained is a function passed in, so that the logic of searching can be tested without
+a network: `train(job, watch) -> Scores`. At every rung it calls `watch.at`, which may raise `Stop`;
+it may also raise `Stop` itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from holdfast.search.objective import Diverged, Scores, Stop, Watch
 from holdfast.search.study import Claim, Study, wait
 from holdfast.training import stopping
 
-POLL = 0.5  # seconds between looks at trials that other workers have
+POLL = 0.5  # seconds between checks of trials that other workers hold
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Train = Callable[[Replicate, Watch], Scores]
 
 
 def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None) -> int:
-    """Work until every trial of the plan is finished, by whomever; how many were worked on here.
+    """Work until every trial of the plan is finished by some worker; returns how many ran here.
 
     `look` is called between trials and while waiting.
     """
@@ -60,12 +60,12 @@ def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None)
 
 
 def run(claim: Claim, train: Train) -> None:
-    """Train a claimed trial and tell the study, whatever comes of it."""
+    """Train a claimed trial and report its outcome to the study, whatever it is."""
     began, scores, plan = time.monotonic(), [], claim.study.plan
     steps = 0
     try:
         for replicate, seed in enumerate(plan.seeds):
-            # The first replicate is what the pruner sees; a trial it lets through has them all.
+            # The pruner sees the first replicate only; a trial that it lets through runs them all.
             tell = claim.report if replicate == 0 else _mute
             job = job_of(claim, replicate, seed)
             found = train(job, Watch(plan.rungs, tell, whole=claim.control is not None))

@@ -1,4 +1,4 @@
-"""Seeded choices for the templates, equal in every version of Python."""
+"""Seeded choices for the templates, the same in every version of Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Words(NamedTuple):
-    """A vocabulary in two parts that share nothing: for training and for evaluation rows."""
+    """A vocabulary in two disjoint parts: for training and for evaluation rows."""
 
     seen: tuple[str, ...]
     held: tuple[str, ...]

@@ -1,6 +1,6 @@
 """CSV, TSV, JSONL (each also gzipped) and Parquet files as tables.
 
-Nothing but `Refused` leaves these readers, whatever the bytes are.
+These readers raise nothing but `Refused`, whatever the bytes are.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
         strict=True,
         quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
     )
-    limit = csv.field_size_limit(MAX_CELL)  # the csv module's own limit is one for the process
+    limit = csv.field_size_limit(MAX_CELL)  # the csv module's own limit is global
     start = 1
     try:
         header = next(reader, None)
@@ -175,7 +175,7 @@ def _tsv(path: Path, table: Table, quotes: bool) -> None:
 
 
 def parse_json(line: str, where: str) -> Any:
-    """One JSON value; a repeated key, NaN and nesting without end are refused too."""
+    """One JSON value; a repeated key, NaN and too deep nesting are refused too."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -223,7 +223,7 @@ def _parquet(path: Path, table: Table, quotes: bool) -> None:
     try:
         table.columns = list(pq.read_schema(path).names)
         found = [name for name in table.columns if name in table.wanted]
-        # Dictionaries stay dictionaries: a text repeated a million times is held once.
+        # Dictionary encoding is kept: a text repeated a million times is held once.
         with pq.ParquetFile(path, read_dictionary=found) as file:
             _check_parquet(file.metadata, table)
             for name in table.columns:
@@ -258,7 +258,7 @@ def _value(cell: Any, table: Table, number: int) -> Any:
 
 
 def _check_parquet(metadata: Any, table: Table) -> None:
-    """Refuse by the footer's own figures what would not fit, before reading it."""
+    """Refuse a file that would not fit, by the figures in its footer, before reading it."""
     size = sum(
         metadata.row_group(group).column(column).total_uncompressed_size
         for group in range(metadata.num_row_groups)

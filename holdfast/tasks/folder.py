@@ -40,8 +40,8 @@ def meta(folder: Path) -> Meta:
         raise Refused(
             "no 'labels'", where=where, remedy='as {"labels": ["no", "yes"], "metric": "accuracy"}'
         )
-    for key in found:  # others describe the data, and stay; a misspelt one would be ignored
-        near = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
+    for key in found:  # other keys describe the data; a misspelt one would be ignored
+        near = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.8)
         if near and near[0] not in found:
             raise Refused(f"unknown key {shown(key)}", where=where,
                           remedy=f"did you mean {near[0]!r}?")  # fmt: skip

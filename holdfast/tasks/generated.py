@@ -3,7 +3,7 @@
 They are made to be hard enough to tell methods apart: rows whose loudest words point to the
 wrong class, words in the evaluation rows that no training row has, and labels that are wrong
 on purpose (a share of the training rows, a smaller one of the evaluation rows), so that
-nobody scores 1. The rows depend on the task's name alone; a run's seed only chooses among them.
+no model scores 1. The rows depend on the task's name alone; a run's seed only chooses among them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRAIN_NOISE, EVALUATION_NOISE = 0.08, 0.04  # shares of wrong labels
 
 
 class Generated(NamedTuple):
-    """Rows with the noise in them; `clean` are the labels before the noise, in row order."""
+    """Rows with noisy labels; `clean`: the labels before the noise, in row order."""
 
     labels: tuple[str, ...]
     train: tuple[Row, ...]

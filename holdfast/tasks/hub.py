@@ -41,9 +41,9 @@ def read(
 
 
 def must_answer(place: str) -> None:
-    """Refuse `place`, an id on the Hub, where no network leads there; asked once a process.
+    """Refuse `place`, an id on the Hub, if the Hub cannot be reached; checked once a process.
 
-    The Hub's own clients try again for most of a minute, and say so on many lines.
+    The Hub's own clients retry for most of a minute, and log many lines.
     """
     from huggingface_hub import constants
 
@@ -65,10 +65,10 @@ def answers(endpoint: str) -> bool:
     answered: list[Any] = []
 
     def ask() -> None:
-        with suppress(Exception):  # one for each way in which a network fails
+        with suppress(Exception):  # networks fail in many ways
             answered.append(get_session().head(endpoint, timeout=PATIENCE))
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name may resolve for longer than that
+    asking = threading.Thread(target=ask, daemon=True)  # resolving a name may take longer than that
     asking.start()
     asking.join(PATIENCE)
     return bool(answered)

@@ -1,4 +1,4 @@
-"""From what a file says to a label: ids, names or numbers, one rule each.
+"""From a cell of a file to a label: ids, names or numbers, one rule each.
 
 Every rule is a function `(cell, where) -> label`, None for a row to leave out.
 """
@@ -92,7 +92,7 @@ def spelled(cell: Any, where: str) -> str:
 
 
 def _missing(cell: Any) -> bool:
-    """Null, nothing, or a real NaN. The texts "NA", "None", "null" and "nan" are labels."""
+    """Null, blank, or a real NaN. The texts "NA", "None", "null" and "nan" are labels."""
     if isinstance(cell, str):
         return not cell.strip()
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
@@ -101,11 +101,10 @@ def _missing(cell: Any) -> bool:
 def names_of(
     cells: Iterable[tuple[Any, str]], name: str, *, fractions: bool = False
 ) -> tuple[str, ...]:
-    """The label map of the training rows: by number if all are numbers, else by letter.
+    """The label map of the training rows: in numerical order if all are numbers, else alphabetical.
 
-    Two spellings of one thing (`1`, `01`, `True`; a space more) are refused. So are numbers
-    with fractions, unless `fractions`, and more classes than anyone means: both ask for a
-    regression.
+    Two spellings of one label (`1`, `01`, `True`; an extra space) are refused. So are numbers
+    with fractions, unless `fractions`, and implausibly many classes: both suggest a regression.
     """
     seen: dict[str, str] = {}  # spelling -> where first
     meant: dict[Decimal | str, str] = {}  # meaning -> spelling

@@ -32,9 +32,9 @@ def load_task(
     options after a `?`: `reviews.csv?text=body&label=stars&evaluation=held_out.csv`.
 
     The seed chooses the selection rows and, with `train_size`, the training rows. The
-    evaluation rows are the same for every seed, also where they are carved from the
-    training rows (a fifth, if none are given) or cut to `evaluation_size`. Rows of equal texts,
-    apart from case and spacing, are never parted by choosing evaluation or selection rows.
+    evaluation rows are the same for every seed, even if they are carved from the training
+    rows (a fifth, if none are given) or cut to `evaluation_size`. Rows whose texts are equal but
+    for case and spacing are never separated by choosing evaluation or selection rows.
     """
     asked = parse(str(spec))
     if columns is not None:
@@ -59,7 +59,7 @@ def load_task(
         warnings.append("every evaluation row has the same label")
 
     size = count(selection, len(pool), what="selection", least=0)
-    if isinstance(selection, float) and selection > 0:  # a share means a row a class, if it can
+    if isinstance(selection, float) and selection > 0:  # a share keeps one row per class, if it can
         classes = len({row.label for row in pool}) if names is not None else 1
         size = max(size, min(classes, len(pool) // 2))
     if size >= len(pool):
@@ -115,14 +115,14 @@ def _chosen(rows: list[Row], size: int, *, seed: str) -> list[Row]:
 
 
 def _apart(rows: list[Row], size: int, *, seed: str) -> tuple[list[Row], list[Row]]:
-    """About `size` rows and the others, of which none has a text of the first."""
+    """About `size` rows, and the others; the two have no text in common."""
     labels, texts = [row.label for row in rows], [row.plain for row in rows]
     chosen, others = splits.stratified(labels, size, seed=seed, leave=1, alike=texts)
     return [rows[index] for index in chosen], [rows[index] for index in others]
 
 
 def _repeated(rows: list[Row], training: list[Row]) -> int:
-    """How many of `rows` also stand in `training`, apart from case and spacing."""
+    """How many of `rows` also occur in `training`, ignoring case and spacing."""
     known = {row.plain for row in training}
     return sum(row.plain in known for row in rows)
 

@@ -12,7 +12,7 @@ from holdfast.tasks.task import METRICS, Row
 
 
 class Source(NamedTuple):
-    """What a kind of source yields before rows are chosen by seed."""
+    """What any source yields, before rows are chosen by seed."""
 
     name: str
     labels: tuple[str, ...] | None
@@ -86,7 +86,7 @@ def counted(count: int, kind: str = "") -> str:
 
 
 class _Texts:
-    """The records of a table that have their texts."""
+    """The records of a table, without those that lack a text."""
 
     def __init__(self, table: Table, columns: Columns, *, paired: bool | None = None) -> None:
         assert columns.text is not None and columns.label is not None

@@ -3,13 +3,13 @@
 =========  ======================================================================================
 `length`   short rows, then long rows: cut at the median of a measure (words, unless one is given)
 `cluster`  2-means of the encoder's embeddings: the larger cluster, then the smaller
-`labels`   the same rows in opposite label balance: 80:20, then 20:80
+`labels`   all classes in both tasks, in opposite balance: 80:20, then 20:80
 `task`     two tasks as they are
 =========  ======================================================================================
 
 The rule is learned from the training rows alone and then applied to the rows of every split; no row
-is in both tasks. The order of the rows decides nothing: the texts and the seed do. Under `length`
-and `cluster` a text that stands in two splits falls to the same side in both.
+is in both tasks. The order of the rows does not matter, only texts and seed do. Under `length` and
+`cluster` a text that occurs in two splits falls on the same side in both.
 
 BERTcL (arXiv 2404.01317) names these shifts; its released code files rows under "length" by their
 index, which does not correlate with length (.002). `Shifted.facts` says what was achieved.
@@ -52,7 +52,7 @@ class Shifted(NamedTuple):
 
 
 def words(row: Row) -> int:
-    """How many words, parted by white space, text and pair have."""
+    """The number of words in text and pair, separated by white space."""
     return len(row.text.split()) + len((row.pair or "").split())
 
 
@@ -68,7 +68,7 @@ def shift(
 ) -> Shifted:
     """The shift called `kind` of one task; `task` takes two.
 
-    One `seed` serves a whole study: another one moves rows, also evaluation rows, between the two
+    Use one `seed` for a whole study: another one moves rows, even evaluation rows, between the two
     tasks. So do other training rows, unless the rule is learned from the same rows each time:
     `learn`, by default the task's own training rows. See `by_length`, `by_cluster` and `by_labels`
     for `measure`, `embed` and `share`.
@@ -112,7 +112,7 @@ def by_length(
     and both halves of the training rows are equally large, up to rows of equal texts. Another
     measure, such as tokens: `lambda row: len(tokenizer(row.text, row.pair).input_ids)`.
 
-    `facts`: `threshold`, `ties` (share of training rows that measure just that), `correlation`
+    `facts`: `threshold`, `ties` (share of training rows that measure exactly that), `correlation`
     (Pearson, of half 0 | 1 with the measure), and for each half `least`, `median`, `most`.
     """
     learn = learn or task.train
@@ -152,7 +152,7 @@ def _measured(row: Row, measure: Measure, where: str) -> float:
 
 
 def _correlation(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Pearson's, of the side with the value; None where a side is empty or nothing varies."""
+    """Pearson's, between side and value; None if a side is empty or nothing varies."""
     values = np.array([*one, *two], dtype=float)
     if not one or not two or values.std() == 0:
         return None
@@ -178,11 +178,11 @@ def by_cluster(
     gets them in an order of its own. Rows of the other splits go to the nearer centroid.
 
     `facts`: `explained`, the share of the variance of the training embeddings that lies between
-    the centroids, 0 … 1 (random halves: about 1 / rows), and `distance` of the centroids.
+    the centroids, 0 … 1 (random halves: about 1 / rows), and the `distance` between them.
     """
     from sklearn.cluster import KMeans
 
-    # In a canonical order, since 2-means starts from the order of its rows.
+    # In a canonical order, since the starts of 2-means depend on the order of its rows.
     train = sorted(learn or task.train, key=lambda row: _hash(row, seed))
     points = _embedded(embed, train, task.name)
     spread = float(((points - points.mean(0)) ** 2).sum())
@@ -197,7 +197,7 @@ def by_cluster(
     centres = centres[order]
 
     def second(points: np.ndarray) -> np.ndarray:
-        """Whether the second centre is the nearer: (rows,)."""
+        """Whether the second centre is nearer: (rows,)."""
         # |x − c₁|² < |x − c₀|²  ⇔  2 x·(c₁ − c₀) > |c₁|² − |c₀|²
         return 2 * points @ (centres[1] - centres[0]) > (centres[1] ** 2 - centres[0] ** 2).sum()
 
@@ -245,8 +245,8 @@ def by_labels(
         N = min(rows of group 1, rows of group 2),   a = round(share · N)
         task one: a of group 1, N − a of group 2;    task two: N − a of group 1, a of group 2
 
-    What the larger group has above N, and all but one row of equal texts, is left out and told.
-    A text in two splits may be in both tasks. `facts`: `shares` of group 1 in either
+    Rows of the larger group beyond N, and all but one of rows with equal texts, are left out, with
+    a warning. A text in two splits may be in both tasks. `facts`: `shares` of group 1 in either
     task's training rows, `groups`, `left_out` by split.
     """
     where = task.name
@@ -275,7 +275,7 @@ def by_labels(
 def _balanced(
     rows: Sequence[Row], front: set[int], back: set[int], share: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Indices of the rows of task one and of task two; of rows of equal texts only one is in."""
+    """Indices of the rows of task one and of task two; of rows with equal texts one is used."""
 
     def draw(i: int) -> tuple[str, str]:  # the second decides among labels of one text
         return _hash(rows[i], seed), _hash(rows[i], f"{seed} {rows[i].label}")
@@ -315,7 +315,7 @@ def _all(task: Task) -> list[Row]:
 
 
 def _hash(row: Row, seed: int | str) -> str:
-    """A draw for each text that depends on nothing else: 64 hexadecimal digits."""
+    """A draw that depends on seed and texts alone: 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps([seed, row.text, row.pair]).encode()).hexdigest()
 
 
@@ -350,7 +350,7 @@ def _pair(
 
 
 def _checked(task: Task, rows: dict[str, tuple[Row, ...]], half: str) -> list[str]:
-    """Warnings about a half; Refused where it is too small or of one label."""
+    """Warnings about a half; Refused if it is too small or has only one label."""
     kinds = {"train": "training", "selection": "selection", "evaluation": "evaluation"}
     for split, found in rows.items():
         least = LEAST if split != "selection" else min(1, len(task.selection))

@@ -1,4 +1,4 @@
-"""The words a task is asked for with: `where?option=value&…`."""
+"""The spec by which a task is named: `where?option=value&…`."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ def stratified(
 ) -> tuple[list[int], list[int]]:
     """`size` indices in proportion to the classes, and the others, each in row order.
 
-    Each class gets its share rounded down or up, at least one row where `size` allows it and
-    where `leave` of its rows remain. Float labels are classed by tenths of their order, which
-    keep nothing back. Rows of which `alike` is equal stay together, so that a class may get fewer
-    rows than its share; more only where none of its two or more bundles of rows is small enough.
-    Float labels of bundles too long for a tenth are one class.
+    Each class gets its share rounded down or up, and at least one row if `size` allows it and
+    `leave` of its rows remain. Float labels are classed by deciles, without regard to `leave`.
+    Rows with equal `alike` form a bundle that stays together, so that a class may get fewer rows
+    than its share; it gets more only if it has two or more bundles and none is small enough.
+    Float labels whose bundles are too long for a decile are one class.
     """
     bundles: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(range(len(labels)) if alike is None else alike):
@@ -36,7 +36,7 @@ def stratified(
         leave, classes = 0, _quantiles(labels, 10 if longest == 1 or 10 * longest <= size else 1)
     often = Counter(classes)
     groups: dict[int, list[list[int]]] = defaultdict(list)
-    for bundle in bundles.values():  # counts for its rarest class, of which it may hold every row
+    for bundle in bundles.values():  # counts for its rarest class, as it may hold all of its rows
         groups[min((often[classes[i]], classes[i]) for i in bundle)[1]].append(bundle)
     counts = {group: sum(map(len, groups[group])) for group in sorted(groups)}
     draw = random.Random(seed)
@@ -49,7 +49,7 @@ def stratified(
 
 
 def _filled(bundles: list[list[int]], size: int) -> list[int]:
-    """The bundles that fit into `size`, in their order; where none does, the smallest of them."""
+    """The bundles that fit into `size`, in their order; if none of several does, the smallest."""
     found: list[int] = []
     for bundle in bundles:
         if len(found) + len(bundle) <= size:
@@ -58,7 +58,7 @@ def _filled(bundles: list[list[int]], size: int) -> list[int]:
 
 
 def _quantiles(labels: Sequence[int | float], parts: int) -> list[int]:
-    """Which of `parts` equal parts of its order each label falls into."""
+    """Which of `parts` equal quantiles each label falls into."""
     order = sorted(range(len(labels)), key=labels.__getitem__)
     found = [0] * len(labels)
     for place, index in enumerate(order):
@@ -67,7 +67,7 @@ def _quantiles(labels: Sequence[int | float], parts: int) -> list[int]:
 
 
 def _shares(counts: dict[int, int], size: int, leave: int) -> dict[int, int]:
-    """`size` over the classes by largest remainder."""
+    """`size` divided among the classes by largest remainder."""
     total = sum(counts.values())
     most = {group: max(0, count - leave) for group, count in counts.items()}
     size = min(size, sum(most.values()))

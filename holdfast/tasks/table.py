@@ -9,7 +9,7 @@ from typing import Any
 from holdfast.errors import Refused, nearest
 
 MAX_TEXT = 20_000  # characters; a longer text is cut and counted
-MAX_CELL = 32 * 2**20  # characters in one line or cell; more is no text of ours
+MAX_CELL = 32 * 2**20  # characters in one line or cell; longer ones are refused
 MAX_CHARACTERS = 2**31  # in one file after decompression
 MAX_RECORDS = 20_000_000
 
@@ -22,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read. Without `text` the usual names are looked for, its pair's too."""
+    """The columns to read. Without `text` the usual names are tried, for the pair too."""
 
     text: str | None = None
     pair: str | None = None
@@ -36,7 +36,7 @@ class Columns:
         return frozenset((*text, *label, *([] if self.pair is None else [self.pair])))
 
     def among(self, table: Table) -> Columns:
-        """These columns with every name settled; refuses a name that `table` lacks."""
+        """These columns with every name resolved; refuses a name that `table` lacks."""
         if not table.records and not table.columns:
             raise Refused("no rows", where=table.name)
         text = self.text or _only(TEXT, table, "text")
@@ -77,7 +77,7 @@ def _only(
 
 @dataclass
 class Table:
-    """Records of one file. `name` and `unit` say where a record stands, for messages."""
+    """Records of one file. `name` and `unit` say where a record is, for messages."""
 
     name: str
     wanted: frozenset[str]
@@ -121,7 +121,7 @@ class Table:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """`value` as it may stand in a message: quoted, on one line, short."""
+    """`value` as messages show it: quoted, on one line, short."""
     if isinstance(value, str) and len(value) > limit:
         return repr(value[:limit]) + "…"
     try:

@@ -23,7 +23,7 @@ class Row:
 
     @property
     def plain(self) -> tuple[str, str]:
-        """Text and pair apart from case and spacing: rows of which it is equal are duplicates."""
+        """Text and pair without case and spacing; rows that are equal in it are duplicates."""
         one, two = (" ".join(text.casefold().split()) for text in (self.text, self.pair or ""))
         return one, two
 
@@ -41,7 +41,7 @@ class Task:
     train: tuple[Row, ...]
     selection: tuple[Row, ...]
     evaluation: tuple[Row, ...]
-    source: str  # the words it was asked for with
+    source: str  # the spec it was loaded from
     synthetic: bool = False
     warnings: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""What others can test their own methods with: the contract suite, replay of trajectories."""
+"""Tools to test your own methods with: the contract suite, replay of trajectories."""
 
 from __future__ import annotations
 

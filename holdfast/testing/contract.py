@@ -1,4 +1,4 @@
-"""The contract suite: what every method keeps, as tests to inherit.
+"""The contract suite: what every method must satisfy, as tests to inherit.
 
     from holdfast.testing import MethodContract
 
@@ -245,7 +245,7 @@ class MethodContract:
             started = _narrow(toy)
             toy.learn()
             assert all(w.dtype is torch.bfloat16 for w in toy.bound.weights.values())
-            # A copy of weights may be bfloat16, a sum may not: it would stop growing at 256.
+            # A copy of weights may be bfloat16, a sum may not: counting by ones stops at 256.
             for name, tensor in _narrow(toy).items():
                 assert name in started and torch.equal(tensor, started[name]), name
             toy.end()
@@ -258,7 +258,7 @@ class MethodContract:
         for task in TASKS:
             for toy, pieces in ((whole, 1), (halves, 2)):
                 toy.begin(task)
-                # Differences of rounding may tip a threshold: compare the first steps only.
+                # Rounding differences may tip a threshold: compare the first steps only.
                 toy.learn(0, 3, pieces=pieces)
             ours, theirs = halves.weights(), whole.weights()
             for name in theirs:
@@ -270,7 +270,7 @@ class MethodContract:
 
 
 def same(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """Everything equal, tensors bit for bit and in their types."""
+    """Everything is equal, tensors bit for bit and in dtype."""
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
     for key, value in theirs.items():
         if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""A tiny model learning a sequence of tasks, step by step: the stage of the contract suite."""
+"""A tiny model that learns a sequence of tasks, step by step, for the contract suite."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """An encoder, which tasks can share, and a head; it speaks as Hugging Face models do."""
+    """An encoder, which tasks can share, and a head; has the interface of Hugging Face models."""
 
     def __init__(self, classes: int = 3, encoder: nn.Module | None = None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def make_batch(task: str, step: int, rows: int = 8) -> Batch:
 
 
 class ToyTraining:
-    """Learns `TASKS` one after another with a method (None: plainly), and can be saved anywhere."""
+    """Learns `TASKS` one after another with a method (None: plain); can be saved at any step."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class ToyTraining:
 
     @classmethod
     def load(cls, saved: Mapping[str, Any], method: Method, *, closed: bool) -> ToyTraining:
-        """A new toy, of other initial weights, that takes up where another was saved.
+        """A new toy with other initial weights, resumed from where another was saved.
 
         closed: whether the task it was saved in had ended, so that the next one is to begin.
         """

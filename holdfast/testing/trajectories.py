@@ -5,7 +5,7 @@
 The folder holds `index.json` and one safetensors file a run: a tanh MLP with its inputs, labels,
 and for every step the gradients as the optimizer saw them, the weights after the step, and for Mix
 which entries were kept. `DPS(freeze="gradient")` must reproduce each within `TOLERANCE`, masks
-exactly. Prints one line a file and exits with 1 where one deviates.
+exactly. Prints one line a file and exits with 1 if one deviates.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def replay_folder(folder: Path) -> dict[str, Deviation]:
 
 
 def main(arguments: list[str]) -> int:
-    """0 where every file is reproduced, 1 where one deviates, 2 where there is none."""
+    """0 if every file is reproduced, 1 if one deviates, 2 if there is none."""
     if len(arguments) != 1:
         print("usage: python -m holdfast.testing.trajectories FOLDER", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
 """A recipe for a Trainer that cannot be extended: `callbacks=[RecipeCallback(recipe)]`.
 
-`with_recipe` does more and is to be preferred. A callback cannot change the loss, the optimizer's
-groups or when gradients are clipped: methods that add to the loss (replay, lwf, kl_anchor) and
-rates other than flat are refused, and Trainer clips before the methods' work, not after.
+Prefer `with_recipe`, which does more. A callback cannot change the loss, the optimizer's groups or
+when gradients are clipped: methods that add to the loss (replay, lwf, kl_anchor) and rates other
+than flat are refused, and Trainer clips before the methods' work, not after.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class RecipeCallback(TrainerCallback):
     """Bind a recipe while a Trainer trains.
 
     recipe: without methods that add to the loss, at flat rates.
-    bound: the `Bound` of earlier tasks, to go on with a sequence.
+    bound: the `Bound` of earlier tasks, to continue a sequence.
     task, shared, start: as `with_recipe` takes them.
     data: the task's rows in batches, which `head_first` and some methods read; see `Bound`.
 
-    Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and taken up
-    from `output_dir/checkpoint-<step>` when training goes on from there.
+    Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and loaded
+    from `output_dir/checkpoint-<step>` when training resumes from there.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class RecipeCallback(TrainerCallback):
             raise Refused("a callback cannot give parts rates of their own", where="recipe.rates",
                           remedy="use with_recipe, or recipe.param_groups")  # fmt: skip
         self.bound = bound or recipe.unbound()
+        recipe.check_bound(self.bound)
         if self.bound.has_penalty:
             adding = ", ".join(m.name for m in recipe.methods if m.defines("penalty"))
             raise Refused(f"a callback cannot add {adding} to the loss", where="recipe",
@@ -76,7 +77,7 @@ class RecipeCallback(TrainerCallback):
             load_state(self.bound, _checkpoint(args, state))
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        made = self.bound.state_dict()  # by every rank: shards are put together
+        made = self.bound.state_dict()  # called on every rank: it gathers shards
         if args.should_save:
             folder = _checkpoint(args, state)
             commit(folder, save_state(self.bound, folder, state=made))

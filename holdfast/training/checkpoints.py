@@ -1,9 +1,9 @@
 """The state of a `Bound` beside a checkpoint: safetensors for tensors, JSON for the rest.
 
-What changes from step to step lies in one file. Every larger slot of a method's state (anchors,
-Fisher information, replayed rows, Mix's start weights) lies in a file of its own, and while it does
-not change, the next checkpoint gets a hard link to that file: stored once, and each folder still
-complete by itself, wherever it is moved.
+State that changes from step to step goes into one file. Each larger slot of a method's state
+(anchors, Fisher information, replayed rows, Mix's start weights) has a file of its own; while the
+slot is unchanged, the next checkpoint gets a hard link to that file: stored once, and every folder
+is still complete wherever it is moved.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from holdfast.training.manifest import MANIFEST
 from holdfast.training.tensors import write_tensors
 
 TENSORS, META = "holdfast.safetensors", "holdfast.json"
-KEPT = "holdfast-{:02d}.safetensors"  # a slot of its own; which one, its keys say
+KEPT = "holdfast-{:02d}.safetensors"  # one slot each; its keys say which
 OURS = re.compile(r"holdfast(-\d+)?\.safetensors")
-KEPT_FROM = 1 << 16  # bytes a slot has to have for a file of its own
+KEPT_FROM = 1 << 16  # bytes from which a slot gets a file of its own
 
 Files = dict[str, tuple[int, str]]  # name -> size and SHA-256
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """A slot as it was last written or read: while all of this is so, its file still holds it."""
+    """A slot as last written or read: while nothing here has changed, its file is up to date."""
 
     tensors: dict[str, tuple[weakref.ref[Tensor], int, int]]  # name -> tensor, version, sum of bits
     path: Path
@@ -58,11 +58,11 @@ class _Kept:
             before, version, _ = self.tensors[name]
             if before() is not tensor or version != _version(tensor) or version < 0:
                 return False
-        # Writing through `.data` leaves the version as it was, so the content is asked as well.
+        # Writing through `.data` does not bump the version, so the content is compared as well.
         return all(self.tensors[name][2] == _sum(tensor) for name, tensor in slot.items())
 
 
-# What the files of a `Bound` hold; it is nothing that a state consists of.
+# Which slots of a `Bound` lie in which files; a cache, not part of its state.
 _KEPT: weakref.WeakKeyDictionary[Bound, dict[str, _Kept]] = weakref.WeakKeyDictionary()
 
 
@@ -75,14 +75,14 @@ def save_state(
 ) -> Files:
     """Write the state into a folder; the JSON comes last and marks it complete.
 
-    plan: the settings of the training, which `differences` compares on resume. state: what
-    `bound.state_dict()` returned, where all ranks had to call it. Returns size and SHA-256 of the
-    files of tensors, which `commit` need not read again then.
+    plan: the training settings, which `differences` compares on resume. state: the result of
+    `bound.state_dict()`, if every rank has already called it. Returns size and SHA-256 of the
+    tensor files, so that `commit` need not read them again.
     """
     state = bound.state_dict() if state is None else state
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / META).unlink(missing_ok=True)  # of one that is written anew
+    (folder / META).unlink(missing_ok=True)  # of a checkpoint being overwritten
     slots, rest = _slots(state["tensors"])
     before, kept = _KEPT.get(bound, {}), {}
     files: Files = {TENSORS: write_tensors(folder / TENSORS, rest)}
@@ -93,7 +93,7 @@ def save_state(
         kept[slot] = replace(old, path=path)
         files[path.name] = (old.size, old.sha)
     _KEPT[bound] = kept
-    for stale in folder.glob("holdfast-*.safetensors"):  # of a checkpoint that is written anew
+    for stale in folder.glob("holdfast-*.safetensors"):  # of a checkpoint being overwritten
         if stale.name not in files:
             stale.unlink()
     meta = {**state["meta"], "files": sorted(files), "plan": dict(plan or {})}
@@ -125,7 +125,7 @@ def _sum(tensor: Tensor) -> int:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was written in place; -1 where torch does not count."""
+    """How often the tensor was written in place; -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -135,7 +135,7 @@ def _mark(path: Path) -> tuple[int, int]:
 
 
 def _link(old: _Kept, path: Path) -> bool:
-    """Give a slot's file a second name; False where it is gone or the disk knows no links."""
+    """Hard-link a slot's file to `path`; False if it is gone or changed, or cannot be linked."""
     try:
         if old.path.lstat().st_size != old.size or _mark(old.path) != old.mark:
             return False
@@ -149,7 +149,7 @@ def _link(old: _Kept, path: Path) -> bool:
 
 
 def load_state(bound: Bound, folder: str | Path) -> None:
-    """Take up the state in a folder; `Refused` where there is none or it does not fit."""
+    """Load the state in a folder; `Refused` if there is none or it does not fit."""
     folder = Path(folder)
     meta, files = _read(folder)
     bound.load_state_dict({"meta": meta, "tensors": _together(files)})
@@ -164,7 +164,7 @@ def load_state(bound: Bound, folder: str | Path) -> None:
 
 
 def _recorded(folder: Path) -> Files:
-    """What a folder's manifest says of its files; nothing where there is none."""
+    """Size and SHA-256 of each file by the folder's manifest; empty if there is none."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return {name: (int(size), str(sha)) for name, (size, sha) in files.items()}
@@ -173,14 +173,14 @@ def _recorded(folder: Path) -> Files:
 
 
 def differences(folder: str | Path, plan: Mapping[str, Any]) -> list[str]:
-    """In which settings a checkpoint's training differs from `plan`, in words."""
+    """The settings in which a checkpoint's training differs from `plan`, in words."""
     before = _read_meta(Path(folder)).get("plan", {})
     now = json.loads(json.dumps(dict(plan)))
     return [f"{k} {_changed(before[k], now.get(k))}" for k in before if before[k] != now.get(k)]
 
 
 def _changed(before: Any, now: Any) -> str:
-    """What is another value; of lists of names, only where they part."""
+    """How a value changed, in words; for lists of names, only the entries that differ."""
     names = isinstance(before, list) and isinstance(now, list) and before and now
     if not names or not all(isinstance(name, str) for name in [*before, *now]):
         return f"was {before}, is {now}"

@@ -1,13 +1,13 @@
-"""Checkpoints of a loop of your own, by name and without pickle: what Trainer does for its users.
+"""Checkpoints for your own training loop, by parameter name and without pickle.
 
     save_checkpoint("run/checkpoint-100", bound, position={"epoch": 1, "batch": 37},
                     scheduler=scheduler)
     position = load_checkpoint("run/checkpoint-100", bound, scheduler=scheduler)
 
 A folder holds the weights of every task's model, the optimizer's state and options by parameter
-name and in their own types, the state of the methods, of what is named besides, and of every
-random generator. torch's own `Optimizer.load_state_dict` knows parameters by position only and
-casts their state to the parameter's type.
+name and in their own dtypes, and the state of the methods, of any other objects you pass, and of
+every random generator. torch's own `Optimizer.load_state_dict` matches parameters by position only
+and casts their state to the parameter's dtype.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def save_checkpoint(
     keep: int | None = None,
     **others: Any,
 ) -> None:
-    """Save all that the loop needs to go on, after a whole optimizer step.
+    """Save all that the loop needs to resume, after a whole optimizer step.
 
-    folder: named `checkpoint-<step>`, so that `newest_complete` finds it in its parent; while one
-    of this name is written anew, it does not count. position: what your loop needs to find its
-    place in the data, as JSON. keep: how many checkpoints stay. others: whatever else has a state:
-    the scheduler, a GradScaler, a `torch.Generator` of a sampler. Every rank calls this, with the
-    same folder: rank 0 writes what they share, each its position, others and random state. Raises
-    `Refused` for state that is neither tensors nor plain values, and for weights in shards.
+    folder: named `checkpoint-<step>`, so that `newest_complete` finds it in its parent; while it
+    is being overwritten it does not count. position: what your loop needs to find its place in the
+    data, as JSON. keep: how many checkpoints to keep. others: anything else that has state: the
+    scheduler, a GradScaler, a sampler's `torch.Generator`. Every rank calls this with the same
+    folder: rank 0 writes the shared state, each rank its own position, others and random state.
+    Raises `Refused` for state that is neither tensors nor plain values, and for sharded weights.
     """
     folder, first = Path(folder), distributed.rank() == 0
     weights = _weights(bound)
@@ -77,7 +77,7 @@ def save_checkpoint(
     write_tensors(folder / _own(OTHERS), rest)
     write_text_atomic(folder / _own(LOOP), text)
     if first:
-        (folder / MANIFEST).unlink(missing_ok=True)  # of one that is written anew
+        (folder / MANIFEST).unlink(missing_ok=True)  # of a checkpoint being overwritten
         known = save_state(bound, folder)
         for name, held in ((WEIGHTS, weights), (OPTIMIZER, tensors)):
             known[name] = write_tensors(folder / name, held)
@@ -85,15 +85,15 @@ def save_checkpoint(
     if first:
         commit(folder, known)
         rotate(folder, keep)
-    _wait()  # so that whatever a rank does with it next finds it whole
+    _wait()  # no rank goes on before the checkpoint is whole
 
 
 def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str, Any]:
-    """Go on from a checkpoint: returns its `position`.
+    """Resume from a checkpoint; returns its `position`.
 
-    Call it when all is made as it was when training began: the model, the optimizer, the bound
-    (attached to the same task, with `bound.models` of earlier tasks), and the same `others`.
-    Raises `Refused`, and changes nothing, where the folder is damaged or does not fit.
+    Call it once everything is built as it was when training began: the model, the optimizer, the
+    bound (attached to the same task, with `bound.models` of earlier tasks), and the same `others`.
+    Raises `Refused`, and changes nothing, if the folder is damaged or does not fit.
     """
     folder = Path(folder)
     if wrong := damage(folder):
@@ -114,7 +114,7 @@ def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str
     tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / _own(OTHERS))
     likes = {name: _state_of(name, thing) for name, thing in others.items()}
     groups = _matching_groups(bound, body["optimizer"])
-    load_state(bound, folder)  # refuses what does not fit before it takes anything up
+    load_state(bound, folder)  # refuses a state that does not fit before changing anything
     with torch.no_grad():
         for name, w in weights.items():
             w.copy_(saved[name])
@@ -181,7 +181,7 @@ def _pack_optimizer(bound: Bound, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _matching_groups(bound: Bound, saved: Mapping[str, Any]) -> list[int]:
-    """For each group of now, which saved one held the same parameters, in whatever order."""
+    """For each current group, the index of the saved one with the same parameters, in any order."""
     now, kind = _names(bound), type(bound.optimizer).__name__
     if saved["class"] != kind:
         raise Refused(f"the optimizer was {saved['class']}, is {kind}")
@@ -204,7 +204,7 @@ def _unpack_optimizer(
         entries = _unpack(saved["state"][name], {}, name, tensors)
         for key, value in entries.items():
             if isinstance(value, Tensor) and (key != "step" or on_device):
-                entries[key] = value.to(w.device)  # its type is its own, as is that of a count
+                entries[key] = value.to(w.device)  # moved, never cast to the parameter's dtype
         if entries:
             optimizer.state[w] = entries
     for group, index in zip(optimizer.param_groups, groups, strict=True):
@@ -240,13 +240,13 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {k: _pack(item, f"{where}/{k}", tensors) for k, item in value.items()}
         return {"$pairs": [[k, _pack(v, f"{where}/{k}", tensors)] for k, v in value.items()]}
-    if hasattr(value, "item"):  # a number of numpy's
+    if hasattr(value, "item"):  # a numpy scalar
         return _pack(value.item(), where, tensors)
     raise Refused(f"a {type(value).__name__} cannot be saved without pickle", where=where)
 
 
 def _unpack(value: Any, like: Any, where: str, tensors: Mapping[str, Tensor]) -> Any:
-    """The reverse; lists and mappings become what `like` is there, a Counter or a tuple."""
+    """The inverse of `_pack`; lists and mappings take the type that `like` has there."""
     if isinstance(value, dict) and "$tensor" in value:
         return tensors[value["$tensor"]].clone()
     if isinstance(value, dict) and "$pairs" in value:
@@ -264,7 +264,7 @@ def _unpack(value: Any, like: Any, where: str, tensors: Mapping[str, Tensor]) ->
 
 
 def _numpy_state() -> Any:
-    """numpy's global generator, where anything loaded numpy."""
+    """The state of numpy's global generator; None if nothing has imported numpy."""
     if "numpy" not in sys.modules:
         return None
     name, keys, *rest = sys.modules["numpy"].random.get_state()

@@ -1,7 +1,7 @@
-"""The manifest that makes a folder of files count, and what is wrong with one that it names.
+"""The manifest that marks a folder of files as whole, and the check of a folder against it.
 
-A checkpoint is whole when its manifest, which is written last and durably, names size and SHA-256
-of every file that lies there. Nothing here needs torch.
+A checkpoint is whole once its manifest, written last and durably, lists the size and SHA-256 of
+every file in it. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LARGEST = 64 << 20  # bytes of a manifest; a name takes about 100
 CHUNK = 1 << 20  # bytes
 PLAINLY = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
-Read = Callable[[int], Any]  # is told of bytes as they are read
+Read = Callable[[int], Any]  # called with the number of bytes just read
 
 
 def commit(folder: str | Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
-    """Declare a folder whole as it lies there: its files, then its manifest, outlive a crash.
+    """Declare a folder whole as it is: sync its files, then its manifest, to survive a crash.
 
-    known: size and SHA-256 of files by their path in it, from whoever wrote them; they are not
+    known: size and SHA-256 of files by their path in it, from whoever wrote them; these are not
     read again.
     """
     folder, known = Path(folder), known or {}
@@ -41,13 +41,13 @@ def commit(folder: str | Path, known: Mapping[str, tuple[int, str]] | None = Non
     def settle(path: Path) -> tuple[str, list[Any]]:
         name = path.relative_to(folder).as_posix()
         with path.open("r+b") as file:
-            # Hashed while the system writes it out, and waited for only then.
+            # Hash while the system writes the file out, and only then wait for the disk.
             size = os.fstat(file.fileno()).st_size
             sha = known[name][1] if known.get(name, (-1, ""))[0] == size else sha256(file)
             os.fsync(file.fileno())
         return name, [size, sha]
 
-    with ThreadPoolExecutor(2) as pool:  # hashing lets go of the interpreter: two files at a time
+    with ThreadPoolExecutor(2) as pool:  # hashing releases the GIL: two files at a time
         files = dict(pool.map(settle, inside))
     for home in {folder, *(path.parent for path in inside)}:
         sync_folder(home)
@@ -56,7 +56,7 @@ def commit(folder: str | Path, known: Mapping[str, tuple[int, str]] | None = Non
 
 
 def sha256(file: BufferedReader | BufferedRandom, read: Read | None = None) -> str:
-    """Of all bytes from where the file stands, in hexadecimal."""
+    """The SHA-256 of all bytes from the file's current position, in hexadecimal."""
     if read is None:
         return hashlib.file_digest(file, "sha256").hexdigest()
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
@@ -67,7 +67,7 @@ def sha256(file: BufferedReader | BufferedRandom, read: Read | None = None) -> s
 
 
 def _manifest(files: Mapping[str, Any]) -> str:
-    """The text of a manifest, which vouches for itself too."""
+    """The text of a manifest, with a hash of its own content."""
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return json.dumps({"schema": 1, "sha256": digest, "files": files}, indent=1)
 
@@ -75,8 +75,8 @@ def _manifest(files: Mapping[str, Any]) -> str:
 def damage(folder: str | Path, read: Read | None = None) -> str | None:
     """What is wrong with a folder that `commit` should have declared whole; None if nothing is.
 
-    read: is told of bytes as they are read, to show progress. Nothing outside of the folder is
-    opened, whatever a manifest says, and nothing that is not a plain file.
+    read: called with the number of bytes just read, to show progress. Whatever a manifest says,
+    only plain files inside the folder are opened.
     """
     folder = Path(folder)
     try:
@@ -114,11 +114,11 @@ def damage(folder: str | Path, read: Read | None = None) -> str | None:
 
 
 class _NotPlain(Exception):
-    """What a manifest names is no plain file inside its folder."""
+    """A name in a manifest is not that of a plain file inside its folder."""
 
 
 def _open(folder: Path, name: str) -> BufferedReader:
-    """A plain file inside `folder`, to read; links are not followed, pipes not waited for."""
+    """Open a plain file inside `folder` to read; follows no link and never blocks on a pipe."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith(("/", "\\")) or ".." in parts or "\0" in name:
         raise _NotPlain(f"{MANIFEST} names {_shown(name)}, which is no file in its folder")
@@ -135,7 +135,7 @@ def _open(folder: Path, name: str) -> BufferedReader:
 
 
 def _shown(name: str) -> str:
-    """A name as one short line, whatever a stranger put into it."""
+    """A name from an untrusted manifest, as one short printable line."""
     plain = name if name.isprintable() else ascii(name)
     return plain if len(plain) <= 120 else plain[:117] + "…"
 
@@ -143,8 +143,8 @@ def _shown(name: str) -> str:
 def newest_complete(folder: str | Path, tell: Callable[[str], None] = LOG.warning) -> Path | None:
     """The latest whole checkpoint in a Trainer's output folder.
 
-    tell: is given a line on each later one that is passed over. Trainer itself would go on from
-    it, with other weights (faults P2, P3), or stop (P4).
+    tell: called with a line about each later one that is passed over. Trainer itself would resume
+    from it with other weights (faults P2, P3), or stop (P4).
     """
     for checkpoint in reversed(checkpoints_in(Path(folder))):
         wrong = damage(checkpoint)
@@ -155,9 +155,9 @@ def newest_complete(folder: str | Path, tell: Callable[[str], None] = LOG.warnin
 
 
 def rotate(newest: Path, limit: int | None, *, best: str | None = None) -> None:
-    """Keep `limit` checkpoints, among them the newest, which is whole, and the best.
+    """Keep `limit` checkpoints, among them `newest`, which is whole, and `best`.
 
-    Those committed first go first, and before them those that never were.
+    The earliest committed are deleted first, and before them those never committed.
     """
 
     def committed(checkpoint: Path) -> float:

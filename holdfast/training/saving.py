@@ -38,13 +38,13 @@ class SavingMixin(_Base):
     _limit: int | None = None
     _to_push: str | None = None
     _resuming = False
-    _at_work = False  # whether the recipe is bound to what is trained
+    _at_work = False  # whether the recipe is bound to the model in training
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.
 
-        True goes on from the newest whole checkpoint; one that is named must be whole. Raises
-        `Stopped` after a checkpoint where a signal that is handled asks for it.
+        True resumes from the newest whole checkpoint; a checkpoint given by path must be whole.
+        Raises `Stopped`, once a checkpoint is saved, if a handled signal asks for it.
         """
         if resume_from_checkpoint is True:
             found = newest_complete(self.args.output_dir)
@@ -58,13 +58,13 @@ class SavingMixin(_Base):
         self._resuming = bool(resume_from_checkpoint)
         saver = _StopSaved()
         self.add_callback(saver)
-        # Trainer's own rotation is off, also the one at the end, which would take the newest.
+        # Trainer's own rotation is off, even the one at the end, which would delete the newest.
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with stopping.handled() if self.stop_on_signals else contextlib.nullcontext():
                 with stopping.looking():
                     done = super().train(resume_from_checkpoint, *args, **kwargs)
-                    # A signal after the last step: what was learned is not thrown away.
+                    # A signal after the last step must not lose what was learned.
                     late = _asked(self.args) and saver.saved != self.state.global_step
                     if late and not self.args.load_best_model_at_end:
                         self._save_checkpoint(self.model, None)
@@ -88,7 +88,7 @@ class SavingMixin(_Base):
             self._at_work = False
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, committed when it is whole; older ones go only then."""
+        """Trainer's checkpoint, committed once it is whole; older ones are deleted only then."""
         self._ours, self._to_push = {}, None
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -106,14 +106,14 @@ class SavingMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.bound is not None:
-            state = self.bound.state_dict()  # by every rank: shards are put together
+            state = self.bound.state_dict()  # called on every rank: it gathers shards
             if self.args.should_save:
                 self._ours = save_state(self.bound, output_dir, plan=self._plan(), state=state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.bound is not None:
             changed = differences(checkpoint, self._plan())
-            # torch knows moments by position: in another order they are other parameters'.
+            # torch matches moments by position: in another order they go to other parameters.
             moved = any(c.startswith("order ") for c in changed)
             if changed and (self.exact_resume or moved):
                 raise Refused(
@@ -131,7 +131,7 @@ class SavingMixin(_Base):
             self.bound.total_steps = steps
 
     def _plan(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run it goes on with."""
+        """The settings that a resumed run must share with the run it continues."""
         assert self.bound is not None
         groups = self.bound.optimizer.param_groups
         names = {id(w): name for name, w in self.bound.weights.items()}
@@ -148,14 +148,14 @@ class SavingMixin(_Base):
 
 
 def _first_rate(group: dict[str, Any]) -> float | None:
-    """The rate that a group began with, where it is known: not every schedule keeps it."""
+    """The rate that a group began with; None if unknown: not every schedule keeps it."""
     if "initial_lr" in group:
         return float(group["initial_lr"])
     return group["base_lr"] * group["multiplier"] if "multiplier" in group else None
 
 
 def _exact_moments_(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Put back what torch cast to the type of the parameter while it loaded (faults N10)."""
+    """Restore the moments that torch cast to the parameter's dtype on loading (faults N10)."""
     if not file.is_file():
         return
     saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state"]
@@ -187,12 +187,12 @@ class _StopSaved(TrainerCallback):
 
 
 def epoch_is_over(state: Any) -> bool:
-    """Whether the step just made is an epoch's last one, or the last of all."""
+    """Whether the step just made is the last of an epoch, or of the training."""
     return state.global_step >= state.max_steps or float(state.epoch).is_integer()
 
 
 def _asked(args: Any) -> bool:
-    """Whether any rank was asked to end: they have to stop after the same step."""
+    """Whether any rank was asked to end: all ranks have to stop after the same step."""
     if stopping.active() and args.world_size > 1:
         told = torch.tensor(stopping.asked(), device=args.device)
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)

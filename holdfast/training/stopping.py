@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C: finish the running step, save, end; a second signal ends at once.
 
-A training loop that looks (`looking`) is only told; work outside of one has nothing to save and
-ends where it is. Nothing is torn by a second signal either: whatever counts was written under
-another name and renamed, or is vouched for by a manifest that comes last.
+Inside `looking`, a signal only sets a flag that the training loop polls; work outside of it has
+nothing to save and ends where it is. A second signal leaves no torn file either: every file that
+counts was written under another name and renamed, or is listed in a manifest written last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stopped(SystemExit):
 
 
 class _Now:
-    """What this process knows; handlers belong to a process, and so does this."""
+    """The state of signal handling; per process, as signal handlers are."""
 
     installed = False
     asked = 0
@@ -40,10 +40,10 @@ class _Now:
 
 
 def install(*, only: tuple[int, ...] = SIGNALS, patient: bool = False) -> Callable[[], None]:
-    """Handle signals from here on; the function returned puts the handlers of before back.
+    """Handle signals from here on; the function returned restores the previous handlers.
 
-    patient: further signals are ignored, for a process whose parent ends it. Outside of the main
-    thread, and where signals are handled so already, nothing happens.
+    patient: further signals are ignored, for a process whose parent ends it. Does nothing outside
+    of the main thread, or if signals are already handled here.
     """
     if _Now.installed or threading.current_thread() is not threading.main_thread():
         return lambda: None
@@ -52,7 +52,7 @@ def install(*, only: tuple[int, ...] = SIGNALS, patient: bool = False) -> Callab
 
     def note(number: int, _: Any) -> None:
         forked = os.getpid() != owner
-        if forked and number == signal.SIGTERM:  # by a pool, which waits for its processes to end
+        if forked and number == signal.SIGTERM:  # from a pool, which waits for its processes to end
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if _Now.asked:
@@ -92,7 +92,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def looking() -> Iterator[None]:
-    """A block that asks `asked` after each step and saves; on leaving it well, `Stopped` if so."""
+    """A block that polls `asked` after each step and saves; at its end, `Stopped` if asked."""
     check()
     _Now.looking += 1
     try:
@@ -108,12 +108,12 @@ def asked() -> int:
 
 
 def ask(number: int) -> None:
-    """Be asked by another rank; 0 asks for nothing."""
+    """Take over a signal that another rank received; 0 for none."""
     _Now.asked = _Now.asked or number
 
 
 def active() -> bool:
-    """Whether signals are handled here, so that a loop has to look."""
+    """Whether signals are handled here, so that a loop has to poll `asked`."""
     return _Now.installed
 
 

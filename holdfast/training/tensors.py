@@ -1,4 +1,4 @@
-"""Writing safetensors without copies: hashed as the bytes go out, whole or absent."""
+"""Writing safetensors without copies: hashed while writing, and whole or absent."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Write a safetensors file and return its size in bytes and its SHA-256 in hexadecimal.
 
     The library's own writer refuses tensors that share memory and copies all others; this one
-    holds a copy of one tensor at a time, and of none on the CPU. Temporary file and rename: a hard
-    link to an older file of this name keeps what it had. Not yet durable: see `manifest.commit`.
+    copies one tensor at a time, and no contiguous tensor on the CPU. Temporary file and rename: a
+    hard link to an older file of this name keeps its content. Not yet durable: `manifest.commit`.
     """
-    # As the library does: the widest types first, so that every tensor lies aligned.
+    # As the library does: the widest dtypes first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
     header, end = {}, 0
     for key in order:

@@ -1,10 +1,10 @@
 """Any Hugging Face Trainer class with a recipe: `with_recipe(SFTTrainer)(…, recipe=recipe)`.
 
 Trainer stays the training engine. The mixin builds the optimizer's groups from the recipe's rates,
-binds when the number of steps is known, moves clipping behind the methods' work on gradients, and
-saves the methods' state beside Trainer's checkpoints. It also mends two things of Trainer: the
-weighting of micro-batches where a model's loss ignores `num_items_in_batch`, and the scheduler's
-advance over a step that was skipped.
+binds the recipe once the number of steps is known, clips after the methods' work on gradients, and
+saves the methods' state beside Trainer's checkpoints. It also fixes two faults of Trainer: the
+weighting of micro-batches if a model's loss ignores `num_items_in_batch`, and the scheduler's
+advance over a skipped step.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class RecipeMixin(SavingMixin):
     """What `with_recipe` puts in front of a Trainer class.
 
     recipe: the `Recipe` (default: plain).
-    bound: the `Bound` of earlier tasks, to go on with a sequence: of the same recipe, but for its
-        rates and clipping.
+    bound: the `Bound` of earlier tasks, to continue a sequence: made by the same recipe, except
+        for rates and clipping.
     task: this task's name; shared: the module that tasks share (default: see `bound`).
-    start: returns the shared weights as the task began, where you keep them; see `Bound`.
-    exact_resume: refuse a checkpoint of other optimizer settings; False goes on with a warning.
+    start: returns the shared weights as the task began, if you keep them; see `Bound`.
+    exact_resume: refuse a checkpoint of other optimizer settings; False only warns, unless the
+        order of the parameters changed.
     stop_on_signals: on SIGTERM or Ctrl-C finish the step, save, and leave with 143 or 130.
     """
 
@@ -75,11 +76,8 @@ class RecipeMixin(SavingMixin):
             if getattr(self, f"is_{name}_enabled", False):
                 raise Refused(f"Trainer over {served} is not served", where=name,
                               remedy="torchrun alone gives DistributedDataParallel")  # fmt: skip
-        for name in ("methods", "head_first", "parts"):
-            wanted = getattr(self.recipe, name)
-            if self.bound is not None and wanted != getattr(self.bound, name):
-                raise Refused(f"the bound was made by a recipe of other {name}", where="recipe",
-                              remedy="pass the recipe of the task before")  # fmt: skip
+        if self.bound is not None:
+            self.recipe.check_bound(self.bound)
         ours, theirs = self.recipe.max_grad_norm, self.args.max_grad_norm
         if ours is not None and theirs not in (ours, DEFAULT_CLIP):
             raise Refused(
@@ -87,7 +85,8 @@ class RecipeMixin(SavingMixin):
                 where="max_grad_norm",
                 remedy="set one of them",
             )
-        if self.optimizer is not None and self.recipe.rates != Rates.flat():
+        given = () if self.optimizer is None else self.optimizer.param_groups
+        if self.recipe.rates != Rates.flat() and any("multiplier" not in g for g in given):
             raise Refused(
                 "the recipe's rates need an optimizer of their own",
                 where="optimizers",
@@ -97,8 +96,8 @@ class RecipeMixin(SavingMixin):
     # --- optimizer and binding ------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer of choice over the recipe's groups; that of a class that makes its
-        own is taken as it is."""
+        """Trainer's choice of optimizer over the recipe's groups; a class that makes its own
+        optimizer keeps it."""
         theirs: Any = super().create_optimizer
         if theirs.__func__ is not transformers.Trainer.create_optimizer:
             return theirs() if model is None else theirs(model)
@@ -123,7 +122,7 @@ class RecipeMixin(SavingMixin):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Trainer's scheduler; then the recipe is bound, for the number of steps is known."""
+        """Trainer's scheduler; also binds the recipe, as the number of steps is now known."""
         if self.recipe.rates != Rates.flat() and not all(
             "multiplier" in group for group in self.optimizer.param_groups
         ):
@@ -133,7 +132,7 @@ class RecipeMixin(SavingMixin):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if self.bound is None:
             self.bound = self.recipe.unbound(seed=self.args.seed)
-            # A task that was given a name is the first of several.
+            # A task that was given a name is taken for the first of several.
             if self.task == "task" and (idle := self.recipe.idle_alone()) and self.args.should_log:
                 logging.getLogger("holdfast").warning(idle)
         clip = self.recipe.max_grad_norm
@@ -156,7 +155,7 @@ class RecipeMixin(SavingMixin):
         return scheduler
 
     def _check_rows(self) -> None:
-        """Methods that run the model on rows need batches that it takes: not all trainers' are."""
+        """Refuse methods that run the model on rows if it does not take this trainer's batches."""
         assert self.bound is not None
         needing = [m.name for m in self.bound.methods if m.needs_data]
         if not needing or self._resuming:
@@ -180,7 +179,7 @@ class RecipeMixin(SavingMixin):
                 ) from None
 
     def _see(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
-        # Not through return_outputs: for that TRL runs the model once more, drawing dropout.
+        # Not through return_outputs: TRL would run the model once more, with new dropout.
         self._outputs = outputs
 
     def end_task(self) -> None:
@@ -193,8 +192,8 @@ class RecipeMixin(SavingMixin):
     def _batches(self, *, order: torch.Generator | None) -> Callable[[], Iterator[Any]]:
         """The training rows in batches, on this device, in an order drawn from `order`.
 
-        Not in file order: a file sorted by label would show a method one class only. None draws
-        from the seed of the data, which leaves a bound's own generator as it is.
+        Not in file order: a file sorted by label would show a method only one class. None draws
+        from the data seed, which leaves the bound's own generator untouched.
         """
         rows = self.train_dataset
         if hasattr(rows, "__len__"):
@@ -210,10 +209,10 @@ class RecipeMixin(SavingMixin):
         return batches
 
     def _undivided(self, rows: Any) -> Any:
-        """A loader of all rows, each once, on every rank: methods divide them by themselves.
+        """A loader of all rows, each once, on every rank: methods split them over ranks themselves.
 
-        Accelerate gives a rank its own batches, and repeats rows where the last ones do not fill
-        up; and Trainer, with persistent workers, answers with the loader of its evaluation rows.
+        Accelerate would give each rank its own batches and repeat rows to fill the last ones, and
+        Trainer, with persistent workers, would return the cached loader of its evaluation rows.
         """
         kept = self.__dict__.pop("_eval_dataloaders", None)
         if self.args.world_size > 1:
@@ -229,9 +228,9 @@ class RecipeMixin(SavingMixin):
     # --- loss -------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's window of micro-batches, weighed."""
+        """Trainer's window of micro-batches; also notes their total weight."""
         samples, items = super().get_batch_samples(*args, **kwargs)
-        # What is no mapping yet is divided among steps later, as TRL does with what it generates.
+        # Batches that are not mappings yet are split into steps later, as TRL's generated ones are.
         told = all(isinstance(batch, Mapping) for batch in samples)
         self._window = sum(self._weight(batch) for batch in samples) if told else None
         return samples, items
@@ -247,7 +246,7 @@ class RecipeMixin(SavingMixin):
         """Trainer's loss, weighted within its accumulation window, plus the methods' penalties."""
         batch, weight = dict(inputs), self._weight(inputs)
         learning = model.training and torch.is_grad_enabled()
-        if learning and not self._at_work:
+        if learning and self.is_in_train and not self._at_work:
             raise Refused("create_scheduler was not called, so that the recipe is not at work",
                           where=type(self).__name__,
                           remedy="call super().create_scheduler(…) in yours")  # fmt: skip
@@ -255,13 +254,13 @@ class RecipeMixin(SavingMixin):
             model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
         )
         loss, outputs = result if return_outputs else (result, None)
-        if learning and self.bound is not None:
+        if learning and self._at_work and self.bound is not None:
             divides = not self._scaled(num_items_in_batch)
             steps = self.current_gradient_accumulation_steps
             many = (steps > 1 or self.args.world_size > 1) and self._window is not None
             if many and (divides or self._ignores(model, batch, num_items_in_batch)):
-                # Σ over the window must be the mean over its rows, whatever their division: also
-                # among ranks, by whose number Trainer has multiplied a loss that ignores them.
+                # Σ over the window must be the mean over its rows, however they are split, also
+                # over ranks: Trainer has multiplied a loss that ignores items by their number.
                 assert self._window is not None
                 every = self._window if divides else float(num_items_in_batch)
                 share = weight / every if every else 0.0
@@ -293,7 +292,7 @@ class RecipeMixin(SavingMixin):
         if self._ignores_items is None:
             kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL averages over every call
             seen, bare = self._outputs, self.accelerator.unwrap_model(model)
-            # The bare model sends nothing to other ranks, which may be at something else.
+            # The bare model communicates with no other rank, which may be doing something else.
             with torch.no_grad(), in_mode(bare.modules(), training=False):
                 compute = functools.partial(super().compute_loss, bare)
                 one = compute(dict(batch), num_items_in_batch=items)
@@ -301,8 +300,8 @@ class RecipeMixin(SavingMixin):
             if kept is not None:
                 self._metrics = kept
             self._outputs = seen
-            # Half as much, or the same but for rounding: two passes need not agree in their bits.
-            # A loss of zero tells nothing; where no rank's does, all of them ask again.
+            # `two` is half of `one`, or the same up to rounding: passes need not agree bit by bit.
+            # A loss of zero decides nothing; if no rank can decide, all of them try again later.
             telling = bool(torch.isfinite(one)) and one != 0
             answer = int(two.abs() > 0.75 * one.abs()) if telling else -1
             found = max(distributed.gather([answer], one.device))[0]
@@ -312,7 +311,7 @@ class RecipeMixin(SavingMixin):
         return self._ignores_items
 
     def _weight(self, batch: Mapping[str, Any]) -> float:
-        """How much of a mean a micro-batch carries: its labels that count, or else its rows."""
+        """A micro-batch's weight in the mean: its number of counted labels, or else of rows."""
         labels = batch.get("labels")
         if isinstance(labels, Tensor):
             counted = labels[..., 1:] if self._loss_shifts_labels else labels
@@ -322,7 +321,7 @@ class RecipeMixin(SavingMixin):
     # --- clipping and logs ------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Unscale and measure; the clipping itself follows the methods, inside the step."""
+        """Unscale and return the norm; clipping itself comes after the methods, inside the step."""
         self.accelerator.unscale_gradients()
         assert self.bound is not None
         return self.bound.gradient_norm()
@@ -339,12 +338,12 @@ class RecipeMixin(SavingMixin):
 
 
 class _Recipied(type):
-    """The type of classes that `with_recipe` makes: they pickle by the class they extend."""
+    """The metaclass of what `with_recipe` makes: pickles a class by the class it extends."""
 
 
 @functools.cache
 def _type_for(theirs: type) -> type:
-    """`_Recipied`, or one that is of the type of an abstract class as well."""
+    """`_Recipied`, or a metaclass that also derives from `theirs`, such as ABCMeta."""
     if theirs is type:
         return _Recipied
     both = type("_Recipied", (_Recipied, theirs), {})
@@ -353,7 +352,7 @@ def _type_for(theirs: type) -> type:
 
 
 def _rebuild(cls: type) -> Any:
-    # A class that extends one of ours has a name of its own and is found by it.
+    # A subclass of one of ours has a name of its own and is pickled by that.
     return (
         (with_recipe, (cls.__bases__[1],)) if cls.__bases__[0] is RecipeMixin else cls.__qualname__
     )
@@ -364,7 +363,7 @@ copyreg.pickle(_Recipied, _rebuild)
 
 @functools.cache
 def with_recipe(trainer_class: type) -> Any:
-    """`trainer_class` with the keywords that `RecipeMixin` explains; made once."""
+    """`trainer_class` with the keywords of `RecipeMixin`; made once per class."""
     if not (isinstance(trainer_class, type) and issubclass(trainer_class, transformers.Trainer)):
         raise Refused(f"{trainer_class!r} is no Trainer class", where="with_recipe")
     if issubclass(trainer_class, RecipeMixin):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm.auto import tqdm
 
 from holdfast import Recipe, Refused, compare
 from holdfast.experiments import learner
@@ -99,9 +100,10 @@ def test_several_processes_give_the_same(place: Path, whole: Path, tmp_path: Pat
         ({"recipes": {"A b": RECIPES["plain"], "a-b": RECIPES["plain"]}}, "one folder"),
         ({"recipes": {"good": RECIPES["plain"], "bad": (Recipe(), {"lr": -1.0})}}, "--lr"),
         ({"recipes": {"good": RECIPES["plain"], "bad": (Recipe(), {"rate": 1.0})}}, "rate"),
-        ({"lr": float("nan")}, "--lr"),
+        ({"lr": float("nan")}, "--lr"), ({"workers": 0}, "--workers"),
     ],
-    ids=["no seeds", "a seed twice", "one folder", "bad value", "unknown setting", "nan"],
+    ids=["no seeds", "a seed twice", "one folder", "bad value", "unknown setting", "nan",
+         "no process"],
 )  # fmt: skip
 def test_all_is_checked_before_the_first_run(
     more: Any, says: str, place: Path, tmp_path: Path
@@ -127,6 +129,15 @@ def killed_once(mark: Path, number: int) -> tuple[int, int]:
     return number, os.getpid()
 
 
+def stopped_once(mark: Path) -> str:
+    """Is sent SIGTERM alone, as by a guard of memory, the first time that it is asked."""
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+    return "done"
+
+
 def killed(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -138,6 +149,30 @@ def test_a_killed_process_is_replaced_and_its_job_done(tmp_path: Path) -> None:
     done = dict(spread(jobs, 2, where="x"))
     assert [done[n][0] for n in range(3)] == [0, 1, 2] and (tmp_path / "mark").exists()
     assert len({pid for _, pid in done.values()}) <= 2  # a process takes one job after another
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_process_that_is_stopped_from_elsewhere_is_replaced(tmp_path: Path) -> None:
+    job = partial(stopped_once, tmp_path / "mark")
+    assert list(spread([job], 1, where="x")) == [(0, "done")]
+
+
+def killed_holding_the_bars(mark: Path) -> int:
+    """Dies by SIGKILL the first time, with the lock of all processes' bars."""
+    tqdm.get_lock().acquire()
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    tqdm.get_lock().release()
+    return 1
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_process_that_is_killed_while_it_draws_holds_up_nobody(tmp_path: Path) -> None:
+    job = partial(killed_holding_the_bars, tmp_path / "mark")
+    assert list(spread([job], 1, where="x")) == [(0, 1)]
+    with tqdm.get_lock():
+        pass
 
 
 @pytest.mark.usefixtures("_importable")

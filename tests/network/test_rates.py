@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,15 @@ def test_frozen_parts_get_no_gradient_until_rates_train_them() -> None:
     trained = {id(p) for g in again for p in g["params"]}
     assert trained == {id(p) for n, p in net.named_parameters() if not n.startswith("norm")}
     assert all(p.requires_grad is (id(p) in trained) for p in net.parameters())
+
+
+def test_a_copy_of_a_frozen_network_is_freed_as_the_network_is() -> None:
+    net = Net()
+    param_groups(net, Rates.flat().freeze(below=0.5), lr=0.1)
+    for one in (copy.deepcopy(net), net):
+        groups = param_groups(one, Rates.flat(), lr=0.1)
+        assert sum(len(g["params"]) for g in groups) == len(list(one.parameters()))
+        assert all(p.requires_grad for p in one.parameters())
 
 
 def test_parameters_without_gradient_are_left_out() -> None:

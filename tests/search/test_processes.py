@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import make_curve, make_result, plan
@@ -69,6 +70,25 @@ def killed(_: object) -> object:
         os.kill(os.getpid(), signal.SIGKILL)
 
     return train
+
+
+def killed_by_one(_: object) -> object:
+    from fakes import curve
+
+    def train(job: Any, watch: Any) -> object:
+        if job.number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return curve(job, watch)
+
+    return train
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_trial_that_kills_every_process_fails_alone(place: Path, tmp_path: Path) -> None:
+    """One process takes it each time, which may happen with several too."""
+    of = Study(tmp_path, plan(place))
+    together(of, 1, killed_by_one, make_result, progress=False)
+    assert of.counts() == {"complete": 11, "fail": 1}
 
 
 @pytest.mark.usefixtures("_importable")

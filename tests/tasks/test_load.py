@@ -180,7 +180,8 @@ def test_a_wrong_meta_is_refused(tmp_path: Path, meta: Any, said: str) -> None:
 
 
 def test_a_meta_may_say_more(tmp_path: Path) -> None:
-    meta = {"labels": ["a", "b"], "metric": "f1", "metrics": ["f1"], "rows": {}, "notes": "none"}
+    meta = {"labels": ["a", "b"], "metric": "f1", "metrics": ["f1"], "rows": {},
+            "tags": ["short"]}  # fmt: skip
     spec = folder(tmp_path, meta, train=toy(20), validation=toy(10, 50))
     assert load_task(spec).metric == "f1"
 

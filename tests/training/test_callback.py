@@ -75,3 +75,9 @@ def test_the_next_task_goes_on_with_what_the_first_left(tmp_path: Path) -> None:
 def test_what_a_callback_cannot_do_is_refused(recipe: Recipe, says: str) -> None:
     with pytest.raises(Refused, match=rf"{says}.*with_recipe"):
         RecipeCallback(recipe)
+
+
+def test_the_bound_of_another_recipe_is_refused() -> None:
+    """Its methods would go on, not those of the recipe that is passed."""
+    with pytest.raises(Refused, match="recipe of other methods"):
+        RecipeCallback(DENSE, bound=Recipe(methods=[EWC()]).unbound())

@@ -276,6 +276,25 @@ def test_rates_beside_a_given_optimizer_are_refused(tmp_path: Path) -> None:
     assert trainer.bound.optimizer is mine[0] and trainer.bound.step == 2
 
 
+def test_an_optimizer_over_the_recipes_groups_is_served(tmp_path: Path) -> None:
+    """As the refusal of another one says."""
+    model, recipe = bert(), Recipe(rates=Rates.bertcl())
+    mine = torch.optim.SGD(recipe.param_groups(model, lr=0.1)), None
+    trainer = trained(tmp_path, model, rows(8), optimizers=mine, recipe=recipe)
+    assert trainer.bound.optimizer is mine[0] and trainer.bound.step == 2
+
+
+def test_a_loss_outside_of_training_is_trainers_own(tmp_path: Path) -> None:
+    """Before `train()` and after it: no recipe is at work then, and none is missing."""
+    trainer = trained(tmp_path, bert(), rows(8), recipe=PRESETS["dps"]())
+    fresh = holdfast.Trainer(model=bert(), args=arguments(tmp_path), recipe=PRESETS["dps"]())
+    for one in (fresh, trainer):
+        batch = collate(rows(4))
+        loss = one.compute_loss(one.model.train(), batch)
+        assert loss.requires_grad
+        assert loss.item() == pytest.approx(one.model(**batch).loss.item())
+
+
 @pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "adafactor", "sgd"])
 def test_optimizers_that_group_for_themselves_are_refused(optim: str, tmp_path: Path) -> None:
     run = {"args": {"optim": optim}, "recipe": PRESETS["dps"]()}
