@@ -111,10 +111,12 @@ def _together(found: dict[str, dict[str, Cell]]) -> str:
         mine = [arms for arms in mine if arms]
         if not mine:
             continue
-        gains, kept, ceiling, met = [], [], [], []
+        gains, kept, ceiling, met, sds = [], [], [], [], []
         for arms in mine:
             cell, flat = arms[arm], best_flat(arms, "new")
             kept.append(statistics.fmean(cell.kept))
+            if len(cell.seeds) > 1:
+                sds.append(100 * statistics.stdev(cell.average))
             if flat is not None:
                 gains.append(statistics.fmean(cell.new) - flat[1])
                 met.append(gains[-1] >= 0 and kept[-1] >= KEPT)
@@ -123,10 +125,12 @@ def _together(found: dict[str, dict[str, Cell]]) -> str:
         rows.append(
             [arm, len(mine), _points(gains), "–" if arm == "joint" else f"{100 * min(kept):.1f}",
              "–" if arm == "joint" else f"{100 * statistics.fmean(kept):.1f}",
-             _points(ceiling), "–" if arm == "joint" else f"{sum(met)} of {len(met)}"]
+             _points(ceiling), f"{statistics.fmean(sds):.1f}" if sds else "–",
+             "–" if arm == "joint" else f"{sum(met)} of {len(met)}"]
         )  # fmt: skip
     heads = ["arm", "sequences", "new, beside the best flat rate's (points)", "kept %, least",
-             "kept %, mean", "average, beside joint (points)", "both targets met"]  # fmt: skip
+             "kept %, mean", "average, beside joint (points)",
+             "sd of the average over seeds", "both targets met"]  # fmt: skip
     return markdown(heads, rows)
 
 
