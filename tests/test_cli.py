@@ -104,16 +104,22 @@ def test_another_package_adds_a_verb(
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[holdfast.verbs]\ngreet = theirs_greet\n")
+    (info / "entry_points.txt").write_text(
+        "[holdfast.verbs]\ngreet = theirs_greet\nhalf = theirs_half\n"
+    )
     (tmp_path / "theirs_greet.py").write_text(
         "ABOUT, EXAMPLE, RESUMES = 'say a word', 'holdfast greet --word you', False\n"
         "def options(parser): parser.add_argument('--word')\n"
         "def run(chosen): print('hello', chosen.word)\n"
     )
+    (tmp_path / "theirs_half.py").write_text("ABOUT = 'half a verb'\n")
     assert main(["greet"]) == 2 and "no verb 'greet'" in capsys.readouterr().err
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["greet", "--word", "there"]) == 0
     assert capsys.readouterr().out == "hello there\n"
+    assert main(["half"]) == 2
+    said = capsys.readouterr().err
+    assert "theirs_half of theirs is no verb: it has no EXAMPLE, RESUMES, options, run" in said
 
 
 # --- help -----------------------------------------------------------------------------------------

@@ -101,7 +101,10 @@ def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:
     modules = {name: import_module(f"holdfast.cli.{name}") for name in VERBS}
     for word in asked:
         if word not in modules and re.match(r"\w", word):
-            modules[word] = plugin(GROUP, word, VERBS)[0]
+            modules[word], whence = plugin(GROUP, word, VERBS)
+            needed = ("ABOUT", "EXAMPLE", "RESUMES", "options", "run")
+            if lacking := [name for name in needed if not hasattr(modules[word], name)]:
+                raise Refused(f"{whence} is no verb: it has no {', '.join(lacking)}")
     for name, module in modules.items():
         about: str = module.ABOUT
         made = verbs.add_parser(

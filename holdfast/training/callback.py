@@ -47,13 +47,13 @@ class RecipeCallback(TrainerCallback):
     ) -> None:
         if recipe.rates != Rates.flat():
             raise Refused("a callback cannot give parts rates of their own", where="recipe.rates",
-                          remedy="use with_recipe, or recipe.param_groups")  # fmt: skip
+                          remedy="use with_recipe")  # fmt: skip
         self.bound = bound or recipe.unbound()
         recipe.check_bound(self.bound)
-        if self.bound.has_penalty:
-            adding = ", ".join(m.name for m in recipe.methods if m.defines("penalty"))
-            raise Refused(f"a callback cannot add {adding} to the loss", where="recipe",
-                          remedy="use with_recipe")  # fmt: skip
+        for hook, what in (("penalty", "add its penalty to the loss"), ("prepare", "prepare it")):
+            if asking := ", ".join(m.name for m in recipe.methods if m.defines(hook)):
+                raise Refused(f"a callback cannot {what}: {asking}", where="recipe",
+                              remedy="use with_recipe")  # fmt: skip
         self.recipe, self.task, self.data = recipe, task, data
         self._shared, self._start, self._seeded = shared, start, bound is not None
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import transformers
 from models import arguments, bert, collate, rows, same, weights
 
 import holdfast
-from holdfast import DPS, EWC, Rates, Recipe, RecipeCallback, Refused, Replay
+from holdfast import DPS, EWC, Method, Rates, Recipe, RecipeCallback, Refused, Replay
 
 DENSE = Recipe(methods=[DPS(drop=0.5, stage=2)])
 
@@ -68,9 +69,21 @@ def test_the_next_task_goes_on_with_what_the_first_left(tmp_path: Path) -> None:
     assert moved(held) < moved(free)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preparing(Method):
+    name: ClassVar[str] = "preparing"
+
+    def prepare(self, model: Any) -> Any:
+        return model
+
+
 @pytest.mark.parametrize(
     ("recipe", "says"),
-    [(Recipe(rates=Rates.bertcl()), "rates of their own"), (Recipe(methods=[Replay()]), "replay")],
+    [
+        (Recipe(rates=Rates.bertcl()), "rates of their own"),
+        (Recipe(methods=[Replay()]), "loss: replay"),
+        (Recipe(methods=[Preparing()]), "prepare it: preparing"),
+    ],
 )
 def test_what_a_callback_cannot_do_is_refused(recipe: Recipe, says: str) -> None:
     with pytest.raises(Refused, match=rf"{says}.*with_recipe"):
