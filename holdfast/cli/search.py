@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from holdfast.cli.options import add_run, add_settings, add_tasks, given, show
+from holdfast.search.objective import Pruner, Sampler
 
 ABOUT = "find how fast each part should learn, to take up a task and keep another"
 EXAMPLE = (
@@ -25,8 +27,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         "labels")  # fmt: skip
     add("--trials", type=int, default=50, help="in all, controls among them (50)")
     add("--replicates", type=int, default=1, help="seeds a trial, averaged (1)")
-    add("--sampler", default="tpe", help="tpe, gp, cmaes, random, nsga2 (tpe)")
-    add("--pruner", help="halving, hyperband, none (halving; none for pareto)")
+    add("--sampler", default="tpe", help=f"{', '.join(get_args(Sampler))} (tpe)")
+    add("--pruner", help=f"{', '.join(get_args(Pruner))} (halving; none for pareto)")
     add("--objective", default="new_plus_old", help="new_plus_old, or pareto: both scores")
     add("--parts", type=int, default=10,
         help="multipliers: embeddings, points over the layers, head (10)")  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from holdfast.errors import Refused, nearest
 from holdfast.experiments.metrics import score
@@ -111,9 +111,9 @@ def rung_steps(total: int, rungs: Rungs) -> list[int]:
 def check_choice(sampler: str, pruner: str | None, objective: str) -> Pruner:
     """The pruner to use; refuses unknown names and choices that do not go together."""
     for name, value, known in (
-        ("--sampler", sampler, ("tpe", "gp", "cmaes", "random", "nsga2")),
-        ("--pruner", pruner or "none", ("halving", "hyperband", "none")),
-        ("--objective", objective, ("new_plus_old", "pareto")),
+        ("--sampler", sampler, get_args(Sampler)),
+        ("--pruner", pruner or "none", get_args(Pruner)),
+        ("--objective", objective, get_args(Objective)),
     ):
         if value not in known:
             raise Refused(f"unknown {value!r}", where=name, remedy=nearest(str(value), known))
