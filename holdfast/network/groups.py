@@ -40,42 +40,6 @@ def param_groups(
     `requires_grad` off, until this is called with rates that train the parameter: wrap the model
     in DistributedDataParallel afterwards, as it fixes which gradients to expect.
     """
-    groups = grouped(model, rates, lr=lr, weight_decay=weight_decay, parts=parts, no_decay=no_decay)
-    held, able = {id(p) for group in groups for p in group["params"]}, learning(model)
-    for module in model.modules():
-        frozen = set(getattr(module, FROZEN, ()))
-        for name, p in module.named_parameters(recurse=False):
-            if id(p) in able - held:
-                p.requires_grad_(False).grad = None
-                frozen.add(name)
-            elif name in frozen:
-                p.requires_grad_(True)
-                frozen.remove(name)
-        if frozen or hasattr(module, FROZEN):
-            setattr(module, FROZEN, frozen)
-    return groups
-
-
-def learning(model: nn.Module) -> set[int]:
-    """Ids of the parameters that require a gradient, or would if no rates had frozen them."""
-    return {
-        id(p)
-        for module in model.modules()
-        for name, p in module.named_parameters(recurse=False)
-        if p.requires_grad or name in getattr(module, FROZEN, ())
-    }
-
-
-def grouped(
-    model: nn.Module,
-    rates: Rates,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    parts: Parts | None = None,
-    no_decay: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:
-    """What `param_groups` returns, without changing the model."""
     lr, weight_decay = number(lr, "lr"), number(weight_decay, "weight_decay")
     if isinstance(no_decay, str):
         raise Refused(f"no_decay is one text, {no_decay!r}", remedy=f"write [{no_decay!r}]")
@@ -103,7 +67,38 @@ def grouped(
             where=rates.name,
             remedy="give a part a multiplier above 0, or let a parameter require its gradient",
         )
+    _freeze_(model, able - {id(p) for group in groups.values() for p in group["params"]})
     return _in_order(groups.values(), parts)
+
+
+def learning(model: nn.Module) -> set[int]:
+    """Ids of the parameters that require a gradient, or would if no rates had frozen them."""
+    return {
+        id(p)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.requires_grad or name in getattr(module, FROZEN, ())
+    }
+
+
+def _freeze_(model: nn.Module, ids: set[int]) -> None:
+    """Turn off the gradients of these parameters, and on again those of others frozen earlier."""
+    for module in model.modules():
+        frozen = set(getattr(module, FROZEN, ()))
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) in ids:
+                p.requires_grad_(False).grad = None
+                frozen.add(name)
+            elif name in frozen:
+                p.requires_grad_(True)
+                frozen.remove(name)
+        if frozen or hasattr(module, FROZEN):
+            setattr(module, FROZEN, frozen)
+
+
+def follows_rates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `param_groups` made the optimizer's groups."""
+    return all("multiplier" in group for group in optimizer.param_groups)
 
 
 def _in_order(groups: Iterable[dict[str, Any]], parts: Parts) -> list[dict[str, Any]]:
@@ -155,7 +150,7 @@ def regroup_(
     would freeze or unfreeze a parameter, and for a schedule that differs between groups.
     """
     before = optimizer.param_groups
-    if any("multiplier" not in group for group in before):
+    if not follows_rates(optimizer):
         raise Refused("the optimizer's groups have no base rate", where="set_rates",
                       remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
     parts = parts_of(model) if parts is None else parts

@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode, own_randomness
 from holdfast.errors import Refused
+from holdfast.network.groups import follows_rates
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
@@ -85,13 +86,15 @@ class RecipeMixin(SavingMixin):
                 where="max_grad_norm",
                 remedy="set one of them",
             )
-        given = () if self.optimizer is None else self.optimizer.param_groups
-        if self.recipe.rates != Rates.flat() and any("multiplier" not in g for g in given):
+        if self.optimizer is not None and not self._at_recipes_rates():
             raise Refused(
                 "the recipe's rates need an optimizer of their own",
                 where="optimizers",
                 remedy="drop optimizers=, or build it with recipe.param_groups(model, ...)",
             )
+
+    def _at_recipes_rates(self) -> bool:
+        return self.recipe.rates == Rates.flat() or follows_rates(self.optimizer)
 
     # --- optimizer and binding ------------------------------------------------------------------
 
@@ -123,9 +126,7 @@ class RecipeMixin(SavingMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Trainer's scheduler; also binds the recipe, as the number of steps is now known."""
-        if self.recipe.rates != Rates.flat() and not all(
-            "multiplier" in group for group in self.optimizer.param_groups
-        ):
+        if not self._at_recipes_rates():
             raise Refused(f"{type(self).__name__} makes an optimizer of its own, at other rates",
                           where="recipe.rates",
                           remedy="build it with recipe.param_groups(model, …)")  # fmt: skip
