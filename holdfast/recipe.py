@@ -145,11 +145,18 @@ class Recipe:
         return functools.reduce(lambda net, method: method.prepare(net), self.methods, model)
 
     def param_groups(
-        self, model: nn.Module, *, lr: float, weight_decay: float = 0.0
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        no_decay: Sequence[str] | None = None,
     ) -> list[dict[str, Any]]:
         """Optimizer groups with this recipe's rates; see `holdfast.network.groups.param_groups`."""
         placed = parts(model, self.parts) if self.parts else None
-        return param_groups(model, self.rates, lr=lr, weight_decay=weight_decay, parts=placed)
+        return param_groups(
+            model, self.rates, lr=lr, weight_decay=weight_decay, parts=placed, no_decay=no_decay
+        )
 
     def bind(
         self,

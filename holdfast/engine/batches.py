@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.errors import Refused
 from holdfast.ops import distributed
@@ -18,8 +18,21 @@ Data = Batches | Callable[[], Batches]  # re-iterable, or a function that return
 LABELS = frozenset({"labels", "label", "label_ids"})
 
 
+class Whole(dict[str, Any]):
+    """A batch of `rows` examples that only its trainer's loss takes, and that is never split.
+
+    `run(model, batch)` returns an object with that `loss`, a mean over the examples.
+    """
+
+    def __init__(self, batch: Batch, rows: int, run: Callable[[nn.Module, Batch], Any]) -> None:
+        super().__init__(batch)
+        self.rows, self.run = rows, run
+
+
 def rows_in(batch: Batch) -> int:
     """How many rows a batch has."""
+    if isinstance(batch, Whole):
+        return batch.rows
     values: Iterable[Any] = getattr(batch, "values", list)()
     first = next((v for v in values if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
@@ -27,9 +40,12 @@ def rows_in(batch: Batch) -> int:
     return len(first)
 
 
-def rows_of(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
-    """Each row of each batch as a batch of one."""
+def rows_of(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Each row of each batch as a batch of one; a `Whole` one as it is."""
     for batch in batches:
+        if isinstance(batch, Whole):
+            yield batch
+            continue
         for row in range(rows_in(batch)):
             yield {
                 key: value[row : row + 1] if isinstance(value, Tensor) else value
@@ -45,7 +61,7 @@ def first_rows(batches: Iterable[Batch], rows: int | None) -> Iterator[Batch]:
         if left is not None:
             if left <= 0:
                 return
-            if size > left:
+            if size > left and not isinstance(batch, Whole):
                 batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
             left -= size
         yield batch

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from holdfast.engine.batches import Batch, Seen, first_rows, rows_in, rows_of
+from holdfast.engine.batches import Batch, Seen, Whole, first_rows, rows_in, rows_of
 from holdfast.errors import Refused
 from holdfast.network.layers import Layer, Norm, layers_of, norms_of
 from holdfast.ops import distributed
@@ -118,7 +118,7 @@ def measure(
     state = bound.generator.get_state()
     shards = any(map(distributed.sharded, bound.shared.values()))
     ranks, mine = (1, 0) if shards else (distributed.world(), distributed.rank())
-    with eye.watching(embeddings):
+    with eye.watching(model, embeddings):
         for turn, batch in enumerate(seen.through(first_rows(bound.data(), rows))):
             if not total:
                 bound.forward(next(rows_of([batch])), training=False)
@@ -190,16 +190,17 @@ class _Eye:
         self.found, self.layers = Grams(), layers
         self.structure, self.width, self.rank = structure, width, rank
         self.mask: Tensor | None = None
-        self.rows = 0
+        self.rows, self.whole = 0, False
         # The calls of each layer on that row: the tensor, kept alive so that its id is not reused,
         # and its version, the count of in-place writes.
         self._calls: dict[str, list[tuple[Tensor, int]]] = {}
 
     @contextmanager
-    def watching(self, embeddings: Mapping[str, nn.Embedding]) -> Iterator[None]:
+    def watching(self, model: nn.Module, embeddings: Mapping[str, nn.Embedding]) -> Iterator[None]:
         """Observe every call of a layer within the block."""
         with ExitStack() as stack:
             for module, see in (
+                (model, self._called),
                 *((layer.module, self._at(layer)) for layer in self.layers),
                 *((module, self._counting(name)) for name, module in embeddings.items()),
             ):
@@ -218,6 +219,10 @@ class _Eye:
 
     def begin(self, batch: Batch) -> None:
         """Start a batch whose inputs are to be summed."""
+        self.whole = isinstance(batch, Whole)
+        self._take(batch)
+
+    def _take(self, batch: Batch) -> None:
         mask = batch.get("attention_mask")
         masked = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         self.mask, self.rows = cast(Tensor, mask).bool() if masked else None, rows_in(batch)
@@ -234,6 +239,12 @@ class _Eye:
         if name not in self.found.counts:
             self.found.counts[name] = torch.zeros(module.num_embeddings, device=device)
         return self.found.counts[name]
+
+    def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A trainer's loss calls the model with what it made of a `Whole` batch."""
+        given = kwargs or next((x for x in args if isinstance(x, Mapping)), {})
+        if self.rows and self.whole and given:
+            self._take(given)
 
     def _at(self, layer: Layer) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,12 @@ class Method(Checked):
     def needs_data(self) -> bool:
         """Whether `end_task` reads the rows of the finished task."""
         return False
+
+    @property
+    def reads_whole(self) -> Literal["gradients", "inputs"] | None:
+        """What `end_task` reads where only the trainer's loss takes a batch (`Whole`): its
+        gradients, or layers' inputs; None: it needs batches that the model takes."""
+        return None
 
     @property
     def idle_at_first(self) -> bool:

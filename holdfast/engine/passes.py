@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.engine.batches import Batches, Data, Seen, without_labels
+from holdfast.engine.batches import Batches, Data, Seen, Whole, without_labels
 from holdfast.engine.forwarding import (
     in_mode,
     own_randomness,
@@ -133,7 +133,7 @@ class Passes(Stepping):
                 stack.enter_context(in_mode(concerned, training))
             elif model.training != ours.training:  # another task's: match this model's mode
                 stack.enter_context(in_mode(concerned - {*ours.modules()}, ours.training))
-            return model(**batch)
+            return batch.run(model, batch) if isinstance(batch, Whole) else model(**batch)
 
     def old_outputs(
         self,

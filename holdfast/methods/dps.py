@@ -113,6 +113,10 @@ class DPS(Method):
         return self.score == "retention"
 
     @property
+    def reads_whole(self) -> Literal["gradients", "inputs"] | None:
+        return "gradients" if self.fisher_labels in ("auto", "true") else None
+
+    @property
     def idle_at_first(self) -> bool:
         """Retention has nothing to retain in the first task."""
         return self.score == "retention"

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -65,6 +65,10 @@ class EWC(Method):
     @property
     def needs_data(self) -> bool:
         return True
+
+    @property
+    def reads_whole(self) -> Literal["gradients", "inputs"] | None:
+        return "gradients" if self.labels in ("auto", "true") else None
 
     def penalty_grad_(self, view: View) -> None:
         slots = view.state.weights

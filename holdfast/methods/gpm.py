@@ -72,6 +72,10 @@ class GPM(Measuring):
     project: Literal["update", "gradient"] = "update"
     others: Literal["train", "freeze"] = "freeze"
 
+    @property
+    def reads_whole(self) -> Literal["gradients", "inputs"] | None:
+        return "inputs"
+
     def begin_task(self, view: View) -> None:
         view.state.cache.clear()
 

@@ -79,6 +79,10 @@ class Merge(Measuring):
     others: Annotated[float, Field(ge=0, le=1)] = 0.5
     choose: Annotated[float, Field(ge=0)] | None = None
 
+    @property
+    def reads_whole(self) -> Literal["gradients", "inputs"] | None:
+        return "inputs"
+
     def begin_task(self, view: View) -> None:
         view.state.weights.pop("start", None)
         if "readers" in view.state.numbers:

@@ -112,10 +112,11 @@ def _spared(
 ) -> set[str]:
     """Names of the parameters without weight decay."""
     if globs is not None:
-        for glob in globs:
+        exact = {name for name in globs if name in parameters}
+        for glob in (globs := [g for g in globs if g not in exact]):
             if not any(fnmatchcase(name, glob) for name in parameters):
                 raise Refused(f"no parameter matches {glob!r}", where="no_decay")
-        return {name for name in parameters if any(fnmatchcase(name, glob) for glob in globs)}
+        return exact | {n for n in parameters if any(fnmatchcase(n, glob) for glob in globs)}
     # Direct parameters only: a block with norm in its name may hold matrices further down.
     norms = {
         canonical(f"{path}.{name}" if path else name)

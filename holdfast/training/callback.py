@@ -68,6 +68,9 @@ class RecipeCallback(TrainerCallback):
     ) -> None:
         if not self._seeded:
             self.bound, self._seeded = self.recipe.unbound(seed=args.seed), True
+        if not isinstance(model, nn.Module):
+            raise Refused(f"a {type(model).__name__} is no torch module", where="RecipeCallback",
+                          remedy="docs/trainers.md says how its network is trained")  # fmt: skip
         self.bound.max_grad_norm = self.recipe.max_grad_norm
         self.bound.begin_task(
             self.task, optimizer, state.max_steps, model=model, shared=self._shared, data=self.data,

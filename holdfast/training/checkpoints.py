@@ -173,9 +173,14 @@ def _recorded(folder: Path) -> Files:
 
 
 def differences(folder: str | Path, plan: Mapping[str, Any]) -> list[str]:
-    """The settings in which a checkpoint's training differs from `plan`, in words."""
+    """The settings in which a checkpoint's training differs from `plan`, in words.
+
+    More `steps` than it had are no difference: the training goes on.
+    """
     before = _read_meta(Path(folder)).get("plan", {})
     now = json.loads(json.dumps(dict(plan)))
+    if before.get("steps", 0) < now.get("steps", 0):
+        before["steps"] = now["steps"]
     return [f"{k} {_changed(before[k], now.get(k))}" for k in before if before[k] != now.get(k)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,13 +16,16 @@ from transformers import TrainerCallback
 from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.training import stopping
-from holdfast.training.checkpoints import Files, differences, load_state, save_state
+from holdfast.training.checkpoints import META, Files, differences, load_state, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, rotate
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
+
+
+STATE = "trainer_state.json"  # Trainer's own, written last
 
 
 class SavingMixin(_Base):
@@ -38,6 +42,7 @@ class SavingMixin(_Base):
     _limit: int | None = None
     _to_push: str | None = None
     _resuming = False
+    _bare = 0  # the steps made without a recipe, if a checkpoint of a plain Trainer is resumed
     _at_work = False  # whether the recipe is bound to the model in training
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -52,10 +57,13 @@ class SavingMixin(_Base):
                 raise Refused("holds no whole checkpoint", where=self.args.output_dir,
                               remedy="train without resume_from_checkpoint")  # fmt: skip
             resume_from_checkpoint = str(found)
-        elif resume_from_checkpoint and (wrong := damage(resume_from_checkpoint)):
-            raise Refused(wrong, where=str(resume_from_checkpoint),
-                          remedy="resume from one that was saved with a recipe")  # fmt: skip
+        elif resume_from_checkpoint:
+            self._accept(Path(resume_from_checkpoint))
         self._resuming = bool(resume_from_checkpoint)
+        self._bare = 0
+        if self._resuming and not (Path(resume_from_checkpoint) / META).exists():
+            state = json.loads((Path(resume_from_checkpoint) / STATE).read_text())
+            self._bare = int(state["global_step"])
         saver = _StopSaved()
         self.add_callback(saver)
         # Trainer's own rotation is off, even the one at the end, which would delete the newest.
@@ -87,6 +95,18 @@ class SavingMixin(_Base):
             self._watch = self._outputs = None
             self._at_work = False
 
+    def _accept(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that is not as a recipe saved it, unless told not to be exact."""
+        if not (wrong := damage(checkpoint)):
+            return
+        whole, remedy = (checkpoint / STATE).is_file(), "resume from one saved with a recipe"
+        if whole and not (checkpoint / META).exists():
+            wrong = "was saved by a Trainer without a recipe"
+            remedy = "pass exact_resume=False, and methods begin at its step"
+        if self.exact_resume or not whole:
+            raise Refused(wrong, where=str(checkpoint), remedy=remedy)
+        warnings.warn(f"{checkpoint}: {wrong}", stacklevel=3)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, committed once it is whole; older ones are deleted only then."""
         self._ours, self._to_push = {}, None
@@ -111,7 +131,9 @@ class SavingMixin(_Base):
                 self._ours = save_state(self.bound, output_dir, plan=self._plan(), state=state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.bound is not None:
+        if self._bare:
+            self._check_groups(Path(cast(str, checkpoint)))
+        elif checkpoint is not None and self.bound is not None:
             changed = differences(checkpoint, self._plan())
             # torch matches moments by position: in another order they go to other parameters.
             moved = any(c.startswith("order ") for c in changed)
@@ -124,11 +146,22 @@ class SavingMixin(_Base):
             if changed:
                 warnings.warn(f"resuming with other settings: {', '.join(changed)}", stacklevel=2)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.bound is not None:
+        if checkpoint is not None and self.bound is not None and not self._bare:
             _exact_moments_(self.bound.optimizer, Path(checkpoint) / "optimizer.pt")
             steps = self.bound.total_steps
             load_state(self.bound, checkpoint)
             self.bound.total_steps = steps
+
+    def _check_groups(self, checkpoint: Path) -> None:
+        """Refuse moments of other groups than these: torch matches them by position."""
+        assert self.bound is not None
+        file = checkpoint / "optimizer.pt"
+        groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
+        before = [len(group["params"]) for group in groups]
+        now = [len(group["params"]) for group in self.bound.optimizer.param_groups]
+        if before != now:
+            raise Refused(f"its optimizer has groups of {before} parameters, not {now}",
+                          where=str(checkpoint), remedy="use flat rates")  # fmt: skip
 
     def _plan(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""

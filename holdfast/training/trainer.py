@@ -9,32 +9,32 @@ advance over a skipped step.
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import Subset
 from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.forwarding import in_mode, own_randomness
+from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused
 from holdfast.network.groups import follows_rates
+from holdfast.network.parts import canonical, named_parameters
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
+from holdfast.training.rows import RowsMixin
 from holdfast.training.saving import SavingMixin
 
 DEFAULT_CLIP = TrainingArguments.max_grad_norm  # counts as "not set"
 
 
-class RecipeMixin(SavingMixin):
+class RecipeMixin(RowsMixin, SavingMixin):
     """What `with_recipe` puts in front of a Trainer class.
 
     recipe: the `Recipe` (default: plain).
@@ -46,6 +46,8 @@ class RecipeMixin(SavingMixin):
         order of the parameters changed.
     stop_on_signals: on SIGTERM or Ctrl-C finish the step, save, and leave with 143 or 130.
     """
+
+    optimizer_cls_and_kwargs: Any
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class RecipeMixin(SavingMixin):
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe or Recipe(name="plain")
-        self.bound = bound
+        self.bound, self._continues = bound, bound is not None
         self.task, self._shared, self.start = task, shared, start
         self.exact_resume, self.stop_on_signals = exact_resume, stop_on_signals
         self._window: float | None = 0.0
@@ -69,8 +71,16 @@ class RecipeMixin(SavingMixin):
         self._watch: Any = None
         super().__init__(*args, **kwargs)
         self._check_arguments()
-        if bound is None and any(m.defines("prepare") for m in self.recipe.methods):
-            self.model = self.model_wrapped = self.recipe.prepare(self.model)
+        if self.model_init is None:
+            self.model = self.model_wrapped = self._prepared(self.model)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A fresh model, prepared by the recipe's methods."""
+        return self._prepared(super().call_model_init(trial))
+
+    def _prepared(self, model: Any) -> Any:
+        preparing = any(m.defines("prepare") for m in self.recipe.methods)
+        return self.recipe.prepare(model) if preparing and not self._continues else model
 
     def _check_arguments(self) -> None:
         for name, served in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
@@ -118,10 +128,22 @@ class RecipeMixin(SavingMixin):
                     where="optim",
                     remedy="use adamw_torch_fused",
                 )
+            decayed = {canonical(name) for name in self.get_decay_parameter_names(net)}
             groups = self.recipe.param_groups(
-                net, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+                net,
+                lr=self.args.learning_rate,
+                weight_decay=1.0 if self._bare else self.args.weight_decay,
+                no_decay=[name for name in named_parameters(net) if name not in decayed],
             )
-            self.optimizer = cls(groups, **kwargs)
+            if self._bare:  # saved with two groups even where nothing decays
+                for group in groups:
+                    group["weight_decay"] *= self.args.weight_decay
+            chosen = self.optimizer_cls_and_kwargs
+            self.optimizer_cls_and_kwargs = cls, kwargs | {"params": groups}
+            try:
+                super().create_optimizer(net)
+            finally:
+                self.optimizer_cls_and_kwargs = chosen
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -131,7 +153,7 @@ class RecipeMixin(SavingMixin):
                           where="recipe.rates",
                           remedy="build it with recipe.param_groups(model, …)")  # fmt: skip
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if self.bound is None:
+        if self.bound is None or (self.model_init is not None and not self._continues):
             self.bound = self.recipe.unbound(seed=self.args.seed)
             # A task that was given a name is taken for the first of several.
             if self.task == "task" and (idle := self.recipe.idle_alone()) and self.args.should_log:
@@ -140,44 +162,23 @@ class RecipeMixin(SavingMixin):
         self.bound.max_grad_norm = self.args.max_grad_norm or None if clip is None else clip
         self.bound.evaluate = self.evaluate
         self._check_rows()
+        fitted = self.bound.head_first
+        self.bound.head_first = None if self._bare else fitted
         self.bound.begin_task(
             self.task,
             self.optimizer,
-            num_training_steps,
+            num_training_steps - self._bare,
             model=self.accelerator.unwrap_model(self.model),
             shared=self._shared,
             data=lambda: self._batches(order=None)(),
             start=self.start,
-            resuming=self._resuming,
+            resuming=self._resuming and not self._bare,
         )
+        self.bound.head_first = fitted
         self._at_work = True
         if self.bound.has_penalty and self._watch is None:
             self._watch = self.model.register_forward_hook(self._see)
         return scheduler
-
-    def _check_rows(self) -> None:
-        """Refuse methods that run the model on rows if it does not take this trainer's batches."""
-        assert self.bound is not None
-        needing = [m.name for m in self.bound.methods if m.needs_data]
-        if not needing or self._resuming:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        with (
-            own_randomness(torch.Generator()),
-            in_mode(model.modules(), training=False),
-            torch.no_grad(),
-        ):
-            batch = next(self._batches(order=None)(), None)
-            try:
-                if batch is not None:
-                    model(**batch)
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                raise Refused(
-                    f"{', '.join(needing)} runs the model on rows, and it does not take the "
-                    f"batches of {type(self).__name__}: {str(error).partition(chr(10))[0]}",
-                    where="recipe",
-                    remedy="methods that need no rows are served: dps, l2sp",
-                ) from None
 
     def _see(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         # Not through return_outputs: TRL would run the model once more, with new dropout.
@@ -189,42 +190,6 @@ class RecipeMixin(SavingMixin):
             raise Refused("nothing was trained yet", where="end_task", remedy="call train() first")
 
         self.bound.end_task(self._batches(order=self.bound.generator))
-
-    def _batches(self, *, order: torch.Generator | None) -> Callable[[], Iterator[Any]]:
-        """The training rows in batches, on this device, in an order drawn from `order`.
-
-        Not in file order: a file sorted by label would show a method only one class. None draws
-        from the data seed, which leaves the bound's own generator untouched.
-        """
-        rows = self.train_dataset
-        if hasattr(rows, "__len__"):
-            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-            order = order or torch.Generator().manual_seed(seed)
-            picked = torch.randperm(len(rows), generator=order).tolist()
-            rows = rows.select(picked) if hasattr(rows, "select") else Subset(rows, picked)
-
-        def batches() -> Iterator[Mapping[str, Any]]:
-            for batch in self._undivided(rows):
-                yield self._prepare_inputs(batch)
-
-        return batches
-
-    def _undivided(self, rows: Any) -> Any:
-        """A loader of all rows, each once, on every rank: methods split them over ranks themselves.
-
-        Accelerate would give each rank its own batches and repeat rows to fill the last ones, and
-        Trainer, with persistent workers, would return the cached loader of its evaluation rows.
-        """
-        kept = self.__dict__.pop("_eval_dataloaders", None)
-        if self.args.world_size > 1:
-            self.accelerator.prepare = lambda loader: loader
-        try:
-            return self.get_eval_dataloader(rows)
-        finally:
-            self.accelerator.__dict__.pop("prepare", None)
-            self.__dict__.pop("_eval_dataloaders", None)
-            if kept is not None:
-                self._eval_dataloaders = kept
 
     # --- loss -------------------------------------------------------------------------------------
 
@@ -291,15 +256,12 @@ class RecipeMixin(SavingMixin):
         if self.compute_loss_func is not None or self.label_smoother is not None or items is None:
             return False
         if self._ignores_items is None:
-            kept = copy.deepcopy(getattr(self, "_metrics", None))  # TRL averages over every call
             seen, bare = self._outputs, self.accelerator.unwrap_model(model)
             # The bare model communicates with no other rank, which may be doing something else.
-            with torch.no_grad(), in_mode(bare.modules(), training=False):
+            with torch.no_grad(), in_mode(bare.modules(), training=False), self._logs_kept():
                 compute = functools.partial(super().compute_loss, bare)
                 one = compute(dict(batch), num_items_in_batch=items)
                 two = compute(dict(batch), num_items_in_batch=items * 2)
-            if kept is not None:
-                self._metrics = kept
             self._outputs = seen
             # `two` is half of `one`, or the same up to rounding: passes need not agree bit by bit.
             # A loss of zero decides nothing; if no rank can decide, all of them try again later.

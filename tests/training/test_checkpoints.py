@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import holdfast
-from holdfast import DPS, EWC, L2SP, Rates, Recipe, Refused, Replay
+from holdfast import DPS, EWC, L2SP, HeadFirst, Rates, Recipe, Refused, Replay
 from holdfast.training.checkpoints import META, TENSORS, load_state, save_state
 from holdfast.training.manifest import newest_complete
 
@@ -165,7 +165,8 @@ def test_a_checkpoint_without_our_state_is_refused(
 ) -> None:
     shutil.copytree(saved, tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / missing).unlink()
-    with pytest.raises(Refused, match="saved with a recipe"):
+    said = "by a Trainer without a recipe" if missing == META else "saved with a recipe"
+    with pytest.raises(Refused, match=said):
         two_tasks(tmp_path, RECIPES["dps"], resume=str(tmp_path / "checkpoint-5"))
 
 
@@ -177,7 +178,7 @@ def test_a_checkpoint_without_our_state_is_refused(
         ({"optim": "sgd"}, "optimizer was AdamW, is SGD"),
         ({"learning_rate": 5e-3}, "groups was"),
         ({"weight_decay": 0.1}, "groups was"),
-        ({"num_train_epochs": 4}, "steps was 9, is 12"),
+        ({"num_train_epochs": 2}, "steps was 9, is 6"),
         ({"max_grad_norm": 0.5}, "max_grad_norm was 1.0, is 0.5"),
     ],
 )
@@ -200,7 +201,7 @@ def test_other_methods_are_refused(saved: Path, tmp_path: Path) -> None:
         two_tasks(tmp_path, Recipe(methods=[DPS(stage=4, drop=0.5)]), resume=str(saved))
 
 
-def test_more_epochs_are_possible_when_asked_for(saved: Path, tmp_path: Path) -> None:
+def test_more_epochs_are_no_other_settings(saved: Path, tmp_path: Path) -> None:
     model = bert(seed=1, num_labels=2, **DROPOUT)
     args = arguments(tmp_path, num_train_epochs=4, gradient_accumulation_steps=2)
     trainer = holdfast.Trainer(
@@ -211,11 +212,56 @@ def test_more_epochs_are_possible_when_asked_for(saved: Path, tmp_path: Path) ->
         recipe=RECIPES["dps"],
         shared=model.base_model,
         task="two",
-        exact_resume=False,
     )
-    with pytest.warns(UserWarning, match="steps was 9, is 12"):
-        trainer.train(resume_from_checkpoint=str(saved))
+    trainer.train(resume_from_checkpoint=str(saved))
     assert (trainer.bound.step, trainer.bound.total_steps) == (12, 12)
+
+
+# --- checkpoints that no recipe saved ---------------------------------------------------------
+
+
+def made(out: Path, cls: Any = holdfast.Trainer, **more: Any) -> Any:
+    """Twelve steps with dropout, saved after four and eight."""
+    args = arguments(out, save_strategy="steps", save_steps=4, max_steps=12)
+    return cls(model=bert(num_labels=2, **DROPOUT), args=args, train_dataset=rows(22),
+               data_collator=collate, **more)  # fmt: skip
+
+
+def test_a_checkpoint_of_a_trainer_without_a_recipe_goes_on_when_asked_to(tmp_path: Path) -> None:
+    bare = made(tmp_path, transformers.Trainer)
+    bare.train()
+    saved = tmp_path / "checkpoint-4"
+    with pytest.raises(Refused, match="by a Trainer without a recipe; pass exact_resume=False"):
+        made(tmp_path / "a").train(resume_from_checkpoint=str(saved))
+    plain = made(tmp_path / "b", exact_resume=False, recipe=Recipe(head_first=HeadFirst()))
+    with pytest.warns(UserWarning, match="without a recipe"):
+        plain.train(resume_from_checkpoint=str(saved))
+    assert same(weights(bare.model), weights(plain.model))  # its head was not fitted again
+    masked = made(tmp_path / "c", exact_resume=False, recipe=RECIPES["dps"])
+    with pytest.warns(UserWarning, match="without a recipe"):
+        masked.train(resume_from_checkpoint=str(saved))
+    assert masked.bound.step == 8 and not same(weights(bare.model), weights(masked.model))
+    rated = made(tmp_path / "d", exact_resume=False, recipe=Recipe(rates=Rates.bertcl()))
+    with (
+        pytest.warns(UserWarning, match="without a recipe"),
+        pytest.raises(Refused, match="groups of"),
+    ):
+        rated.train(resume_from_checkpoint=str(saved))
+
+
+def test_weights_saved_in_other_shards_go_on_when_asked_to(tmp_path: Path) -> None:
+    whole = made(tmp_path / "a", recipe=RECIPES["dps"])
+    whole.train()
+    saved = tmp_path / "a" / "checkpoint-4"
+    held = type(whole.model).from_pretrained(saved)
+    (saved / "model.safetensors").unlink()
+    held.save_pretrained(saved, max_shard_size="5KB")
+    with pytest.raises(Refused, match=r"model\.safetensors is missing"):
+        made(tmp_path / "b", recipe=RECIPES["dps"]).train(resume_from_checkpoint=str(saved))
+    again = made(tmp_path / "c", recipe=RECIPES["dps"], exact_resume=False)
+    with pytest.warns(UserWarning, match=r"model\.safetensors is missing"):
+        again.train(resume_from_checkpoint=str(saved))
+    assert same(weights(whole.model), weights(again.model))
 
 
 # --- the newest whole checkpoint -----------------------------------------------------------------

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import abc
 import pickle
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from models import arguments, bert, collate, rows, same, weights
+from models import arguments, bert, collate, rows, same, t5, weights
 
 import holdfast
-from holdfast import DPS, EWC, Merge, Rates, Recipe, Refused, with_recipe
+from holdfast import DPS, EWC, KfacEWC, Merge, Rates, Recipe, Refused, Replay, with_recipe
 
 MASKED = Recipe(methods=[DPS(drop=0.5, stage=2)])
 
@@ -128,11 +130,119 @@ def test_batches_by_column_are_trained_on_and_refused_where_methods_would_run_th
     trainer.train()
     assert len(trainer.bound.optimizer.param_groups) == 1  # theirs
     assert trainer.bound.states["dps"].weights
-    for recipe in (Recipe(methods=[EWC()]), Recipe(methods=[Merge()])):
+    for method in (Replay(), KfacEWC(), EWC(labels="sampled")):
+        recipe = Recipe(methods=[method])
         trainer = made(with_recipe(Columns), tmp_path, recipe)
         trainer.data_collator, before = by_column, weights(trainer.model)
-        with pytest.raises(Refused, match=r"(ewc|merge) runs the model on rows.* of Columns"):
+        with pytest.raises(Refused, match=rf"{method.name} runs the model on rows.* of Columns"):
             trainer.train()
         assert same(weights(trainer.model), before)
     with pytest.raises(Refused, match="makes an optimizer of its own"):
         made(with_recipe(Columns), tmp_path, Recipe(rates=Rates.bertcl())).train()
+
+
+@pytest.mark.parametrize(
+    "method", [EWC(labels="true"), Merge(), DPS(score="retention", fisher_labels="true")]
+)
+def test_a_loss_of_whole_batches_gives_what_the_models_own_gives(
+    method: Any, tmp_path: Path
+) -> None:
+    """One row per batch: nothing is averaged before it is squared. Padding counts in neither."""
+    found = []
+    for cls, collator in ((Columns, by_column), (Abstract, collate)):
+        trainer = made(with_recipe(cls), tmp_path, Recipe(methods=[method]),
+                       per_device_eval_batch_size=1, learning_rate=0.0)  # fmt: skip
+        trainer.data_collator = collator
+        trainer.train()
+        trainer.end_task()
+        assert trainer._own_loss == (cls is Columns)
+        found.append(trainer.bound.state_dict()["tensors"])
+    assert found[0].keys() == found[1].keys() and found[0]
+    for key, tensor in found[0].items():
+        size = float(tensor.abs().max())
+        torch.testing.assert_close(tensor, found[1][key], rtol=1e-3, atol=1e-2 * size + 1e-12)
+
+
+def test_the_square_of_a_whole_batch_counts_for_each_of_its_rows(tmp_path: Path) -> None:
+    """F = 1/rows · Σ over batches of B (mean gradient)²."""
+    trainer = made(with_recipe(Columns), tmp_path, Recipe(methods=[EWC()]),
+                   per_device_eval_batch_size=4, learning_rate=0.0)  # fmt: skip
+    trainer.data_collator = by_column
+    trainer.train()
+    trainer.end_task()
+    model, total = trainer.model.eval(), None
+    for batch in trainer._batches(order=torch.Generator())():
+        loss = model(**{k.removeprefix("anchor_"): v for k, v in batch.items()}).loss
+        (grad,) = torch.autograd.grad(loss, [model.bert.pooler.dense.weight])
+        total = 4 * grad.square() + (0 if total is None else total)
+    fisher = trainer.bound.states["ewc"].weights["fisher"]
+    (name,) = [n for n in fisher if n.endswith("pooler.dense.weight")]
+    # Other batches than those of `end_task`, which draws its order: only the scale is the same.
+    ratio = float(fisher[name].sum() / (total.sum() / 16))
+    assert 0.5 < ratio < 2
+
+
+SMALL = {"depths": [1, 1], "num_heads": [2, 2], "embed_dim": 8, "window_size": 2, "image_size": 16}
+NETWORKS = {
+    "bert": bert,
+    "t5": lambda: t5(),
+    "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SMALL)),
+    "mamba": lambda: transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_weights_decay_as_under_the_bare_class(make: Any, tmp_path: Path) -> None:
+    """Also T5's position biases, Swin's tables and Mamba's states, and names that a class chose."""
+
+    class Own(transformers.Trainer):  # type: ignore[misc]
+        def get_decay_parameter_names(self, model: Any) -> list[str]:
+            return [name for name, _ in model.named_parameters()][::2]
+
+    for cls in (transformers.Trainer, Own):
+        found = []
+        for each in (cls, with_recipe(cls)):
+            trainer = each(model=make(), args=arguments(tmp_path, weight_decay=0.1))
+            decay = {id(p): g["weight_decay"] for g in trainer.create_optimizer().param_groups
+                     for p in g["params"]}  # fmt: skip
+            found.append({n: decay[id(p)] for n, p in trainer.model.named_parameters()})
+        assert found[0] == found[1] and {*found[0].values()} == {0.0, 0.1}
+
+
+def test_a_model_made_anew_is_trained_anew(tmp_path: Path) -> None:
+    """With `model_init` the second `train()` begins from the first weights, masks and noise."""
+    recipe = Recipe(methods=[DPS(mix=True, stage=2)])
+    trainer = holdfast.Trainer(
+        model_init=lambda: bert(), args=arguments(tmp_path, max_steps=4), train_dataset=rows(16),
+        data_collator=collate, recipe=recipe,
+    )  # fmt: skip
+    trainer.train()
+    once = weights(trainer.model)
+    trainer.train()
+    assert same(once, weights(trainer.model))
+
+
+def test_embeddings_keep_32_bits_in_an_optimizer_of_8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Trainer does for its own bitsandbytes optimizer is done for ours."""
+    told: list[Any] = []
+    manager = SimpleNamespace(register_module_override=lambda *given: told.append(given))
+    get = SimpleNamespace(GlobalOptimManager=SimpleNamespace(get_instance=lambda: manager))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=get))
+
+    class Eight(torch.optim.SGD):
+        __module__ = "bitsandbytes.optim"
+
+        def __init__(self, groups: Any, lr: float, optim_bits: int) -> None:
+            super().__init__(groups, lr)
+
+    trainer = holdfast.Trainer(
+        model=bert(), args=arguments(tmp_path),
+        optimizer_cls_and_kwargs=(Eight, {"lr": 0.1, "optim_bits": 8}),
+    )  # fmt: skip
+    assert isinstance(trainer.create_optimizer(), Eight)
+    modules = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Embedding)]
+    assert [given[0] for given in told] == modules and len(modules) == 3
+    assert trainer.optimizer_cls_and_kwargs[1] == {"lr": 0.1, "optim_bits": 8}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from holdfast.engine.batches import LABELS, Batch, Seen, first_rows, rows_in, rows_of
+from holdfast.engine.batches import LABELS, Batch, Seen, Whole, first_rows, rows_in, rows_of
 from holdfast.errors import Refused
 from holdfast.methods.common.squares import Layers
 from holdfast.ops import distributed
@@ -49,8 +49,10 @@ def diagonal_fisher(
     If `config.problem_type` of `model` declares several labels per row, each is drawn, or
     weighted, separately, and −log p is their sum; several numbers per row are a regression.
     `forward(batch)` must return an object with `logits` (rows × classes) and, for
-    ``true``, `loss`. At most the first `rows` rows are used. Frozen weights are left out. Raises
-    `Refused` if there are no rows.
+    ``true``, `loss`. A `Whole` batch is not split: the square of its mean gradient counts once for
+    each of its rows, as the mean of their squares does where rows are independent and the mean is
+    0. At most the first `rows` rows are used. Frozen weights are left out. Raises `Refused` if
+    there are no rows.
 
     `modules` names the owners of each weight: with it, and only layers of known kinds called once
     per forward pass, a whole batch takes one backward pass (`squares`; the same numbers).
@@ -78,7 +80,7 @@ def diagonal_fisher(
         if turn % ranks != distributed.rank() % ranks:
             torch.rand(size, 1, generator=draws, dtype=torch.float64)  # used by another rank
             continue
-        if layers is not None and size > 1:
+        if layers is not None and size > 1 and not isinstance(batch, Whole):
             output, calls = layers.run(functools.partial(forward, batch), size)
             known = labels != "auto" or _drawable(output, batch, model) is not None
             if calls is not None and known:
@@ -165,14 +167,16 @@ def _log_likelihoods(
     if kind is None and labels in ("true", "auto"):
         if getattr(output, "loss", None) is None:
             raise Refused("the model returned no loss", remedy="pass batches with labels")
-        return [-output.loss]
-    logits = output.logits
+        # A mean over B independent examples has 1/B of their squared gradients' mean.
+        return [-output.loss * (batch.rows**0.5 if isinstance(batch, Whole) else 1)]
+    logits = getattr(output, "logits", None)
     if kind is None:
+        shape = None if logits is None else tuple(logits.shape)
         raise Refused(
-            f"labels={labels!r} needs class logits of each row, not shape {tuple(logits.shape)}"
+            f"labels={labels!r} needs class logits of each row, not shape {shape}"
             " or a regression", remedy="use labels='true'",
         )  # fmt: skip
-    z = logits.to(wide(logits.dtype))
+    z = output.logits.to(wide(output.logits.dtype))
     if kind == "labels":
         p = z.detach().sigmoid()
         if labels == "expected":

@@ -1,0 +1,136 @@
+"""How methods read a trainer's rows: in batches the model takes, or by the trainer's own loss."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from holdfast.engine.batches import Whole, rows_in
+from holdfast.engine.bound import Bound
+from holdfast.engine.forwarding import in_mode, own_randomness
+from holdfast.errors import Refused
+from holdfast.ops import distributed
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class RowsMixin(_Base):
+    """The part of `RecipeMixin` that gives methods the training rows."""
+
+    bound: Bound | None
+    _own_loss = False  # whether methods are given this trainer's loss, not the model's
+
+    def _check_rows(self) -> None:
+        """See whether the model takes this trainer's batches, and returns a loss or class logits.
+
+        If not, methods are given the trainer's own loss of a batch, which cannot be split into
+        rows. Methods that cannot do with it are refused before the first step.
+        """
+        assert self.bound is not None
+        reads = {m.name: m.reads_whole for m in self.bound.methods if m.needs_data}
+        if not reads:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with own_randomness(torch.Generator()), in_mode(model.modules(), training=False):
+            batch = next(self._batches(order=None)(), None)
+            if batch is None or not (why := _unserved(model, batch)):
+                return
+            if not isinstance(batch, Mapping) or distributed.world() > 1:
+                reads = dict.fromkeys(reads)
+            elif "gradients" in reads.values():
+                try:
+                    loss = self._loss_of(model, batch).loss
+                    learned = [p for p in model.parameters() if p.requires_grad]
+                    torch.autograd.grad(loss, learned, allow_unused=True)
+                except RuntimeError:
+                    why = "in evaluation mode there are no gradients of the"
+                    reads = {n: what if what == "inputs" else None for n, what in reads.items()}
+        if unable := ", ".join(name for name, what in reads.items() if what is None):
+            raise Refused(
+                f"{unable} runs the model on rows, and {why} batches of {type(self).__name__}",
+                where="recipe",
+                remedy="dps and l2sp need no rows; merge, gpm and ewc do with the trainer's loss "
+                "on one process, ewc where it has gradients",
+            )
+        self._own_loss = True
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> Any:
+        """The trainer's own loss of a whole batch."""
+        with self._logs_kept():
+            return SimpleNamespace(loss=super().compute_loss(model, dict(batch)))
+
+    @contextlib.contextmanager
+    def _logs_kept(self) -> Iterator[None]:
+        """TRL and Sentence Transformers log averages over every call of `compute_loss`."""
+        averaged = ("_metrics", "accum_loss_components")
+        kept = {k: copy.deepcopy(v) for k, v in vars(self).items() if k in averaged}
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                setattr(self, name, value)
+
+    def _batches(self, *, order: torch.Generator | None) -> Callable[[], Iterator[Any]]:
+        """The training rows in batches, on this device, in an order drawn from `order`.
+
+        Not in file order: a file sorted by label would show a method only one class. None draws
+        from the data seed, which leaves the bound's own generator untouched.
+        """
+        rows = self.train_dataset
+        if hasattr(rows, "__len__") and not isinstance(rows, Mapping):
+            seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+            order = order or torch.Generator().manual_seed(seed)
+            picked = torch.randperm(len(rows), generator=order).tolist()
+            rows = rows.select(picked) if hasattr(rows, "select") else Subset(rows, picked)
+
+        def batches() -> Iterator[Mapping[str, Any]]:
+            each = None  # tensors' rows per example: preferences have two
+            for batch in self._undivided(rows):
+                prepared = self._prepare_inputs(batch)
+                if self._own_loss:
+                    size = rows_in(prepared)
+                    each = each or max(1, size // self.args.eval_batch_size)
+                    prepared = Whole(prepared, max(1, size // each), self._loss_of)
+                yield prepared
+
+        return batches
+
+    def _undivided(self, rows: Any) -> Any:
+        """A loader of all rows, each once, on every rank: methods split them over ranks themselves.
+
+        Accelerate would give each rank its own batches and repeat rows to fill the last ones, and
+        Trainer, with persistent workers, would return the cached loader of its evaluation rows.
+        """
+        kept = self.__dict__.pop("_eval_dataloaders", None)
+        if self.args.world_size > 1:
+            self.accelerator.prepare = lambda loader: loader
+        try:
+            return self.get_eval_dataloader(rows)
+        finally:
+            self.accelerator.__dict__.pop("prepare", None)
+            self.__dict__.pop("_eval_dataloaders", None)
+            if kept is not None:
+                self._eval_dataloaders = kept
+
+
+def _unserved(model: nn.Module, batch: Any) -> str | None:
+    """Why methods cannot run the model on such batches; None if they can."""
+    try:
+        with torch.no_grad():
+            outputs = model(**batch)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return "it does not take the"
+    logits = getattr(outputs, "logits", None)
+    per_row = logits is not None and logits.ndim == 2 and logits.shape[1] > 1
+    served = per_row or getattr(outputs, "loss", None) is not None
+    return None if served else "it returns no loss for the"

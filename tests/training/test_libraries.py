@@ -1,0 +1,86 @@
+"""The trainers of TRL and Sentence Transformers: plain is the bare class, and methods act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import same, weights
+from served_trainers import sentences, trl
+from torch import Tensor
+from transformers import TrainerCallback
+
+from holdfast import DPS, EWC, Merge, Recipe, Refused
+
+MAKERS: dict[str, Callable[..., Any]] = {
+    **{name: partial(trl, name) for name in ("SFT", "DPO", "Reward", "KTO", "GRPO", "RLOO")},
+    **{n: partial(sentences, n) for n in ("SentenceTransformer", "CrossEncoder", "SparseEncoder")},
+}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(params=MAKERS)
+def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Any]:
+    return partial(MAKERS[request.param], out=tmp_path)
+
+
+class Snapshots(TrainerCallback):  # type: ignore[misc]
+    """The weights after each step."""
+
+    def __init__(self) -> None:
+        self.taken: list[dict[str, Tensor]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.taken.append(weights(model))
+
+
+def test_a_plain_recipe_is_the_bare_class_and_dps_holds_entries(make: Callable[..., Any]) -> None:
+    trained = {}
+    masked = Recipe(methods=[DPS(drop=0.5, stage=2)])
+    for name, recipe in (("bare", None), ("plain", Recipe(name="plain")), ("dps", masked)):
+        trainer, seen = make(recipe), Snapshots()
+        trainer.add_callback(seen)
+        trainer.train()
+        trained[name] = seen.taken
+    assert same(trained["bare"][-1], trained["plain"][-1])
+    _, before, _, after = trained["dps"]  # the second stage is steps 3 and 4
+    # All gradients of unused rows are 0, which leaves them alone in every run.
+    moved = {n: trained["plain"][1][n] != trained["plain"][3][n] for n in before}
+    held = sum(int((moved[n] & (before[n] == after[n])).sum()) for n in before)
+    assert 0.3 < held / sum(int(m.sum()) for m in moved.values()) < 0.7
+
+
+def two_tasks(make: Callable[..., Any], strength: float) -> tuple[Any, list[dict[str, Tensor]]]:
+    """The second trainer, and the weights after the first task and before and after merging."""
+    one = make(Recipe(methods=[EWC(strength=strength), Merge(rows=6)]))
+    one.train()
+    one.end_task()
+    found = [weights(one.model)]
+    two = make(one.recipe, model=one.model, bound=one.bound, task="second")
+    two.train()
+    found.append(weights(two.model))
+    two.end_task()
+    return two, [*found, weights(two.model)]
+
+
+def test_ewc_pulls_and_merge_changes_weights(
+    make: Callable[..., Any], request: pytest.FixtureRequest
+) -> None:
+    if request.node.callspec.params["make"] == "SparseEncoder":
+        # Its pooling writes in place, so that it has gradients in training mode only.
+        trainer = make(Recipe(methods=[EWC()]))
+        before = weights(trainer.model)
+        with pytest.raises(Refused, match=r"ewc runs .*in evaluation mode there are no gradients"):
+            trainer.train()
+        assert same(before, weights(trainer.model))
+        return
+    free, (first, unheld, _) = two_tasks(make, 0.0)
+    held, (again, pulled, merged) = two_tasks(make, 1e3)
+    assert same(first, again)  # EWC has nothing to hold in a first task
+    assert sum(float(f.sum()) for f in held.bound.states["ewc"].weights["fisher"].values()) > 0
+    assert not same(unheld, pulled)
+    assert not same(pulled, merged)
+    assert free.bound.finished == held.bound.finished == ["task", "second"]
