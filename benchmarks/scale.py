@@ -28,7 +28,7 @@ import torch
 from results import markdown, save
 from torch import Tensor
 
-from holdfast.ops.blocks import blocks
+from holdfast.ops.blocks import add_squares_
 from holdfast.ops.masks import hold_, mark_, zero_
 from holdfast.ops.selection import select
 
@@ -54,11 +54,6 @@ def operations(
     """The operations to time, in an order in which each finds what it needs."""
     masks: dict[str, Tensor] = {}
 
-    def accumulate() -> None:
-        for total, grad in zip(sums, grads, strict=True):
-            for t, g in blocks(total, grad):
-                t.addcmul_(g, g)
-
     def choose() -> None:
         masks.clear()
         masks.update(select({str(i): s for i, s in enumerate(sums)}, drop))
@@ -67,26 +62,20 @@ def operations(
         for i, s in enumerate(sums):
             mark_(s, masks[str(i)])
 
-    def each(apply: Callable[[Tensor, Tensor], None]) -> Callable[[], None]:
-        def work() -> None:
-            for g, s in zip(grads, sums, strict=True):
-                apply(g, s)
+    def copy() -> None:
+        for target, source in zip(sums, grads, strict=True):
+            target.copy_(source)
 
-        return work
-
+    named = [{str(i): t for i, t in enumerate(tensors)} for tensors in (grads, sums)]
     return {
-        "copy": each(_copy),
-        "accumulate": accumulate,
+        "copy": copy,
+        "accumulate": lambda: add_squares_(sums, grads),
         "fisher": lambda: torch._foreach_addcmul_(sums, grads, grads, value=1 / 512),
         "select": choose,
         "mark": mark,
-        "zero": each(zero_),
-        "restore": each(hold_),
+        "zero": lambda: zero_(*named),
+        "restore": lambda: hold_(*named),
     }
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    target.copy_(source)
 
 
 def measure(layout: str, count: int, chosen: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -231,11 +232,13 @@ def evaluate(
             chosen = order[start : start + batch]
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
             logits = model(**inputs.to(device)).logits.float()
-            if not logits.isfinite().all():
-                raise TrainingDiverged("diverged: the model's outputs are not finite",
-                                       where=task.name, remedy="lower --lr")  # fmt: skip
-            values = logits[:, 0] if task.regression else logits.argmax(-1)
+            values = logits[:, 0] if task.regression else logits.argmax(-1).float()
+            # Marked, not asked for: the batch is waited for once.
+            values = torch.where(logits.isfinite().all(-1), values, math.nan)
             for i, value in zip(chosen, values.tolist(), strict=True):
+                if math.isnan(value):
+                    raise TrainingDiverged("diverged: the model's outputs are not finite",
+                                           where=task.name, remedy="lower --lr")  # fmt: skip
                 predicted[i] = value
     model.train(training)
     truth = [row["labels"] for row in rows]

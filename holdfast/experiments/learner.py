@@ -51,8 +51,9 @@ class Learner:
     """The models of a sequence, which share one encoder, and the record they fill.
 
     Created again after a kill, it loads the finished tasks from their checkpoints. With bf16 every
-    training pass is autocast, also on replayed rows of earlier tasks; scores and what methods
-    estimate at a task's end use full precision, before and after a restart alike.
+    training pass is autocast, also on replayed rows of earlier tasks; what methods estimate at a
+    task's end, and scores unless `bf16_eval` is set, use full precision, before and after a restart
+    alike.
     """
 
     def __init__(
@@ -259,13 +260,15 @@ class Learner:
         return sum(n or 0 for n in self.record.steps[:index])
 
     def score(self, index: int, split: str, *, most: int | None = None) -> float:
-        """A task's metric on one of its splits, or on about `most` rows of it; full precision."""
+        """A task's metric on one of its splits, or on about `most` rows of it."""
         model, rows = self.models[index], self.rows(index, split)
         # Evenly spaced: the first rows of a file sorted by label are all of one class.
         rows = rows[:: max(1, len(rows) // (most or len(rows) or 1))]
         autocast = model.__dict__.pop("forward", None)
+        device = next(model.parameters()).device.type
         try:
-            return evaluate(model, rows, self.tasks[index], self.collate)
+            with torch.autocast(device, torch.bfloat16, enabled=self.plan.bf16_eval):
+                return evaluate(model, rows, self.tasks[index], self.collate)
         finally:
             if autocast is not None:
                 model.forward = autocast

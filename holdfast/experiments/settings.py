@@ -52,6 +52,7 @@ class Settings(Checked):
         Annotated[int, about("steps between checkpoints; 0: none (each epoch)", ge=0)] | None
     ) = None
     bf16: Annotated[bool, about("train in bfloat16 mixed precision")] = False
+    bf16_eval: Annotated[bool, about("score in bfloat16 mixed precision")] = False
     alone: Annotated[bool, about("train later tasks alone too: gives forward transfer")] = False
 
     @classmethod

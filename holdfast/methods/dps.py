@@ -52,7 +52,7 @@ from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import Labels, diagonal_fisher, wide
-from holdfast.ops.blocks import blocks
+from holdfast.ops.blocks import add_squares_
 from holdfast.ops.distributed import like, local, mean
 from holdfast.ops.masks import hold_, mark_, pack, unpack, zero_
 from holdfast.ops.selection import select
@@ -186,38 +186,33 @@ class DPS(Method):
         if masking:
             # Everything is held in retention's first stage: leave the tensors out.
             out = self.score == "retention" and view.step < int(view.state.numbers["stage"])
-            bits = view.state.tensors.get("mask", {})
-            for name, held in view.state.slot("held").items():
-                grad = view.grads[name]
-                if out:
+            held = view.state.slot("held")
+            if out:
+                for name in held:
                     view.grads[name] = None
-                elif grad is not None:
-                    zero_(grad, held, bits.get(name))
+            else:
+                grads = {n: g for n in held if (g := view.grads[n]) is not None}
+                zero_(grads, held, view.state.tensors.get("mask"))
 
     def after_step(self, view: View) -> None:
         if self._idle(view):
             return
         if self.masking(view) and self.freeze == "exact":
-            bits = view.state.tensors.get("mask", {})
-            for name, held in view.state.slot("held").items():
-                hold_(view.weights[name].detach(), held, bits.get(name))
+            hold_(view.weights, view.state.slot("held"), view.state.tensors.get("mask"))
         if (view.step + 1) % int(view.state.numbers["stage"]) == 0:
             self._turn(view)
 
     def _accumulate(self, view: View) -> None:
         """GAM += g², FAM += N."""
         sums, noise = view.state.slot("sum"), view.scratch.get("noise", {})
-        for name in view.state.numbers["covered"]:
-            grad = view.grads.get(name)
-            if grad is None:
-                continue
+        covered = view.state.numbers["covered"]
+        grads = {n: g for n in covered if (g := view.grads.get(n)) is not None}
+        for name, grad in grads.items():
             if name not in sums:
                 sums[name] = torch.zeros_like(grad, dtype=wide(grad.dtype))
-            for total, g in blocks(sums[name], grad):
-                g = g.to(total.dtype)
-                total.addcmul_(g, g)
             if name in noise:
                 self._counts(view, name).add_(noise[name].view(torch.uint8))
+        add_squares_([sums[n] for n in grads], list(grads.values()))
 
     def _counts(self, view: View, name: str) -> Tensor:
         counts = view.state.slot("count")
@@ -308,8 +303,13 @@ class DPS(Method):
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""
         shape = self._noise_shape(view, name)
-        uniform = torch.rand(shape, generator=view.generator)
-        return (uniform >= self.drop).to(view.weights[name].device)
+        device = local(view.weights[name]).device
+        if device.type == "cpu":
+            return torch.rand(shape, generator=view.generator) >= self.drop
+        if "draws" not in view.scratch:  # on the device, from this step's seed
+            seed = int(torch.randint(2**62, (), generator=view.generator))
+            view.scratch["draws"] = torch.Generator(device).manual_seed(seed)
+        return torch.rand(shape, generator=view.scratch["draws"], device=device) >= self.drop
 
     def _noise_shape(self, view: View, name: str) -> list[int]:
         w = view.weights[name]

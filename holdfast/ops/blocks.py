@@ -1,8 +1,9 @@
-"""Elementwise work on large tensors, in blocks that stay in the CPU's cache.
+"""Elementwise work on many tensors: in blocks on the CPU, in bunches on accelerators.
 
-An operation on a whole tensor sends its temporaries through memory, whose bandwidth bounds
-elementwise work on weights. On accelerators, where launches cost more than that, a tensor is one
-block. Of sharded tensors (`DTensor`) each rank works on its own part.
+On the CPU an operation on a whole tensor sends its temporaries through memory, whose bandwidth
+bounds elementwise work on weights: blocks stay in the cache. On accelerators launches cost more
+than that: a bunch of small tensors takes one launch. Of sharded tensors (`DTensor`) each rank works
+on its own part.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from holdfast.ops.distributed import local
 
 SIZE = 1 << 18  # entries of a block: 1 MiB of float32
+BUNCH = 1 << 22  # entries of a bunch, at most, or one larger tensor: it bounds the extra memory
+IN_BLOCKS = frozenset({"cpu"})  # device types whose tensors are worked on in blocks
 _kept = threading.local()
 
 
@@ -35,6 +38,41 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t[start : start + rows] for t in tensors)
 
 
+def bunched(tensor: Tensor) -> bool:
+    """Whether work on such tensors is done in bunches."""
+    return local(tensor).device.type not in IN_BLOCKS
+
+
+def bunches(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Yield matching stretches of the `columns`, for one `torch._foreach_` operation each.
+
+    The tensors of a stretch have one device, one dtype per column, and at most `BUNCH` entries in
+    its first column, or else there is one tensor.
+    """
+    rows: list[tuple[Tensor, ...]] = []
+    size, kind = 0, None
+    for row in zip(*([local(t) for t in column] for column in columns), strict=True):
+        mine, count = (row[0].device, *(t.dtype for t in row)), row[0].numel()
+        if rows and (mine != kind or size + count > BUNCH):
+            yield tuple(map(list, zip(*rows, strict=True)))
+            rows, size = [], 0
+        rows.append(row)
+        size, kind = size + count, mine
+    if rows:
+        yield tuple(map(list, zip(*rows, strict=True)))
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of a bunch as one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def copy_(tensors: list[Tensor], vector: Tensor) -> None:
+    """The inverse of `joined`: write a vector's entries into the tensors of a bunch."""
+    parts = vector.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
+
+
 def workspace(place: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor for a block's result, valid until the next call for its `place`.
 
@@ -50,3 +88,16 @@ def workspace(place: int, shape: Sequence[int], dtype: torch.dtype, device: torc
         with torch.inference_mode(False):  # an inference tensor could not be written to in training
             found = workspaces[place, dtype] = torch.empty(count, dtype=dtype, device=device)
     return found[:count].view(shape)
+
+
+def add_squares_(totals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """total ← total + value², in the precision of the totals."""
+    if totals and bunched(totals[0]):
+        for sums, xs in bunches(totals, values):
+            wide = [x.to(s.dtype) for x, s in zip(xs, sums, strict=True)]
+            torch._foreach_addcmul_(sums, wide, wide)
+        return
+    for total, value in zip(totals, values, strict=True):
+        for s, x in blocks(total, value):
+            x = x.to(s.dtype)
+            s.addcmul_(x, x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from holdfast.ops import distributed
+from holdfast.ops.blocks import bunched
 
 
 def unscale_(optimizer: Any, grads: list[Tensor]) -> None:
@@ -58,5 +59,8 @@ def _norm_of_shards(grads: list[Tensor]) -> Tensor:
 
 def clip_(grads: list[Tensor], norm: Tensor, limit: float) -> None:
     """Scale gradients of total norm `norm` down to `limit` where they are above it."""
-    if norm > limit:
-        torch._foreach_mul_([distributed.local(g) for g in grads], limit / (norm + 1e-6))
+    here = [distributed.local(g) for g in grads]
+    if here and bunched(here[0]):  # without waiting for the norm
+        torch._foreach_mul_(here, (limit / (norm + 1e-6)).clamp(max=1.0))
+    elif norm > limit:
+        torch._foreach_mul_(here, limit / (norm + 1e-6))

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from holdfast.ops.blocks import blocks, workspace
+from holdfast.ops.blocks import blocks, bunched, bunches, copy_, joined, workspace
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -67,8 +68,34 @@ def mark_(held: Tensor, moves: Tensor) -> None:
             h.masked_fill_(m, math.nan)
 
 
-def zero_(grad: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
-    """Multiply a finite gradient by the mask: 0 where an entry is held."""
+Tensors = Mapping[str, Tensor]
+Bits = Mapping[str, Tensor] | None
+
+
+def zero_(grads: Tensors, held: Tensors, bits: Bits = None) -> None:
+    """Multiply finite gradients, by name, by their masks: 0 where an entry is held."""
+    names = [n for n in held if n in grads]
+    if names and bits is None and bunched(grads[names[0]]):
+        for gs, hs in bunches([grads[n] for n in names], [held[n] for n in names]):
+            stay = joined(hs)
+            copy_(gs, joined(gs).mul_(stay != stay))
+        return
+    for name in names:
+        _zero_(grads[name], held[name], None if bits is None else bits[name])
+
+
+def hold_(weights: Tensors, held: Tensors, bits: Bits = None) -> None:
+    """weight ← held, by name and bit for bit, where the mask says that an entry is held."""
+    if held and bits is None and bunched(next(iter(held.values()))):
+        for ws, hs in bunches([weights[n].detach() for n in held], list(held.values())):
+            now, stay = joined(ws), joined(hs)
+            copy_(ws, torch.where(stay == stay, stay.to(now.dtype), now))
+        return
+    for name, values in held.items():
+        _hold_(weights[name].detach(), values, None if bits is None else bits[name])
+
+
+def _zero_(grad: Tensor, held: Tensor, bits: Tensor | None) -> None:
     for g, h, b in blocks(grad, held, held if bits is None else bits):
         if bits is not None:
             moves = unpack(b, h.shape)
@@ -81,8 +108,7 @@ def zero_(grad: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
         g.mul_(moves)
 
 
-def hold_(weight: Tensor, held: Tensor, bits: Tensor | None = None) -> None:
-    """weight ← held, bit for bit, where the mask says that an entry is held."""
+def _hold_(weight: Tensor, held: Tensor, bits: Tensor | None) -> None:
     for w, h, b in blocks(weight, held, held if bits is None else bits):
         if w.device.type != "cpu" or w.dtype != h.dtype:
             stays = h == h if bits is None else ~unpack(b, h.shape)

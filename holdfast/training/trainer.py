@@ -87,6 +87,12 @@ class RecipeMixin(RowsMixin, SavingMixin):
             if getattr(self, f"is_{name}_enabled", False):
                 raise Refused(f"Trainer over {served} is not served", where=name,
                               remedy="torchrun alone gives DistributedDataParallel")  # fmt: skip
+        if self.args.n_gpu > 1:
+            raise Refused(
+                f"Trainer would spread batches over {self.args.n_gpu} devices by DataParallel",
+                where="devices",
+                remedy="start it by torchrun, or set CUDA_VISIBLE_DEVICES=0",
+            )
         if self.bound is not None:
             self.recipe.check_bound(self.bound)
         ours, theirs = self.recipe.max_grad_norm, self.args.max_grad_norm

@@ -48,6 +48,21 @@ def test_bf16_is_for_training_only(
     assert replayed and all(replayed)
 
 
+def test_bf16_scores_where_asked_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those after a restart, whose models were never prepared for training."""
+    seen, original = [], learner.evaluate
+
+    def evaluate(*given: Any) -> float:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return original(*given)
+
+    monkeypatch.setattr(learner, "evaluate", evaluate)
+    run(place, tmp_path, ("mood",), Recipe(), bf16_eval=True, epochs=1.0)
+    assert seen and all(seen)
+
+
 def test_every_task_is_closed(place: Path, whole: Path, tmp_path: Path) -> None:
     """The last one too: its state lets a later sequence go on."""
     run(place, tmp_path, ("mood",))

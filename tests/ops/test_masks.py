@@ -63,7 +63,7 @@ def test_held_entries_come_back_bit_for_bit(
         mark_(held, moves)
         assert torch.equal(held.isnan(), moves)
         assert torch.equal(bits_of(held.to(dtype))[~moves], bits_of(start)[~moves])
-    hold_(w, held, pack(moves) if packed else None)
+    hold_({"w": w}, {"w": held}, {"w": pack(moves)} if packed else None)
     assert torch.equal(bits_of(w), expected)
 
 
@@ -79,14 +79,14 @@ def test_gradients_of_held_entries_are_zeroed(
     held = start.to(torch.promote_types(dtype, torch.float32))
     if not packed:
         mark_(held, moves)
-    zero_(grad, held, pack(moves) if packed else None)
+    zero_({"w": grad}, {"w": held}, {"w": pack(moves)} if packed else None)
     assert torch.equal(grad, expected) and grad.dtype is dtype
 
 
 def test_any_nan_marks_and_a_weight_gone_astray_is_still_held() -> None:
     held = torch.tensor([2.0, float("nan"), -float("nan"), 3.0])
     w = torch.tensor([float("nan"), 5.0, 6.0, float("inf")])
-    hold_(w, held)
+    hold_({"w": w}, {"w": held})
     assert w.tolist() == [2, 5, 6, 3]
 
 
@@ -95,7 +95,7 @@ def test_transposed_weights_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     w, held, moves = case((9, 16), torch.float32)
     expected = torch.where(moves, w, held)
     turned = w.t().contiguous().t()
-    hold_(turned, held, pack(moves))
+    hold_({"w": turned}, {"w": held}, {"w": pack(moves)})
     assert torch.equal(turned, expected)
 
 

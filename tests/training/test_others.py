@@ -246,3 +246,23 @@ def test_embeddings_keep_32_bits_in_an_optimizer_of_8(
     modules = [m for m in trainer.model.modules() if isinstance(m, torch.nn.Embedding)]
     assert [given[0] for given in told] == modules and len(modules) == 3
     assert trainer.optimizer_cls_and_kwargs[1] == {"lr": 0.1, "optim_bits": 8}
+
+
+def test_several_devices_are_not_spread_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(Refused, match="over 2 devices by DataParallel; start it by torchrun"):
+        made(holdfast.Trainer, tmp_path)
+
+
+def test_weights_on_several_devices_are_refused() -> None:
+    model, recipe = bert(), Recipe()
+    model.hf_device_map = {"bert": 0, "classifier": 1}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(Refused, match="device_map: the weights lie on"):
+        recipe.bind(model, optimizer, total_steps=1)
+    model = bert()
+    model.classifier.to("meta")
+    with pytest.raises(Refused, match="the weights lie on 2 devices"):
+        recipe.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=1)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from holdfast.ops.blocks import blocks, workspace
+from holdfast.ops.blocks import blocks, bunched, bunches, workspace
 from holdfast.ops.distributed import sharded
 
 if TYPE_CHECKING:
@@ -57,15 +57,23 @@ def pull_(
 
     rows: for some names the rows with F > 0, as `important_rows` finds them; F is 0 elsewhere.
     """
-    for name, target in anchor.items():
-        grad = grads.get(name)
-        if grad is None:
-            continue
+    names = [name for name in anchor if grads.get(name) is not None]
+    if names and bunched(anchor[names[0]]):
+        given = (grads, weights, anchor, *([] if importance is None else [importance]))
+        for gs, ws, aims, *fs in bunches(*([cast(Tensor, x[n]) for n in names] for x in given)):
+            offsets = torch._foreach_sub(ws, aims)
+            if fs:
+                torch._foreach_addcmul_(gs, fs[0], offsets, value=strength)
+            else:
+                torch._foreach_add_(gs, offsets, alpha=strength)
+        return
+    for name in names:
+        grad, target = cast(Tensor, grads[name]), anchor[name]
         if importance is not None and name in rows and not sharded(grad):
             here = rows[name]
             offset = torch.sub(weights[name][here], target[here])
             pull = (offset * importance[name][here]).mul_(strength)
-            grad.index_add_(0, here, pull.to(grad.dtype))
+            grad.index_copy_(0, here, pull.add_(grad[here]).to(grad.dtype))
         elif importance is None:
             for g, w, aim in blocks(grad, weights[name], target):
                 g.add_(_offset(w, aim), alpha=strength)

@@ -181,14 +181,15 @@ def _log_likelihoods(
         p = z.detach().sigmoid()
         if labels == "expected":
             return [((p * (1 - p)).sqrt() * z)[:, y].sum() for y in range(p.shape[1])]
-        held = _uniform(p.shape[0], p.shape[1], draws).to(p.device) < p
+        held = (_uniform(p.shape[0], p.shape[1], draws) < p.cpu()).to(p.device)
         return [-functional.binary_cross_entropy_with_logits(z, held.to(z.dtype), reduction="sum")]
     log_p = z.log_softmax(-1)
     p = log_p.detach().exp()
     if labels == "expected":
         return [(p[:, y].sqrt() * log_p[:, y]).sum() for y in range(p.shape[1])]
-    u = _uniform(len(p), 1, draws).to(p.device)
-    y = (u > p.double().cumsum(-1)[:, :-1]).sum(-1, keepdim=True)
+    # On the CPU: elsewhere sums of floats may vary, or there is no float64.
+    upto = p.cpu().double().cumsum(-1)[:, :-1]
+    y = (_uniform(len(p), 1, draws) > upto).sum(-1, keepdim=True).to(p.device)
     return [log_p.gather(1, y).sum()]
 
 
