@@ -51,7 +51,7 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 # --- options --------------------------------------------------------------------------------------
 
 TRAINING = """--model --out --train-size --evaluation-size --epochs --batch-size --accumulation --lr
-    --weight-decay --warmup --schedule --max-length --selection --save-steps --bf16"""
+    --weight-decay --warmup --schedule --max-length --selection --save-steps --bf16 --bf16-eval"""
 OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
     "sequence": f"--tasks --alone --recipe --seed {TRAINING}",

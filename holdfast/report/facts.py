@@ -19,7 +19,7 @@ from holdfast.experiments.statistics import (
     noise,
     paired_difference,
 )
-from holdfast.report.words import DASH, clean, run_sentences, short, study_sentences
+from holdfast.report.words import DASH, clean, short
 
 CONTROL = "plain"
 _CONTROL = re.compile(CONTROL + r"(?:[\s@:_,(=-]+(?:lr[\s=_:-]*)?[\d.e+-]+\)?)?")
@@ -68,7 +68,6 @@ class RunFacts:
     scores: list[list[Cell]]
     noise: list[list[Cell]]
     metrics: dict[str, Cell]
-    sentences: list[str]
     warnings: list[str]
     starts: list[float]  # step, counted over the sequence, at which each task began, if known
     history: list[tuple[float, list[Cell]]]  # step over the sequence; scores (T,)
@@ -101,7 +100,6 @@ class Comparison:
     tasks: list[TaskFacts]
     groups: list[GroupFacts]
     control: str | None
-    sentences: list[str]
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -124,7 +122,6 @@ def run_facts(record: Record, label: str | None = None) -> RunFacts:
             for row in scores
         ],
         metrics=body["metrics"],
-        sentences=run_sentences(tasks),
         warnings=_run_warnings(body, tasks),
         starts=starts,
         history=history,
@@ -286,7 +283,6 @@ def _comparison(records: list[Record]) -> Comparison:
         tasks=runs[0].tasks,
         groups=groups,
         control=chosen_label,
-        sentences=study_sentences(groups, chosen_label),
         warnings=list(dict.fromkeys(warnings)),
     )
 

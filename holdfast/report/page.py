@@ -15,7 +15,8 @@ from holdfast.experiments.statistics import Difference
 from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import Comparison, comparisons
-from holdfast.report.words import DASH, clean, noise_note, number, points, short, spread_text
+from holdfast.report.sentences import noise_note, study_sentences
+from holdfast.report.words import DASH, clean, number, points, short, spread_text
 
 # every metric a record stores, with its sign, for a reader who knows none of them
 MEANINGS = {
@@ -132,6 +133,7 @@ def environment() -> Any:
         count=_count,
         short=short,
         noise_note=noise_note,
+        sentences=study_sentences,
         rows=_layout,
         command=_command,
         yaml=_yaml,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from holdfast.experiments.record import Record
 from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, run_facts
-from holdfast.report.words import DASH, clean, noise_note, number, spread_text
+from holdfast.report.sentences import noise_note
+from holdfast.report.words import DASH, clean, number, spread_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -15,6 +15,7 @@ from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.report import as_text, comparison_table, facts, matrix_table
 from holdfast.report.facts import comparisons, run_facts
+from holdfast.report.sentences import run_sentences, study_sentences
 
 
 def test_one_run() -> None:
@@ -26,7 +27,7 @@ def test_one_run() -> None:
     assert last.forgetting is None
     assert run.noise[0][1] is None and run.noise[1][1] == pytest.approx((0.16 / 500) ** 0.5)
     assert run.starts == [0.0, 50.0]
-    assert run.sentences == [
+    assert run_sentences(run) == [
         "After learning snli, trec6 fell from 0.952 to 0.741 "
         "(−21.1 points; noise of a 500-row score ± 2.0).",
         "snli reached 0.800.",
@@ -34,23 +35,23 @@ def test_one_run() -> None:
 
 
 def test_a_small_change_is_called_noise() -> None:
-    (sentence, _) = run_facts(two(0.8, 0.90, 0.89)).sentences
+    (sentence, _) = run_sentences(run_facts(two(0.8, 0.90, 0.89)))
     assert sentence.endswith("± 1.4): within noise.")
-    (sentence, _) = run_facts(two(0.8, 0.90, 0.90)).sentences
+    (sentence, _) = run_sentences(run_facts(two(0.8, 0.90, 0.90)))
     assert "trec6 stayed at 0.900 (+0.0 points" in sentence
-    (sentence, _) = run_facts(two(0.8, 0.80, 0.90)).sentences
+    (sentence, _) = run_sentences(run_facts(two(0.8, 0.80, 0.90)))
     assert "rose from 0.800 to 0.900 (+10.0 points" in sentence and "within" not in sentence
 
 
 def test_what_was_not_measured_is_not_told() -> None:
-    assert run_facts(record([[0.9, None], [None, 0.8]])).sentences == [
+    assert run_sentences(run_facts(record([[0.9, None], [None, 0.8]]))) == [
         "What trec6 lost was not measured.",
         "snli reached 0.800.",
     ]
     unfinished = run_facts(record([[0.9, None], [None, None]], status="running"))
-    assert unfinished.sentences == ["Unfinished: 1 of 2 tasks learned so far."]
+    assert run_sentences(unfinished) == ["Unfinished: 1 of 2 tasks learned so far."]
     assert any("has not ended" in line for line in unfinished.warnings)
-    assert run_facts(record([[0.9]], kind="train")).sentences == [
+    assert run_sentences(run_facts(record([[0.9]], kind="train"))) == [
         "trec6 reached 0.900 (accuracy, ± 0.013 on 500 rows)."
     ]
 
@@ -103,7 +104,7 @@ def test_recipes_over_seeds() -> None:
     assert dps.difference["new"].mean == pytest.approx(-0.01)
     assert plain.difference == {}
     assert plain.mean_scores[1] == pytest.approx([0.71, 0.8]) and plain.mean_scores[0][1] is None
-    assert found.sentences[-1] == (
+    assert study_sentences(found)[-1] == (
         "dps against plain, paired over 3 seeds: new plus old +0.100, "
         "95 % interval +0.075 to +0.125."
     )
@@ -157,9 +158,11 @@ def test_many_recipes_are_summed_up_by_the_highest() -> None:
     ]
     many.append(record([[None]], recipe="e", kind="train"))
     (found,) = comparisons(many)
-    assert [line.split(" ")[0] for line in found.sentences[:4]] == ["plain", "b", "c", "d"]
-    assert found.sentences[4].startswith("b against plain, paired over 2 seeds: score +0.200, 95 %")
-    assert found.sentences[-1].startswith("Above: the control and the three highest of 6")
+    assert [line.split(" ")[0] for line in study_sentences(found)[:4]] == ["plain", "b", "c", "d"]
+    assert study_sentences(found)[4].startswith(
+        "b against plain, paired over 2 seeds: score +0.200, 95 %"
+    )
+    assert study_sentences(found)[-1].startswith("Above: the control and the three highest of 6")
 
 
 def test_other_tasks_or_models_are_other_studies() -> None:
