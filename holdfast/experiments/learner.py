@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -46,6 +47,32 @@ from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
 
+Encoded = tuple[list[dict[str, Any]], int]  # rows, and how many of them were cut
+
+
+class Loaded:
+    """What several runs of one model share: its tokenizer, their encoded rows, untrained models."""
+
+    def __init__(self, source: str) -> None:
+        self.tokenizer = load_tokenizer(source)
+        self.rows: dict[int, dict[tuple[str, str], Encoded]] = {}  # by seed, task and split
+        self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
+
+    def untrained(
+        self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
+    ) -> nn.Module:
+        """A copy of the model that `make` made first; a later task's shares the encoder of the one
+        before: a head's draws depend only on its seed."""
+        if key not in self._untrained:
+            fresh = make()
+            if before is not None:  # the encoder is this run's, and not part of what is kept
+                setattr(fresh, fresh.base_model_prefix, nn.Identity())
+            self._untrained[key] = fresh
+        model = copy.deepcopy(self._untrained[key])
+        if before is not None:
+            share_encoder(before, model)
+        return model
+
 
 class Learner:
     """The models of a sequence, which share one encoder, and the record they fill.
@@ -54,6 +81,10 @@ class Learner:
     training pass is autocast, also on replayed rows of earlier tasks; what methods estimate at a
     task's end, and scores unless `bf16_eval` is set, use full precision, before and after a restart
     alike.
+
+    bar: a name for its progress bars; None shows none. place: of the first task in its sequence,
+    whose seeds it takes. For a search: what runs share (`loaded`), the callbacks of a task, the
+    splits that are scored, and which finished tasks are kept.
     """
 
     def __init__(
@@ -66,18 +97,23 @@ class Learner:
         seed: int,
         record: Record,
         *,
-        bar: str | None,
+        bar: str | None = None,
         place: int = 0,
+        loaded: Loaded | None = None,
+        callbacks: Callable[[Learner, int], list[TrainerCallback]] | None = None,
+        scored: Sequence[str] = ("evaluation", "selection"),
+        keeps: Callable[[Learner, int], bool] = lambda *_: True,
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
-        self.place = place  # of the first task in its sequence: seeds are those it has there
-        self.tokenizer = self._tokenizer()
+        self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
+        self._callbacks = callbacks or (lambda _, i: [History(self, i), *self._bars(tasks[i].name)])
+        self.tokenizer = load_tokenizer(source) if loaded is None else loaded.tokenizer
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
-        self._encoded: dict[tuple[str, str], tuple[list[dict[str, Any]], int]] = {}
+        self._encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
         self._began = 0.0
         self._note_machine()
         self._restore(self._finished())
@@ -176,7 +212,7 @@ class Learner:
             task=task.name,
             shared=model.base_model,
             start=self._start(index, model),
-            callbacks=self._callbacks(index),
+            callbacks=self._callbacks(self, index),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(HeadNoted(self.record, trainer))
@@ -197,7 +233,10 @@ class Learner:
             self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
-        self._keep(index, model)
+        self.note_time()
+        if self.keeps(self, index):
+            self._keep(index, model)
+        shutil.rmtree(self.training(index), ignore_errors=True)
         self.record.scores[index], self._selection()[index] = scores
         self.record.steps.append(steps)
         self.record.skipped_steps.append(skipped)
@@ -236,21 +275,18 @@ class Learner:
         held = {name: state.bytes() for name, state in self.bound.states.items()}
         return {k: {"bytes": n, "bytes_per_weight": n / weights} for k, n in held.items()}
 
-    # A search overrides some of these: it loads once for many runs, and scores at other moments.
-
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.source)
-
     def _untrained(self, index: int, seed: int) -> nn.Module:
         """A task's model before it is learned; the encoder is shared from the second task on."""
-        task = self.tasks[index]
-        if self.models:
-            return add_head(self.models[-1], task, seed=seed)
-        model = load_model(self.source, task, seed=seed)
-        return add_head(model, task, seed=seed) if self.place else model  # as in the sequence
+        task, before = self.tasks[index], self.models[-1] if self.models else None
 
-    def _callbacks(self, index: int) -> list[TrainerCallback]:
-        return [History(self, index), *self._bars(self.tasks[index].name)]
+        def make() -> Any:
+            if before is not None:
+                return add_head(before, task, seed=seed)
+            model = load_model(self.source, task, seed=seed)
+            return add_head(model, task, seed=seed) if self.place else model  # as in the sequence
+
+        loaded = self.loaded
+        return make() if loaded is None else loaded.untrained((index, seed), make, before)
 
     def _bars(self, task: str) -> list[TrainerCallback]:
         return [] if self.bar is None else [Bar(self.bar, task)]
@@ -275,8 +311,9 @@ class Learner:
 
     def _scores(self, index: int, split: str) -> list[Any]:
         """A row of the matrix: None where a task is not learned yet, or has no such rows."""
+        shown = index + 1 if split in self.scored else 0
         return [
-            self.score(j, split) if j <= index and self.rows(j, split) else None
+            self.score(j, split) if j < shown and self.rows(j, split) else None
             for j in range(len(self.tasks))
         ]
 
@@ -292,7 +329,6 @@ class Learner:
         model.save_pretrained(home)
         self.tokenizer.save_pretrained(home)
         commit(home, save_state(self.bound, home))
-        shutil.rmtree(self.training(index), ignore_errors=True)
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
         """Drop what the record holds about steps that will be repeated."""

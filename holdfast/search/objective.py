@@ -76,6 +76,7 @@ class Watch:
     tell: Callable[[int, float], bool]
     floor: float | None = None  # what a constant answer scores on task one; None: no such stop
     whole: bool = False  # a control: it runs to its end, whatever it scores
+    made: int = 0  # steps of all tasks so far, those of killed processes included
 
     def at(self, rung: int, *, steps: int, old: float, new: float | None = None) -> None:
         """Rung `rung` (from 1) is reached after `steps` steps; raises `Pruned` or `Diverged`."""

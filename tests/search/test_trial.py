@@ -132,7 +132,7 @@ def test_a_finished_trial_is_only_read(
 ) -> None:
     """Its worker was killed before it told."""
     first = Training(plan)(job(tmp_path / "0"), Told().watch)
-    monkeypatch.setattr(trial, "TrialLearner", None)
+    monkeypatch.setattr(trial, "Learner", None)
     assert Training(plan)(job(tmp_path / "0"), Told().watch) == first
 
 
@@ -144,15 +144,15 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint(
     saving = fake_plan(place, rungs=3, **SETTINGS, save_steps=save_steps)
     whole = Training(saving)(job(tmp_path / "whole"), Told().watch)
     steps: list[int] = []
-    rung = trial.TrialLearner.rung
+    after = trial._Rungs.on_step_end
 
-    def cut(self: Any, index: int, step: int, total: int) -> None:
-        steps.append(index * total + step)
+    def cut(self: Any, args: Any, state: Any, control: Any, **how: Any) -> None:
+        steps.append(self.index * state.max_steps + state.global_step)
         if len(steps) == 18 + 8:
             raise KeyboardInterrupt
-        rung(self, index, step, total)
+        after(self, args, state, control, **how)
 
-    monkeypatch.setattr(trial.TrialLearner, "rung", cut)
+    monkeypatch.setattr(trial._Rungs, "on_step_end", cut)
     with pytest.raises(KeyboardInterrupt):
         Training(saving)(job(tmp_path / "cut"), Told().watch)
     assert steps[-1] == 18 + 8
@@ -169,12 +169,12 @@ def test_a_damaged_checkpoint_of_task_one_is_learned_again(
     saving = fake_plan(place, rungs=3, **SETTINGS, save_steps=100)
     out = tmp_path / "cut"
 
-    def cut(self: Any, index: int, step: int, total: int) -> None:
-        if index == 1:
+    def cut(self: Any, *_: Any, **__: Any) -> None:
+        if self.index == 1:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trial.TrialLearner, "rung", cut)
+        patch.setattr(trial._Rungs, "on_step_end", cut)
         Training(saving)(job(out), Told().watch)
     weights = out / "tasks" / "1-mood" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -212,7 +212,7 @@ def test_other_refusals_are_passed_on(
     def full(*_: Any, **__: Any) -> None:
         raise Refused("No space left on device")
 
-    monkeypatch.setattr(trial.TrialLearner, "learn", full)
+    monkeypatch.setattr(trial.Learner, "learn", full)
     with pytest.raises(Refused, match="No space"):
         Training(plan)(job(tmp_path / "0"), Told().watch)
 
@@ -223,9 +223,9 @@ def test_trials_leave_no_trace_in_each_other(plan: Plan, tmp_path: Path) -> None
     train(job(tmp_path / "0"), Told().watch)
     kept = {
         key: {n: p.clone() for n, p in model.state_dict().items()}
-        for key, model in train.loaded.untrained.items()
+        for key, model in train.loaded._untrained.items()
     }
     train(job(tmp_path / "1", lr=1e-1), Told().watch)
-    for key, model in train.loaded.untrained.items():
+    for key, model in train.loaded._untrained.items():
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, kept[key][name])
