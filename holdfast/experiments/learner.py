@@ -61,8 +61,7 @@ class Loaded:
     def untrained(
         self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
     ) -> nn.Module:
-        """A copy of the model that `make` made first; a later task's shares the encoder of the one
-        before: a head's draws depend only on its seed."""
+        """A copy of what `make` made first, on the encoder of the task before, if there is one."""
         if key not in self._untrained:
             fresh = make()
             if before is not None:  # the encoder is this run's, and not part of what is kept
@@ -82,9 +81,8 @@ class Learner:
     task's end, and scores unless `bf16_eval` is set, use full precision, before and after a restart
     alike.
 
-    bar: a name for its progress bars; None shows none. place: of the first task in its sequence,
-    whose seeds it takes. For a search: what runs share (`loaded`), the callbacks of a task, the
-    splits that are scored, and which finished tasks are kept.
+    bar: a name for its progress bars, or None. place: of the first task in its sequence, whose seeds
+    it takes. For a search: what runs share, a task's callbacks, what is scored, what is kept.
     """
 
     def __init__(
@@ -108,7 +106,10 @@ class Learner:
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
-        self._callbacks = callbacks or (lambda _, i: [History(self, i), *self._bars(tasks[i].name)])
+        shown = [] if bar is None else [bar]
+        self._callbacks = callbacks or (
+            lambda _, i: [History(self, i), *(Bar(name, tasks[i].name) for name in shown)]
+        )
         self.tokenizer = load_tokenizer(source) if loaded is None else loaded.tokenizer
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.models: list[nn.Module] = []
@@ -285,11 +286,7 @@ class Learner:
             model = load_model(self.source, task, seed=seed)
             return add_head(model, task, seed=seed) if self.place else model  # as in the sequence
 
-        loaded = self.loaded
-        return make() if loaded is None else loaded.untrained((index, seed), make, before)
-
-    def _bars(self, task: str) -> list[TrainerCallback]:
-        return [] if self.bar is None else [Bar(self.bar, task)]
+        return self.loaded.untrained((index, seed), make, before) if self.loaded else make()
 
     def steps_before(self, index: int) -> int:
         """Steps made in the tasks before this one."""
