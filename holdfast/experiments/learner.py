@@ -81,8 +81,8 @@ class Learner:
     task's end, and scores unless `bf16_eval` is set, use full precision, before and after a restart
     alike.
 
-    bar: a name for its progress bars, or None. place: of the first task in its sequence, whose seeds
-    it takes. For a search: what runs share, a task's callbacks, what is scored, what is kept.
+    bar: a name for its progress bars, or None. place: of the first task in its sequence, which
+    gives its seeds. For a search: what runs share, a task's callbacks, what is scored and kept.
     """
 
     def __init__(
