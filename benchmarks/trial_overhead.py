@@ -12,6 +12,7 @@ import argparse
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,21 @@ class Clock(TrainerCallback):
         return timed
 
 
+def clocked(make: Any, clock: Clock, *given: Any, callbacks: Any, **how: Any) -> Any:
+    """A `Learner` whose tasks the clock watches too."""
+    return make(*given, callbacks=lambda *at: [*callbacks(*at), clock], **how)
+
+
 def trials(number: int, place: str) -> list[dict[str, float]]:
     """Seconds of each of `number` trials, storage included."""
     plan = Plan.make("minilm", paths(QUICK[0]), pruner="none", sampler="tpe", trials=50, **SETTINGS)
     study, train, rows = Study(place, plan), trial.Training(plan), []
-    evaluate, callbacks = learner.evaluate, trial.TrialLearner._callbacks
+    evaluate, made = learner.evaluate, trial.Learner
     try:
         for _ in range(number):
             clock = Clock()
             learner.evaluate = clock.wrapped(evaluate)
-            trial.TrialLearner._callbacks = (  # type: ignore[method-assign]
-                lambda self, i, clock=clock: [*callbacks(self, i), clock]
-            )
+            trial.Learner = partial(clocked, made, clock)  # type: ignore[assignment, misc]
             began = time.perf_counter()
             claim = study.claim()
             assert claim is not None
@@ -79,7 +83,7 @@ def trials(number: int, place: str) -> list[dict[str, float]]:
                          "over": over, "share": over / wall})  # fmt: skip
             print(f"trial {len(rows)} of {number}: {wall:.1f} s", flush=True)
     finally:
-        learner.evaluate, trial.TrialLearner._callbacks = evaluate, callbacks  # type: ignore[method-assign]
+        learner.evaluate, trial.Learner = evaluate, made  # type: ignore[misc]
     return rows
 
 

@@ -140,9 +140,9 @@ def check_served(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if any(group.get(option) for group in optimizer.param_groups):
             raise Refused(f"{kind}({option}=True) {why}", remedy=f"leave {option} out")
     places = {p.device for group in optimizer.param_groups for p in group["params"]}
-    places |= set(getattr(model, "hf_device_map", {}).values())
-    if len(places) > 1:
-        raise Refused(f"the weights lie on {len(places)} devices", where="device_map",
+    mapped = {*getattr(model, "hf_device_map", {}).values()}
+    if (many := max(len(places), len(mapped))) > 1:
+        raise Refused(f"the weights lie on {many} devices", where="device_map",
                       remedy="load the model onto one")  # fmt: skip
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:

@@ -16,6 +16,7 @@ shared by all rows of a batch, such as positions of shape (1, tokens), counts on
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -146,6 +147,10 @@ def measure(
     return found
 
 
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
 def _sum_over_ranks(
     eye: _Eye, embeddings: Mapping[str, nn.Embedding], device: torch.device
 ) -> None:
@@ -240,11 +245,15 @@ class _Eye:
             self.found.counts[name] = torch.zeros(module.num_embeddings, device=device)
         return self.found.counts[name]
 
-    def _called(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _called(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A trainer's loss calls the model with what it made of a `Whole` batch."""
-        given = kwargs or next((x for x in args if isinstance(x, Mapping)), {})
-        if self.rows and self.whole and given:
-            self._take(given)
+        if not self.rows or not self.whole:
+            return
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        inner = (value for value in given.values() if isinstance(value, Mapping))
+        batch = {k: v for each in (given, *inner) for k, v in each.items() if _is_batch(v)}
+        if batch:
+            self._take(batch)
 
     def _at(self, layer: Layer) -> Callable[..., None]:
         def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from holdfast.errors import Busy, Refused
+from holdfast.experiments.settings import Settings
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
@@ -98,11 +99,13 @@ def _begun(folder: Path) -> bool:
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that affect training: not a recipe's name, nor whether tasks also run alone."""
     left_out = {"recipe": "name", "settings": "alone"}
+    # A setting that came later than the run has its default.
+    known = {**config, "settings": {**Settings().to_dict(), **config.get("settings", {})}}
     return {
         key: {k: v for k, v in value.items() if k != left_out.get(key)}
         if isinstance(value, Mapping)
         else value
-        for key, value in config.items()
+        for key, value in known.items()
     }
 
 

@@ -43,17 +43,20 @@ def bunched(tensor: Tensor) -> bool:
     return local(tensor).device.type not in IN_BLOCKS
 
 
-def bunches(*columns: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+def bunches(
+    *columns: Sequence[Tensor], most: float | None = None
+) -> Iterator[tuple[list[Tensor], ...]]:
     """Yield matching stretches of the `columns`, for one `torch._foreach_` operation each.
 
-    The tensors of a stretch have one device, one dtype per column, and at most `BUNCH` entries in
-    its first column, or else there is one tensor.
+    The tensors of a stretch have one device, one dtype per column, and at most `most` entries
+    (default: `BUNCH`) in its first column, or else there is one tensor.
     """
+    most = BUNCH if most is None else most
     rows: list[tuple[Tensor, ...]] = []
     size, kind = 0, None
     for row in zip(*([local(t) for t in column] for column in columns), strict=True):
         mine, count = (row[0].device, *(t.dtype for t in row)), row[0].numel()
-        if rows and (mine != kind or size + count > BUNCH):
+        if rows and (mine != kind or size + count > most):
             yield tuple(map(list, zip(*rows, strict=True)))
             rows, size = [], 0
         rows.append(row)
@@ -93,7 +96,7 @@ def workspace(place: int, shape: Sequence[int], dtype: torch.dtype, device: torc
 def add_squares_(totals: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """total ← total + value², in the precision of the totals."""
     if totals and bunched(totals[0]):
-        for sums, xs in bunches(totals, values):
+        for sums, xs in bunches(totals, values, most=math.inf):  # copies only what it must widen
             wide = [x.to(s.dtype) for x, s in zip(xs, sums, strict=True)]
             torch._foreach_addcmul_(sums, wide, wide)
         return

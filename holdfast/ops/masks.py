@@ -77,6 +77,9 @@ def zero_(grads: Tensors, held: Tensors, bits: Bits = None) -> None:
     names = [n for n in held if n in grads]
     if names and bits is None and bunched(grads[names[0]]):
         for gs, hs in bunches([grads[n] for n in names], [held[n] for n in names]):
+            if len(gs) == 1:
+                _zero_(gs[0], hs[0], None)
+                continue
             stay = joined(hs)
             copy_(gs, joined(gs).mul_(stay != stay))
         return
@@ -88,6 +91,9 @@ def hold_(weights: Tensors, held: Tensors, bits: Bits = None) -> None:
     """weight ← held, by name and bit for bit, where the mask says that an entry is held."""
     if held and bits is None and bunched(next(iter(held.values()))):
         for ws, hs in bunches([weights[n].detach() for n in held], list(held.values())):
+            if len(ws) == 1:
+                _hold_(ws[0], hs[0], None)
+                continue
             now, stay = joined(ws), joined(hs)
             copy_(ws, torch.where(stay == stay, stay.to(now.dtype), now))
         return

@@ -172,12 +172,17 @@ def _recorded(folder: Path) -> Files:
         return {}
 
 
+def planned(folder: str | Path) -> dict[str, Any]:
+    """The settings of a checkpoint's training, as `save_state` was given them."""
+    return dict(_read_meta(Path(folder)).get("plan", {}))
+
+
 def differences(folder: str | Path, plan: Mapping[str, Any]) -> list[str]:
     """The settings in which a checkpoint's training differs from `plan`, in words.
 
     More `steps` than it had are no difference: the training goes on.
     """
-    before = _read_meta(Path(folder)).get("plan", {})
+    before = planned(folder)
     now = json.loads(json.dumps(dict(plan)))
     if before.get("steps", 0) < now.get("steps", 0):
         before["steps"] = now["steps"]

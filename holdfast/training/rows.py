@@ -24,6 +24,9 @@ else:
     _Base = object
 
 
+UNTAKEN = "it does not take the"  # batches, in an error
+
+
 class RowsMixin(_Base):
     """The part of `RecipeMixin` that gives methods the training rows."""
 
@@ -37,22 +40,38 @@ class RowsMixin(_Base):
         rows. Methods that cannot do with it are refused before the first step.
         """
         assert self.bound is not None
-        reads = {m.name: m.reads_whole for m in self.bound.methods if m.needs_data}
-        if not reads:
+        methods = self.bound.methods
+        reads = {m.name: m.reads_whole for m in methods if m.needs_data}
+        running = [m.name for m in methods if m.defines("penalty") or m.defines("read_rows")]
+        if not reads and not running:
             return
         model = self.accelerator.unwrap_model(self.model)
         with own_randomness(torch.Generator()), in_mode(model.modules(), training=False):
-            batch = next(self._batches(order=None)(), None)
+            try:
+                batch = next(self._batches(order=None)(), None)
+            except (RuntimeError, ValueError) as error:
+                raise Refused(
+                    f"its rows cannot be read for methods: {error}",
+                    where=type(self).__name__,
+                    remedy="set per_device_eval_batch_size as for evaluation",
+                ) from None
             if batch is None or not (why := _unserved(model, batch)):
                 return
+            if why == UNTAKEN:
+                reads |= dict.fromkeys(set(running) - reads.keys())
             if not isinstance(batch, Mapping) or distributed.world() > 1:
                 reads = dict.fromkeys(reads)
             elif "gradients" in reads.values():
                 try:
                     loss = self._loss_of(model, batch).loss
                     learned = [p for p in model.parameters() if p.requires_grad]
-                    torch.autograd.grad(loss, learned, allow_unused=True)
+                    grads = torch.autograd.grad(loss, learned, allow_unused=True)
+                    none = all(grad is None for grad in grads)  # as of losses that cache them
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError:
+                    none = True
+                if none:
                     why = "in evaluation mode there are no gradients of the"
                     reads = {n: what if what == "inputs" else None for n, what in reads.items()}
         if unable := ", ".join(name for name, what in reads.items() if what is None):
@@ -94,12 +113,17 @@ class RowsMixin(_Base):
             rows = rows.select(picked) if hasattr(rows, "select") else Subset(rows, picked)
 
         def batches() -> Iterator[Mapping[str, Any]]:
-            each = None  # tensors' rows per example: preferences have two
-            for batch in self._undivided(rows):
-                prepared = self._prepare_inputs(batch)
+            each, loader = None, iter(self._undivided(rows))
+            while True:
+                with self._logs_kept():  # online trainers generate here
+                    if (batch := next(loader, None)) is None:
+                        return
+                    prepared = self._prepare_inputs(batch)
                 if self._own_loss:
-                    size = rows_in(prepared)
-                    each = each or max(1, size // self.args.eval_batch_size)
+                    size, most = rows_in(prepared), self.args.eval_batch_size
+                    # Tensors' rows per example: preferences have two.
+                    first = min(most, len(rows)) if hasattr(rows, "__len__") else most
+                    each = each or max(1, size // first)
                     prepared = Whole(prepared, max(1, size // each), self._loss_of)
                 yield prepared
 
@@ -129,7 +153,7 @@ def _unserved(model: nn.Module, batch: Any) -> str | None:
         with torch.no_grad():
             outputs = model(**batch)
     except (TypeError, ValueError, KeyError, AttributeError):
-        return "it does not take the"
+        return UNTAKEN
     logits = getattr(outputs, "logits", None)
     per_row = logits is not None and logits.ndim == 2 and logits.shape[1] > 1
     served = per_row or getattr(outputs, "loss", None) is not None

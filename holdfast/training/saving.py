@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.training import stopping
-from holdfast.training.checkpoints import META, Files, differences, load_state, save_state
+from holdfast.training.checkpoints import META, Files, differences, load_state, planned, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, rotate
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class SavingMixin(_Base):
     _limit: int | None = None
     _to_push: str | None = None
     _resuming = False
-    _bare = 0  # the steps made without a recipe, if a checkpoint of a plain Trainer is resumed
+    _bare = False  # resuming from a checkpoint of a Trainer without a recipe
+    _before = 0  # steps made without a recipe before the methods began
     _at_work = False  # whether the recipe is bound to the model in training
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -57,13 +58,9 @@ class SavingMixin(_Base):
                 raise Refused("holds no whole checkpoint", where=self.args.output_dir,
                               remedy="train without resume_from_checkpoint")  # fmt: skip
             resume_from_checkpoint = str(found)
-        elif resume_from_checkpoint:
+        self._resuming, self._bare, self._before = bool(resume_from_checkpoint), False, 0
+        if resume_from_checkpoint:
             self._accept(Path(resume_from_checkpoint))
-        self._resuming = bool(resume_from_checkpoint)
-        self._bare = 0
-        if self._resuming and not (Path(resume_from_checkpoint) / META).exists():
-            state = json.loads((Path(resume_from_checkpoint) / STATE).read_text())
-            self._bare = int(state["global_step"])
         saver = _StopSaved()
         self.add_callback(saver)
         # Trainer's own rotation is off, even the one at the end, which would delete the newest.
@@ -97,15 +94,23 @@ class SavingMixin(_Base):
 
     def _accept(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that is not as a recipe saved it, unless told not to be exact."""
-        if not (wrong := damage(checkpoint)):
-            return
-        whole, remedy = (checkpoint / STATE).is_file(), "resume from one saved with a recipe"
-        if whole and not (checkpoint / META).exists():
+        wrong, remedy = damage(checkpoint), "resume from one saved with a recipe"
+        ours, whole = (checkpoint / META).exists(), (checkpoint / STATE).is_file()
+        if whole and not (checkpoint / "optimizer.pt").is_file():
+            raise Refused("holds weights only", where=str(checkpoint),
+                          remedy="load them as the model")  # fmt: skip
+        if whole and not ours:
             wrong = "was saved by a Trainer without a recipe"
             remedy = "pass exact_resume=False, and methods begin at its step"
-        if self.exact_resume or not whole:
+        if wrong and (self.exact_resume or not whole):
             raise Refused(wrong, where=str(checkpoint), remedy=remedy)
-        warnings.warn(f"{checkpoint}: {wrong}", stacklevel=3)
+        if wrong:
+            warnings.warn(f"{checkpoint}: {wrong}", stacklevel=3)
+        self._bare = not ours
+        if ours:
+            self._before = planned(checkpoint).get("before", 0)
+        else:
+            self._before = int(json.loads((checkpoint / STATE).read_text())["global_step"])
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's checkpoint, committed once it is whole; older ones are deleted only then."""
@@ -174,6 +179,7 @@ class SavingMixin(_Base):
             "accumulation": self.args.gradient_accumulation_steps,
             "batch": self.args.train_batch_size,
             "ranks": self.args.world_size,
+            "before": self._before,
             "steps": self.bound.total_steps,
             "max_grad_norm": self.bound.max_grad_norm,
             "order": [names.get(id(w), "") for g in groups for w in g["params"]],

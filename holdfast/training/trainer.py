@@ -138,10 +138,10 @@ class RecipeMixin(RowsMixin, SavingMixin):
             groups = self.recipe.param_groups(
                 net,
                 lr=self.args.learning_rate,
-                weight_decay=1.0 if self._bare else self.args.weight_decay,
+                weight_decay=1.0 if self._before else self.args.weight_decay,
                 no_decay=[name for name in named_parameters(net) if name not in decayed],
             )
-            if self._bare:  # saved with two groups even where nothing decays
+            if self._before:  # saved with two groups even where nothing decays
                 for group in groups:
                     group["weight_decay"] *= self.args.weight_decay
             chosen = self.optimizer_cls_and_kwargs
@@ -170,17 +170,19 @@ class RecipeMixin(RowsMixin, SavingMixin):
         self._check_rows()
         fitted = self.bound.head_first
         self.bound.head_first = None if self._bare else fitted
-        self.bound.begin_task(
-            self.task,
-            self.optimizer,
-            num_training_steps - self._bare,
-            model=self.accelerator.unwrap_model(self.model),
-            shared=self._shared,
-            data=lambda: self._batches(order=None)(),
-            start=self.start,
-            resuming=self._resuming and not self._bare,
-        )
-        self.bound.head_first = fitted
+        try:
+            self.bound.begin_task(
+                self.task,
+                self.optimizer,
+                num_training_steps - self._before,
+                model=self.accelerator.unwrap_model(self.model),
+                shared=self._shared,
+                data=lambda: self._batches(order=None)(),
+                start=self.start,
+                resuming=self._resuming and not self._bare,
+            )
+        finally:
+            self.bound.head_first = fitted
         self._at_work = True
         if self.bound.has_penalty and self._watch is None:
             self._watch = self.model.register_forward_hook(self._see)

@@ -51,7 +51,6 @@ def test_bf16_is_for_training_only(
 def test_bf16_scores_where_asked_for(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those after a restart, whose models were never prepared for training."""
     seen, original = [], learner.evaluate
 
     def evaluate(*given: Any) -> float:

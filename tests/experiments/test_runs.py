@@ -14,6 +14,7 @@ import pytest
 
 from holdfast.errors import Refused
 from holdfast.experiments.runs import CONFIG, LEASE, RECORD, check_disk, digest, open_run
+from holdfast.experiments.settings import Settings
 from holdfast.training.manifest import commit
 
 HOLDER = """
@@ -181,3 +182,14 @@ def test_too_little_room_is_refused(tmp_path: Path) -> None:
         check_disk(tmp_path / "not" / "there", 2**60)
     assert "--out" in str(refusal.value)
     assert not (tmp_path / "not").exists()
+
+
+def test_a_setting_that_came_later_than_the_run_has_its_default(tmp_path: Path) -> None:
+    before = {k: v for k, v in Settings(lr=1e-4).to_dict().items() if k != "bf16_eval"}
+    with open_run(tmp_path, {"settings": before}) as folder:
+        (folder / RECORD).write_text('{"seconds": [1.0]}')
+    with open_run(tmp_path, {"settings": Settings(lr=1e-4).to_dict()}):
+        pass
+    other = Settings(lr=1e-4, bf16_eval=True).to_dict()
+    with pytest.raises(Refused, match="other settings"), open_run(tmp_path, {"settings": other}):
+        pass

@@ -241,12 +241,26 @@ def test_a_checkpoint_of_a_trainer_without_a_recipe_goes_on_when_asked_to(tmp_pa
     with pytest.warns(UserWarning, match="without a recipe"):
         masked.train(resume_from_checkpoint=str(saved))
     assert masked.bound.step == 8 and not same(weights(bare.model), weights(masked.model))
+    again = made(tmp_path / "e", recipe=RECIPES["dps"])  # from one of its own: exact again
+    again.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-8"))
+    assert again.bound.step == again.bound.total_steps == 8
+    assert same(weights(again.model), weights(masked.model))
     rated = made(tmp_path / "d", exact_resume=False, recipe=Recipe(rates=Rates.bertcl()))
     with (
         pytest.warns(UserWarning, match="without a recipe"),
         pytest.raises(Refused, match="groups of"),
     ):
         rated.train(resume_from_checkpoint=str(saved))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_weights_alone_are_no_checkpoint_to_resume(exact: bool, tmp_path: Path) -> None:
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4, save_only_model=True)
+    plan = {"train_dataset": rows(22), "data_collator": collate}
+    holdfast.Trainer(model=bert(num_labels=2), args=args, **plan).train()
+    one = holdfast.Trainer(model=bert(num_labels=2), args=args, exact_resume=exact, **plan)
+    with pytest.raises(Refused, match="holds weights only; load them as the model"):
+        one.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_weights_saved_in_other_shards_go_on_when_asked_to(tmp_path: Path) -> None:

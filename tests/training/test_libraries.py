@@ -53,6 +53,24 @@ def test_a_plain_recipe_is_the_bare_class_and_dps_holds_entries(make: Callable[.
     assert 0.3 < held / sum(int(m.sum()) for m in moved.values()) < 0.7
 
 
+def test_losses_that_cache_their_gradients_are_refused_by_ewc(tmp_path: Path) -> None:
+    """They return a loss without a graph: its Fisher information would be 0 everywhere."""
+    import sentence_transformers
+
+    losses = sentence_transformers.sentence_transformer.losses
+    trainer = sentences("SentenceTransformer", Recipe(methods=[EWC()]), tmp_path)
+    trainer.loss = losses.CachedMultipleNegativesRankingLoss(trainer.model, mini_batch_size=2)
+    with pytest.raises(Refused, match=r"ewc runs .*there are no gradients"):
+        trainer.train()
+
+
+def test_rows_that_an_evaluation_could_not_read_are_refused(tmp_path: Path) -> None:
+    trainer = trl("GRPO", Recipe(methods=[EWC()]), tmp_path)
+    trainer.args.per_device_eval_batch_size = 3  # of two generations for each prompt
+    with pytest.raises(Refused, match="set per_device_eval_batch_size as for evaluation"):
+        trainer.train()
+
+
 def two_tasks(make: Callable[..., Any], strength: float) -> tuple[Any, list[dict[str, Tensor]]]:
     """The second trainer, and the weights after the first task and before and after merging."""
     one = make(Recipe(methods=[EWC(strength=strength), Merge(rows=6)]))

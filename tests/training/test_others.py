@@ -15,7 +15,19 @@ import transformers
 from models import arguments, bert, collate, rows, same, t5, weights
 
 import holdfast
-from holdfast import DPS, EWC, KfacEWC, Merge, Rates, Recipe, Refused, Replay, with_recipe
+from holdfast import (
+    DPS,
+    EWC,
+    KfacEWC,
+    KLAnchor,
+    LwF,
+    Merge,
+    Rates,
+    Recipe,
+    Refused,
+    Replay,
+    with_recipe,
+)
 
 MASKED = Recipe(methods=[DPS(drop=0.5, stage=2)])
 
@@ -117,8 +129,24 @@ class Columns(Abstract):
         return cls, how | {"optimizer_dict": [{"params": list(self.model.parameters())}]}
 
 
+class Positional(Columns):
+    """Its loss calls the model by position, so that the mask has no name in the call."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **how: Any) -> Any:
+        of = {k.removeprefix("anchor_"): v for k, v in inputs.items()}
+        outputs = model(of["input_ids"], of["attention_mask"], labels=of["labels"])
+        return outputs.loss
+
+
+def padded(made_rows: list[Any]) -> dict[str, Any]:
+    batch = collate(made_rows)
+    ids = torch.nn.functional.pad(batch["input_ids"], (0, 3), value=7)
+    mask = torch.nn.functional.pad(torch.ones_like(batch["input_ids"]), (0, 3))
+    return {"input_ids": ids, "attention_mask": mask, "labels": batch["labels"]}
+
+
 def by_column(made_rows: list[Any]) -> dict[str, Any]:
-    return {f"anchor_{k}": v for k, v in collate(made_rows).items()}
+    return {f"anchor_{k}": v for k, v in padded(made_rows).items()}
 
 
 def test_batches_by_column_are_trained_on_and_refused_where_methods_would_run_them(
@@ -130,7 +158,7 @@ def test_batches_by_column_are_trained_on_and_refused_where_methods_would_run_th
     trainer.train()
     assert len(trainer.bound.optimizer.param_groups) == 1  # theirs
     assert trainer.bound.states["dps"].weights
-    for method in (Replay(), KfacEWC(), EWC(labels="sampled")):
+    for method in (Replay(), KfacEWC(), LwF(), KLAnchor(), EWC(labels="sampled")):
         recipe = Recipe(methods=[method])
         trainer = made(with_recipe(Columns), tmp_path, recipe)
         trainer.data_collator, before = by_column, weights(trainer.model)
@@ -149,22 +177,23 @@ def test_a_loss_of_whole_batches_gives_what_the_models_own_gives(
 ) -> None:
     """One row per batch: nothing is averaged before it is squared. Padding counts in neither."""
     found = []
-    for cls, collator in ((Columns, by_column), (Abstract, collate)):
+    for cls, collator in ((Columns, by_column), (Abstract, padded), (Positional, by_column)):
         trainer = made(with_recipe(cls), tmp_path, Recipe(methods=[method]),
                        per_device_eval_batch_size=1, learning_rate=0.0)  # fmt: skip
         trainer.data_collator = collator
         trainer.train()
         trainer.end_task()
-        assert trainer._own_loss == (cls is Columns)
+        assert trainer._own_loss == (cls is not Abstract)
         found.append(trainer.bound.state_dict()["tensors"])
-    assert found[0].keys() == found[1].keys() and found[0]
+    assert all(each.keys() == found[0].keys() for each in found) and found[0]
     for key, tensor in found[0].items():
-        size = float(tensor.abs().max())
-        torch.testing.assert_close(tensor, found[1][key], rtol=1e-3, atol=1e-2 * size + 1e-12)
+        near = {"rtol": 1e-3, "atol": 1e-2 * float(tensor.abs().max()) + 1e-12}
+        for other in found[1:]:
+            torch.testing.assert_close(tensor, other[key], **near)
 
 
 def test_the_square_of_a_whole_batch_counts_for_each_of_its_rows(tmp_path: Path) -> None:
-    """F = 1/rows · Σ over batches of B (mean gradient)²."""
+    """F = 1/rows · Σ over batches of (B · mean gradient)²: the mean over batches of B g²."""
     trainer = made(with_recipe(Columns), tmp_path, Recipe(methods=[EWC()]),
                    per_device_eval_batch_size=4, learning_rate=0.0)  # fmt: skip
     trainer.data_collator = by_column
@@ -174,7 +203,7 @@ def test_the_square_of_a_whole_batch_counts_for_each_of_its_rows(tmp_path: Path)
     for batch in trainer._batches(order=torch.Generator())():
         loss = model(**{k.removeprefix("anchor_"): v for k, v in batch.items()}).loss
         (grad,) = torch.autograd.grad(loss, [model.bert.pooler.dense.weight])
-        total = 4 * grad.square() + (0 if total is None else total)
+        total = 4**2 * grad.square() + (0 if total is None else total)
     fisher = trainer.bound.states["ewc"].weights["fisher"]
     (name,) = [n for n in fisher if n.endswith("pooler.dense.weight")]
     # Other batches than those of `end_task`, which draws its order: only the scale is the same.
@@ -264,5 +293,8 @@ def test_weights_on_several_devices_are_refused() -> None:
         recipe.bind(model, optimizer, total_steps=1)
     model = bert()
     model.classifier.to("meta")
+    whole = bert()
+    whole.hf_device_map = {"": "cpu"}
+    recipe.bind(whole, torch.optim.SGD(whole.parameters(), lr=0.1), total_steps=1)
     with pytest.raises(Refused, match="the weights lie on 2 devices"):
         recipe.bind(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=1)

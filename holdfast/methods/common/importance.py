@@ -49,10 +49,10 @@ def diagonal_fisher(
     If `config.problem_type` of `model` declares several labels per row, each is drawn, or
     weighted, separately, and −log p is their sum; several numbers per row are a regression.
     `forward(batch)` must return an object with `logits` (rows × classes) and, for
-    ``true``, `loss`. A `Whole` batch is not split: the square of its mean gradient counts once for
-    each of its rows, as the mean of their squares does where rows are independent and the mean is
-    0. At most the first `rows` rows are used. Frozen weights are left out. Raises `Refused` if
-    there are no rows.
+    ``true``, `loss`. A `Whole` batch of B rows is not split: F is the mean of B (its mean
+    gradient)², as that of single rows is where they are independent and their mean is 0. At most
+    the first `rows` rows are used. Frozen weights are left out. Raises `Refused` if there are no
+    rows.
 
     `modules` names the owners of each weight: with it, and only layers of known kinds called once
     per forward pass, a whole batch takes one backward pass (`squares`; the same numbers).
@@ -167,8 +167,9 @@ def _log_likelihoods(
     if kind is None and labels in ("true", "auto"):
         if getattr(output, "loss", None) is None:
             raise Refused("the model returned no loss", remedy="pass batches with labels")
-        # A mean over B independent examples has 1/B of their squared gradients' mean.
-        return [-output.loss * (batch.rows**0.5 if isinstance(batch, Whole) else 1)]
+        # The sum over a batch: squared, its gradient is as large as the rows' squares together
+        # where they are independent. All is divided by the number of rows in the end.
+        return [-output.loss * (batch.rows if isinstance(batch, Whole) else 1)]
     logits = getattr(output, "logits", None)
     if kind is None:
         shape = None if logits is None else tuple(logits.shape)
