@@ -98,15 +98,16 @@ def _begun(folder: Path) -> bool:
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that affect training: not a recipe's name, nor whether tasks also run alone."""
-    left_out = {"recipe": "name", "settings": "alone"}
-    # A setting that came later than the run has its default.
-    known = {**config, "settings": {**Settings().to_dict(), **config.get("settings", {})}}
-    return {
-        key: {k: v for k, v in value.items() if k != left_out.get(key)}
-        if isinstance(value, Mapping)
-        else value
-        for key, value in known.items()
-    }
+    kept = dict(config)
+    if isinstance(recipe := config.get("recipe"), Mapping):
+        kept["recipe"] = {k: v for k, v in recipe.items() if k != "name"}
+    if isinstance(settings := config.get("settings"), Mapping):
+        # Only what is not the default: a setting that came later than a run changes nothing.
+        usual = Settings().to_dict()
+        kept["settings"] = {
+            k: v for k, v in settings.items() if k != "alone" and (k not in usual or v != usual[k])
+        }
+    return kept
 
 
 def _short(value: Any) -> str:
