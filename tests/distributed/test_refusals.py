@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import arguments, bert, collate, rows
 from tiny import adamw, net
 from torch import distributed as dist
@@ -131,7 +132,7 @@ def test_trainer_over_them_is_refused(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There Trainer makes its scheduler elsewhere: the recipe would silently not be bound."""
-    create = holdfast.Trainer.__mro__[3].create_accelerator_and_postprocess
+    create = transformers.Trainer.create_accelerator_and_postprocess
 
     def enabled(trainer: Any) -> None:
         create(trainer)
