@@ -234,7 +234,6 @@ class Learner:
             self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
-        self.note_time()
         if self.keeps(self, index):
             self._keep(index, model)
         shutil.rmtree(self.training(index), ignore_errors=True)

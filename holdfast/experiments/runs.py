@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from holdfast.errors import Busy, Refused
-from holdfast.experiments.settings import Settings
+from holdfast.experiments.settings import defaults
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
@@ -103,7 +103,7 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
         kept["recipe"] = {k: v for k, v in recipe.items() if k != "name"}
     if isinstance(settings := config.get("settings"), Mapping):
         # Only what is not the default: a setting that came later than a run changes nothing.
-        usual = Settings().to_dict()
+        usual = defaults()
         kept["settings"] = {
             k: v for k, v in settings.items() if k != "alone" and (k not in usual or v != usual[k])
         }

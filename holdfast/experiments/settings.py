@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -58,3 +59,9 @@ class Settings(Checked):
     @classmethod
     def where(cls, name: str) -> str:
         return "--" + name.replace("_", "-")
+
+
+@functools.cache
+def defaults() -> dict[str, Any]:
+    """The value of every setting that is not given; runs older than a setting had this one."""
+    return Settings().to_dict()

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
 from holdfast.experiments.record import Record
-from holdfast.experiments.settings import Settings
+from holdfast.experiments.settings import defaults
 from holdfast.experiments.statistics import (
     Difference,
     Spread,
@@ -241,7 +241,7 @@ def _study_key(body: dict[str, Any]) -> str:
 
 def _configuration(body: dict[str, Any]) -> dict[str, Any]:
     """What runs are compared by; a setting that came later than a run has its default."""
-    known = {**Settings().to_dict(), **body["settings"]}
+    known = {**defaults(), **body["settings"]}
     return {key: value for key, value in known.items() if key not in PER_RUN}
 
 

@@ -67,6 +67,7 @@ def _some(learner: Learner, index: int) -> int:
 
 def _keeps(learner: Learner, index: int) -> bool:
     """Nothing needs the last task's model, and a short first task is as fast to learn again."""
+    learner.note_time()
     worth = learner.plan.save_steps or learner.record.elapsed >= WORTH_KEEPING
     return index + 1 < len(learner.tasks) and bool(worth)
 

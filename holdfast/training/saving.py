@@ -57,10 +57,12 @@ class SavingMixin(_Base):
             if found is None:
                 raise Refused("holds no whole checkpoint", where=self.args.output_dir,
                               remedy="train without resume_from_checkpoint")  # fmt: skip
-            resume_from_checkpoint = str(found)
+            resume_from_checkpoint, wrong = str(found), None  # its files were read just now
+        elif resume_from_checkpoint:
+            wrong = damage(resume_from_checkpoint)
         self._resuming, self._bare, self._before = bool(resume_from_checkpoint), False, 0
         if resume_from_checkpoint:
-            self._accept(Path(resume_from_checkpoint))
+            self._accept(Path(resume_from_checkpoint), wrong)
         saver = _StopSaved()
         self.add_callback(saver)
         # Trainer's own rotation is off, even the one at the end, which would delete the newest.
@@ -92,9 +94,12 @@ class SavingMixin(_Base):
             self._watch = self._outputs = None
             self._at_work = False
 
-    def _accept(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that is not as a recipe saved it, unless told not to be exact."""
-        wrong, remedy = damage(checkpoint), "resume from one saved with a recipe"
+    def _accept(self, checkpoint: Path, wrong: str | None) -> None:
+        """Refuse a checkpoint that is not as a recipe saved it, unless told not to be exact.
+
+        wrong: what `damage` found.
+        """
+        remedy = "resume from one saved with a recipe"
         ours, whole = (checkpoint / META).exists(), (checkpoint / STATE).is_file()
         if whole and not (checkpoint / "optimizer.pt").is_file():
             raise Refused("holds weights only", where=str(checkpoint),

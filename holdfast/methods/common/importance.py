@@ -171,13 +171,13 @@ def _log_likelihoods(
         # where they are independent. All is divided by the number of rows in the end.
         return [-output.loss * (batch.rows if isinstance(batch, Whole) else 1)]
     logits = getattr(output, "logits", None)
-    if kind is None:
+    if kind is None or logits is None:
         shape = None if logits is None else tuple(logits.shape)
         raise Refused(
             f"labels={labels!r} needs class logits of each row, not shape {shape}"
             " or a regression", remedy="use labels='true'",
         )  # fmt: skip
-    z = output.logits.to(wide(output.logits.dtype))
+    z = logits.to(wide(logits.dtype))
     if kind == "labels":
         p = z.detach().sigmoid()
         if labels == "expected":
