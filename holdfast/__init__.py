@@ -37,6 +37,7 @@ _HOMES = {
     "Task": "holdfast.tasks",
     "load_task": "holdfast.tasks",
     "run_sequence": "holdfast.experiments.sequence",
+    "load": "holdfast.experiments.serving",
     "compare": "holdfast.experiments.compare",
     "Record": "holdfast.experiments.record",
     "write_report": "holdfast.report",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from holdfast.experiments.compare import compare as compare
     from holdfast.experiments.record import Record as Record
     from holdfast.experiments.sequence import run_sequence as run_sequence
+    from holdfast.experiments.serving import load as load
     from holdfast.methods import DPS as DPS
     from holdfast.methods import EWC as EWC
     from holdfast.methods import GPM as GPM

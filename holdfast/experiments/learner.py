@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
@@ -14,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from transformers import (
-    AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PrinterCallback,
     TrainerCallback,
@@ -26,6 +25,7 @@ from holdfast.engine.bound import Bound
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.heads import (
+    Loaded,
     add_head,
     count_cut,
     encode,
@@ -35,42 +35,17 @@ from holdfast.experiments.heads import (
     load_model,
     load_tokenizer,
     quiet,
-    share_encoder,
     source_hash,
 )
 from holdfast.experiments.record import Record
+from holdfast.experiments.serving import finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
-from holdfast.network.parts import named_parameters, parts
+from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
-
-Encoded = tuple[list[dict[str, Any]], int]  # rows, and how many of them were cut
-
-
-class Loaded:
-    """What several runs of one model share: its tokenizer, their encoded rows, untrained models."""
-
-    def __init__(self, source: str) -> None:
-        self.tokenizer = load_tokenizer(source)
-        self.rows: dict[int, dict[tuple[str, str], Encoded]] = {}  # by seed, task and split
-        self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
-
-    def untrained(
-        self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
-    ) -> nn.Module:
-        """A copy of what `make` made first, on the encoder of the task before, if there is one."""
-        if key not in self._untrained:
-            fresh = make()
-            if before is not None:  # the encoder is this run's, and not part of what is kept
-                setattr(fresh, fresh.base_model_prefix, nn.Identity())
-            self._untrained[key] = fresh
-        model = copy.deepcopy(self._untrained[key])
-        if before is not None:
-            share_encoder(before, model)
-        return model
 
 
 class Learner:
@@ -83,6 +58,7 @@ class Learner:
 
     bar: a name for its progress bars, or None. place: of the first task in its sequence, which
     gives its seeds. For a search: what runs share, a task's callbacks, what is scored and kept.
+    begin: puts the last of the tasks that were learned elsewhere in its folder.
     """
 
     def __init__(
@@ -101,6 +77,7 @@ class Learner:
         callbacks: Callable[[Learner, int], list[TrainerCallback]] | None = None,
         scored: Sequence[str] = ("evaluation", "selection"),
         keeps: Callable[[Learner, int], bool] = lambda *_: True,
+        begin: Callable[[Learner], None] | None = None,
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
@@ -117,6 +94,8 @@ class Learner:
         self._encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
         self._began = 0.0
         self._note_machine()
+        if begin and not any(self.home(i).exists() for i in range(len(record.seconds))):
+            begin(self)
         self._restore(self._finished())
 
     def home(self, index: int) -> Path:
@@ -164,15 +143,13 @@ class Learner:
                 self.warn(f"{name} was {before} and is {value} since the run went on")
 
     def _finished(self) -> int:
-        """How many tasks are learned: those before the first whose folder is gone."""
+        """How many tasks are learned: up to the last that has a folder, which holds them all."""
         recorded = len(self.record.seconds)
-        kept = next((i for i in range(recorded) if not self.home(i).exists()), recorded)
-        for index in range(kept):
-            wrong = damage(self.home(index))
-            if wrong is not None:
-                raise Refused(wrong, where=str(self.home(index)),
-                              remedy="delete this folder to learn its task and later ones again, "
-                              "or the whole folder of the run")  # fmt: skip
+        kept = next((i for i in range(recorded, 0, -1) if self.home(i - 1).exists()), 0)
+        if kept and (wrong := damage(self.home(kept - 1))) is not None:
+            raise Refused(wrong, where=str(self.home(kept - 1)),
+                          remedy="delete this folder to learn its task and later ones again, "
+                          "or the whole folder of the run")  # fmt: skip
         if kept < recorded:
             self.record.forget_from(kept)
             for index in range(kept, len(self.tasks)):
@@ -182,17 +159,32 @@ class Learner:
     def _restore(self, finished: int) -> None:
         if not finished:
             return
-        load = AutoModelForSequenceClassification.from_pretrained
-        last = load(self.home(finished - 1))
-        for index in range(finished - 1):
-            model = load(self.home(index))
-            share_encoder(last, model)  # frees its own encoder before the next model is loaded
-            self.models.append(model)
-        self.models.append(last)
+        _, self.models = models_in(self.home(finished - 1))
         self.bound = self.recipe.unbound(seed=self.seed)
         load_state(self.bound, self.home(finished - 1))
         for task, model in zip(self.tasks, self.models, strict=False):
             self.bound.models[task.name] = model
+
+    def remember(self, models: Sequence[Any]) -> None:
+        """Take up the first tasks' models, which share an encoder and were learned elsewhere.
+
+        Methods read these tasks' training rows; nothing is trained.
+        """
+        self.models, self.bound = list(models), self.recipe.unbound(seed=self.seed)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else ""
+        for index, model in enumerate(models):
+            task, rows = self.tasks[index], self.rows(index, "train")
+            if not rows and any(m.needs_data for m in self.recipe.methods):
+                raise Refused("its rows are gone, and the recipe reads them", where=task.name,
+                              remedy="take the recipe it was learned with")  # fmt: skip
+            # In a random order: a file sorted by label would show a method only one class.
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+            batches: Any = DataLoader(
+                Subset(rows, order.tolist()), 32,  # type: ignore[arg-type]
+                collate_fn=lambda few: self.collate(few).to(device or "cpu"),
+            )  # fmt: skip
+            model.to(device or "cpu")
+            self.bound.remember(task.name, model, batches, shared=model.base_model)
 
     def learn(self, index: int) -> None:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
@@ -233,9 +225,13 @@ class Learner:
         if index and any(m.changes_weights for m in self.recipe.methods):
             self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
+        self.note(index, steps=steps, skipped=skipped)
+
+    def note(self, index: int, *, steps: int, skipped: int) -> None:
+        """Score all tasks up to one that is closed, keep it and record it."""
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
         if self.keeps(self, index):
-            self._keep(index, model)
+            self.keep(index)
         shutil.rmtree(self.training(index), ignore_errors=True)
         self.record.scores[index], self._selection()[index] = scores
         self.record.steps.append(steps)
@@ -249,7 +245,7 @@ class Learner:
         """A loader of the weights that the task begins with, so that no method need copy them."""
         before = self.home(index - 1)
         kept = index > 0 and (before / "config.json").is_file()
-        return functools.partial(_weights_of, before, model) if kept else None
+        return functools.partial(shared_weights, before, model) if kept else None
 
     def note_time(self) -> None:
         """Seconds spent on this task so far, those of killed processes included."""
@@ -319,12 +315,16 @@ class Learner:
             self.record.selection_scores = [[None] * size for _ in range(size)]
         return self.record.selection_scores
 
-    def _keep(self, index: int, model: Any) -> None:
+    def keep(self, index: int) -> None:
+        """Write a task's folder: all models so far and what the methods remember."""
         assert self.bound is not None
-        home = self.home(index)
-        model.save_pretrained(home)
-        self.tokenizer.save_pretrained(home)
+        home, tasks = self.home(index), self.tasks[: index + 1]
+        save(home, tasks, self.models, self.tokenizer, self.plan.max_length)
         commit(home, save_state(self.bound, home))
+
+    def finish(self) -> None:
+        """Leave in `final/` what serves all tasks."""
+        finish(self.home(len(self.tasks) - 1), self.folder)
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
         """Drop what the record holds about steps that will be repeated."""
@@ -381,16 +381,6 @@ class Learner:
             dataloader_pin_memory=False,
             per_device_eval_batch_size=32,
         )
-
-
-def _weights_of(folder: Path, model: Any) -> dict[str, torch.Tensor]:
-    """The encoder's weights by name, as the checkpoint of the task before holds them."""
-    named = named_parameters(model)
-    before = type(model).from_pretrained(folder, dtype=torch.float32)
-    shared = {id(p) for p in model.base_model.parameters()}
-    saved = named_parameters(before)
-    device = next(model.parameters()).device
-    return {n: saved[n].detach().to(device) for n, p in named.items() if id(p) in shared}
 
 
 def unprepare(model: nn.Module) -> None:

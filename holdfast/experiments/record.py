@@ -35,7 +35,7 @@ PACKAGES = (
 )
 
 
-def _now() -> str:
+def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -93,7 +93,7 @@ class Record:
     scores: list[list[Cell]] = field(default_factory=list)  # T x T, evaluation rows
     kind: str = "sequence"
     holdfast: str = field(default_factory=lambda: versions().get("holdfast", "not installed"))
-    created: str = field(default_factory=_now)
+    created: str = field(default_factory=now)
     model: dict[str, Any] = field(default_factory=dict)  # name, architecture, parameters, layers, …
     selection_scores: list[list[Cell]] | None = None  # T x T, selection rows
     before_end: dict[str, list[Cell]] = field(default_factory=dict)  # task name -> scores (T,) just
@@ -169,6 +169,20 @@ class Record:
         """Note what a reader must know of this run, once."""
         if line not in self.warnings:
             self.warnings.append(line)
+
+    def add_tasks(self, tasks: Sequence[dict[str, Any]]) -> None:
+        """Make room for tasks that will be learned after those there are."""
+        self.tasks += tasks
+        size, more = len(self.tasks), [None] * len(tasks)
+        for matrix in (self.scores, self.selection_scores):
+            if matrix is not None:
+                matrix[:] = [[*row, *more] for row in matrix]
+                matrix += [[None] * size for _ in tasks]
+        for row in (*self.before_end.values(), *(h.get("scores") for h in self.history)):
+            if row is not None:
+                row += more
+        if tasks:
+            self.kind, self.status = "sequence", "running"
 
     def forget_from(self, index: int) -> None:
         """Drop what was measured of a task and those after it: they will be learned again."""

@@ -1,7 +1,8 @@
 """The one store of runs: a folder per run, a lease while a process works on it, an atomic record.
 
-A run's configuration is kept in `run.json`. The same configuration resumes where it stopped; a
-different one in the same folder is refused, naming what differs.
+A run's configuration is kept in `run.json`. The same configuration resumes where it stopped, with
+tasks added at its end it goes on; a different one in the same folder is refused, naming what
+differs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from holdfast.experiments.settings import defaults
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
-CONFIG, LEASE, RECORD = "run.json", "lease", "record.json"
+CONFIG, LEASE, RECORD, FINAL = "run.json", "lease", "record.json", "final"
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -74,6 +75,9 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         before = None
     if before == now:
         return
+    if begun and before is not None and _goes_on(before, now):
+        write_text_atomic(path, json.dumps(config, indent=1))
+        return
     if begun and before is not None:
         changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
         told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
@@ -82,6 +86,14 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     # Nothing is lost: a setting that kept the run from its first checkpoint may be corrected.
     (folder / RECORD).unlink(missing_ok=True)
     write_text_atomic(path, json.dumps(config, indent=1))
+
+
+def _goes_on(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether only tasks were added at the end."""
+    old, new = before.get("tasks"), now.get("tasks")
+    if not isinstance(old, list) or not isinstance(new, list) or old != new[: len(old)]:
+        return False
+    return {**before, "tasks": None} == {**now, "tasks": None}
 
 
 def _begun(folder: Path) -> bool:

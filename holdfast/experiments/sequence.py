@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Refused, tell_once
-from holdfast.experiments.record import Record, commit
+from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
+from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import RECORD, check_disk, check_held, digest, open_run
 from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
@@ -18,12 +19,15 @@ from holdfast.tasks import Task, load_task
 
 
 def run_sequence(
-    model: str,
+    model: str | None,
     tasks: Sequence[str | Path],
-    recipe: Recipe | str = "plain",
+    recipe: Recipe | str | None = None,
     *,
-    seed: int = 0,
+    seed: int | None = None,
     out: str | Path | None = None,
+    from_run: str | Path | None = None,
+    old_task: str | Path | None = None,
+    without_old_rows: bool = False,
     label: str | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
@@ -32,24 +36,44 @@ def run_sequence(
     """Learn `tasks` in order and test every task learned so far after each.
 
     model: `minilm`, a saved model's folder or a Hub id. recipe: a `Recipe`, or the name of a
-    preset or file. out: the run's folder (default: runs/ and a hash of the configuration); a
-    killed run resumes there from its last finished task or checkpoint, and a finished one is only
-    read. label: the run's name in a progress bar. settings: see `Settings`.
+    preset or file (`plain`). out: the run's folder (default: runs/ and a hash of the
+    configuration); a killed run resumes there from its last finished task or checkpoint, one with
+    fewer tasks goes on, and a finished one is only read. label: the run's name in a progress bar.
+    settings: see `Settings`.
+
+    from_run: a finished run's folder, in place of `model`: its tasks come first, are learned
+    already, and are tested again after each new one; recipe, seed and settings are its own unless
+    given. Without `without_old_rows` their rows must be where they were, unchanged. Or a saved
+    classifier, with `old_task`: rows of what it was trained on, so that methods can protect it.
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-    plan = Settings.from_dict(settings)
+    origin, old = None, []
+    if from_run is not None:
+        if model is not None:
+            raise Refused("comes with its own model", where="--from", remedy="leave out --model")
+        origin = origin_of(Path(from_run), old_task)
+        model, settings = origin.model, {**origin.settings, **settings}
+        recipe, seed = recipe_of(origin, recipe), origin.seed if seed is None else seed
+    elif model is None or old_task is not None or without_old_rows:
+        raise Refused("no model" if model is None else "--old-task and --without-old-rows need it",
+                      where="--from", remedy="name a run or a classifier")  # fmt: skip
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
+    plan, seed = Settings.from_dict(settings), 0 if seed is None else seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**20:
         raise Refused(f"must be a whole number from 0 to 2^20, not {seed!r}", where="--seed")
-    loaded = load_tasks(tasks, seed=seed, plan=plan)
+    if isinstance(origin, FromRun):
+        old = origin.tasks(without_rows=without_old_rows)
+    elif origin is not None:
+        old = [origin.named(task) for task in load_tasks([origin.old_task], seed=seed, plan=plan)]
+    loaded = load_tasks(tasks, seed=seed, plan=plan, old=old)
     for task in loaded:
         for line in task.warnings:
             tell_once(f"{task.name}: {line}")
     if len(loaded) == 1 and (idle := chosen.idle_alone()):
         tell_once(idle)
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
-              bar=(label or "") if progress else None)  # fmt: skip
+              bar=(label or "") if progress else None, origin=origin)  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -63,6 +87,7 @@ class Job:
     command: list[str]
     bar: str | None
     place: int = 0  # of the first task in its sequence: seeds are those it has there
+    origin: Origin | None = None  # of the first tasks
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
@@ -77,13 +102,16 @@ class Job:
         }
         if self.place:
             config["place"] = self.place
+        if self.origin is not None:
+            config["from"] = self.origin.mark
         folder = Path("runs") / digest(config) if folder is None else folder
-        source = locate(self.model)
+        source = locate(self.model) if self.origin is None else self.origin.source
         check_length(source, plan.max_length)
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
+            record.add_tasks([describe(task) for task in tasks[len(record.tasks) :]])
             record.settings["out"] = str(folder)  # it may have been moved
             before = record.to_dict()
             record.recipe = self.recipe.to_dict()  # which may have been renamed
@@ -91,8 +119,9 @@ class Job:
             if record.status != "done":
                 self._learn(source, tasks, plan, folder, record)
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
-                if record.alone.get(task.name) is None:
-                    home, alone = folder / "alone" / task.name, replace(self, place=place)
+                if record.alone.get(task.name) is None and task.train:
+                    home = folder / "alone" / task.name
+                    alone = replace(self, place=place, origin=None)
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -103,6 +132,13 @@ class Job:
     def _fresh(self, tasks: list[Task], plan: Settings) -> Record:
         from holdfast.experiments.heads import MINILM
 
+        if isinstance(self.origin, FromRun):
+            record = self.origin.record
+            record.settings = {**record.settings, **plan.to_dict()}
+            record.command, record.commit = self.command, commit(Path(__file__).parent)
+            record.seed, record.versions, record.created = self.seed, versions(), now()
+            record.extra["from"] = str(self.origin.folder)
+            return record
         record = Record(
             tasks=[describe(t) for t in tasks],
             kind="sequence" if len(tasks) > 1 else "train",
@@ -123,7 +159,8 @@ class Job:
         from holdfast.experiments.learner import Learner
 
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place)  # fmt: skip
+                          place=self.place,
+                          begin=None if self.origin is None else self.origin.begin)  # fmt: skip
         for index in range(len(record.seconds), len(tasks)):
             try:
                 learner.learn(index)
@@ -134,10 +171,13 @@ class Job:
                     record.save(folder / RECORD)
                 raise
             record.save(folder / RECORD)
+        learner.finish()
 
 
-def load_tasks(specs: Sequence[str | Path], *, seed: int, plan: Settings) -> list[Task]:
-    """Every task, checked; two of one name are refused."""
+def load_tasks(
+    specs: Sequence[str | Path], *, seed: int, plan: Settings, old: Sequence[Task] = ()
+) -> list[Task]:
+    """Every task, checked, after the `old` ones; two of one name are refused."""
     if not specs:
         raise Refused("no tasks", where="--tasks", remedy="name a folder, a file or builtin:NAME")
     loaded = [
@@ -150,6 +190,7 @@ def load_tasks(specs: Sequence[str | Path], *, seed: int, plan: Settings) -> lis
         )
         for spec in specs
     ]
+    loaded = [*old, *loaded]
     names = [t.name for t in loaded]
     for name in names:
         if names.count(name) > 1:
@@ -167,6 +208,7 @@ def describe(task: Task) -> dict[str, Any]:
         "rows": task.rows,
         "hash": task.hash,
         "evaluation_hash": task.evaluation_hash,
+        "pairs": task.pairs,
         "source": task.source,
         "synthetic": task.synthetic,
         "warnings": list(task.warnings),

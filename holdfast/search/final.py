@@ -18,7 +18,7 @@ from typing import Any
 
 from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import RECORD
+from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.experiments.sequence import Job
 from holdfast.files import write_text_atomic
 from holdfast.search.plan import Plan
@@ -167,9 +167,14 @@ class Evaluation:
             )
         except TrainingDiverged as refusal:
             write_text_atomic(gone, str(refusal))
-            shutil.rmtree(job.folder / "tasks", ignore_errors=True)
+            _drop_weights(job.folder)
             return Result(None, None, None, 0, str(refusal))
-        shutil.rmtree(job.folder / "tasks", ignore_errors=True)
+        _drop_weights(job.folder)
         scores = record.scores
         steps = sum(n or 0 for n in record.steps)
         return Result(scores[1][1], scores[0][0], scores[1][0], steps)
+
+
+def _drop_weights(folder: Path) -> None:
+    for name in ("tasks", FINAL):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -20,7 +20,8 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from holdfast.errors import TrainingDiverged
-from holdfast.experiments.learner import Learner, Loaded
+from holdfast.experiments.heads import Loaded
+from holdfast.experiments.learner import Learner
 from holdfast.experiments.record import Record, commit, versions
 from holdfast.experiments.runs import RECORD, open_run
 from holdfast.experiments.sequence import describe

@@ -49,7 +49,7 @@ class Task:
     def regression(self) -> bool:
         return self.labels is None
 
-    @property
+    @cached_property
     def pairs(self) -> bool:
         """Whether every row has a second text."""
         return bool(self.train) and self.train[0].pair is not None

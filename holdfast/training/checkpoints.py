@@ -12,7 +12,7 @@ import json
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from holdfast.engine.bound import Bound
+from holdfast.engine.bound import Bound, saved_by
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
@@ -161,6 +162,11 @@ def load_state(bound: Bound, folder: str | Path) -> None:
         for slot, tensors in slots.items()
         if (name := names.get(frozenset(tensors))) in recorded
     }
+
+
+def saved_with(folder: str | Path, methods: Sequence[Method]) -> bool:
+    """Whether the state in a folder can be loaded by these methods."""
+    return saved_by(_read_meta(Path(folder)), methods)
 
 
 def _recorded(folder: Path) -> Files:

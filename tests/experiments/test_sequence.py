@@ -78,7 +78,13 @@ def test_the_record_reads_what_the_checkpoints_predict(place: Path, whole: Path)
 
 
 def test_nothing_but_results_is_left(whole: Path) -> None:
-    assert sorted(p.name for p in whole.iterdir()) == ["lease", "record.json", "run.json", "tasks"]
+    assert sorted(p.name for p in whole.iterdir()) == [
+        "final",
+        "lease",
+        "record.json",
+        "run.json",
+        "tasks",
+    ]
     for home in (whole / "tasks").iterdir():
         assert not [p.name for p in home.iterdir() if p.is_dir()]
 

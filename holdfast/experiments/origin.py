@@ -1,0 +1,187 @@
+"""What a sequence goes on from: a run that is finished, or a classifier that others trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import Refused
+from holdfast.experiments.record import Record
+from holdfast.experiments.runs import CONFIG, RECORD
+from holdfast.recipe import Recipe
+from holdfast.tasks import Row, Task, load_task
+from holdfast.training.manifest import MANIFEST, damage
+
+if TYPE_CHECKING:
+    from holdfast.experiments.learner import Learner
+
+SIZES = ("train_size", "selection", "evaluation_size")  # settings that choose a task's rows
+
+
+class FromRun:
+    """A finished run: its encoder, its heads, what its methods remember, its scores.
+
+    Its tasks' rows are read again from where the record says they lie, as they were chosen there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record = Record.load(folder)
+        if self.record.status != "done":
+            raise Refused("is not finished", where=str(folder), remedy="let its command go on")
+        self.size = len(self.record.tasks)
+        self.last = folder / "tasks" / f"{self.size}-{self.record.names[-1]}"
+        if wrong := damage(self.last) if self.last.is_dir() else "is gone":
+            raise Refused(wrong, where=str(self.last), remedy="run its command again")
+        self.source = str(self.last)
+        self.mark = _manifest(self.last)["sha256"]
+        try:
+            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            self.model, self.seed = str(config["model"]), int(config["seed"])
+            self.recipe, self.settings = dict(config["recipe"]), dict(config["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Refused(f"{CONFIG} is missing or damaged", where=str(folder),
+                          remedy="run its command again") from None  # fmt: skip
+        for task in self.record.tasks:
+            task.setdefault("chosen", {"seed": self.seed} | self._sizes())
+
+    def _sizes(self) -> dict[str, Any]:
+        return {name: self.settings[name] for name in SIZES if name in self.settings}
+
+    def tasks(self, *, without_rows: bool) -> list[Task]:
+        """The tasks of the run; without rows, only what is known of them."""
+        return [_absent(t) if without_rows else _again(t) for t in self.record.tasks]
+
+    def begin(self, learner: Learner) -> None:
+        """Put the last task's folder in place, remembered by the recipe's methods."""
+        from holdfast.experiments import serving
+        from holdfast.training.checkpoints import saved_with
+
+        if not saved_with(self.last, learner.recipe.methods):
+            learner.remember(serving.models_in(self.last)[1])
+            learner.keep(self.size - 1)
+            return
+        home = learner.home(self.size - 1)
+        home.mkdir(parents=True, exist_ok=True)
+        serving.link_files(self.last, home, [*_manifest(self.last)["files"], MANIFEST])
+
+
+class FromClassifier:
+    """A Hugging Face classifier in use: its own head is that of the one task it learned elsewhere.
+
+    The classes of `old_task` must be the labels of its configuration.
+    """
+
+    record, seed = None, 0
+    settings: Mapping[str, Any] = {}
+    recipe: Mapping[str, Any] | None = None
+
+    def __init__(self, folder: Path, old_task: str | Path) -> None:
+        self.source = self.model = str(folder)
+        self.old_task = old_task
+
+    def named(self, task: Task) -> Task:
+        """The task with its label ids in the order of the model's head."""
+        from holdfast.experiments.heads import has_head, load_config
+
+        config = load_config(self.source)
+        if not has_head(config):
+            raise Refused("has no classification head", where=self.source,
+                          remedy="name a model that was trained on the old task")  # fmt: skip
+        size = 1 if task.labels is None else len(task.labels)
+        if config.num_labels != size:
+            raise Refused(f"its head has {config.num_labels} outputs, {task.name} needs {size}",
+                          where=self.source)  # fmt: skip
+        if task.labels is None:
+            return task
+        names = tuple(str(config.id2label[i]) for i in range(size))
+        if names == tuple(f"LABEL_{i}" for i in range(size)):  # never named
+            return task
+        if set(names) != set(task.labels):
+            unknown = sorted(set(task.labels) - set(names))
+            raise Refused(
+                f"labels {', '.join(unknown)} are not of its head ({', '.join(names)})",
+                where=self.source,
+                remedy="name the old task's labels as the model does",
+            )
+        ids = [names.index(label) for label in task.labels]
+
+        def renumbered(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+            return tuple(replace(row, label=ids[int(row.label)]) for row in rows)
+
+        return replace(task, labels=names, train=renumbered(task.train),
+                       selection=renumbered(task.selection),
+                       evaluation=renumbered(task.evaluation))  # fmt: skip
+
+    @property
+    def mark(self) -> str | None:
+        """Its weights, by hash."""
+        from holdfast.experiments.heads import source_hash
+
+        return source_hash(self.source)
+
+    def begin(self, learner: Learner) -> None:
+        """Remember the old task, and score it as it is."""
+        from holdfast.experiments.heads import load_classifier
+
+        learner.remember([load_classifier(self.source)])
+        learner.note(0, steps=0, skipped=0)
+
+
+Origin = FromRun | FromClassifier
+
+
+def origin_of(folder: Path, old_task: str | Path | None) -> Origin:
+    """What lies in `folder`; `Refused` if it is neither."""
+    if (folder / RECORD).is_file():
+        if old_task is not None:
+            raise Refused("is a run, which knows its tasks", where=str(folder),
+                          remedy="leave out --old-task")  # fmt: skip
+        return FromRun(folder)
+    if not (folder / "config.json").is_file():
+        raise Refused("is neither a run nor a saved model", where=str(folder),
+                      remedy="name the folder of a run (the one with record.json)")  # fmt: skip
+    if old_task is None:
+        raise Refused("is a model, not a run", where=str(folder),
+                      remedy="add --old-task FILE, rows of what it was trained on")  # fmt: skip
+    return FromClassifier(folder, old_task)
+
+
+def recipe_of(origin: Origin, recipe: Recipe | str | None) -> Recipe:
+    """The recipe that was asked for, or else the run's own."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is None and origin.recipe is not None:
+        return Recipe.from_dict(origin.recipe)
+    return Recipe.named(recipe or "default")
+
+
+def _again(told: Mapping[str, Any]) -> Task:
+    """A task as the record describes it; `Refused` where its rows are gone or changed."""
+    remedy = "bring its rows back, or say --without-old-rows: it will not be tested again"
+    try:
+        task = load_task(told["source"], **told["chosen"])
+    except Refused as refusal:
+        where = f"{told['name']} ({refusal.where})"
+        raise Refused(f"its rows cannot be read again ({refusal.what})", where=where,
+                      remedy=remedy) from None  # fmt: skip
+    if task.hash != told["hash"]:
+        raise Refused("its rows changed since it was learned",
+                      where=f"{told['name']} ({told['source']})", remedy=remedy)  # fmt: skip
+    return task
+
+
+def _absent(told: Mapping[str, Any]) -> Task:
+    labels = None if told["labels"] is None else tuple(told["labels"])
+    task = Task(name=told["name"], labels=labels, metric=told["metric"], train=(), selection=(),
+                evaluation=(), source=told["source"])  # fmt: skip
+    # It is the same task, though its rows are gone.
+    vars(task).update(hash=told["hash"], pairs=told.get("pairs", False))
+    return task
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
