@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import shlex
 import signal
@@ -22,7 +23,8 @@ from holdfast.cli.options import given
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "compare", "search", "combine", "report", "verify", "methods", "demo",
+    "train", "sequence", "compare", "search", "combine", "predict", "export", "check", "runs",
+    "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -54,11 +56,17 @@ TRAINING = """--model --out --train-size --evaluation-size --epochs --batch-size
     --weight-decay --warmup --schedule --max-length --selection --save-steps --bf16 --bf16-eval"""
 OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
-    "sequence": f"--tasks --alone --recipe --seed {TRAINING}",
+    "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
+        --max-forgetting {TRAINING}""",
     "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
     "combine": "paths --out --base --layers",
+    "predict": "run_folder rows --task --out --keep --batch-size",
+    "export": "run_folder --task --out",
+    "check": "before after --max-forgetting --junit",
+    "runs": "folder",
+    "doctor": "",
     "report": "paths --out",
     "verify": "paths",
     "methods": "",
@@ -207,7 +215,7 @@ def test_bad_input_is_one_line_and_two(
     [
         ("", "required: VERB; see holdfast --help"),
         ("trian", "no verb 'trian'; did you mean 'train'?"),
-        ("zzz", "no verb 'zzz'; known are combine, compare, demo"),
+        ("zzz", "no verb 'zzz'; known are check, combine, compare"),
         ("train", "required: --task; see holdfast train --help"),
         ("train --task x --lrr 1", "unknown option '--lrr'; did you mean '--lr'?"),
         ("train --task x --lrr=1", "unknown option '--lrr'; did you mean '--lr'?"),
@@ -331,6 +339,46 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     page = tmp_path / "page.html"
     assert main(["report", f"{tmp_path}/a", f"{tmp_path}/c", "--out", str(page)]) == 0
     assert "l2sp" in page.read_text()
+
+
+def test_from_october_to_a_gate(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A task a month later, labels for new rows, a model for others, and a check that can fail."""
+    first, then = str(tmp_path / "october"), str(tmp_path / "november")
+    settings = ["--model", f"{place}/bert", *SHORT]
+    assert main(["sequence", "--tasks", f"{place}/mood.jsonl", "--out", first, *settings]) == 0
+    go_on = ["sequence", "--from", first, "--tasks", f"{place}/colour.jsonl", "--out", then]
+    assert main([*go_on, "--max-forgetting", "1"]) == 0
+    assert "may fall by 1" in capsys.readouterr().out
+    assert main([*go_on, "--max-forgetting", "-2"]) == 3  # nobody improves by that much
+    assert main(["check", first, then, "--max-forgetting", "1", "--junit", f"{tmp_path}/x"]) == 0
+    assert main(["check", first, then, "--max-forgetting", "-2"]) == 3
+    assert "LOST" in capsys.readouterr().out
+    assert main(["check", then, first]) == 2
+    assert "no task 'colour'" in capsys.readouterr().err
+
+    rows = tmp_path / "rows.csv"
+    rows.write_text("id,body\n7,a good film\n9,a dull book\n")
+    predict = ["predict", then, f"{rows}?text=body", "--task", "mood"]
+    assert main([*predict, "--keep", "id", "--out", f"{tmp_path}/p.jsonl"]) == 0
+    said = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [each["id"] for each in said] == ["7", "9"]
+    assert all(each["label"] in each["probabilities"] for each in said)
+    assert main([*predict, "--out", f"{tmp_path}/p.csv"]) == 0
+    assert (tmp_path / "p.csv").read_text().startswith("label,probability\n")
+    assert main([*predict, "--out", f"{tmp_path}/p.txt"]) == 2
+    assert main(["predict", then, str(rows), "--task", "mood", "--out", f"{tmp_path}/p.csv"]) == 2
+    assert "no column 'text'" in capsys.readouterr().err
+    export = ["export", then, "--task", "mood", "--out", f"{tmp_path}/m"]
+    assert main(export) == 0 and (tmp_path / "m" / "config.json").is_file()
+    assert main(export) == 2
+    capsys.readouterr()
+    (tmp_path / "november" / "record.json").write_text("{")
+    assert main(["runs", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out
+    assert "1 of 1" in listed and "not JSON" in listed
+    assert main(["doctor"]) == 0 and "torch" in capsys.readouterr().out
 
 
 # --- interrupted ----------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The command line: one verb a file. 0 done, 1 damage found, 2 refused input, 130 or 143 stopped.
+"""The command line: one verb a file. 0 done, 1 damage found, 2 refused input, 3 a task was
+lost (`check`), 130 or 143 stopped.
 
 A verb is a module with `ABOUT`, `EXAMPLE`, `RESUMES` (whether the same command resumes after it was
 stopped), `options(parser)` and `run(chosen)`. Another package adds one by an entry point, which is
@@ -28,7 +29,8 @@ from holdfast.plugins import plugin
 from holdfast.training import stopping
 
 VERBS = (
-    "train", "sequence", "compare", "search", "combine", "report", "verify", "methods", "demo",
+    "train", "sequence", "compare", "search", "combine", "predict", "export", "check", "runs",
+    "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 GROUP = "holdfast.verbs"
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.cli.check import tell
 from holdfast.cli.options import add_run, add_settings, add_tasks, given, show
 
 ABOUT = "learn tasks one after another and show what was kept"
@@ -29,18 +30,26 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--old-task", metavar="TASK", help="what that classifier was trained on")
     parser.add_argument("--without-old-rows", action="store_true",
                         help="go on though the old tasks' rows are gone or changed")  # fmt: skip
+    parser.add_argument("--max-forgetting", type=float, metavar="SCORE",
+                        help="exit with 3 if a task's score fell by more; see `check`")  # fmt: skip
     parser.set_defaults(model=None, recipe=None, seed=None)  # those of the run, or the usual ones
 
 
-def run(chosen: argparse.Namespace) -> None:
+def run(chosen: argparse.Namespace) -> int:
     if chosen.from_run is None:
         chosen.model = chosen.model or "minilm"
         chosen.recipe = chosen.recipe or "default"
     more = {name: getattr(chosen, name) for name in ("from_run", "old_task", "without_old_rows")}
-    learn(chosen.tasks, chosen, **more)
+    folder = learn(chosen.tasks, chosen, **more)
+    if chosen.max_forgetting is None:
+        return 0
+    from holdfast.experiments.gate import judge_run
+
+    found = judge_run(folder, max_forgetting=chosen.max_forgetting)
+    return tell(found, chosen.max_forgetting)
 
 
-def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> None:
+def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path:
     """Learn the tasks, write the report and print the score matrix."""
     from holdfast.experiments.sequence import run_sequence
     from holdfast.report import matrix_table, write_report
@@ -52,3 +61,4 @@ def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> None
     folder = Path(str(record.settings["out"]))
     page = write_report([record], folder / "report.html")
     show(matrix_table(record), f"{folder / 'record.json'}  {page}")
+    return folder

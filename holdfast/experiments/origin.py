@@ -33,7 +33,7 @@ class FromRun:
         if self.record.status != "done":
             raise Refused("is not finished", where=str(folder), remedy="let its command go on")
         self.size = len(self.record.tasks)
-        self.last = folder / "tasks" / f"{self.size}-{self.record.names[-1]}"
+        self.last = self.home(self.size - 1)
         if wrong := damage(self.last) if self.last.is_dir() else "is gone":
             raise Refused(wrong, where=str(self.last), remedy="run its command again")
         self.source = str(self.last)
@@ -48,12 +48,16 @@ class FromRun:
         for task in self.record.tasks:
             task.setdefault("chosen", {"seed": self.seed} | self._sizes())
 
+    def home(self, place: int) -> Path:
+        """The folder of a task, where there is one."""
+        return self.folder / "tasks" / f"{place + 1}-{self.record.names[place]}"
+
     def _sizes(self) -> dict[str, Any]:
         return {name: self.settings[name] for name in SIZES if name in self.settings}
 
     def tasks(self, *, without_rows: bool) -> list[Task]:
         """The tasks of the run; without rows, only what is known of them."""
-        return [_absent(t) if without_rows else _again(t) for t in self.record.tasks]
+        return [_absent(t) if without_rows else again(t) for t in self.record.tasks]
 
     def begin(self, learner: Learner) -> None:
         """Put the last task's folder in place, remembered by the recipe's methods."""
@@ -159,7 +163,7 @@ def recipe_of(origin: Origin, recipe: Recipe | str | None) -> Recipe:
     return Recipe.named(recipe or "default")
 
 
-def _again(told: Mapping[str, Any]) -> Task:
+def again(told: Mapping[str, Any]) -> Task:
     """A task as the record describes it; `Refused` where its rows are gone or changed."""
     remedy = "bring its rows back, or say --without-old-rows: it will not be tested again"
     try:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from holdfast.errors import Busy, Refused
+from holdfast.experiments.record import Record
 from holdfast.experiments.settings import defaults
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
@@ -125,6 +126,30 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"
+
+
+def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
+    """Every run at any depth, with its record and status: done, at work, stopped or damaged."""
+    if not folder.is_dir():
+        raise Refused("no such folder", where=str(folder), remedy="name one that holds runs")
+    for home, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if f not in ("tasks", FINAL, "alone"))
+        if RECORD in names:
+            try:
+                record = Record.load(Path(home))
+            except Refused as refusal:
+                yield Path(home), None, refusal.what
+            else:
+                done = record.status == "done"
+                yield Path(home), record, "done" if done else _status(Path(home))
+
+
+def _status(folder: Path) -> str:
+    try:
+        _take_lease(folder).close()
+    except Busy:
+        return "at work"
+    return "stopped"
 
 
 def _take_lease(folder: Path) -> IO[str]:

@@ -7,10 +7,12 @@ names every task with its labels. A run has one for each task, and `final/` for 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from holdfast.errors import Refused, nearest
-from holdfast.experiments.heads import head_config, load_tokenizer, outputs, share_encoder
+from holdfast.experiments.heads import head_config, load_tokenizer, outputs, quiet, share_encoder
 from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
@@ -223,6 +225,25 @@ class Served:
         return folder
 
 
+def writer_for(out: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """What writes rows to a .jsonl or .csv file, whole or not at all."""
+    if out.suffix not in (".jsonl", ".csv"):
+        raise Refused("neither .jsonl nor .csv", where=str(out), remedy="name such a file")
+
+    def write(rows: Sequence[Mapping[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        if out.suffix == ".jsonl":
+            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        elif rows:
+            table = csv.DictWriter(text, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(out, text.getvalue())
+
+    return write
+
+
 def _prediction(logits: Tensor, labels: Sequence[str] | None) -> Prediction:
     if labels is None:
         return Prediction(float(logits[0]), {})
@@ -235,6 +256,7 @@ def load(run: str | Path) -> Served:
 
     `Refused` where the files are not those that were written.
     """
+    quiet()
     folder = Path(run)
     folder = folder / FINAL if (folder / FINAL).is_dir() else folder
     if not (folder / TASKS).is_file():

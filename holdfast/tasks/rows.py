@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks import labels
-from holdfast.tasks.spec import Options
+from holdfast.tasks import files, labels
+from holdfast.tasks.spec import Options, parse
 from holdfast.tasks.table import MAX_TEXT, Columns, Table, listed, shown
 from holdfast.tasks.task import METRICS, Row
 
@@ -62,6 +64,33 @@ def source_of(
     metric = options.metric or ("spearman" if names is None else "accuracy")
     _check_metric(metric, names, name)
     return Source(name, names, metric, pool, held, warnings)
+
+
+def unlabelled(
+    spec: str, keep: Sequence[str] = (), *, pairs: bool
+) -> tuple[list[str], list[str] | None, list[dict[str, Any]]]:
+    """Texts of a file, their second texts if `pairs`, and the cells of the columns to keep.
+
+    spec: a file, and after a `?` the names of its columns: `rows.csv?text=body&pair=reply`.
+    """
+    asked = parse(spec)
+    if asked.kind != "file":
+        raise Refused("is no file", where=spec, remedy="name a CSV, TSV, JSONL or Parquet file")
+    columns, path = asked.options.columns, files.must_exist(Path(asked.place))
+    table = files.read(path, columns.wanted | set(keep), quotes=asked.options.quotes != "none")
+    columns = columns.texts_among(table, pairs=pairs)
+    if lacking := [name for name in keep if name not in table.columns]:
+        raise Refused(f"no column {shown(lacking[0])}", where=table.name,
+                      remedy=nearest(lacking[0], table.columns))  # fmt: skip
+    found: list[list[str]] = [[], []]
+    for number, cells in table.records:
+        for place, column in enumerate(c for c in (columns.text, columns.pair) if c):
+            if (text := _text(table, number, cells, column)) is None:
+                raise Refused(f"no text in {shown(column)}", where=table.at(number),
+                              remedy="leave the row out")  # fmt: skip
+            found[place].append(text)
+    kept = [{name: cells.get(name) for name in keep} for _, cells in table.records]
+    return found[0], found[1] if columns.pair else None, kept
 
 
 def _differ_by_case(names: tuple[str, ...]) -> list[str]:

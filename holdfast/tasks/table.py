@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from holdfast.errors import Refused, nearest
@@ -37,19 +37,23 @@ class Columns:
 
     def among(self, table: Table) -> Columns:
         """These columns with every name resolved; refuses a name that `table` lacks."""
+        texts = self.texts_among(table)
+        return replace(texts, label=self.label or _only(LABEL, table, "label")).check(table)
+
+    def texts_among(self, table: Table, *, pairs: bool | None = None) -> Columns:
+        """As `among`, without a label; `pairs` says whether there must be a second text."""
         if not table.records and not table.columns:
             raise Refused("no rows", where=table.name)
         text = self.text or _only(TEXT, table, "text")
         pair = self.pair
-        if self.text is None and pair is None:
-            pair = _only(PAIR, table, "pair", required=False)
-        label = self.label or _only(LABEL, table, "label")
-        assert text is not None and label is not None
-        settled = Columns(text, pair, label)
-        settled.check(table)
-        return settled
+        if pairs is False and pair is None:
+            pass
+        elif (self.text is None or pairs) and pair is None:
+            pair = _only(PAIR, table, "pair", required=bool(pairs))
+        return Columns(text, pair).check(table)
 
-    def check(self, table: Table) -> None:
+    def check(self, table: Table) -> Columns:
+        """These columns, if `table` has them all."""
         names = [name for name in (self.text, self.pair, self.label) if name is not None]
         for name in names:
             if name not in table.columns and table.columns:
@@ -60,6 +64,7 @@ class Columns:
                 )
         if len(set(names)) < len(names):
             raise Refused(f"one column cannot serve twice: {listed(names)}", where=table.name)
+        return self
 
 
 def _only(

@@ -1,0 +1,22 @@
+"""`holdfast export`: one task of a run as an ordinary Hugging Face model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+ABOUT = "write one task of a run as an ordinary Hugging Face model"
+EXAMPLE = "holdfast export runs/a --task trec6 --out models/trec6"
+RESUMES = False
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="a finished run's folder")
+    parser.add_argument("--task", required=True, help="the name of one of its tasks")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from holdfast.experiments.serving import load
+
+    print(load(chosen.run_folder).save(chosen.task, chosen.out))

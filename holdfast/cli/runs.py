@@ -1,0 +1,36 @@
+"""`holdfast runs`: the runs in a folder, and how far they are."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from holdfast.cli.options import show
+
+ABOUT = "list runs with their status"
+EXAMPLE = "holdfast runs"
+RESUMES = False
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR",
+                        help="where to look, at any depth (runs)")  # fmt: skip
+
+
+def run(chosen: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from holdfast.experiments.runs import runs_below
+
+    table = Table("run", "recipe", "seed", "tasks", "learned", "status", "average", "forgetting")
+    for folder, record, status in runs_below(chosen.folder):
+        if record is None:
+            table.add_row(str(folder), "", "", "", "", status, "", "")
+            continue
+        scores = ("–" if v is None else f"{v:.3f}" for v in (record.average, record.forgetting))
+        table.add_row(
+            str(folder), str(record.recipe.get("name", "")), str(record.seed),
+            " > ".join(record.names), f"{len(record.seconds)} of {len(record.tasks)}", status,
+            *scores,
+        )  # fmt: skip
+    show(table)

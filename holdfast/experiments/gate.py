@@ -1,0 +1,130 @@
+"""Whether a model still does what an earlier one did: task by task, on the same rows.
+
+Both models answer every evaluation row of a task, and rows are drawn anew with replacement (a
+paired bootstrap; Koehn, EMNLP 2004): rows that both get right, or both wrong, add no noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import numpy as np
+
+from holdfast.experiments.metrics import score
+from holdfast.experiments.origin import FromRun, again
+from holdfast.experiments.serving import Served, load
+from holdfast.tasks import Task
+
+DRAWS, LEVEL = 1000, 0.90  # resamples; of the interval, so 95 % on either side
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One task: scores before and after, their difference and its interval.
+
+    verdict: `lost` if even the interval's upper end lies below what may be forgotten, `kept` if
+    its lower end does not, else `unclear`: too few rows to tell. rows_needed: about how many would.
+    """
+
+    task: str
+    metric: str
+    rows: int
+    before: float
+    after: float
+    low: float
+    high: float
+    verdict: Literal["kept", "lost", "unclear"]
+    rows_needed: int | None
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+
+def judge(
+    before: Served, after: Served, tasks: Sequence[Task], *, max_forgetting: float
+) -> list[Verdict]:
+    """A verdict for each task, on its evaluation rows; the same for the same models and rows."""
+    return [_verdict(t, _answers(before, t), _answers(after, t), max_forgetting) for t in tasks]
+
+
+def judge_run(folder: Path, *, max_forgetting: float) -> list[Verdict]:
+    """A verdict for each task of a run but the last: as it was just learned, against the end."""
+    run, after = FromRun(folder), load(folder)
+    tested = [cell is not None for cell in run.record.scores[-1]]
+    found = []
+    for place, told in enumerate(run.record.tasks[:-1]):
+        if tested[place]:  # else its rows are gone
+            # Tasks taken over from another run share the folder of the last of them.
+            home = next(h for i in range(place, run.size) if (h := run.home(i)).is_dir())
+            found += judge(load(home), after, [again(told)], max_forgetting=max_forgetting)
+    return found
+
+
+def _answers(served: Served, task: Task) -> np.ndarray[Any, Any]:
+    """The label id, or number, that a model gives for each evaluation row."""
+    second = [r.pair or "" for r in task.evaluation] if task.pairs else None
+    found = served.predict(task.name, [r.text for r in task.evaluation], second)
+    if task.labels is None:
+        return np.array([p.label for p in found], dtype=float)
+    ids = {label: i for i, label in enumerate(task.labels)}
+    return np.array([ids[str(p.label)] for p in found])
+
+
+def _verdict(task: Task, one: Any, two: Any, most: float) -> Verdict:
+    truth: Any = np.array([row.label for row in task.evaluation])
+    classes = None if task.labels is None else len(task.labels)
+
+    def change(rows: Any) -> float:
+        was, now = (score(task.metric, truth[rows], a[rows], classes=classes) for a in (one, two))
+        return now - was
+
+    everything, draws = np.arange(len(truth)), np.random.default_rng(0)
+    gap = change(everything)
+    if (one == two).all():
+        low = high = 0.0
+    else:
+        drawn = [change(draws.choice(everything, len(truth))) for _ in range(DRAWS)]
+        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    verdict: Literal["kept", "lost", "unclear"]
+    edge = -most - 1e-9  # a fall by just as much as may be is none too many, in any rounding
+    verdict = "kept" if low >= edge else "lost" if high < edge else "unclear"
+    needed = None
+    if verdict == "unclear" and gap != -most:
+        # An interval's width falls with the root of the number of rows.
+        needed = math.ceil(len(truth) * ((high - low) / 2 / (gap + most)) ** 2)
+    was = score(task.metric, truth, one, classes=classes)
+    return Verdict(task.name, task.metric, len(truth), was, was + gap, float(low), float(high),
+                   verdict, needed)  # fmt: skip
+
+
+def write_junit(verdicts: Sequence[Verdict], file: Path) -> None:
+    """The verdicts as a JUnit report, which CI systems show: lost is a failure, unclear skipped."""
+    suite = ElementTree.Element(
+        "testsuite", name="holdfast check", tests=str(len(verdicts)),
+        failures=str(sum(v.verdict == "lost" for v in verdicts)),
+        skipped=str(sum(v.verdict == "unclear" for v in verdicts)),
+    )  # fmt: skip
+    for each in verdicts:
+        case = ElementTree.SubElement(suite, "testcase", classname="holdfast.check", name=each.task)
+        if each.verdict != "kept":
+            kind = "failure" if each.verdict == "lost" else "skipped"
+            ElementTree.SubElement(case, kind, message=line(each))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
+
+
+def line(verdict: Verdict) -> str:
+    """One verdict in words."""
+    told = (f"{verdict.metric} {verdict.before:.3f} before, {verdict.after:.3f} after: "
+            f"{verdict.change:+.3f} [{verdict.low:+.3f}, {verdict.high:+.3f}] "
+            f"on {verdict.rows} rows")  # fmt: skip
+    if verdict.verdict == "unclear":
+        needed = "more" if verdict.rows_needed is None else f"about {verdict.rows_needed:,}"
+        told += f"; {needed} rows would tell"
+    return told
