@@ -24,15 +24,8 @@ SCHEMA = 1
 KINDS = ("sequence", "train")
 STATUSES = ("done", "running")
 PACKAGES = (
-    "holdfast",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "numpy",
-    "scipy",
-)
+    "holdfast", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "scipy",
+)  # fmt: skip
 
 
 def now() -> str:
