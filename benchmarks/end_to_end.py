@@ -30,9 +30,11 @@ from results import DATA, markdown, save
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 
 import holdfast
-from holdfast.experiments.heads import encode, evaluate, load_model, load_tokenizer, locate, quiet
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
+from holdfast.tasks.kinds import evaluate
+from holdfast.tasks.kinds.classification import encode, load_model
+from holdfast.tasks.kinds.pretrained import load_tokenizer, locate, quiet
 
 LOOKS = 8  # how often the score is computed during training
 PADDED, DYNAMIC, OURS = "published (padded to 128, unfused)", "trainer (per batch)", "holdfast"

@@ -117,13 +117,14 @@ class Bench:
     def __init__(self, model: str, home: Path, bf16: bool) -> None:
         from transformers import DataCollatorWithPadding
 
-        from holdfast.experiments import heads
+        from holdfast.tasks.kinds import classification, evaluate, pretrained
 
         torch.set_num_threads(1)
-        heads.quiet()
-        self.heads, self.home, self.bf16 = heads, home, bf16
-        self.source = heads.locate(model)
-        self.tokenizer = heads.load_tokenizer(self.source)
+        pretrained.quiet()
+        self.heads, self.home, self.bf16 = classification, home, bf16
+        self.evaluate, self.hash = evaluate, pretrained.source_hash
+        self.source = pretrained.locate(model)
+        self.tokenizer = pretrained.load_tokenizer(self.source)
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.commit = commit(Path(__file__).parent)
         self._rows: dict[tuple[str, int, str], Any] = {}
@@ -140,7 +141,7 @@ class Bench:
     def scores(self, models: dict[str, Any], seed: int, split: str) -> list[float]:
         with self._precision():
             return [
-                self.heads.evaluate(m, self.rows(n, seed, split), task(n, seed), self.collate)
+                self.evaluate(m, self.rows(n, seed, split), task(n, seed), self.collate)
                 for n, m in models.items()
             ]
 
@@ -202,7 +203,7 @@ class Bench:
         models, bound = {names[0]: one}, recipe.unbound(seed=seed)
         start = json.loads((begun / "scores.json").read_text())
         # Checkpoints differ in their last bits between machines: compare arms from the same one.
-        found: dict[str, Any] = {"first": self.heads.source_hash(str(begun)),
+        found: dict[str, Any] = {"first": self.hash(str(begun)),
                                  "fit_seconds": [], "end_seconds": [],
                                  "scores": [start["evaluation"]],
                                  "selection": [start["selection"]]}  # fmt: skip

@@ -33,10 +33,11 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding
 
 from holdfast.engine.method import Method
-from holdfast.experiments.heads import encode, load_tokenizer, locate, quiet
 from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, LwF, Merge, Replay
 from holdfast.recipe import Recipe
 from holdfast.tasks import load_task
+from holdfast.tasks.kinds.classification import encode
+from holdfast.tasks.kinds.pretrained import load_tokenizer, locate, quiet
 
 ARMS: dict[str, Method | None] = {
     "plain again": None,

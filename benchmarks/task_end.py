@@ -51,11 +51,11 @@ from torch import Tensor, nn
 
 import holdfast.engine.bound
 from holdfast.engine.head_first import Head
-from holdfast.experiments.heads import locate, quiet
 from holdfast.methods import LwF, Merge
 from holdfast.network.layers import Layer
 from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import PRESETS
+from holdfast.tasks.kinds.pretrained import locate, quiet
 
 ROWS, EPOCHS = 1000, 3  # of the task that shares are of
 GIB = 2**30

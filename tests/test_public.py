@@ -43,7 +43,7 @@ def test_the_public_names_are_these() -> None:
         "__version__", "parts", "Parts", "Rates", "Recipe", "Bound", "Method", "View",
         "Range", "DPS", "EWC", "GPM", "KfacEWC", "KLAnchor", "L2SP", "LwF", "Merge", "Replay",
         "WiSE", "HeadFirst", "Refused", "with_recipe", "Trainer", "RecipeCallback",
-        "Task", "load_task", "run_sequence", "compare", "Record", "write_report",
+        "Task", "load_task", "run_sequence", "load", "compare", "Record", "write_report",
     ])  # fmt: skip
 
 

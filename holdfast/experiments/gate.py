@@ -15,10 +15,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from holdfast.experiments.metrics import score
 from holdfast.experiments.origin import FromRun, again
 from holdfast.experiments.serving import Served, load
 from holdfast.tasks import Task
+from holdfast.tasks.kinds import Measured, kind_of
 
 DRAWS, LEVEL = 1000, 0.90  # resamples; of the interval, so 95 % on either side
 
@@ -66,30 +66,26 @@ def judge_run(folder: Path, *, max_forgetting: float) -> list[Verdict]:
     return found
 
 
-def _answers(served: Served, task: Task) -> np.ndarray[Any, Any]:
-    """The label id, or number, that a model gives for each evaluation row."""
-    second = [r.pair or "" for r in task.evaluation] if task.pairs else None
-    found = served.predict(task.name, [r.text for r in task.evaluation], second)
-    if task.labels is None:
-        return np.array([p.label for p in found], dtype=float)
-    ids = {label: i for i, label in enumerate(task.labels)}
-    return np.array([ids[str(p.label)] for p in found])
+def _answers(served: Served, task: Task) -> Measured:
+    """What the task's score is made of, for each evaluation row: (rows, 2)."""
+    kind, model = kind_of([task]), served.models[served.named(task.name)]
+    rows = kind.encode(task.evaluation, task, served.tokenizer, max_length=served.max_length,
+                       config=model.config)  # fmt: skip
+    return kind.measure(model, rows, task, kind.collator(served.tokenizer))
 
 
-def _verdict(task: Task, one: Any, two: Any, most: float) -> Verdict:
-    truth: Any = np.array([row.label for row in task.evaluation])
-    classes = None if task.labels is None else len(task.labels)
+def _verdict(task: Task, one: Measured, two: Measured, most: float) -> Verdict:
+    kind, size, draws = kind_of([task]), len(one), np.random.default_rng(0)
 
     def change(rows: Any) -> float:
-        was, now = (score(task.metric, truth[rows], a[rows], classes=classes) for a in (one, two))
-        return now - was
+        return kind.total(task, two[rows]) - kind.total(task, one[rows])
 
-    everything, draws = np.arange(len(truth)), np.random.default_rng(0)
+    everything = np.arange(size)
     gap = change(everything)
     if (one == two).all():
         low = high = 0.0
     else:
-        drawn = [change(draws.choice(everything, len(truth))) for _ in range(DRAWS)]
+        drawn = [change(draws.choice(everything, size)) for _ in range(DRAWS)]
         low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     verdict: Literal["kept", "lost", "unclear"]
     edge = -most - 1e-9  # a fall by just as much as may be is none too many, in any rounding
@@ -97,9 +93,9 @@ def _verdict(task: Task, one: Any, two: Any, most: float) -> Verdict:
     needed = None
     if verdict == "unclear" and gap != -most:
         # An interval's width falls with the root of the number of rows.
-        needed = math.ceil(len(truth) * ((high - low) / 2 / (gap + most)) ** 2)
-    was = score(task.metric, truth, one, classes=classes)
-    return Verdict(task.name, task.metric, len(truth), was, was + gap, float(low), float(high),
+        needed = math.ceil(size * ((high - low) / 2 / (gap + most)) ** 2)
+    was = kind.total(task, one)
+    return Verdict(task.name, task.metric, size, was, was + gap, float(low), float(high),
                    verdict, needed)  # fmt: skip
 
 

@@ -14,35 +14,20 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import (
-    DataCollatorWithPadding,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from holdfast.engine.bound import Bound
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
-from holdfast.experiments.heads import (
-    Loaded,
-    add_head,
-    count_cut,
-    encode,
-    evaluate,
-    has_head,
-    load_config,
-    load_model,
-    load_tokenizer,
-    quiet,
-    source_hash,
-)
 from holdfast.experiments.record import Record
-from holdfast.experiments.serving import finish, models_in, save, shared_weights
+from holdfast.experiments.serving import Loaded, finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
 from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
+from holdfast.tasks.kinds import Encoded, evaluate, kind_of
+from holdfast.tasks.kinds.classification import has_head
+from holdfast.tasks.kinds.pretrained import load_config, load_tokenizer, quiet, source_hash
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
@@ -88,7 +73,8 @@ class Learner:
             lambda _, i: [History(self, i), *(Bar(name, tasks[i].name) for name in shown)]
         )
         self.tokenizer = load_tokenizer(source) if loaded is None else loaded.tokenizer
-        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.kind = kind_of(tasks)
+        self.collate = self.kind.collator(self.tokenizer)
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
         self._encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
@@ -107,13 +93,14 @@ class Learner:
         home = self.home(index)
         return home.with_name(f"{home.name}.training")
 
-    def rows(self, index: int, split: str) -> list[dict[str, Any]]:
+    def rows(self, index: int, split: str) -> list[Encoded]:
         """A task's encoded rows; if some were cut, the log and the record say so."""
         task, most = self.tasks[index], self.plan.max_length
         if (task.name, split) not in self._encoded:
             texts = getattr(task, split)
-            made = encode(texts, task, self.tokenizer, max_length=most)
-            cut = count_cut(texts, made, task, self.tokenizer, max_length=most)
+            config = load_config(self.source)
+            made = self.kind.encode(texts, task, self.tokenizer, max_length=most, config=config)
+            cut = self.kind.count_cut(texts, made, task, self.tokenizer, max_length=most)
             self._encoded[task.name, split] = made, cut
         rows, cut = self._encoded[task.name, split]
         if cut and split != "selection":  # selection rows are like the training rows
@@ -184,7 +171,7 @@ class Learner:
                 collate_fn=lambda few: self.collate(few).to(device or "cpu"),
             )  # fmt: skip
             model.to(device or "cpu")
-            self.bound.remember(task.name, model, batches, shared=model.base_model)
+            self.bound.remember(task.name, model, batches, shared=self.kind.shared(model))
 
     def learn(self, index: int) -> None:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
@@ -203,13 +190,13 @@ class Learner:
             recipe=self.recipe,
             bound=self.bound,
             task=task.name,
-            shared=model.base_model,
+            shared=self.kind.shared(model),
             start=self._start(index, model),
             callbacks=self._callbacks(self, index),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(HeadNoted(self.record, trainer))
-        for old in self.models[:-1]:
+        for old in (m for m in self.models[:-1] if m is not model):
             trainer.accelerator.prepare_model(old, evaluation_mode=True)
         checkpoint = newest_complete(
             self.training(index), lambda line: self.warn(f"{task.name}: {line}")
@@ -277,9 +264,10 @@ class Learner:
 
         def make() -> Any:
             if before is not None:
-                return add_head(before, task, seed=seed)
-            model = load_model(self.source, task, seed=seed)
-            return add_head(model, task, seed=seed) if self.place else model  # as in the sequence
+                return self.kind.add_head(before, task, seed=seed)
+            model = self.kind.load_model(self.source, task, seed=seed)
+            # A task alone has the head that it has in its sequence.
+            return self.kind.add_head(model, task, seed=seed) if self.place else model
 
         return self.loaded.untrained((index, seed), make, before) if self.loaded else make()
 
@@ -335,7 +323,7 @@ class Learner:
         ]
 
     def _describe(self, model: nn.Module) -> None:
-        if has_head(load_config(self.source)):
+        if self.kind.HEADS and has_head(load_config(self.source)):
             self.warn("The model was a classifier: its own head was dropped.")
         named = parts(model, self.recipe.parts)
         rates = self.recipe.rates.of(named)

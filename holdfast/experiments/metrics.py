@@ -11,9 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from holdfast.errors import Refused, nearest
-from holdfast.tasks.task import METRICS
-
 Cell = float | None
 Matrix = Sequence[Sequence[Cell]]
 
@@ -117,53 +114,6 @@ def summary(scores: Matrix, alone: Sequence[Cell] | None = None) -> dict[str, Ce
         "plasticity": plasticity(scores),
         "new_plus_old": new_plus_old(scores),
     }
-
-
-def score(
-    metric: str, truth: Sequence[float], predicted: Sequence[float], *, classes: int | None = None
-) -> float:
-    """One score of `predicted` (n,) against `truth` (n,): a metric of METRICS.
-
-    accuracy: share of equal labels. f1: of class 1 where there are two classes (0 and 1), else
-    the unweighted mean over the classes that occur (macro). matthews: Matthews correlation of the
-    labels. spearman: rank correlation of the values. `classes` is the task's number of classes,
-    for an evaluation set that lacks some; by default it is read off the labels present.
-
-    Constant predictions (or truth) carry no ranking, and their correlation is 0/0: matthews and
-    spearman are 0.0 there, never NaN.
-    """
-    if metric not in METRICS:
-        raise Refused(f"no metric {metric!r}", remedy=nearest(metric, METRICS))
-    if len(truth) != len(predicted):
-        raise ValueError(f"{len(predicted)} predictions for {len(truth)} rows")
-    if not len(truth):
-        raise ValueError("no rows to score")
-    import numpy as np
-
-    wanted, given = np.asarray(truth), np.asarray(predicted)
-    if wanted.ndim != 1 or given.ndim != 1:
-        raise ValueError(f"expected one value a row, got {wanted.shape} and {given.shape}")
-    for values in (wanted, given):
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError("cannot score values that are not finite")
-    if metric == "accuracy":
-        return float(np.mean(wanted == given))
-    if metric == "f1":
-        from sklearn.metrics import f1_score
-
-        present = set(np.unique(wanted).tolist()) | set(np.unique(given).tolist())
-        binary = present <= {0, 1} and classes in (None, 2)
-        average_ = "binary" if binary else "macro"
-        return float(f1_score(wanted, given, average=average_, zero_division=0.0))
-    if len(np.unique(wanted)) == 1 or len(np.unique(given)) == 1:
-        return 0.0
-    if metric == "matthews":
-        from sklearn.metrics import matthews_corrcoef
-
-        return float(matthews_corrcoef(wanted, given))
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(wanted, given).statistic)
 
 
 def _cell(value: Cell) -> Cell:

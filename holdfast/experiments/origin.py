@@ -89,7 +89,8 @@ class FromClassifier:
 
     def named(self, task: Task) -> Task:
         """The task with its label ids in the order of the model's head."""
-        from holdfast.experiments.heads import has_head, load_config
+        from holdfast.tasks.kinds.classification import has_head
+        from holdfast.tasks.kinds.pretrained import load_config
 
         config = load_config(self.source)
         if not has_head(config):
@@ -123,15 +124,15 @@ class FromClassifier:
     @property
     def mark(self) -> str | None:
         """Its weights, by hash."""
-        from holdfast.experiments.heads import source_hash
+        from holdfast.tasks.kinds.pretrained import source_hash
 
         return source_hash(self.source)
 
     def begin(self, learner: Learner) -> None:
         """Remember the old task, and score it as it is."""
-        from holdfast.experiments.heads import load_classifier
+        from holdfast.tasks.kinds.classification import open_saved
 
-        learner.remember([load_classifier(self.source)])
+        learner.remember([open_saved(self.source)])
         learner.note(0, steps=0, skipped=0)
 
 

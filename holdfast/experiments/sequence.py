@@ -91,7 +91,7 @@ class Job:
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
-        from holdfast.experiments.heads import check_length, locate  # loads transformers: late
+        from holdfast.tasks.kinds.pretrained import check_length, locate  # loads transformers: late
 
         config = {
             "model": self.model,
@@ -130,7 +130,7 @@ class Job:
             return record
 
     def _fresh(self, tasks: list[Task], plan: Settings) -> Record:
-        from holdfast.experiments.heads import MINILM
+        from holdfast.tasks.kinds.pretrained import MINILM
 
         if isinstance(self.origin, FromRun):
             record = self.origin.record
@@ -203,6 +203,7 @@ def describe(task: Task) -> dict[str, Any]:
     """What a record holds about a task."""
     return {
         "name": task.name,
+        "kind": task.kind,
         "metric": task.metric,
         "labels": None if task.labels is None else list(task.labels),
         "rows": task.rows,

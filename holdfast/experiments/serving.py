@@ -7,6 +7,7 @@ names every task with its labels. A run has one for each task, and `final/` for 
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -15,35 +16,50 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
+from torch import nn
 
 from holdfast.errors import Refused, nearest
-from holdfast.experiments.heads import head_config, load_tokenizer, outputs, quiet, share_encoder
 from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
-from holdfast.tasks import Task
+from holdfast.tasks import Prediction, Task
+from holdfast.tasks.kinds import Encoded, kind_named, kind_of
+from holdfast.tasks.kinds.classification import share_encoder
+from holdfast.tasks.kinds.pretrained import load_tokenizer, quiet
 from holdfast.training.manifest import MANIFEST, commit, damage
 
 TASKS, HEAD = "tasks.json", "head-{}.safetensors"
 STATE = "holdfast"  # files of this name hold the state of methods, which only learning needs
 
 
-class Prediction(NamedTuple):
-    """What a model says of one row.
+class Loaded:
+    """What several runs of one model share: its tokenizer, their encoded rows, untrained models."""
 
-    label: its most probable label, or the number that a regression gives. probabilities: of each
-    label, summing to 1; empty for a regression.
-    """
+    def __init__(self, source: str) -> None:
+        self.tokenizer = load_tokenizer(source)
+        self.rows: dict[
+            int, dict[tuple[str, str], tuple[list[Encoded], int]]
+        ] = {}  # by seed; task and split
+        self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
 
-    label: str | float
-    probabilities: Mapping[str, float]
+    def untrained(
+        self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
+    ) -> nn.Module:
+        """A copy of what `make` made first, on the encoder of the task before, if there is one."""
+        if key not in self._untrained:
+            fresh = make()
+            if fresh is before:
+                return before
+            if before is not None:  # the encoder is this run's, and not part of what is kept
+                setattr(fresh, fresh.base_model_prefix, nn.Identity())
+            self._untrained[key] = fresh
+        model = copy.deepcopy(self._untrained[key])
+        if before is not None:
+            share_encoder(before, model)
+        return model
 
 
 def save(
@@ -55,34 +71,33 @@ def save(
     """
     models[-1].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for task, model in zip(tasks[:-1], models, strict=False):
-        save_file(_head(model), folder / HEAD.format(task.name))
+    kind = kind_of(tasks)
+    for task, model in zip(tasks[:-1] if kind.HEADS else (), models, strict=False):
+        kind.save_head(model, folder / HEAD.format(task.name))
     told = [{"name": t.name, "labels": t.labels, "metric": t.metric, "pairs": t.pairs,
-             "source": t.source} for t in tasks]  # fmt: skip
+             "kind": t.kind} for t in tasks]  # fmt: skip
     body = {"schema": 1, "max_length": max_length, "tasks": told}
     write_text_atomic(folder / TASKS, json.dumps(body, indent=1, ensure_ascii=False))
 
 
 def models_in(folder: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """Tasks, as `save` noted them, and their models around one encoder, in evaluation mode."""
-    last = AutoModelForSequenceClassification.from_pretrained(folder)
-    found, models = described(folder)["tasks"], []
-    for task in found[:-1]:
-        # Without storage: the encoder is the last task's, the head is read from its file.
-        config = AutoConfig.for_model(**{**last.config.to_dict(), **head_config(task["labels"])})
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
-        share_encoder(last, model)
-        _load_head(model, folder / HEAD.format(task["name"]))
-        models.append(model.eval())
-    return found, [*models, last]
+    found = described(folder)["tasks"]
+    kind = kind_named(found[-1]["kind"])
+    last = kind.open_saved(str(folder))
+    before = [
+        kind.with_head(last, t["labels"], folder / HEAD.format(t["name"])) for t in found[:-1]
+    ]
+    return found, [*before, last]
 
 
 def described(folder: Path) -> dict[str, Any]:
     """What `tasks.json` says; `Refused` where it is missing or damaged."""
     try:
         body = json.loads((folder / TASKS).read_text(encoding="utf-8"))
-        if body["schema"] == 1 and all({"name", "labels"} <= {*task} for task in body["tasks"]):
+        if body["schema"] == 1 and all(
+            {"name", "labels", "kind"} <= {*task} for task in body["tasks"]
+        ):
             return dict(body)
     except FileNotFoundError:
         raise Refused(f"no {TASKS}", where=str(folder),
@@ -100,26 +115,6 @@ def shared_weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
     saved = named_parameters(before)
     device = next(model.parameters()).device
     return {n: saved[n].detach().to(device) for n, p in named.items() if id(p) in shared}
-
-
-def _head(model: Any) -> dict[str, Tensor]:
-    """A model's tensors outside of its encoder, by name."""
-    inside = f"{model.base_model_prefix}."
-    named = model.state_dict()
-    return {k: v.detach().cpu().contiguous() for k, v in named.items() if not k.startswith(inside)}
-
-
-def _load_head(model: Any, file: Path) -> None:
-    inside = f"{model.base_model_prefix}."
-    try:
-        lacking, unknown = model.load_state_dict(load_file(file), strict=False, assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise Refused(f"cannot be read ({str(error).splitlines()[0]})", where=str(file)) from None
-    if unknown or any(not name.startswith(inside) for name in lacking):
-        raise Refused("does not fit the model beside it", where=str(file),
-                      remedy="run its sequence again")  # fmt: skip
-    if left := [n for n, b in model.named_buffers() if b.is_meta]:
-        raise Refused(f"a head with a buffer that is not saved ({left[0]})", where=str(file))
 
 
 # --- what is left to be used ----------------------------------------------------------------------
@@ -193,20 +188,13 @@ class Served:
         if (pairs is not None) != bool(about["pairs"]):
             raise Refused("needs a second text of each row" if about["pairs"] else
                           "takes one text of each row", where=task)  # fmt: skip
+        kind = kind_named(about["kind"])
         for at in range(0, len(texts), 16 * batch):
             few = slice(at, at + 16 * batch)
             second = None if pairs is None else list(pairs[few])
-            fields = self.tokenizer(
-                list(texts[few]), second, truncation=True, max_length=self.max_length
-            )
-            size = len(fields["input_ids"])
-            rows = [{k: v[i] for k, v in fields.items()} for i in range(size)]
-            collate = DataCollatorWithPadding(self.tokenizer)
-            found: list[Prediction | None] = [None] * size
-            for chosen, logits in outputs(self.models[task], rows, collate, batch=batch):
-                for i, row in zip(chosen, logits, strict=True):
-                    found[i] = _prediction(row, about["labels"])
-            yield from (each for each in found if each is not None)
+            yield from kind.predict(self.models[task], about, list(texts[few]), second,
+                                    self.tokenizer, max_length=self.max_length,
+                                    batch=batch)  # fmt: skip
 
     def named(self, task: str) -> str:
         """`task` itself, or `Refused` with the nearest that there is."""
@@ -242,13 +230,6 @@ def writer_for(out: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
         write_text_atomic(out, text.getvalue())
 
     return write
-
-
-def _prediction(logits: Tensor, labels: Sequence[str] | None) -> Prediction:
-    if labels is None:
-        return Prediction(float(logits[0]), {})
-    shares = logits.double().softmax(0).tolist()
-    return Prediction(labels[int(logits.argmax())], dict(zip(labels, shares, strict=True)))
 
 
 def load(run: str | Path) -> Served:

@@ -41,7 +41,7 @@ from torch.nn import functional
 from holdfast.engine.batches import Seen, first_rows, rows_in
 from holdfast.engine.head_first import only_layer
 from holdfast.engine.method import Method, Range, View
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.methods.common import answers
 from holdfast.methods.common.answers import divergence
 from holdfast.methods.common.importance import kind_of
@@ -92,7 +92,11 @@ class LwF(Method):
         found, near = cache["answers"], cache["answers"]["near"]
         with contextlib.ExitStack() as stack:
             given = {task: stack.enter_context(_given(each.layer)) for task, each in near.items()}
-            outputs = view.old_outputs()
+            outputs = {t: o for t, o in view.old_outputs().items() if not _writes(view, t, o)}
+        if not outputs:
+            del cache["answers"]
+            tell_once("lwf: tasks of a language model have no heads whose answers could be held")
+            return
         for task, output in outputs.items():
             logits = _logits(output, task)
             found["by task"].setdefault(task, []).append(logits)
@@ -152,6 +156,12 @@ class _Near:
         """How much each row of x (rows, inputs + 1) counts, from 0 to 1: (rows,)."""
         h = (x * torch.cholesky_solve(x.T, self.factor).T).sum(1)
         return (self.usual / h).clamp(max=1.0)
+
+
+def _writes(view: View, task: str, outputs: Any) -> bool:
+    """Whether a finished task is one of text, by this very model, and so has no head of its own."""
+    models, logits = view.bound.models, getattr(outputs, "logits", None)
+    return models[task] is models[view.task] and getattr(logits, "ndim", 2) > 2
 
 
 def _near(view: View) -> dict[str, _Near]:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from holdfast.errors import Refused, nearest
-from holdfast.experiments.metrics import score
+from holdfast.tasks.scores import score
 
 Objective = Literal["new_plus_old", "pareto"]
 Pruner = Literal["halving", "hyperband", "none"]
@@ -92,8 +92,8 @@ class Watch:
             raise Pruned(f"pruned at rung {rung}", steps)
 
 
-def constant_score(metric: str, labels: Sequence[float], classes: int | None) -> float:
-    """The best score that one answer for all rows can get; 0 for a regression."""
+def constant_score(metric: str, labels: Sequence[Any], classes: int | None) -> float:
+    """The best score that one answer for all rows can get; 0 for a regression, and for text."""
     if classes is None:
         return 0.0
     return max(score(metric, labels, [c] * len(labels), classes=classes) for c in set(labels))

@@ -80,7 +80,7 @@ class Plan:
         **settings: Any,
     ) -> Plan:
         """The checked plan; `Refused` names what is wrong."""
-        from holdfast.experiments.heads import check_length, load_config, locate
+        from holdfast.tasks.kinds.pretrained import check_length, load_config, locate
 
         chosen = check_choice(sampler, pruner, objective)
         for name, value, least in (
@@ -171,7 +171,7 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """The configuration that two processes must share to join a study: plain JSON values."""
-        from holdfast.experiments.heads import source_hash
+        from holdfast.tasks.kinds.pretrained import source_hash
 
         settings = self.settings.to_dict()
         settings = {k: v for k, v in settings.items() if k not in ("lr", "alone", "save_steps")}
@@ -245,7 +245,8 @@ def _drawn(half: Task, seed: int, plan: Settings) -> Task:
 
 def _embedder(source: str, task: Task, max_length: int) -> Any:
     from holdfast.experiments.embed import embedder
-    from holdfast.experiments.heads import load_model, load_tokenizer, quiet
+    from holdfast.tasks.kinds.classification import load_model
+    from holdfast.tasks.kinds.pretrained import load_tokenizer, quiet
 
     quiet()
     model = load_model(source, task, seed=0)  # only its encoder is used

@@ -3,6 +3,6 @@
 from holdfast.tasks.generated import BUILTIN
 from holdfast.tasks.load import load_task
 from holdfast.tasks.table import Columns
-from holdfast.tasks.task import METRICS, Row, Task, slug
+from holdfast.tasks.task import METRICS, Prediction, Row, Task, slug
 
-__all__ = ["BUILTIN", "METRICS", "Columns", "Row", "Task", "load_task", "slug"]
+__all__ = ["BUILTIN", "METRICS", "Columns", "Prediction", "Row", "Task", "load_task", "slug"]

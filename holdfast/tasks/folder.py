@@ -12,7 +12,7 @@ from holdfast.tasks.labels import MAX_CLASSES, MAX_NAME
 from holdfast.tasks.table import shown
 
 _MAX_META = 2**20  # bytes
-_KEYS = ("task", "labels", "metric")
+_KEYS = ("task", "labels", "metric", "kind")
 _SUFFIXES = (".jsonl.gz", ".jsonl")
 
 
@@ -20,6 +20,7 @@ class Meta(NamedTuple):
     name: str
     labels: tuple[str, ...] | None  # in id order; None means regression
     metric: str | None
+    kind: str | None  # generation, or else by the labels
 
 
 def meta(folder: Path) -> Meta:
@@ -36,7 +37,11 @@ def meta(folder: Path) -> Meta:
     if len(text) > _MAX_META:
         raise Refused("larger than a megabyte", where=where)
     found = parse_json(text, where)
-    if not isinstance(found, dict) or "labels" not in found:
+    kind = found.get("kind") if isinstance(found, dict) else None
+    if kind not in (None, "classification", "regression", "generation"):
+        raise Refused(f"kind {shown(kind)}", where=where,
+                      remedy="classification, regression or generation")  # fmt: skip
+    if not isinstance(found, dict) or ("labels" not in found and kind is None):
         raise Refused(
             "no 'labels'", where=where, remedy='as {"labels": ["no", "yes"], "metric": "accuracy"}'
         )
@@ -48,7 +53,7 @@ def meta(folder: Path) -> Meta:
     name, metric = found.get("task") or folder.resolve().name, found.get("metric")
     if not isinstance(name, str) or not isinstance(metric, str | None):
         raise Refused("'task' and 'metric' are texts", where=where)
-    return Meta(name, _labels(found["labels"], where), metric)
+    return Meta(name, _labels(found.get("labels"), where), metric, kind)
 
 
 def _labels(found: Any, where: str) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ MAX_CLASSES = 1000
 MAX_NAME = 200  # characters
 IGNORED = -100  # what the losses of PyTorch leave out
 
-Read = Callable[[Any, str], int | float | None]
+Read = Callable[[Any, str], int | float | str | None]
 
 
 def by_id(names: tuple[str, ...]) -> Read:
@@ -76,6 +76,15 @@ def number(cell: Any, where: str) -> float:
     if not math.isfinite(value):
         raise Refused(f"label {shown(cell)} is not a finite number", where=where)
     return value
+
+
+def text(cell: Any, where: str) -> str:
+    """Answers of a generation, as they stand."""
+    if _missing(cell):
+        raise Refused("no answer", where=where)
+    if not isinstance(cell, str | int | float):
+        raise Refused(f"answer {shown(cell)} is a {type(cell).__name__}", where=where)
+    return str(cell)
 
 
 def spelled(cell: Any, where: str) -> str:

@@ -39,7 +39,7 @@ def load_task(
     asked = parse(str(spec))
     if columns is not None:
         asked = _with_columns(asked, columns)
-    name, names, metric, pool, evaluation, warnings = _LOADERS[asked.kind](asked)
+    name, names, metric, pool, evaluation, warnings, kind = _LOADERS[asked.kind](asked)
     name = slug(asked.options.name or name)
     _check_classes(pool, names, name, warnings)
     if evaluation is None:
@@ -77,6 +77,7 @@ def load_task(
         source=str(spec),
         synthetic=asked.kind == "builtin",
         warnings=tuple(warnings),
+        kind=kind,
     )
 
 
@@ -155,7 +156,7 @@ def _folder(asked: Spec) -> Source:
         meta.name,
         train,
         None if held is None else files.read(held, options.columns.wanted),
-        options if options.metric else replace(options, metric=meta.metric),
+        replace(options, metric=options.metric or meta.metric, type=meta.kind),
         names=meta.labels,
         regression=meta.labels is None,
     )

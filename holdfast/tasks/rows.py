@@ -10,7 +10,7 @@ from holdfast.errors import Refused, nearest
 from holdfast.tasks import files, labels
 from holdfast.tasks.spec import Options, parse
 from holdfast.tasks.table import MAX_TEXT, Columns, Table, listed, shown
-from holdfast.tasks.task import METRICS, Row
+from holdfast.tasks.task import GENERATED, METRICS, Row
 
 
 class Source(NamedTuple):
@@ -22,6 +22,7 @@ class Source(NamedTuple):
     pool: list[Row]
     evaluation: list[Row] | None
     warnings: list[str]
+    kind: str = "classification"
 
 
 def source_of(
@@ -35,6 +36,8 @@ def source_of(
 ) -> Source:
     """The rows of both tables under one label map."""
     warnings: list[str] = []
+    if options.type == "generation" or (options.type is None and options.columns.generates(train)):
+        return _generation(name, train, evaluation, options)
     columns = options.columns.among(train)
     if columns.pair is None and train.wordy:
         warnings.append(f"text not read in the column {listed(sorted(train.wordy))}")
@@ -64,6 +67,22 @@ def source_of(
     metric = options.metric or ("spearman" if names is None else "accuracy")
     _check_metric(metric, names, name)
     return Source(name, names, metric, pool, held, warnings)
+
+
+def _generation(name: str, train: Table, evaluation: Table | None, options: Options) -> Source:
+    """Prompts and answers."""
+    warnings: list[str] = []
+    columns = options.columns.answers_among(train)
+    pool = _Texts(train, columns).rows(labels.text, warnings)
+    held = None
+    if evaluation is not None:
+        columns.check(evaluation)
+        held = _Texts(evaluation, columns).rows(labels.text, warnings)
+    metric = options.metric or GENERATED[0]
+    if metric not in GENERATED:
+        raise Refused(f"metric {shown(metric)} does not suit", where=name,
+                      remedy=nearest(metric, GENERATED))  # fmt: skip
+    return Source(name, None, metric, pool, held, warnings, "generation")
 
 
 def unlabelled(
@@ -104,6 +123,8 @@ def _check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> Non
         remedy = nearest(metric, METRICS)
     elif (metric == "spearman") != (names is None):
         remedy = "spearman is for regression, the others for classes"
+    elif metric in GENERATED:
+        remedy = "it is for generated text: say type=generation"
     elif metric == "f1" and names is not None and len(names) != 2:
         remedy = "f1 is that of the second of two labels; take accuracy or matthews"
     if remedy:

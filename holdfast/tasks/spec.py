@@ -12,7 +12,7 @@ from holdfast.tasks.files import is_data_file
 from holdfast.tasks.table import Columns, shown
 from holdfast.tasks.task import METRICS
 
-_COLUMNS = ("text", "pair", "label", "name", "metric", "evaluation")
+_COLUMNS = ("text", "pair", "label", "answer", "name", "metric", "evaluation")
 _ALLOWED = {
     "folder": _COLUMNS,
     "file": (*_COLUMNS, "type", "quotes"),
@@ -20,6 +20,7 @@ _ALLOWED = {
     "builtin": ("name",),
 }
 
+TYPES = ("classification", "regression", "generation")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*){0,2}", re.ASCII)
 
 
@@ -30,17 +31,18 @@ class Options:
     text: str | None = None
     pair: str | None = None
     label: str | None = None
+    answer: str | None = None  # the column of the text to generate
     metric: str | None = None
     evaluation: str | None = None  # a file beside the data file, or the name of a split
     name: str | None = None
-    type: str | None = None  # classification | regression
+    type: str | None = None  # classification | regression | generation
     quotes: str | None = None  # none: quotes in CSV and TSV are ordinary characters
     config: str | None = None  # of a Hub dataset
     revision: str | None = None  # of a Hub dataset
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text, self.pair, self.label)
+        return Columns(self.text, self.pair, self.label, self.answer)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _options(query: str, text: str, known: tuple[str, ...]) -> Options:
             raise Refused(f"option {key} is empty", where=shown(text))
     if len(found) < len(pairs):
         raise Refused("an option stands twice", where=shown(text))
-    allowed = {"metric": METRICS, "type": ("classification", "regression"), "quotes": ("none",)}
+    allowed = {"metric": METRICS, "type": TYPES, "quotes": ("none",)}
     for key, values in allowed.items():
         if key in found and found[key] not in values:
             raise Refused(

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 
 
 def stratified(
-    labels: Sequence[int | float],
+    labels: Sequence[int | float | str],
     size: int,
     *,
     seed: str,
@@ -25,15 +25,16 @@ def stratified(
     `leave` of its rows remain. Float labels are classed by deciles, without regard to `leave`.
     Rows with equal `alike` form a bundle that stays together, so that a class may get fewer rows
     than its share; it gets more only if it has two or more bundles and none is small enough.
-    Float labels whose bundles are too long for a decile are one class.
+    Float labels whose bundles are too long for a decile are one class, and so are texts.
     """
     bundles: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(range(len(labels)) if alike is None else alike):
         bundles[key].append(index)
-    classes = [int(label) for label in labels]
-    if any(isinstance(label, float) for label in labels):
+    values = [0 if isinstance(label, str) else label for label in labels]
+    classes = [int(value) for value in values]
+    if any(isinstance(value, float) for value in values):
         longest = max(map(len, bundles.values()))
-        leave, classes = 0, _quantiles(labels, 10 if longest == 1 or 10 * longest <= size else 1)
+        leave, classes = 0, _quantiles(values, 10 if longest == 1 or 10 * longest <= size else 1)
     often = Counter(classes)
     groups: dict[int, list[list[int]]] = defaultdict(list)
     for bundle in bundles.values():  # counts for its rarest class, as it may hold all of its rows

@@ -16,6 +16,8 @@ MAX_RECORDS = 20_000_000
 TEXT = ("text", "sentence", "sentence1")
 PAIR = ("pair", "sentence2")
 LABEL = ("label",)
+PROMPT = ("prompt", *TEXT)
+ANSWER = ("answer", "completion")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -27,13 +29,28 @@ class Columns:
     text: str | None = None
     pair: str | None = None
     label: str | None = None
+    answer: str | None = None  # of a generation: the text to write
 
     @property
     def wanted(self) -> frozenset[str]:
         """Every column that may turn out to be needed."""
-        text = (*TEXT, *PAIR) if self.text is None else (self.text,)
-        label = LABEL if self.label is None else (self.label,)
-        return frozenset((*text, *label, *([] if self.pair is None else [self.pair])))
+        text = (*PROMPT, *PAIR) if self.text is None else (self.text,)
+        label = (*LABEL, *ANSWER) if self.label is None else (self.label,)
+        named = [name for name in (self.pair, self.answer) if name is not None]
+        return frozenset((*text, *label, *named))
+
+    def generates(self, table: Table) -> bool:
+        """Whether `table` has answers, and no labels."""
+        if self.answer is not None or self.label is not None:
+            return self.answer is not None
+        return not {*LABEL} & {*table.columns} and bool({*ANSWER} & {*table.columns})
+
+    def answers_among(self, table: Table) -> Columns:
+        """Prompt and answer as text and label."""
+        if not table.records and not table.columns:
+            raise Refused("no rows", where=table.name)
+        text = self.text or _only(PROMPT, table, "text")
+        return Columns(text, None, self.answer or _only(ANSWER, table, "answer")).check(table)
 
     def among(self, table: Table) -> Columns:
         """These columns with every name resolved; refuses a name that `table` lacks."""

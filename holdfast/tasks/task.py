@@ -6,11 +6,24 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
-METRICS = ("accuracy", "f1", "matthews", "spearman")
+GENERATED = ("likelihood", "exact_match", "token_f1", "rouge_l")  # of generated text
+METRICS = ("accuracy", "f1", "matthews", "spearman", *GENERATED)
+
+
+class Prediction(NamedTuple):
+    """What a model says of one row.
+
+    label: its most probable label, the number that a regression gives, or the text it generates.
+    probabilities: of each label, summing to 1; else empty.
+    """
+
+    label: str | float
+    probabilities: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +32,7 @@ class Row:
 
     text: str
     pair: str | None
-    label: int | float
+    label: int | float | str  # an id, a number, or the text to generate
 
     @property
     def plain(self) -> tuple[str, str]:
@@ -36,7 +49,7 @@ class Task:
     """
 
     name: str  # safe as a file name
-    labels: tuple[str, ...] | None  # in id order; None means regression
+    labels: tuple[str, ...] | None  # in id order; None: a regression, or text
     metric: str  # one of METRICS
     train: tuple[Row, ...]
     selection: tuple[Row, ...]
@@ -44,10 +57,11 @@ class Task:
     source: str  # the spec it was loaded from
     synthetic: bool = False
     warnings: tuple[str, ...] = ()
+    kind: str = "classification"  # of labels or numbers; or another of `holdfast.tasks.kinds`
 
     @property
     def regression(self) -> bool:
-        return self.labels is None
+        return self.labels is None and self.kind == "classification"
 
     @cached_property
     def pairs(self) -> bool:
@@ -79,7 +93,8 @@ class Task:
         return digest.hexdigest()
 
     def _lines(self, splits: Iterable[str]) -> Iterable[object]:
-        yield [self.labels, self.metric]
+        plain = self.kind == "classification"  # as before there were kinds
+        yield [self.labels, self.metric, *([] if plain else [self.kind])]
         for split in splits:
             yield split
             for row in getattr(self, split):

@@ -16,9 +16,9 @@ import pytest
 from tqdm.auto import tqdm
 
 from holdfast import Recipe, Refused, compare
-from holdfast.experiments import learner
 from holdfast.experiments.processes import spread
 from holdfast.recipe import PRESETS
+from holdfast.tasks.kinds import classification
 from holdfast.training.stopping import Stopped
 
 SETTINGS: dict[str, Any] = {"epochs": 0.5, "batch_size": 4, "save_steps": 0, "max_length": 16}
@@ -63,7 +63,7 @@ def test_finished_runs_are_only_read_and_new_ones_added(
         raise AssertionError("trained again")
 
     before = [p.read_bytes() for p in sorted(whole.rglob("record.json"))]
-    monkeypatch.setattr(learner, "load_model", called)
+    monkeypatch.setattr(classification, "load_model", called)
     compared(place, whole)
     assert [p.read_bytes() for p in sorted(whole.rglob("record.json"))] == before
     with pytest.raises(AssertionError, match="trained again"):

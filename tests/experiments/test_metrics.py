@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import Refused
 from holdfast.experiments import metrics
+from holdfast.tasks.scores import score
 
 TWO = [[0.9, None], [0.7, 0.8]]
 # task 0: 0.9, 0.95 (rose), 0.6; task 1: 0.8, 0.85 (rose); task 2 just learned
@@ -125,23 +126,21 @@ def test_the_metrics_agree_with_each_other(scores: list[list[float | None]]) -> 
 
 def test_scores_by_hand() -> None:
     truth, given_ = [1, 1, 0, 0, 1], [1, 0, 0, 1, 1]  # tp 2, fp 1, fn 1, tn 1
-    assert metrics.score("accuracy", truth, given_) == pytest.approx(0.6)
-    assert metrics.score("f1", truth, given_) == pytest.approx(2 / 3)
+    assert score("accuracy", truth, given_) == pytest.approx(0.6)
+    assert score("f1", truth, given_) == pytest.approx(2 / 3)
     # (2*1 - 1*1) / sqrt(3*3*2*2)
-    assert metrics.score("matthews", truth, given_) == pytest.approx(1 / 6)
-    assert metrics.score("spearman", [1, 2, 3], [10.0, 30.0, 20.0]) == pytest.approx(0.5)
+    assert score("matthews", truth, given_) == pytest.approx(1 / 6)
+    assert score("spearman", [1, 2, 3], [10.0, 30.0, 20.0]) == pytest.approx(0.5)
 
 
 def test_f1_is_macro_above_two_classes() -> None:
     # class 0: f1 1; class 1: precision 1, recall 1/2; class 2: precision 1/2, recall 1
     macro = (1 + 2 / 3 + 2 / 3) / 3
-    assert metrics.score("f1", [0, 1, 1, 2], [0, 1, 2, 2]) == pytest.approx(macro)
+    assert score("f1", [0, 1, 1, 2], [0, 1, 2, 2]) == pytest.approx(macro)
     # three classes of which the evaluation rows have two: still macro
-    assert metrics.score("f1", [0, 0, 1], [0, 1, 1], classes=3) == pytest.approx(2 / 3)
-    assert metrics.score("f1", [0, 0, 1], [0, 1, 1]) == pytest.approx(2 / 3)
-    assert metrics.score("f1", [0, 0, 0, 1], [0, 0, 1, 1], classes=3) == pytest.approx(
-        0.8 / 2 + 1 / 3
-    )
+    assert score("f1", [0, 0, 1], [0, 1, 1], classes=3) == pytest.approx(2 / 3)
+    assert score("f1", [0, 0, 1], [0, 1, 1]) == pytest.approx(2 / 3)
+    assert score("f1", [0, 0, 0, 1], [0, 0, 1, 1], classes=3) == pytest.approx(0.8 / 2 + 1 / 3)
 
 
 def test_constant_predictions_score_zero_and_warn_of_nothing() -> None:
@@ -149,20 +148,20 @@ def test_constant_predictions_score_zero_and_warn_of_nothing() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert metrics.score("spearman", [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0.0
-        assert metrics.score("matthews", [0, 1, 1], [1, 1, 1]) == 0.0
-        assert metrics.score("matthews", [1, 1, 1], [1, 1, 1]) == 0.0
-        assert metrics.score("f1", [1, 1], [0, 0]) == 0.0
+        assert score("spearman", [1.0, 2.0, 3.0], [5.0, 5.0, 5.0]) == 0.0
+        assert score("matthews", [0, 1, 1], [1, 1, 1]) == 0.0
+        assert score("matthews", [1, 1, 1], [1, 1, 1]) == 0.0
+        assert score("f1", [1, 1], [0, 0]) == 0.0
 
 
 def test_what_cannot_be_scored_says_so() -> None:
     with pytest.raises(Refused, match="did you mean 'accuracy'"):
-        metrics.score("acuracy", [1], [1])
+        score("acuracy", [1], [1])
     with pytest.raises(ValueError, match="2 predictions for 1 rows"):
-        metrics.score("accuracy", [1], [1, 0])
+        score("accuracy", [1], [1, 0])
     with pytest.raises(ValueError, match="no rows"):
-        metrics.score("accuracy", [], [])
+        score("accuracy", [], [])
     with pytest.raises(ValueError, match="not finite"):
-        metrics.score("spearman", [1.0, 2.0], [math.nan, 1.0])
+        score("spearman", [1.0, 2.0], [math.nan, 1.0])
     with pytest.raises(ValueError, match="one value a row"):
-        metrics.score("accuracy", [[1], [0]], [[1], [0]])  # type: ignore[list-item]
+        score("accuracy", [[1], [0]], [[1], [0]])  # type: ignore[list-item]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.engine.method import Method, View
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.methods import LwF
 from holdfast.methods.common.answers import divergence
 from holdfast.recipe import Recipe
@@ -218,18 +218,22 @@ def test_the_forward_pass_of_another_method_is_not_taken_for_the_batch() -> None
     assert found[0] == pytest.approx(found[1]) and found[0] > 1e-4
 
 
-def test_language_models_are_sent_elsewhere() -> None:
-    model = models.gpt2()
-    bound = Recipe(methods=[LwF()]).unbound()
-    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+@pytest.mark.parametrize("rows", ["all", "near"])
+def test_a_language_model_has_no_old_head(rows: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told, and no step pays for it; a model of its own for each task is refused."""
+    tell_once.cache_clear()
+    model, batch = models.gpt2(), {"input_ids": torch.tensor([[3, 4, 5]])}
+    bound = Recipe(methods=[LwF(rows=rows)]).unbound()
     for task in ("one", "two"):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        if task == "two":
-            with pytest.raises(Refused, match=r"head of 'one'.*kl_anchor"):
-                bound.begin_task(task, optimizer, 3, model=model, data=[batch])
-            return
-        bound.begin_task(task, optimizer, 3, model=model)
-        bound.end_task()
+        bound.begin_task(task, optimizer, 3, model=model, shared=model, data=[batch])
+        assert bound.penalty(batch, model(**batch)) == 0.0
+        bound.end_task([batch])
+    assert "no heads whose answers could be held" in caplog.text
+    other = models.gpt2()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(Refused, match=r"head of 'one'.*kl_anchor"):
+        bound.begin_task("three", optimizer, 3, model=other, shared=other, data=[batch])
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from holdfast.search.objective import Diverged, Pruned, Watch, evenly
 from holdfast.search.plan import Plan
 from holdfast.search.trial import Training
 from holdfast.search.worker import Replicate
+from holdfast.tasks.kinds import classification
 
 SETTINGS: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "max_length": 16, "selection": 12}
 RECIPE = Recipe(rates=Rates.bertcl(), methods=[Replay(memory=4)], name="t")
@@ -87,9 +88,9 @@ def test_evaluation_rows_are_not_looked_at(
 
     monkeypatch.setattr(learner, "evaluate", counted)
     encoded: list[int] = []
-    encode = learner.encode
+    encode = classification.encode
     monkeypatch.setattr(
-        learner, "encode", lambda r, *a, **k: encoded.append(len(r)) or encode(r, *a, **k)
+        classification, "encode", lambda r, *a, **k: encoded.append(len(r)) or encode(r, *a, **k)
     )
     Training(plan)(job(tmp_path / "0"), Told().watch)
     # two rungs and the end of task one, of one task; the same of task two, of both
@@ -111,7 +112,8 @@ def test_the_second_trial_loads_nothing(
         def called(*_: Any, _name: str = name, **__: Any) -> None:
             raise AssertionError(f"{_name} was called")
 
-        monkeypatch.setattr(learner, name, called)
+        home = learner if name == "load_tokenizer" else classification
+        monkeypatch.setattr(home, name, called)
     train(job(tmp_path / "1", lr=1e-3), Told().watch)
 
 

@@ -19,19 +19,16 @@ from transformers import (
 )
 
 from holdfast.errors import Refused
-from holdfast.experiments import heads
-from holdfast.experiments.heads import (
-    add_head,
-    check_length,
-    count_cut,
-    encode,
-    evaluate,
-    load_model,
-    load_tokenizer,
-    locate,
-)
 from holdfast.experiments.sequence import run_sequence
 from holdfast.tasks import Row, Task
+from holdfast.tasks.kinds import classification, pretrained
+from holdfast.tasks.kinds.classification import add_head, count_cut, encode, load_model
+from holdfast.tasks.kinds.pretrained import check_length, load_tokenizer, locate
+
+
+def evaluate(model: Any, rows: Any, asked: Task, collate: Any, *, batch: int = 64) -> float:
+    measured = classification.measure(model, rows, asked, collate, batch=batch)
+    return classification.total(asked, measured)
 
 
 def task(
@@ -95,13 +92,13 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> N
 def test_minilm_is_checked_by_its_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Path(locate("minilm"))
     assert (folder / "config.json").is_file()
-    monkeypatch.setitem(heads.MINILM, "sha256", "0" * 64)
+    monkeypatch.setitem(pretrained.MINILM, "sha256", "0" * 64)
     with pytest.raises(Refused, match="hash to 53aa51172d14"):
         locate("minilm")
 
 
 def test_minilm_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(heads.MINILM, "package", "no_such_package_of_ours")
+    monkeypatch.setitem(pretrained.MINILM, "package", "no_such_package_of_ours")
     with pytest.raises(Refused, match=r"holdfast\[demo\]"):
         locate("minilm")
 

@@ -1,0 +1,103 @@
+"""What makes a task trainable: one module a kind. The rest of holdfast knows only this protocol.
+
+Another package adds a kind by an entry point, looked up only for a name that is not here:
+
+    [project.entry-points."holdfast.kinds"]
+    mine = "my_package.mine"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from torch import nn
+
+from holdfast.errors import Refused
+from holdfast.plugins import plugin
+from holdfast.tasks.task import Prediction, Row, Task
+
+KINDS = ("classification", "generation")
+GROUP = "holdfast.kinds"
+Encoded = dict[str, Any]  # a row as the model's inputs, not padded
+Measured = np.ndarray[Any, np.dtype[np.float64]]  # (rows, 2): what `total` needs of each row
+
+
+class Kind(Protocol):
+    """A module with these functions."""
+
+    HEADS: bool  # whether each task has a head of its own
+
+    def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
+        """The pre-trained model for a first task, a fresh head drawn from `seed`."""
+
+    def add_head(self, model: Any, task: Task, *, seed: int) -> nn.Module:
+        """The model of a next task, around what `model` shares."""
+
+    def shared(self, model: Any) -> nn.Module:
+        """The module that all tasks share."""
+
+    def encode(
+        self, rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = ...
+    ) -> list[Encoded]:
+        """Rows as the model's inputs with `labels`, cut at `max_length` tokens."""
+
+    def count_cut(
+        self, rows: Sequence[Row], encoded: Sequence[Encoded], task: Task, tokenizer: Any, *,
+        max_length: int,
+    ) -> int:  # fmt: skip
+        """How many rows `encode` cut."""
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Encoded rows -> one padded batch."""
+
+    def measure(
+        self, model: nn.Module, rows: Sequence[Encoded], task: Task, collate: Any
+    ) -> Measured:
+        """What the task's score is made of, row by row; `TrainingDiverged` if not finite."""
+
+    def total(self, task: Task, measured: Measured) -> float:
+        """The task's score of these rows; higher is better."""
+
+    def open_saved(self, folder: str) -> Any:
+        """A model that `save_pretrained` wrote."""
+
+    def save_head(self, model: Any, file: Path) -> None:
+        """Write what a model does not share."""
+
+    def with_head(self, model: Any, labels: Sequence[str] | None, file: Path) -> Any:
+        """The model of another task around what `model` shares, as `save_head` wrote it."""
+
+    def predict(
+        self, model: nn.Module, about: Mapping[str, Any], texts: Sequence[str],
+        pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """What the model says of each text."""
+
+
+def kind_named(name: str) -> Kind:
+    """The kind called `name`: one of `KINDS`, or from an installed package."""
+    if name in KINDS:
+        return cast(Kind, import_module(f"{__name__}.{name}"))
+    made, whence = plugin(GROUP, name, KINDS)
+    if lacking := [n for n in vars(Kind) if n[0].islower() and not hasattr(made, n)]:
+        raise Refused(f"{whence} is no kind of task: it has no {', '.join(lacking)}")
+    return cast(Kind, made)
+
+
+def kind_of(tasks: Sequence[Task]) -> Kind:
+    """The kind of all tasks of a sequence; `Refused` if they are of several."""
+    names = list(dict.fromkeys(task.kind for task in tasks))
+    if len(names) > 1:
+        raise Refused(f"tasks of several kinds: {', '.join(names)}", where="--tasks",
+                      remedy="one encoder serves tasks of one kind")  # fmt: skip
+    return kind_named(names[0])
+
+
+def evaluate(model: nn.Module, rows: Sequence[Encoded], task: Task, collate: Any) -> float:
+    """The task's score over encoded rows; draws no random numbers."""
+    kind = kind_named(task.kind)
+    return kind.total(task, kind.measure(model, rows, task, collate))

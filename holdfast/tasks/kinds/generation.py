@@ -1,0 +1,235 @@
+"""Text from text: a prompt and its answer, by decoders and by encoder-decoders.
+
+The loss is on the answer's tokens only, the end of text included. A decoder reads prompt, a line
+break (unless the prompt ends in white space) and answer as one text; an encoder-decoder reads the
+prompt and writes the answer. All tasks share the whole model: there is no head of a task's own.
+
+likelihood is exp(−NLL per answer token), teacher-forced: the geometric mean of the probabilities,
+1 / perplexity. The other metrics compare greedily generated text with the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
+
+from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds.pretrained import load_config, load_saved
+from holdfast.tasks.scores import text_scores
+from holdfast.tasks.task import Prediction, Row, Task
+
+HEADS = False
+IGNORED = -100
+BATCH = 16  # rows a forward pass; logits take 4 bytes a token and word of the vocabulary
+
+
+def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
+    """A language model as it was saved, in float32."""
+    torch.manual_seed(seed)
+    return open_saved(source)
+
+
+def open_saved(folder: str) -> Any:
+    config = load_config(folder)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return load_saved(auto, folder)
+
+
+def add_head(model: Any, task: Task, *, seed: int) -> nn.Module:
+    """The model itself: nothing in it is one task's own."""
+    return model
+
+
+def shared(model: Any) -> nn.Module:
+    return model
+
+
+def save_head(model: Any, file: Path) -> None:
+    """There is none."""
+
+
+def with_head(model: Any, labels: Sequence[str] | None, file: Path) -> Any:
+    return model
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def encode(
+    rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = None
+) -> list[dict[str, Any]]:
+    """Prompt and answer of each row; too long a prompt loses its beginning, an answer its end."""
+    if not rows:
+        return []
+    if tokenizer.eos_token_id is None:
+        raise Refused("its tokenizer has no token for the end of a text", where=task.name,
+                      remedy="set its eos_token and save it again")  # fmt: skip
+    pairs = bool(config is not None and config.is_encoder_decoder)
+    asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
+    answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
+    found = []
+    for prompt, answer in zip(asked, answers, strict=True):
+        if pairs:
+            said = [*answer[: max_length - 1], tokenizer.eos_token_id]
+            found.append(_row(prompt[:max_length], said))
+        else:
+            said = [*answer[: max_length - 2], tokenizer.eos_token_id]
+            prompt = prompt[-(max_length - len(said)) :]
+            found.append(_row([*prompt, *said], [*[IGNORED] * len(prompt), *said]))
+    return found
+
+
+def _prompts(texts: Sequence[str], tokenizer: Any, *, decoder: bool) -> list[list[int]]:
+    if decoder:
+        texts = [t if t[-1:].isspace() else f"{t}\n" for t in texts]
+    found: list[list[int]] = tokenizer(list(texts))["input_ids"]
+    end = tokenizer.eos_token_id
+    if decoder:  # some tokenizers end every text: here it goes on
+        found = [ids[:-1] if ids[-1:] == [end] else ids for ids in found]
+    return found
+
+
+def _row(ids: list[int], labels: list[int]) -> dict[str, Any]:
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def count_cut(
+    rows: Sequence[Row],
+    encoded: Sequence[dict[str, Any]],
+    task: Task,
+    tokenizer: Any,
+    *,
+    max_length: int,
+) -> int:
+    """How many rows have a prompt or an answer that was cut."""
+    full = [
+        (r, e) for r, e in zip(rows, encoded, strict=True)
+        if max_length in (len(e["input_ids"]), len(e["labels"]))
+    ]  # fmt: skip
+    count = 0
+    for row, made in full:
+        decoder = len(made["labels"]) == len(made["input_ids"]) and made["labels"][0] == IGNORED
+        prompt = len(_prompts([row.text], tokenizer, decoder=decoder)[0])
+        said = 1 + len(tokenizer(str(row.label), add_special_tokens=False)["input_ids"])
+        count += (prompt + said if decoder else max(prompt, said)) > max_length
+    return count
+
+
+def collator(tokenizer: Any) -> Any:
+    """Batches padded on the right, labels with -100."""
+    right = copy.copy(tokenizer)
+    right.padding_side = "right"
+    return DataCollatorForSeq2Seq(right, label_pad_token_id=IGNORED)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def measure(model: Any, rows: Sequence[dict[str, Any]], task: Task, collate: Any) -> Any:
+    """For each row NLL and number of answer tokens, or its text's score and 1: (rows, 2)."""
+    found = np.zeros((len(rows), 2))
+    if task.metric == "likelihood":
+        for chosen, losses, counts in _losses(model, rows, collate):
+            found[chosen] = torch.stack([losses, counts], 1).double().cpu().numpy()
+        if not np.isfinite(found).all():
+            raise TrainingDiverged("diverged: the model's outputs are not finite",
+                                   where=task.name, remedy="lower --lr")  # fmt: skip
+        return found
+    tokenizer = collate.tokenizer
+    most = max(sum(i != IGNORED for i in row["labels"]) for row in rows)
+    answers = [[i for i in row["labels"] if i != IGNORED] for row in rows]
+    decoder = not model.config.is_encoder_decoder
+    prompts = [
+        [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
+        if decoder else row["input_ids"]
+        for row in rows
+    ]  # fmt: skip
+    said = generate(model, prompts, tokenizer, most=most)
+    truth = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    found[:, 0], found[:, 1] = text_scores(task.metric, truth, said), 1.0
+    return found
+
+
+def total(task: Task, measured: Any) -> float:
+    """exp(−ΣNLL / Σtokens), or the mean of the texts' scores."""
+    mean = float(measured[:, 0].sum() / measured[:, 1].sum())
+    return math.exp(-mean) if task.metric == "likelihood" else mean
+
+
+def _losses(
+    model: Any, rows: Sequence[dict[str, Any]], collate: Any
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Places of rows, with the sum of −log p over each one's answer, and its tokens."""
+    device = next(model.parameters()).device
+    with _evaluating(model):
+        for chosen in _batches([len(row["input_ids"]) for row in rows]):
+            batch = collate([rows[i] for i in chosen]).to(device)
+            with torch.no_grad():
+                logits, labels = model(**batch).logits.float(), batch["labels"]
+            if not model.config.is_encoder_decoder:  # the token before says the next one
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            each = functional.cross_entropy(
+                logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+            )
+            yield chosen, each.sum(1), (labels != IGNORED).sum(1)
+
+
+def generate(
+    model: Any, prompts: Sequence[list[int]], tokenizer: Any, *, most: int, batch: int = BATCH
+) -> list[str]:
+    """Greedily generated text for each prompt of token ids, of at most `most` tokens."""
+    device = next(model.parameters()).device
+    left, found = copy.copy(tokenizer), [""] * len(prompts)
+    left.padding_side = "left"
+    with _evaluating(model):
+        for chosen in _batches([len(ids) for ids in prompts], batch):
+            rows = left.pad({"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt")
+            begun = rows["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
+            made = model.generate(
+                **{k: rows[k].to(device) for k in ("input_ids", "attention_mask")},
+                max_new_tokens=most, do_sample=False, num_beams=1,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+            texts = tokenizer.batch_decode(made[:, begun:], skip_special_tokens=True)
+            for i, text in zip(chosen, texts, strict=True):
+                found[i] = text.strip()
+    return found
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _batches(lengths: Sequence[int], size: int = BATCH) -> Iterator[list[int]]:
+    """Places of rows of similar length, which saves padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def predict(
+    model: Any, about: Mapping[str, Any], texts: Sequence[str],
+    pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
+) -> list[Prediction]:  # fmt: skip
+    """The answer to each text, of at most `max_length` tokens."""
+    decoder = not model.config.is_encoder_decoder
+    prompts = [ids[-max_length:] for ids in _prompts(texts, tokenizer, decoder=decoder)]
+    said = generate(model, prompts, tokenizer, most=max_length, batch=min(batch, BATCH))
+    return [Prediction(text, {}) for text in said]

