@@ -14,6 +14,7 @@ All verb modules are loaded for every `--help`: import heavy packages in `run`.
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
 import re
@@ -24,7 +25,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from holdfast import __version__
-from holdfast.errors import Refused, nearest
+from holdfast.errors import Refused
 from holdfast.plugins import plugin
 from holdfast.training import stopping
 
@@ -33,6 +34,12 @@ VERBS = (
     "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 GROUP = "holdfast.verbs"
+# What other trainers call our options.
+OTHERS = {"learning-rate": "lr", "num-train-epochs": "epochs", "num-epochs": "epochs",
+          "per-device-train-batch-size": "batch-size",
+          "gradient-accumulation-steps": "accumulation", "lr-scheduler-type": "schedule",
+          "fp16": "bf16", "output-dir": "out", "dataset": "tasks", "max-seq-length": "max-length",
+          }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,16 +85,28 @@ class Parser(argparse.ArgumentParser):
     """Complains in one line and names the nearest option."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self._subparsers:  # before it is found that something else is missing
+            for word in args or ():
+                name = word.partition("=")[0]
+                if re.match(r"--\w", name) and name not in self._option_string_actions:
+                    self.error(f"unknown option {name!r}", self._near(name))
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
-            kind = "option" if word.startswith("-") else "word"
-            self.error(f"unknown {kind} {word!r}", nearest(word, list(self._option_string_actions)))
+            self.error(f"unknown {'option' if word[0] == '-' else 'word'} {word!r}")
         return found, unknown
 
+    def _near(self, word: str) -> str:
+        """What was probably meant by an option that is not known."""
+        plain, known = word.strip("-"), {o.strip("-"): o for o in self._option_string_actions}
+        if plain in ("gpu", "device", "cuda", "cpu"):
+            return "the device is found by itself (`holdfast doctor` tells it)"
+        meant = OTHERS.get(plain, plain)
+        close = difflib.get_close_matches(meant, known, n=1, cutoff=0.7)
+        return f"did you mean {known[close[0]]!r}?" if close else ""
+
     def error(self, message: str, remedy: str = "") -> NoReturn:
-        if not remedy.startswith("did you mean"):
-            remedy = f"see {self.prog} --help"
+        remedy = remedy or f"see {self.prog} --help"
         self.exit(2, f"holdfast: {' '.join(message.split())}; {remedy}\n")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.options import RECIPE_HELP, add_settings, add_tasks, given, show
+from holdfast.cli.options import RECIPE_HELP, add_settings, add_tasks, check_tasks, given, show
 from holdfast.errors import Refused
 
 ABOUT = "run several recipes over several seeds"
@@ -30,6 +30,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
+    check_tasks(chosen.tasks)
     from holdfast.experiments.compare import compare
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe

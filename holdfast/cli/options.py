@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
+ROWS = ("train_size", "evaluation_size", "selection", "max_length")  # settings about rows
 TASK_HELP = (
     "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
     "builtin:NAME or a Hub id"
@@ -19,13 +20,33 @@ TASK_HELP = (
 
 def add_tasks(parser: argparse.ArgumentParser, about: str = "") -> None:
     """The tasks of a sequence, in order."""
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help=about + TASK_HELP)
+    group(parser, "what").add_argument(
+        "--tasks", required=True, nargs="+", metavar="TASK", help=about + TASK_HELP
+    )
+
+
+def group(parser: argparse.ArgumentParser, title: str) -> Any:
+    """The group of options of that name in the help, made when it is first asked for."""
+    found = [each for each in parser._action_groups if each.title == title]
+    return found[0] if found else parser.add_argument_group(title)
+
+
+def check_tasks(specs: Sequence[str]) -> None:
+    """Refuse a file that is not there before anything heavy is imported."""
+    from holdfast.tasks.files import must_exist
+    from holdfast.tasks.spec import parse
+
+    for spec in specs:
+        asked = parse(spec)
+        if asked.kind == "file":
+            must_exist(Path(asked.place))
 
 
 def add_run(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     """The options of a single run besides its tasks and settings."""
-    parser.add_argument("--recipe", default=recipe, help=f"{RECIPE_HELP} ({recipe})")
-    parser.add_argument("--seed", type=int, default=0)
+    what = group(parser, "what")
+    what.add_argument("--recipe", default=recipe, help=f"{RECIPE_HELP} ({recipe})")
+    what.add_argument("--seed", type=int, default=0, help="of rows, order, dropout and heads (0)")
 
 
 def add_settings(
@@ -34,10 +55,12 @@ def add_settings(
     """--model, --out (`out` says where it is by default) and one option for each of `Settings`."""
     from holdfast.experiments.settings import Settings
 
-    parser.add_argument(
-        "--model", default="minilm", help="minilm, a saved model's folder or a Hub id"
+    group(parser, "what").add_argument(
+        "--model", default="minilm", help="minilm, a saved model's folder or a Hub id (minilm)"
     )
-    parser.add_argument("--out", type=Path, required=out is None, help=out or "the folder")
+    group(parser, "where").add_argument(
+        "--out", type=Path, required=out is None, help=out or "the folder"
+    )
     hints = get_type_hints(Settings, include_extras=True)
     for field in fields(Settings):
         if field.name in without:
@@ -47,7 +70,8 @@ def add_settings(
             about += f" ({field.default})"
         how: dict[str, Any] = {"help": about, "default": None}
         how |= {"action": "store_true"} if kind is bool else {"type": kind}
-        parser.add_argument(Settings.where(field.name), **how)
+        title = "which rows" if field.name in ROWS else "how it is trained"
+        group(parser, title).add_argument(Settings.where(field.name), **how)
 
 
 def given(chosen: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.cli.check import tell
-from holdfast.cli.options import add_run, add_settings, add_tasks, given, show
+from holdfast.cli.options import (
+    add_run,
+    add_settings,
+    add_tasks,
+    check_tasks,
+    given,
+    group,
+    show,
+)
 
 ABOUT = "learn tasks one after another and show what was kept"
 EXAMPLE = "holdfast sequence --tasks data/trec6 data/snli --recipe default --lr 2e-4 --out runs/a"
@@ -22,13 +30,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser)
     add_run(parser, recipe="default")
     add_settings(parser, out=RUN)
-    parser.add_argument(
+    group(parser, "what").add_argument(
         "--from", dest="from_run", type=Path, metavar="RUN",
         help="go on from a finished run: its model, recipe, seed and settings, unless given; or "
         "from a saved classifier, with --old-task",
     )  # fmt: skip
-    parser.add_argument("--old-task", metavar="TASK", help="what that classifier was trained on")
-    parser.add_argument("--without-old-rows", action="store_true",
+    group(parser, "what").add_argument(
+        "--old-task", metavar="TASK", help="what that classifier was trained on"
+    )
+    group(parser, "which rows").add_argument("--without-old-rows", action="store_true",
                         help="go on though the old tasks' rows are gone or changed")  # fmt: skip
     parser.add_argument("--max-forgetting", type=float, metavar="SCORE",
                         help="exit with 3 if a task's score fell by more; see `check`")  # fmt: skip
@@ -51,6 +61,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path:
     """Learn the tasks, write the report and print the score matrix."""
+    check_tasks(tasks)
     from holdfast.experiments.sequence import run_sequence
     from holdfast.report import matrix_table, write_report
 

@@ -16,6 +16,7 @@ from holdfast.experiments.runs import RECORD, check_disk, check_held, digest, op
 from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
+from holdfast.tasks.kinds import kind_of, one_kind
 
 
 def run_sequence(
@@ -106,6 +107,7 @@ class Job:
             config["from"] = self.origin.mark
         folder = Path("runs") / digest(config) if folder is None else folder
         source = locate(self.model) if self.origin is None else self.origin.source
+        kind_of(tasks).check(source)
         check_length(source, plan.max_length)
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
@@ -191,6 +193,7 @@ def load_tasks(
         for spec in specs
     ]
     loaded = [*old, *loaded]
+    one_kind(loaded)
     names = [t.name for t in loaded]
     for name in names:
         if names.count(name) > 1:

@@ -25,6 +25,7 @@ from holdfast.recipe import Recipe
 from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly
 from holdfast.search.space import Control, Space, controls, flat_rates, with_tuned
 from holdfast.tasks import Task
+from holdfast.tasks.kinds import kind_of
 from holdfast.tasks.shifts import SHIFTS, Shifted
 from holdfast.tasks.splits import stratified
 from holdfast.tasks.task import slug
@@ -123,6 +124,7 @@ class Plan:
         made = load_shifted(specs, shift, seed=seed, plan=plan, source=source)
         halves = made.first, made.second
         two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
+        kind_of(two).check(source)
         for task in two:
             if not task.selection:
                 raise Refused("no selection rows to choose by", where=task.name,
@@ -219,6 +221,9 @@ def load_shifted(
         return shifted(shift, load_tasks(specs, seed=seed, plan=plan))
     pool = replace(plan, train_size=plan.train_size and POOL * plan.train_size)
     loaded = load_tasks(specs, seed=seed, plan=pool)
+    if loaded[0].kind != "classification":
+        raise Refused(f"a task of {loaded[0].kind} is not parted by {shift}", where="--shift",
+                      remedy="name two tasks")  # fmt: skip
     embed = _embedder(source, loaded[0], plan.max_length) if shift == "cluster" else None
     return shifted(shift, loaded, seed=seed, embed=embed)
 

@@ -246,6 +246,13 @@ def test_a_sequence_is_learned_gone_on_with_served_and_judged(
     assert (found.before, found.after) == pytest.approx((whole.scores[0][0], whole.scores[1][0]))
 
 
+def test_an_encoder_is_refused(place: Path, tmp_path: Path) -> None:
+    models.save_bert(tmp_path / "bert")
+    with pytest.raises(Refused, match="is no language model"):
+        run_sequence(str(tmp_path / "bert"), [place / "day.jsonl"], out=tmp_path / "a", **SHORT)
+    assert not (tmp_path / "a").exists()
+
+
 def test_default_says_what_does_nothing_here(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

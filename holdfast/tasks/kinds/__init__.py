@@ -11,25 +11,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
-
-import numpy as np
-from torch import nn
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 from holdfast.errors import Refused
 from holdfast.plugins import plugin
 from holdfast.tasks.task import Prediction, Row, Task
 
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
 KINDS = ("classification", "generation")
 GROUP = "holdfast.kinds"
 Encoded = dict[str, Any]  # a row as the model's inputs, not padded
-Measured = np.ndarray[Any, np.dtype[np.float64]]  # (rows, 2): what `total` needs of each row
+Measured: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # (rows, 2), see `Kind.total`
 
 
 class Kind(Protocol):
     """A module with these functions."""
 
     HEADS: bool  # whether each task has a head of its own
+
+    def check(self, source: str) -> None:
+        """Refuse a model that cannot learn such tasks, by its configuration."""
 
     def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
         """The pre-trained model for a first task, a fresh head drawn from `seed`."""
@@ -89,12 +93,17 @@ def kind_named(name: str) -> Kind:
 
 
 def kind_of(tasks: Sequence[Task]) -> Kind:
-    """The kind of all tasks of a sequence; `Refused` if they are of several."""
+    """The kind of all tasks of a sequence, which are of one; see `one_kind`."""
+    return kind_named(one_kind(tasks))
+
+
+def one_kind(tasks: Sequence[Task]) -> str:
+    """Its name; `Refused` if there are several."""
     names = list(dict.fromkeys(task.kind for task in tasks))
     if len(names) > 1:
         raise Refused(f"tasks of several kinds: {', '.join(names)}", where="--tasks",
-                      remedy="one encoder serves tasks of one kind")  # fmt: skip
-    return kind_named(names[0])
+                      remedy="a model serves tasks of one kind")  # fmt: skip
+    return names[0]
 
 
 def evaluate(model: nn.Module, rows: Sequence[Encoded], task: Task, collate: Any) -> float:

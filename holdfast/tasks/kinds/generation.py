@@ -33,6 +33,15 @@ IGNORED = -100
 BATCH = 16  # rows a forward pass; logits take 4 bytes a token and word of the vocabulary
 
 
+def check(source: str) -> None:
+    """Refuse an encoder: it sees the answer while it reads, and its head would be a random one."""
+    names = load_config(source).architectures or ()
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+               for name in names):  # fmt: skip
+        raise Refused(f"is no language model ({', '.join(names) or 'no architecture'})",
+                      where=source, remedy="name one that generates text")  # fmt: skip
+
+
 def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
     """A language model as it was saved, in float32."""
     torch.manual_seed(seed)
