@@ -63,6 +63,7 @@ class KfacEWC(Measuring):
     ranges: ClassVar[Mapping[str, Range]] = {"strength": Range(1e-4, 1.0, log=True)}
 
     strength: Annotated[float, Field(ge=0)] = 1e-2
+    rows: Annotated[int, Field(gt=0)] = 100
     every: Annotated[int, Field(gt=0)] = 10
 
     def begin_task(self, view: View) -> None:
