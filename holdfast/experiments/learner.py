@@ -25,8 +25,9 @@ from holdfast.experiments.settings import Settings
 from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
-from holdfast.tasks.kinds import Encoded, evaluate, kind_of
+from holdfast.tasks.kinds import evaluate, kind_of
 from holdfast.tasks.kinds.classification import has_head
+from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import load_config, load_tokenizer, quiet, source_hash
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import commit, damage, newest_complete, step_of
@@ -93,7 +94,7 @@ class Learner:
         home = self.home(index)
         return home.with_name(f"{home.name}.training")
 
-    def rows(self, index: int, split: str) -> list[Encoded]:
+    def rows(self, index: int, split: str) -> Packed:
         """A task's encoded rows; if some were cut, the log and the record say so."""
         task, most = self.tasks[index], self.plan.max_length
         if (task.name, split) not in self._encoded:

@@ -26,8 +26,9 @@ from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task
-from holdfast.tasks.kinds import Encoded, kind_named, kind_of
+from holdfast.tasks.kinds import kind_named, kind_of
 from holdfast.tasks.kinds.classification import share_encoder
+from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import load_tokenizer, quiet
 from holdfast.training.manifest import MANIFEST, commit, damage
 
@@ -41,7 +42,7 @@ class Loaded:
     def __init__(self, source: str) -> None:
         self.tokenizer = load_tokenizer(source)
         self.rows: dict[
-            int, dict[tuple[str, str], tuple[list[Encoded], int]]
+            int, dict[tuple[str, str], tuple[Packed, int]]
         ] = {}  # by seed; task and split
         self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
 

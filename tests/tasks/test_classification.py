@@ -202,7 +202,7 @@ def test_a_deployed_classifier_keeps_its_encoder_and_gets_a_fresh_head(
 def test_a_checkpoint_of_a_task_gives_the_same_predictions(encoder: str, tmp_path: Path) -> None:
     """Also after the shared encoder has moved on with another task."""
     first = load_model(encoder, task(("a", "b", "c")), seed=0).eval()
-    rows = encode(task().train, task(), load_tokenizer(encoder), max_length=16)
+    rows = list(encode(task().train, task(), load_tokenizer(encoder), max_length=16))
     collate = DataCollatorWithPadding(load_tokenizer(encoder))
     batch = collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_gpt2_learns_two_tasks_and_reads_the_last_word_of_each_row(tmp_path: Pat
     first = load_model(source, tasks[0], seed=0)
     made = [first, add_head(first, tasks[1], seed=1)]
     for asked, model in zip(tasks, made, strict=True):
-        rows = encode(asked.train, asked, tokens, max_length=16)
+        rows = list(encode(asked.train, asked, tokens, max_length=16))
         step = torch.optim.SGD(model.parameters(), lr=0.1)
         model(**collate(rows)).loss.backward()
         step.step()
@@ -289,7 +289,7 @@ def test_gpt2_without_padding_works_end_to_end(tmp_path: Path) -> None:
 
 
 def test_rows_are_cut_and_not_padded(encoder: str) -> None:
-    rows = encode(task().train, task(), load_tokenizer(encoder), max_length=8)
+    rows = list(encode(task().train, task(), load_tokenizer(encoder), max_length=8))
     assert [len(r["input_ids"]) for r in rows] == [6, 4, 7, 8, 4]
     assert rows[3]["input_ids"][-1] == 3  # [SEP] stands at the end of a cut row too
     assert [r["labels"] for r in rows] == [0, 1, 0, 1, 0]
@@ -309,7 +309,7 @@ def test_rows_that_were_cut_are_counted(encoder: str) -> None:
 
 def test_pairs_and_numbers(encoder: str) -> None:
     asked = task(None, pairs=True)
-    rows = encode(asked.train, asked, load_tokenizer(encoder), max_length=64)
+    rows = list(encode(asked.train, asked, load_tokenizer(encoder), max_length=64))
     a, river = models.VOCABULARY.index("a"), models.VOCABULARY.index("river")
     assert rows[1]["input_ids"][-4:] == [3, a, river, 3]
     assert rows[1]["token_type_ids"][-3:] == [1, 1, 1]
@@ -335,7 +335,7 @@ def test_evaluation_pairs_each_prediction_with_its_row(encoder: str) -> None:
     """Rows are scored by length; were results not put back in place, this would be 0.6."""
     tokens = load_tokenizer(encoder)
     asked = task()
-    rows = encode(asked.train, asked, tokens, max_length=64)
+    rows = list(encode(asked.train, asked, tokens, max_length=64))
     for row in rows:
         row["labels"] = int(row["input_ids"][1] > 20)
     model = Told().train()
@@ -351,7 +351,7 @@ def test_evaluation_pairs_each_prediction_with_its_row(encoder: str) -> None:
 def test_evaluation_does_not_depend_on_order_or_batch(encoder: str) -> None:
     model = load_model(encoder, task(), seed=0).train()
     tokens = load_tokenizer(encoder)
-    rows = encode(task().train, task(), tokens, max_length=64)
+    rows = list(encode(task().train, task(), tokens, max_length=64))
     collate = DataCollatorWithPadding(tokens)
     state = torch.get_rng_state()
     scores = {
@@ -365,7 +365,7 @@ def test_training_goes_on_after_an_evaluation(encoder: str) -> None:
     """No tensor of inference mode may be left behind in the model."""
     model = load_model(encoder, task(), seed=0).train()
     tokens = load_tokenizer(encoder)
-    rows = encode(task().train, task(), tokens, max_length=64)
+    rows = list(encode(task().train, task(), tokens, max_length=64))
     collate = DataCollatorWithPadding(tokens)
     evaluate(model, rows, task(), collate)
     model(**collate(rows)).loss.backward()
@@ -379,7 +379,7 @@ def test_a_model_that_diverged_has_no_score(value: float, labels: Any, encoder: 
     model = load_model(encoder, asked, seed=0)
     torch.nn.init.constant_(model.classifier.bias, value)
     tokens = load_tokenizer(encoder)
-    rows = encode(asked.train, asked, tokens, max_length=64)
+    rows = list(encode(asked.train, asked, tokens, max_length=64))
     with pytest.raises(Refused, match=r"^t: diverged: .*; lower --lr$"):
         evaluate(model, rows, asked, DataCollatorWithPadding(tokens))
 
@@ -388,7 +388,7 @@ def test_regression_is_scored_by_rank(encoder: str) -> None:
     asked = task(None)
     model = load_model(encoder, asked, seed=0)
     tokens = load_tokenizer(encoder)
-    rows = encode(asked.train, asked, tokens, max_length=64)
+    rows = list(encode(asked.train, asked, tokens, max_length=64))
     collate = DataCollatorWithPadding(tokens)
     with torch.no_grad():
         model.eval()

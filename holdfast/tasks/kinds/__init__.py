@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from holdfast.tasks.kinds.packed import Packed
+
 KINDS = ("classification", "generation")
 GROUP = "holdfast.kinds"
 Encoded = dict[str, Any]  # a row as the model's inputs, not padded
@@ -46,11 +48,11 @@ class Kind(Protocol):
 
     def encode(
         self, rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = ...
-    ) -> list[Encoded]:
+    ) -> Packed:
         """Rows as the model's inputs with `labels`, cut at `max_length` tokens."""
 
     def count_cut(
-        self, rows: Sequence[Row], encoded: Sequence[Encoded], task: Task, tokenizer: Any, *,
+        self, rows: Sequence[Row], encoded: Packed, task: Task, tokenizer: Any, *,
         max_length: int,
     ) -> int:  # fmt: skip
         """How many rows `encode` cut."""

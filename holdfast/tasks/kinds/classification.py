@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import load_config, load_saved, load_tokenizer, padding_id
 from holdfast.tasks.scores import score
 from holdfast.tasks.task import Prediction, Row, Task
@@ -113,25 +114,29 @@ def with_head(model: Any, labels: Sequence[str] | None, file: Path) -> Any:
 
 def encode(
     rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = None
-) -> list[dict[str, Any]]:
+) -> Packed:
     """Token ids and label of each row, cut at `max_length` tokens and not padded."""
-    if not rows:
-        return []
-    fields = _tokens(rows, task, tokenizer, truncation=True, max_length=max_length)
-    labels = [float(r.label) if task.regression else int(r.label) for r in rows]
-    return [{**{k: v[i] for k, v in fields.items()}, "labels": labels[i]} for i in range(len(rows))]
+
+    def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        fields = _tokens(rows, task, tokenizer, truncation=True, max_length=max_length)
+        labels = [float(r.label) if task.regression else int(r.label) for r in rows]
+        found = ({k: v[i] for k, v in fields.items()} for i in range(len(rows)))
+        return [{**row, "labels": label} for row, label in zip(found, labels, strict=True)]
+
+    return Packed.of(rows, few)
 
 
 def count_cut(
     rows: Sequence[Row],
-    encoded: Sequence[dict[str, Any]],
+    encoded: Packed,
     task: Task,
     tokenizer: Any,
     *,
     max_length: int,
 ) -> int:
     """How many rows were cut: those at `max_length` tokens that have more when not cut."""
-    full = [r for r, e in zip(rows, encoded, strict=True) if len(e["input_ids"]) >= max_length]
+    sizes = zip(rows, encoded.lengths("input_ids"), strict=True)
+    full = [row for row, size in sizes if size >= max_length]
     whole = _tokens(full, task, tokenizer)["input_ids"] if full else []
     return sum(len(ids) > max_length for ids in whole)
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
 from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import load_config, load_saved
 from holdfast.tasks.scores import text_scores
 from holdfast.tasks.task import Prediction, Row, Task
@@ -76,26 +77,28 @@ def with_head(model: Any, labels: Sequence[str] | None, file: Path) -> Any:
 
 def encode(
     rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = None
-) -> list[dict[str, Any]]:
+) -> Packed:
     """Prompt and answer of each row; too long a prompt loses its beginning, an answer its end."""
-    if not rows:
-        return []
     if tokenizer.eos_token_id is None:
         raise Refused("its tokenizer has no token for the end of a text", where=task.name,
                       remedy="set its eos_token and save it again")  # fmt: skip
     pairs = bool(config is not None and config.is_encoder_decoder)
-    asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
-    answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
-    found = []
-    for prompt, answer in zip(asked, answers, strict=True):
-        if pairs:
-            said = [*answer[: max_length - 1], tokenizer.eos_token_id]
-            found.append(_row(prompt[:max_length], said))
-        else:
-            said = [*answer[: max_length - 2], tokenizer.eos_token_id]
-            prompt = prompt[-(max_length - len(said)) :]
-            found.append(_row([*prompt, *said], [*[IGNORED] * len(prompt), *said]))
-    return found
+
+    def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
+        answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
+        found = []
+        for prompt, answer in zip(asked, answers, strict=True):
+            if pairs:
+                said = [*answer[: max_length - 1], tokenizer.eos_token_id]
+                found.append(_row(prompt[:max_length], said))
+            else:
+                said = [*answer[: max_length - 2], tokenizer.eos_token_id]
+                prompt = prompt[-(max_length - len(said)) :]
+                found.append(_row([*prompt, *said], [*[IGNORED] * len(prompt), *said]))
+        return found
+
+    return Packed.of(rows, few)
 
 
 def _prompts(texts: Sequence[str], tokenizer: Any, *, decoder: bool) -> list[list[int]]:
