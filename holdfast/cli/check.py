@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.cli.options import show
+from holdfast.cli.options import forgetting, show
 
 if TYPE_CHECKING:
     from holdfast.experiments.gate import Verdict
@@ -21,7 +21,7 @@ WORDS = {"kept": "kept", "lost": "LOST", "unclear": "cannot be told"}
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", type=Path, metavar="BEFORE", help="the earlier run's folder")
     parser.add_argument("after", type=Path, metavar="AFTER", help="the later run's folder")
-    parser.add_argument("--max-forgetting", type=float, default=0.02, metavar="SCORE",
+    parser.add_argument("--max-forgetting", type=forgetting, default=0.02, metavar="SCORE",
                         help="how far a task's score may fall (0.02)")  # fmt: skip
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit report as well")
 

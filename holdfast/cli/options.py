@@ -82,6 +82,13 @@ def given(chosen: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def forgetting(text: str) -> float:
+    """How far a score may fall: finite and not below 0."""
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise ValueError
+    return value
+
+
 def number(text: str) -> float | int:
     """A share or a count as a number; argparse shows this function's name in its errors."""
     return int(text) if text.lstrip("+-").isdigit() else float(text)

@@ -24,30 +24,33 @@ def run(chosen: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from holdfast.errors import Refused
-    from holdfast.experiments.serving import load, writer_for
+    from holdfast.experiments.serving import load, write_rows
     from holdfast.tasks.rows import unlabelled
 
     if chosen.batch_size < 1:
         raise Refused("must be above 0", where="--batch-size")
-    write = writer_for(chosen.out)
+    if chosen.out.suffix not in (".jsonl", ".csv"):
+        raise Refused("neither .jsonl nor .csv", where=str(chosen.out), remedy="name such a file")
+    shares = "probabilities" if chosen.out.suffix == ".jsonl" else "probability"
+    if taken := {"label", shares} & {*chosen.keep}:
+        raise Refused(f"{taken.pop()!r} is what is written", where="--keep",
+                      remedy="rename that column in the file")  # fmt: skip
     served = load(chosen.run_folder)
     about = served.tasks[served.named(chosen.task)]
-    texts, pairs, kept = unlabelled(chosen.rows, chosen.keep, pairs=bool(about["pairs"]))
+    texts, pairs, kept, cut = unlabelled(
+        chosen.rows, chosen.keep, pairs=bool(about["pairs"]), prompts=about["kind"] == "generation"
+    )
     made = served.predictions(chosen.task, texts, pairs, batch=chosen.batch_size)
     with tqdm(total=len(texts), unit="row", leave=False, disable=None) as bar:
         rows = []
         for given, each in zip(kept, made, strict=True):
-            rows.append({**given, "label": each.label, **_shares(each.probabilities, chosen.out)})
+            row = {**given, "label": each.label}
+            if each.probabilities:
+                best = max(each.probabilities.values())
+                row[shares] = each.probabilities if shares == "probabilities" else best
+            rows.append(row)
             bar.update()
-    write(rows)
-    print(f"{chosen.out}: {len(rows):,} rows")
-
-
-def _shares(shares: object, out: Path) -> dict[str, object]:
-    """Probabilities as one field, or, in a table, the label's own."""
-    assert isinstance(shares, dict)
-    if not shares:
-        return {}
-    if out.suffix == ".jsonl":
-        return {"probabilities": shares}
-    return {"probability": max(shares.values())}
+    columns = [*chosen.keep, "label", *([shares] if about["labels"] else [])]
+    write_rows(chosen.out, rows, columns)
+    told = f", {cut:,} of them cut at 20,000 characters" if cut else ""
+    print(f"{chosen.out}: {len(rows):,} rows{told}; texts are cut at {served.max_length} tokens")

@@ -13,6 +13,7 @@ from holdfast.cli.options import (
     add_settings,
     add_tasks,
     check_tasks,
+    forgetting,
     given,
     group,
     show,
@@ -40,7 +41,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     group(parser, "which rows").add_argument("--without-old-rows", action="store_true",
                         help="go on though the old tasks' rows are gone or changed")  # fmt: skip
-    parser.add_argument("--max-forgetting", type=float, metavar="SCORE",
+    parser.add_argument("--max-forgetting", type=forgetting, metavar="SCORE",
                         help="exit with 3 if a task's score fell by more; see `check`")  # fmt: skip
     parser.set_defaults(model=None, recipe=None, seed=None)  # those of the run, or the usual ones
 

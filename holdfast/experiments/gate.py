@@ -15,12 +15,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from holdfast.errors import Refused
 from holdfast.experiments.origin import FromRun, again
 from holdfast.experiments.serving import Served, load
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import Measured, kind_of
 
 DRAWS, LEVEL = 1000, 0.90  # resamples; of the interval, so 95 % on either side
+MANY = 10**7  # rows; no advice above
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,29 @@ def judge_run(folder: Path, *, max_forgetting: float) -> list[Verdict]:
     """A verdict for each task of a run but the last: as it was just learned, against the end."""
     run, after = FromRun(folder), load(folder)
     tested = [cell is not None for cell in run.record.scores[-1]]
-    found = []
+    found, homes = [], dict[Path, list[Task]]()
     for place, told in enumerate(run.record.tasks[:-1]):
         if tested[place]:  # else its rows are gone
             # Tasks taken over from another run share the folder of the last of them.
             home = next(h for i in range(place, run.size) if (h := run.home(i)).is_dir())
-            found += judge(load(home), after, [again(told)], max_forgetting=max_forgetting)
+            homes.setdefault(home, []).append(again(told))
+    for home, tasks in homes.items():
+        found += judge(load(home), after, tasks, max_forgetting=max_forgetting)
     return found
 
 
 def _answers(served: Served, task: Task) -> Measured:
     """What the task's score is made of, for each evaluation row: (rows, 2)."""
-    kind, model = kind_of([task]), served.models[served.named(task.name)]
-    rows = kind.encode(task.evaluation, task, served.tokenizer, max_length=served.max_length,
-                       config=model.config)  # fmt: skip
-    return kind.measure(model, rows, task, kind.collator(served.tokenizer))
+    kind, about = kind_of([task]), served.tasks[served.named(task.name)]
+    labels, ours = about["labels"] or (), task.labels or ()
+    if (about["kind"], about["pairs"]) != (task.kind, task.pairs) or set(labels) != set(ours):
+        raise Refused(f"its {task.name} is another task", where=str(served.folder),
+                      remedy="compare runs on the same tasks")  # fmt: skip
+    theirs = task.renumbered(labels) if labels else task
+    rows = kind.encode(theirs.evaluation, theirs, served.tokenizer, max_length=served.max_length,
+                       config=served.models[task.name].config)  # fmt: skip
+    found = kind.measure(served.models[task.name], rows, theirs, kind.collator(served.tokenizer))
+    return np.array([ours.index(n) for n in labels])[found.astype(int)] if labels else found
 
 
 def _verdict(task: Task, one: Measured, two: Measured, most: float) -> Verdict:
@@ -91,9 +101,10 @@ def _verdict(task: Task, one: Measured, two: Measured, most: float) -> Verdict:
     edge = -most - 1e-9  # a fall by just as much as may be is none too many, in any rounding
     verdict = "kept" if low >= edge else "lost" if high < edge else "unclear"
     needed = None
-    if verdict == "unclear" and gap != -most:
+    if verdict == "unclear":
         # An interval's width falls with the root of the number of rows.
-        needed = math.ceil(size * ((high - low) / 2 / (gap + most)) ** 2)
+        times = ((high - low) / 2 / max(abs(gap + most), 1e-9)) ** 2
+        needed = math.ceil(size * times) if size * times < MANY else None
     was = kind.total(task, one)
     return Verdict(task.name, task.metric, size, was, was + gap, float(low), float(high),
                    verdict, needed)  # fmt: skip

@@ -30,7 +30,7 @@ from holdfast.tasks.kinds.classification import has_head
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import load_config, load_tokenizer, quiet, source_hash
 from holdfast.training.checkpoints import load_state, save_state
-from holdfast.training.manifest import commit, damage, newest_complete, step_of
+from holdfast.training.manifest import MANIFEST, commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
 
 
@@ -81,7 +81,9 @@ class Learner:
         self._encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
         self._began = 0.0
         self._note_machine()
-        if begin and not any(self.home(i).exists() for i in range(len(record.seconds))):
+        if begin and not any((self.home(i) / MANIFEST).is_file() for i in range(len(tasks))):
+            shutil.rmtree(folder / "tasks", ignore_errors=True)  # of a process that was killed
+            self._began = time.monotonic()
             begin(self)
         self._restore(self._finished())
 
@@ -179,7 +181,7 @@ class Learner:
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + self.place + index
         model = self._untrained(index, seed)
-        if index == 0:
+        if not self.record.model or self.record.rates is None:
             self._describe(model)
         self.models.append(model)
         trainer = Trainer(
@@ -324,11 +326,11 @@ class Learner:
         ]
 
     def _describe(self, model: nn.Module) -> None:
-        if self.kind.HEADS and has_head(load_config(self.source)):
+        if not self.models and self.kind.HEADS and has_head(load_config(self.source)):
             self.warn("The model was a classifier: its own head was dropped.")
         named = parts(model, self.recipe.parts)
         rates = self.recipe.rates.of(named)
-        self.record.model = {
+        self.record.model = self.record.model or {
             "name": self.record.settings["model"],
             "architecture": type(model.base_model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.recipe import Recipe
-from holdfast.tasks import Row, Task, load_task
+from holdfast.tasks import Task, load_task, slug
 from holdfast.training.manifest import MANIFEST, damage
 
 if TYPE_CHECKING:
@@ -32,12 +31,6 @@ class FromRun:
         self.record = Record.load(folder)
         if self.record.status != "done":
             raise Refused("is not finished", where=str(folder), remedy="let its command go on")
-        self.size = len(self.record.tasks)
-        self.last = self.home(self.size - 1)
-        if wrong := damage(self.last) if self.last.is_dir() else "is gone":
-            raise Refused(wrong, where=str(self.last), remedy="run its command again")
-        self.source = str(self.last)
-        self.mark = _manifest(self.last)["sha256"]
         try:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             self.model, self.seed = str(config["model"]), int(config["seed"])
@@ -46,7 +39,19 @@ class FromRun:
             raise Refused(f"{CONFIG} is missing or damaged", where=str(folder),
                           remedy="run its command again") from None  # fmt: skip
         for task in self.record.tasks:
+            if lacking := {"source", "hash", "metric", "labels"} - {*task}:
+                raise Refused(f"damaged record: a task without {', '.join(sorted(lacking))}",
+                              where=str(folder), remedy="run its command again")  # fmt: skip
+            if slug(task["name"]) != task["name"]:  # it is part of paths
+                raise Refused("damaged record: a task's name is not a plain name",
+                              where=str(folder), remedy="run its command again")  # fmt: skip
             task.setdefault("chosen", {"seed": self.seed} | self._sizes())
+        self.size = len(self.record.tasks)
+        self.last = self.home(self.size - 1)
+        if wrong := damage(self.last) if self.last.is_dir() else "is gone":
+            raise Refused(wrong, where=str(self.last), remedy="run its command again")
+        self.source = str(self.last)
+        self.mark = _manifest(self.last)["sha256"]
 
     def home(self, place: int) -> Path:
         """The folder of a task, where there is one."""
@@ -84,7 +89,7 @@ class FromClassifier:
     recipe: Mapping[str, Any] | None = None
 
     def __init__(self, folder: Path, old_task: str | Path) -> None:
-        self.source = self.model = str(folder)
+        self.source, self.model, self.folder = str(folder), str(folder), folder
         self.old_task = old_task
 
     def named(self, task: Task) -> Task:
@@ -103,23 +108,15 @@ class FromClassifier:
         if task.labels is None:
             return task
         names = tuple(str(config.id2label[i]) for i in range(size))
-        if names == tuple(f"LABEL_{i}" for i in range(size)):  # never named
-            return task
-        if set(names) != set(task.labels):
-            unknown = sorted(set(task.labels) - set(names))
-            raise Refused(
-                f"labels {', '.join(unknown)} are not of its head ({', '.join(names)})",
-                where=self.source,
-                remedy="name the old task's labels as the model does",
-            )
-        ids = [names.index(label) for label in task.labels]
-
-        def renumbered(rows: tuple[Row, ...]) -> tuple[Row, ...]:
-            return tuple(replace(row, label=ids[int(row.label)]) for row in rows)
-
-        return replace(task, labels=names, train=renumbered(task.train),
-                       selection=renumbered(task.selection),
-                       evaluation=renumbered(task.evaluation))  # fmt: skip
+        if set(names) == set(task.labels):
+            return task.renumbered(names)
+        numbers = [str(i) for i in range(size)]
+        if names == tuple(f"LABEL_{i}" for i in numbers) and set(task.labels) == set(numbers):
+            return task.renumbered(numbers)
+        unknown = sorted(set(task.labels) - set(names))
+        raise Refused(f"labels {', '.join(unknown)} are not of its head ({', '.join(names)})",
+                      where=self.source, remedy="name rows and id2label in its config.json alike",
+                      )  # fmt: skip
 
     @property
     def mark(self) -> str | None:
@@ -173,6 +170,8 @@ def again(told: Mapping[str, Any]) -> Task:
         where = f"{told['name']} ({refusal.where})"
         raise Refused(f"its rows cannot be read again ({refusal.what})", where=where,
                       remedy=remedy) from None  # fmt: skip
+    if set(told["labels"] or ()) == set(task.labels or ()):  # a classifier's order may be its own
+        task = task.renumbered(told["labels"] or ())
     if task.hash != told["hash"]:
         raise Refused("its rows changed since it was learned",
                       where=f"{told['name']} ({told['source']})", remedy=remedy)  # fmt: skip
@@ -182,7 +181,8 @@ def again(told: Mapping[str, Any]) -> Task:
 def _absent(told: Mapping[str, Any]) -> Task:
     labels = None if told["labels"] is None else tuple(told["labels"])
     task = Task(name=told["name"], labels=labels, metric=told["metric"], train=(), selection=(),
-                evaluation=(), source=told["source"])  # fmt: skip
+                evaluation=(), source=told["source"],
+                kind=told.get("kind", "classification"))  # fmt: skip
     # It is the same task, though its rows are gone.
     vars(task).update(hash=told["hash"], pairs=told.get("pairs", False))
     return task

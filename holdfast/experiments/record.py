@@ -134,48 +134,37 @@ class Record:
         """Every metric of `holdfast.experiments.metrics` by name, None where not measured."""
         return metrics.summary(self.scores, [self.alone.get(name) for name in self.names])
 
-    @property
-    def forgetting(self) -> Cell:
-        return metrics.forgetting(self.scores)
-
-    @property
-    def backward_transfer(self) -> Cell:
-        return metrics.backward_transfer(self.scores)
-
-    @property
-    def forward_transfer(self) -> Cell:
-        return self.metrics["forward_transfer"]
-
-    @property
-    def average(self) -> Cell:
-        return metrics.average(self.scores)
-
-    @property
-    def plasticity(self) -> Cell:
-        return metrics.plasticity(self.scores)
-
-    @property
-    def new_plus_old(self) -> Cell:
-        return metrics.new_plus_old(self.scores)
+    forgetting = property(lambda self: self.metrics["forgetting"])
+    backward_transfer = property(lambda self: self.metrics["backward_transfer"])
+    forward_transfer = property(lambda self: self.metrics["forward_transfer"])
+    average = property(lambda self: self.metrics["average"])
+    plasticity = property(lambda self: self.metrics["plasticity"])
+    new_plus_old = property(lambda self: self.metrics["new_plus_old"])
 
     def warn(self, line: str) -> None:
         """Note what a reader must know of this run, once."""
         if line not in self.warnings:
             self.warnings.append(line)
 
-    def add_tasks(self, tasks: Sequence[dict[str, Any]]) -> None:
-        """Make room for tasks that will be learned after those there are."""
-        self.tasks += tasks
-        size, more = len(self.tasks), [None] * len(tasks)
+    def set_tasks(self, tasks: Sequence[dict[str, Any]]) -> None:
+        """Go on with these tasks, which begin with those that were learned."""
+        learned, size = len(self.seconds), len(tasks)
+        if [(t["name"], t["hash"]) for t in tasks] == [
+            (t["name"], t.get("hash")) for t in self.tasks
+        ]:
+            return
+        self.forget_from(learned)
+        self.tasks = [*self.tasks[:learned], *tasks[learned:]]
+        more: list[Cell] = [None] * (size - learned)
         for matrix in (self.scores, self.selection_scores):
             if matrix is not None:
-                matrix[:] = [[*row, *more] for row in matrix]
-                matrix += [[None] * size for _ in tasks]
+                matrix[:] = [[*row[:learned], *more] for row in matrix[:learned]]
+                matrix += [[None] * size for _ in more]
         for row in (*self.before_end.values(), *(h.get("scores") for h in self.history)):
             if row is not None:
-                row += more
-        if tasks:
-            self.kind, self.status = "sequence", "running"
+                row[:] = [*row[:learned], *more]
+        self.kind = "sequence" if size > 1 else "train"
+        self.status = "running" if size > learned else self.status
 
     def forget_from(self, index: int) -> None:
         """Drop what was measured of a task and those after it: they will be learned again."""

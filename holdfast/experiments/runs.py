@@ -76,7 +76,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         before = None
     if before == now:
         return
-    if begun and before is not None and _goes_on(before, now):
+    if begun and before is not None and _goes_on(folder, before, now):
         write_text_atomic(path, json.dumps(config, indent=1))
         return
     if begun and before is not None:
@@ -89,12 +89,19 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     write_text_atomic(path, json.dumps(config, indent=1))
 
 
-def _goes_on(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether only tasks were added at the end."""
+def _goes_on(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether only tasks differ, and none of them that is learned, or begun."""
     old, new = before.get("tasks"), now.get("tasks")
-    if not isinstance(old, list) or not isinstance(new, list) or old != new[: len(old)]:
+    if not isinstance(old, list) or not isinstance(new, list):
         return False
-    return {**before, "tasks": None} == {**now, "tasks": None}
+    try:
+        learned = len(Record.load(folder).seconds)
+    except Refused:
+        return False
+    if any((folder / "tasks").glob(f"{learned + 1}-*.training/*/{MANIFEST}")):
+        learned += 1
+    same = old[:learned] == new[:learned] and len(new) >= learned
+    return same and {**before, "tasks": None} == {**now, "tasks": None}
 
 
 def _begun(folder: Path) -> bool:
@@ -124,7 +131,14 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value)
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(v, list) and len(v) == 2 for v in value)
+    ):
+        text = ", ".join(f"{name} ({str(digest)[:6]})" for name, digest in value)  # tasks
+    else:
+        text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
@@ -134,21 +148,33 @@ def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
         raise Refused("no such folder", where=str(folder), remedy="name one that holds runs")
     for home, folders, names in os.walk(folder):
         folders[:] = sorted(f for f in folders if f not in ("tasks", FINAL, "alone"))
-        if RECORD in names:
-            try:
-                record = Record.load(Path(home))
-            except Refused as refusal:
-                yield Path(home), None, refusal.what
-            else:
-                done = record.status == "done"
-                yield Path(home), record, "done" if done else _status(Path(home))
+        if CONFIG not in names and RECORD not in names:
+            continue
+        path, record = Path(home), None
+        try:
+            record = Record.load(path) if RECORD in names else None
+            done = record is not None and record.status == "done"
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            done = done and record is not None and len(config["tasks"]) == len(record.seconds)
+            yield path, record, "done" if done else _status(path)
+        except Refused as refusal:
+            yield path, None, refusal.what
+        except (OSError, ValueError, KeyError, TypeError):
+            yield path, record, "run.json is missing or damaged"
 
 
 def _status(folder: Path) -> str:
+    """Whether a process holds the folder, asked without writing into it."""
     try:
-        _take_lease(folder).close()
-    except Busy:
+        handle = os.open(folder / LEASE, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return "stopped"
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return "at work"
+    finally:
+        os.close(handle)
     return "stopped"
 
 

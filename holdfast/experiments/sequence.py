@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
 from holdfast.experiments.record import Record, commit, now, versions
-from holdfast.experiments.runs import RECORD, check_disk, check_held, digest, open_run
+from holdfast.experiments.runs import FINAL, RECORD, check_disk, check_held, digest, open_run
 from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
@@ -113,13 +113,18 @@ class Job:
         with open_run(folder, config):
             path = folder / RECORD
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
-            record.add_tasks([describe(task) for task in tasks[len(record.tasks) :]])
+            record.set_tasks([describe(task) for task in tasks])
             record.settings["out"] = str(folder)  # it may have been moved
             before = record.to_dict()
             record.recipe = self.recipe.to_dict()  # which may have been renamed
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
+            last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
             if record.status != "done":
                 self._learn(source, tasks, plan, folder, record)
+            elif last.is_dir() and not (folder / FINAL).is_dir():
+                from holdfast.experiments.serving import finish
+
+                finish(last, folder)
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
@@ -139,18 +144,20 @@ class Job:
             record.settings = {**record.settings, **plan.to_dict()}
             record.command, record.commit = self.command, commit(Path(__file__).parent)
             record.seed, record.versions, record.created = self.seed, versions(), now()
+            record.rates = None  # they are this recipe's
+        else:
+            record = Record(
+                tasks=[describe(t) for t in tasks],
+                kind="sequence" if len(tasks) > 1 else "train",
+                settings={**plan.to_dict(), "model": self.model, "optimizer": "adamw_torch_fused"},
+                seed=self.seed,
+                command=self.command,
+                commit=commit(Path(__file__).parent),
+                exposure=MINILM["exposure"] if self.model == "minilm" else None,
+                status="running",
+            )
+        if self.origin is not None:
             record.extra["from"] = str(self.origin.folder)
-            return record
-        record = Record(
-            tasks=[describe(t) for t in tasks],
-            kind="sequence" if len(tasks) > 1 else "train",
-            settings={**plan.to_dict(), "model": self.model, "optimizer": "adamw_torch_fused"},
-            seed=self.seed,
-            command=self.command,
-            commit=commit(Path(__file__).parent),
-            exposure=MINILM["exposure"] if self.model == "minilm" else None,
-            status="running",
-        )
         if len(tasks) == 1 and (idle := self.recipe.idle_alone()):
             record.warn(idle)
         return record

@@ -25,7 +25,7 @@ from holdfast.errors import Refused, nearest
 from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
-from holdfast.tasks import Prediction, Task
+from holdfast.tasks import Prediction, Task, slug
 from holdfast.tasks.kinds import kind_named, kind_of
 from holdfast.tasks.kinds.classification import share_encoder
 from holdfast.tasks.kinds.packed import Packed
@@ -96,10 +96,10 @@ def described(folder: Path) -> dict[str, Any]:
     """What `tasks.json` says; `Refused` where it is missing or damaged."""
     try:
         body = json.loads((folder / TASKS).read_text(encoding="utf-8"))
-        if body["schema"] == 1 and all(
-            {"name", "labels", "kind"} <= {*task} for task in body["tasks"]
-        ):
-            return dict(body)
+        tasks = [(t["name"], t["labels"], t["kind"], bool(t["pairs"])) for t in body["tasks"]]
+        # Names are parts of paths.
+        if body["schema"] == 1 and tasks and all(slug(name) == name for name, *_ in tasks):
+            return {**body, "max_length": int(body["max_length"])}
     except FileNotFoundError:
         raise Refused(f"no {TASKS}", where=str(folder),
                       remedy="name a run that this holdfast learned") from None  # fmt: skip
@@ -140,10 +140,14 @@ def finish(home: Path, run: Path) -> Path:
 def link_files(home: Path, folder: Path, names: Sequence[str]) -> None:
     """Hard links to files of one folder in another; copies where a file system has no links."""
     for name in names:
-        try:
-            os.link(home / name, folder / name)
-        except OSError:
-            shutil.copy2(home / name, folder / name)
+        _link(home / name, folder / name)
+
+
+def _link(one: Path, two: Path) -> None:
+    try:
+        os.link(one, two)
+    except OSError:
+        shutil.copy2(one, two)
 
 
 def _listed(folder: Path) -> dict[str, Any]:
@@ -186,6 +190,8 @@ class Served:
     ) -> Iterator[Prediction]:
         """As `predict`, a chunk of 16 batches at a time."""
         about = self.tasks[self.named(task)]
+        if isinstance(texts, str) or isinstance(pairs, str):
+            raise Refused("takes a list of texts, not one text", where=task)
         if (pairs is not None) != bool(about["pairs"]):
             raise Refused("needs a second text of each row" if about["pairs"] else
                           "takes one text of each row", where=task)  # fmt: skip
@@ -214,23 +220,19 @@ class Served:
         return folder
 
 
-def writer_for(out: Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:
-    """What writes rows to a .jsonl or .csv file, whole or not at all."""
-    if out.suffix not in (".jsonl", ".csv"):
-        raise Refused("neither .jsonl nor .csv", where=str(out), remedy="name such a file")
-
-    def write(rows: Sequence[Mapping[str, Any]]) -> None:
-        text = io.StringIO(newline="")
-        if out.suffix == ".jsonl":
-            text.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        elif rows:
-            table = csv.DictWriter(text, list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out, text.getvalue())
-
-    return write
+def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write a .jsonl or .csv file, whole or not at all."""
+    text = io.StringIO(newline="")
+    if out.suffix == ".jsonl":
+        for row in rows:
+            plain = {k: None if v != v else v for k, v in row.items()}  # NaN is no JSON
+            text.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
+    else:
+        table = csv.DictWriter(text, columns)
+        table.writeheader()
+        table.writerows(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(out, text.getvalue())
 
 
 def load(run: str | Path) -> Served:
@@ -243,8 +245,8 @@ def load(run: str | Path) -> Served:
     folder = folder / FINAL if (folder / FINAL).is_dir() else folder
     if not (folder / TASKS).is_file():
         if (folder / RECORD).is_file():
-            raise Refused("has no final/: it is not finished", where=str(run),
-                          remedy="let its command go on")  # fmt: skip
+            raise Refused("has no final/ yet", where=str(run),
+                          remedy="run its command to the end")  # fmt: skip
         raise Refused("is no run", where=str(run), remedy="name a run's folder")
     if wrong := damage(folder):
         raise Refused(wrong, where=str(folder), remedy="run its command again")

@@ -50,6 +50,9 @@ def meta(folder: Path) -> Meta:
         if near and near[0] not in found:
             raise Refused(f"unknown key {shown(key)}", where=where,
                           remedy=f"did you mean {near[0]!r}?")  # fmt: skip
+    if kind is not None and (found.get("labels") is not None) != (kind == "classification"):
+        raise Refused(f"kind {shown(kind)} {'needs' if kind == 'classification' else 'has no'} "
+                      "'labels'", where=where)  # fmt: skip
     name, metric = found.get("task") or folder.resolve().name, found.get("metric")
     if not isinstance(name, str) or not isinstance(metric, str | None):
         raise Refused("'task' and 'metric' are texts", where=where)

@@ -84,7 +84,8 @@ def load_task(
 def _with_columns(asked: Spec, columns: Columns) -> Spec:
     if asked.kind == "builtin":
         raise Refused("a builtin task has no columns to name", where=asked.place)
-    given = {"text": columns.text, "pair": columns.pair, "label": columns.label}
+    given = {"text": columns.text, "pair": columns.pair, "label": columns.label,
+             "answer": columns.answer}  # fmt: skip
     for role, column in given.items():
         other = getattr(asked.options, role)
         if column is not None and other not in (None, column):

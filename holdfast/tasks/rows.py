@@ -72,6 +72,9 @@ def source_of(
 def _generation(name: str, train: Table, evaluation: Table | None, options: Options) -> Source:
     """Prompts and answers."""
     warnings: list[str] = []
+    if options.pair is not None:
+        raise Refused("a generation has no second text", where=name,
+                      remedy="put both into the prompt")  # fmt: skip
     columns = options.columns.answers_among(train)
     pool = _Texts(train, columns).rows(labels.text, warnings)
     held = None
@@ -86,9 +89,9 @@ def _generation(name: str, train: Table, evaluation: Table | None, options: Opti
 
 
 def unlabelled(
-    spec: str, keep: Sequence[str] = (), *, pairs: bool
-) -> tuple[list[str], list[str] | None, list[dict[str, Any]]]:
-    """Texts of a file, their second texts if `pairs`, and the cells of the columns to keep.
+    spec: str, keep: Sequence[str] = (), *, pairs: bool, prompts: bool = False
+) -> tuple[list[str], list[str] | None, list[dict[str, Any]], int]:
+    """Texts of a file, their second texts if `pairs`, the cells to keep, how many texts were cut.
 
     spec: a file, and after a `?` the names of its columns: `rows.csv?text=body&pair=reply`.
     """
@@ -97,7 +100,7 @@ def unlabelled(
         raise Refused("is no file", where=spec, remedy="name a CSV, TSV, JSONL or Parquet file")
     columns, path = asked.options.columns, files.must_exist(Path(asked.place))
     table = files.read(path, columns.wanted | set(keep), quotes=asked.options.quotes != "none")
-    columns = columns.texts_among(table, pairs=pairs)
+    columns = columns.texts_among(table, pairs=pairs, prompts=prompts)
     if lacking := [name for name in keep if name not in table.columns]:
         raise Refused(f"no column {shown(lacking[0])}", where=table.name,
                       remedy=nearest(lacking[0], table.columns))  # fmt: skip
@@ -109,7 +112,7 @@ def unlabelled(
                               remedy="leave the row out")  # fmt: skip
             found[place].append(text)
     kept = [{name: cells.get(name) for name in keep} for _, cells in table.records]
-    return found[0], found[1] if columns.pair else None, kept
+    return found[0], found[1] if columns.pair else None, kept, table.cut
 
 
 def _differ_by_case(names: tuple[str, ...]) -> list[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks.task import METRICS
+from holdfast.tasks.task import GENERATED, METRICS
 
 
 def score(
@@ -24,8 +24,11 @@ def score(
     Constant predictions (or truth) carry no ranking, and their correlation is 0/0: matthews and
     spearman are 0.0 there, never NaN.
     """
-    if metric not in METRICS:
-        raise Refused(f"no metric {metric!r}", remedy=nearest(metric, METRICS))
+    if metric not in METRICS or metric in GENERATED:
+        raise Refused(
+            f"no metric {metric!r}",
+            remedy=nearest(metric, [m for m in METRICS if m not in GENERATED]),
+        )
     if len(truth) != len(predicted):
         raise ValueError(f"{len(predicted)} predictions for {len(truth)} rows")
     if not len(truth):

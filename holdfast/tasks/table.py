@@ -57,11 +57,13 @@ class Columns:
         texts = self.texts_among(table)
         return replace(texts, label=self.label or _only(LABEL, table, "label")).check(table)
 
-    def texts_among(self, table: Table, *, pairs: bool | None = None) -> Columns:
+    def texts_among(
+        self, table: Table, *, pairs: bool | None = None, prompts: bool = False
+    ) -> Columns:
         """As `among`, without a label; `pairs` says whether there must be a second text."""
         if not table.records and not table.columns:
             raise Refused("no rows", where=table.name)
-        text = self.text or _only(TEXT, table, "text")
+        text = self.text or _only(PROMPT if prompts else TEXT, table, "text")
         pair = self.pair
         if pairs is False and pair is None:
             pass

@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GENERATED = ("likelihood", "exact_match", "token_f1", "rouge_l")  # of generated text
 METRICS = ("accuracy", "f1", "matthews", "spearman", *GENERATED)
@@ -67,6 +67,17 @@ class Task:
     def pairs(self) -> bool:
         """Whether every row has a second text."""
         return bool(self.train) and self.train[0].pair is not None
+
+    def renumbered(self, labels: Sequence[str]) -> Task:
+        """The same task with its label ids in the order of `labels`, which are the same names."""
+        if self.labels is None or tuple(labels) == self.labels:
+            return self
+        ids = [labels.index(label) for label in self.labels]
+        splits: dict[str, Any] = {
+            split: tuple(replace(row, label=ids[int(row.label)]) for row in getattr(self, split))
+            for split in ("train", "selection", "evaluation")
+        }
+        return replace(self, labels=tuple(labels), **splits)
 
     @property
     def rows(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ from test_recovery import stop_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from holdfast import EWC, Recipe, Refused, load, load_task, run_sequence
-from holdfast.experiments import learner, origin, serving
+from holdfast.experiments import gate, learner, origin, serving
 from holdfast.experiments.record import Record
 from holdfast.methods import METHODS
 from holdfast.training import checkpoints
@@ -139,6 +139,61 @@ def test_rows_that_are_gone_or_changed(place: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "b").predict(TOPICS[0], ["a good film"])[0].label
 
 
+def test_the_wrong_tasks_added_can_be_taken_back(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as nothing of them is learned."""
+    run(place, tmp_path, TOPICS[:1], seed=5)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learner.Learner, "learn", stop)
+        run(place, tmp_path, (TOPICS[0], TOPICS[2], TOPICS[1]), seed=5)
+    assert run(place, tmp_path, TOPICS[:1], seed=5).names == [TOPICS[0]]
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
+
+
+@pytest.mark.parametrize("recipe", [None, "ewc"])  # linked as it is, and remembered anew
+def test_killed_while_it_begins(
+    recipe: str | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(place, tmp_path / "a", TOPICS[:1], recipe="plain", epochs=1.0)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    where = (serving, "_link") if recipe is None else (learner, "commit")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*where, stop)
+        go_on(tmp_path / "a", TOPICS[1], tmp_path / "b", place=place, recipe=recipe)
+    assert list((tmp_path / "b" / "tasks").glob("1-*"))
+    record = go_on(tmp_path / "a", TOPICS[1], tmp_path / "b", place=place, recipe=recipe)
+    assert record.status == "done" and record.scores[1][0] is not None
+
+
+def test_final_is_made_again(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path, TOPICS[:1], recipe="plain", epochs=1.0)
+    shutil.rmtree(tmp_path / "final")
+    with pytest.raises(Refused, match="run its command to the end"):
+        load(tmp_path)
+    run(place, tmp_path, TOPICS[:1], recipe="plain", epochs=1.0)
+    assert load(tmp_path).tasks
+
+
+def test_names_of_strangers_lead_nowhere(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "evil")
+    for file in ("record.json", "final/tasks.json"):
+        path = tmp_path / "evil" / file
+        path.write_text(path.read_text().replace(f'"name": "{TOPICS[0]}"', '"name": "x/../../y"'))
+    with pytest.raises(Refused, match="a task's name is not a plain name"):
+        origin.origin_of(tmp_path / "evil", None)
+    with pytest.raises(Refused, match=r"tasks\.json is damaged"):
+        serving.described(tmp_path / "evil" / "final")
+
+
 @pytest.fixture
 def classifier(place: Path, tmp_path: Path) -> Path:
     """A model trained on the first topic, its labels in another order than holdfast's own."""
@@ -167,9 +222,19 @@ def test_a_classifier_in_use_is_protected(place: Path, tmp_path: Path, classifie
     head = load(tmp_path / "b").models[TOPICS[0]].classifier.weight
     assert torch.equal(head.cpu(), model.classifier.weight)  # its own, still
 
+    assert record.model["hash"] and record.rates and record.extra["from"] == str(classifier)
+    assert 0 <= (record.seconds[0] or 0) < 600
+    gate.judge_run(tmp_path / "b", max_forgetting=1.0)  # though its order is not the rows'
+    go_on(tmp_path / "b", TOPICS[2], tmp_path / "d", place=place)
+
     with pytest.raises(Refused, match="are not of its head"):
         go_on(classifier, TOPICS[1], tmp_path / "c", place=place,
               old_task=f"{place / TOPICS[2]}.jsonl")  # fmt: skip
+    unnamed = json.loads((classifier / "config.json").read_text())
+    unnamed["id2label"] = {i: f"LABEL_{i}" for i in unnamed["id2label"]}
+    (classifier / "config.json").write_text(json.dumps(unnamed))
+    with pytest.raises(Refused, match=r"are not of its head.*id2label"):
+        go_on(classifier, TOPICS[1], tmp_path / "c", place=place, old_task=old)
     with pytest.raises(Refused, match="add --old-task"):
         go_on(classifier, TOPICS[1], tmp_path / "c", place=place)
 

@@ -42,7 +42,9 @@ def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
 
 def open_saved(folder: str) -> Any:
     """A classifier as it was saved."""
-    return load_saved(AUTO, folder)
+    lacks = padding_id(load_config(folder)) is None
+    more = {"pad_token_id": load_tokenizer(folder).pad_token_id} if lacks else {}
+    return load_saved(AUTO, folder, **more)
 
 
 def has_head(config: Any) -> bool:
@@ -191,7 +193,7 @@ def predict(
 def _prediction(logits: Tensor, labels: Sequence[str] | None) -> Prediction:
     if labels is None:
         return Prediction(float(logits[0]), {})
-    shares = logits.double().softmax(0).tolist()
+    shares = logits.cpu().double().softmax(0).tolist()
     return Prediction(labels[int(logits.argmax())], dict(zip(labels, shares, strict=True)))
 
 

@@ -31,6 +31,7 @@ from holdfast.tasks.task import Prediction, Row, Task
 
 HEADS = False
 IGNORED = -100
+ANSWER = "answer"  # of an encoded row: its bytes, which the collator leaves out
 BATCH = 16  # rows a forward pass; logits take 4 bytes a token and word of the vocabulary
 
 
@@ -78,7 +79,7 @@ def with_head(model: Any, labels: Sequence[str] | None, file: Path) -> Any:
 def encode(
     rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = None
 ) -> Packed:
-    """Prompt and answer of each row; too long a prompt loses its beginning, an answer its end."""
+    """Prompt and answer of each row, cut at `max_length` tokens; see `_cut`."""
     if tokenizer.eos_token_id is None:
         raise Refused("its tokenizer has no token for the end of a text", where=task.name,
                       remedy="set its eos_token and save it again")  # fmt: skip
@@ -88,14 +89,17 @@ def encode(
         asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
         answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
         found = []
-        for prompt, answer in zip(asked, answers, strict=True):
+        for row, prompt, answer in zip(rows, asked, answers, strict=True):
             if pairs:
                 said = [*answer[: max_length - 1], tokenizer.eos_token_id]
-                found.append(_row(prompt[:max_length], said))
+                made = _row(_cut(prompt, max_length, decoder=False), said)
             else:
                 said = [*answer[: max_length - 2], tokenizer.eos_token_id]
-                prompt = prompt[-(max_length - len(said)) :]
-                found.append(_row([*prompt, *said], [*[IGNORED] * len(prompt), *said]))
+                prompt = _cut(prompt, max_length - len(said), decoder=True)
+                made = _row([*prompt, *said], [*[IGNORED] * len(prompt), *said])
+            if task.metric != "likelihood":  # the text itself: tokens may not give it back
+                made[ANSWER] = list(str(row.label).encode())
+            found.append(made)
         return found
 
     return Packed.of(rows, few)
@@ -109,6 +113,13 @@ def _prompts(texts: Sequence[str], tokenizer: Any, *, decoder: bool) -> list[lis
     if decoder:  # some tokenizers end every text: here it goes on
         found = [ids[:-1] if ids[-1:] == [end] else ids for ids in found]
     return found
+
+
+def _cut(prompt: list[int], most: int, *, decoder: bool) -> list[int]:
+    """A decoder's prompt loses its beginning, as the answer follows its end; others their end."""
+    if decoder or len(prompt) <= most:
+        return prompt[-most:]
+    return [*prompt[: most - 1], prompt[-1]]  # the token for the end of a text
 
 
 def _row(ids: list[int], labels: list[int]) -> dict[str, Any]:
@@ -137,11 +148,17 @@ def count_cut(
     return count
 
 
+class _Collator(DataCollatorForSeq2Seq):
+    def __call__(self, features: Any, return_tensors: Any = None) -> Any:
+        rows = [{k: v for k, v in row.items() if k != ANSWER} for row in features]
+        return super().__call__(rows, return_tensors)
+
+
 def collator(tokenizer: Any) -> Any:
     """Batches padded on the right, labels with -100."""
     right = copy.copy(tokenizer)
     right.padding_side = "right"
-    return DataCollatorForSeq2Seq(right, label_pad_token_id=IGNORED)
+    return _Collator(right, label_pad_token_id=IGNORED)
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -152,22 +169,20 @@ def measure(model: Any, rows: Sequence[dict[str, Any]], task: Task, collate: Any
     found = np.zeros((len(rows), 2))
     if task.metric == "likelihood":
         for chosen, losses, counts in _losses(model, rows, collate):
-            found[chosen] = torch.stack([losses, counts], 1).double().cpu().numpy()
+            found[chosen] = torch.stack([losses, counts], 1).cpu().double().numpy()
         if not np.isfinite(found).all():
             raise TrainingDiverged("diverged: the model's outputs are not finite",
                                    where=task.name, remedy="lower --lr")  # fmt: skip
         return found
-    tokenizer = collate.tokenizer
     most = max(sum(i != IGNORED for i in row["labels"]) for row in rows)
-    answers = [[i for i in row["labels"] if i != IGNORED] for row in rows]
     decoder = not model.config.is_encoder_decoder
     prompts = [
         [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
         if decoder else row["input_ids"]
         for row in rows
     ]  # fmt: skip
-    said = generate(model, prompts, tokenizer, most=most)
-    truth = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    said = generate(model, prompts, collate.tokenizer, most=most)
+    truth = [bytes(row[ANSWER]).decode() for row in rows]
     found[:, 0], found[:, 1] = text_scores(task.metric, truth, said), 1.0
     return found
 
@@ -200,13 +215,17 @@ def generate(
     model: Any, prompts: Sequence[list[int]], tokenizer: Any, *, most: int, batch: int = BATCH
 ) -> list[str]:
     """Greedily generated text for each prompt of token ids, of at most `most` tokens."""
-    device = next(model.parameters()).device
+    device, decoder = next(model.parameters()).device, not model.config.is_encoder_decoder
     left, found = copy.copy(tokenizer), [""] * len(prompts)
     left.padding_side = "left"
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if decoder and places:  # prompt and answer share them
+        most = min(most, places - 1)
+        prompts = [_cut(ids, places - most, decoder=True) for ids in prompts]
     with _evaluating(model):
         for chosen in _batches([len(ids) for ids in prompts], batch):
             rows = left.pad({"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt")
-            begun = rows["input_ids"].shape[1] if not model.config.is_encoder_decoder else 0
+            begun = rows["input_ids"].shape[1] if decoder else 0
             made = model.generate(
                 **{k: rows[k].to(device) for k in ("input_ids", "attention_mask")},
                 max_new_tokens=most, do_sample=False, num_beams=1,
@@ -240,8 +259,14 @@ def predict(
     model: Any, about: Mapping[str, Any], texts: Sequence[str],
     pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
 ) -> list[Prediction]:  # fmt: skip
-    """The answer to each text, of at most `max_length` tokens."""
+    """The answer to each text; a decoder's prompt and answer take `max_length` tokens at most."""
     decoder = not model.config.is_encoder_decoder
-    prompts = [ids[-max_length:] for ids in _prompts(texts, tokenizer, decoder=decoder)]
-    said = generate(model, prompts, tokenizer, most=max_length, batch=min(batch, BATCH))
+    room = (
+        max_length - max_length // 4 if decoder else max_length
+    )  # an answer has a quarter or more
+    prompts = [
+        _cut(ids, room, decoder=decoder) for ids in _prompts(texts, tokenizer, decoder=decoder)
+    ]
+    longest = max(map(len, prompts), default=0) if decoder else 0
+    said = generate(model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH))
     return [Prediction(text, {}) for text in said]
