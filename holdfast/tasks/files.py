@@ -5,6 +5,7 @@ These readers raise nothing but `Refused`, whatever the bytes are.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -19,6 +20,7 @@ from holdfast.tasks.table import (
     MAX_CELL,
     MAX_CHARACTERS,
     MAX_RECORDS,
+    WORDY,
     Table,
     listed,
     shown,
@@ -145,6 +147,7 @@ def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
                 raise Refused(f"column {shown(column)} stands twice", where=table.at(1))
         table.columns = header
         start = reader.line_num + 1
+        read = [(at, name) for at, name in enumerate(header) if name in table.wanted]
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise Refused(
@@ -152,8 +155,10 @@ def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
                     where=table.at(start),
                     remedy="quote a text that holds the delimiter",
                 )
-            if cells:
+            if cells and len(table.records) < WORDY:
                 table.add(start, dict(zip(header, cells, strict=True)))
+            elif cells:
+                table.add(start, {name: cells[at] for at, name in read})
             start = reader.line_num + 1
     except csv.Error as error:
         raise Refused(
@@ -234,12 +239,14 @@ def _parquet(path: Path, table: Table, quotes: bool) -> None:
                 name for name in unread if pa.types.is_string(file.schema_arrow.field(name).type)
             )
             number = 0
-            for batch in file.iter_batches(batch_size=64, columns=found):
-                columns = [batch.column(name) for name in found]
-                for index in range(batch.num_rows):
-                    number += 1
-                    cells = zip(found, (column[index] for column in columns), strict=True)
-                    table.add(number, {name: _value(cell, table, number) for name, cell in cells})
+            for batch in file.iter_batches(batch_size=4096, columns=found):
+                step = min(map(_at_once, batch.columns), default=1)
+                for at in range(0, batch.num_rows, step):
+                    part = batch.slice(at, step)
+                    columns = [_values(part.column(n), table, number + 1) for n in found]
+                    for cells in zip(*columns, strict=True):
+                        number += 1
+                        table.add(number, dict(zip(found, cells, strict=True)))
     except Refused:
         raise
     except Exception as error:  # pyarrow raises many kinds on broken bytes
@@ -250,11 +257,34 @@ def _parquet(path: Path, table: Table, quotes: bool) -> None:
         ) from error
 
 
-def _value(cell: Any, table: Table, number: int) -> Any:
-    try:
-        return cell.as_py()
-    except UnicodeDecodeError:
-        raise Refused("bytes that are not UTF-8", where=table.at(number)) from None
+def _at_once(column: Any) -> int:
+    """How many rows to make into Python's values at once: all may hold the longest text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = column.dictionary if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_nested(values.type):
+        return 64
+    long = pa.types.is_large_unicode(values.type) or pa.types.is_large_binary(values.type)
+    text = long or pa.types.is_string(values.type) or pa.types.is_binary(values.type)
+    longest = (pc.max(pc.binary_length(values)).as_py() or 1) if text else 1
+    return max(1, min(4096, 2**24 // longest))
+
+
+def _values(column: Any, table: Table, first: int) -> list[Any]:
+    """A column's values; `first` is the number of its first row."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    with contextlib.suppress(UnicodeDecodeError):
+        return list(column.to_pylist())
+    for number, cell in enumerate(column, first):
+        try:
+            cell.as_py()
+        except UnicodeDecodeError:
+            raise Refused("bytes that are not UTF-8", where=table.at(number)) from None
+    return []
 
 
 def _check_parquet(metadata: Any, table: Table) -> None:

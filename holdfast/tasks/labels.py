@@ -119,7 +119,7 @@ def names_of(
     meant: dict[Decimal | str, str] = {}  # meaning -> spelling
     rows = 0
     for cell, where in cells:
-        spelling = spelled(cell, where)
+        spelling = cell if cell.__class__ is str and cell in seen else spelled(cell, where)
         if spelling in seen:
             rows += 1
             continue

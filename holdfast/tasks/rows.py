@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,15 +161,26 @@ class _Texts:
             if text is not None and (pair is not None or not self.paired)
         ]
 
-    def cells(self) -> list[tuple[Any, str]]:
-        return [(label, self.table.at(number)) for number, _, _, label in self.kept]
+    def cells(self) -> Iterator[tuple[Any, str]]:
+        """Every label, and where it stands for the first time."""
+        said: set[str] = set()
+        for number, _, _, label in self.kept:
+            again = label.__class__ is str and label in said
+            if label.__class__ is str:
+                said.add(label)
+            yield label, "" if again else self.table.at(number)
 
     def rows(self, read: labels.Read, warnings: list[str]) -> list[Row]:
-        found = [
-            Row(text, pair, label)
-            for number, text, pair, cell in self.kept
-            if (label := read(cell, self.table.at(number))) is not None
-        ]
+        found, known = [], dict[str, Any]()  # what a spelling that occurred before was read as
+        for number, text, pair, cell in self.kept:
+            if cell.__class__ is str and cell in known:
+                label = known[cell]
+            else:
+                label = read(cell, self.table.at(number))
+                if cell.__class__ is str and len(known) < labels.MAX_CLASSES:
+                    known[cell] = label
+            if label is not None:
+                found.append(Row(text, pair, label))
         missing, ignored = len(self.table.records) - len(self.kept), len(self.kept) - len(found)
         for count, why in (
             (missing, "without text skipped"),

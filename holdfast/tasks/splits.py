@@ -38,7 +38,8 @@ def stratified(
     often = Counter(classes)
     groups: dict[int, list[list[int]]] = defaultdict(list)
     for bundle in bundles.values():  # counts for its rarest class, as it may hold all of its rows
-        groups[min((often[classes[i]], classes[i]) for i in bundle)[1]].append(bundle)
+        of = {classes[i] for i in bundle}
+        groups[min(of, key=lambda c: (often[c], c))].append(bundle)
     counts = {group: sum(map(len, groups[group])) for group in sorted(groups)}
     draw = random.Random(seed)
     rank = [draw.random() for _ in labels]

@@ -12,6 +12,7 @@ MAX_TEXT = 20_000  # characters; a longer text is cut and counted
 MAX_CELL = 32 * 2**20  # characters in one line or cell; longer ones are refused
 MAX_CHARACTERS = 2**31  # in one file after decompression
 MAX_RECORDS = 20_000_000
+WORDY = 100  # the first records, by which an unread column is known to hold running text
 
 TEXT = ("text", "sentence", "sentence1")
 PAIR = ("pair", "sentence2")
@@ -120,11 +121,11 @@ class Table:
         kept, cut = {}, False
         for name, value in cells.items():
             if name not in self.wanted:
-                if len(self.records) < 100 and isinstance(value, str) and value.count(" ") > 1:
+                if len(self.records) < WORDY and isinstance(value, str) and value.count(" ") > 1:
                     self.wordy.add(name)
                 continue
             if isinstance(value, str):
-                if _SURROGATE.search(value):
+                if not value.isascii() and _SURROGATE.search(value):
                     raise Refused(
                         f"{shown(name)} holds half a character (a lone surrogate)",
                         where=self.at(number),

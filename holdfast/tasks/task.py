@@ -37,8 +37,8 @@ class Row:
     @property
     def plain(self) -> tuple[str, str]:
         """Text and pair without case and spacing; rows that are equal in it are duplicates."""
-        one, two = (" ".join(text.casefold().split()) for text in (self.text, self.pair or ""))
-        return one, two
+        one = " ".join(self.text.casefold().split())
+        return one, " ".join(self.pair.casefold().split()) if self.pair else ""
 
 
 @dataclass(frozen=True)
