@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from results import DATA, markdown, save
+from results import DATA, markdown, need_data, save
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 
 import holdfast
@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("--only-saving", action="store_true", help="not the time of trainings")
     parser.add_argument("--threads", type=int, help="of torch (as many as it takes)")
     chosen = parser.parse_args()
+    need_data(*chosen.tasks)
     chosen.repeats = chosen.repeats or (2 if chosen.quick else 5)
     chosen.train_size = chosen.train_size or (1280 if chosen.quick else None)
     chosen.save_runs = chosen.save_runs or (2 if chosen.quick else 5)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import DATA
+from results import DATA, need_data
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -329,6 +329,7 @@ def main() -> int:
         "--draw", action="store_true", help="only tables and picture of what is done"
     )
     chosen = parser.parse_args()
+    need_data()
     known = {"tuning": TUNING, "chains": CHAINS, "ten": TEN, "alone": ALONE}
     asked = chosen.sequences or [*PAIRS[: chosen.pairs], "chains"]
     arms = MAIN if chosen.arms == ["main"] else chosen.arms

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import DATA, markdown, save
+from results import DATA, markdown, need_data, save
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm.auto import trange
 from transformers import (
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/generation"))
     chosen = parser.parse_args()
+    need_data()
     if chosen.quick:
         chosen.steps, chosen.seeds, chosen.arms = 200, 1, ["flat 0.0003", "merge", "ewc"]
     source = pretrain(chosen.model, chosen.runs / f"{chosen.model}-{chosen.steps}", chosen.steps)

@@ -18,6 +18,14 @@ from holdfast.experiments.record import commit, versions
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real tasks, not ours to commit
 
 
+def need_data(*places: str | Path) -> None:
+    """End in one line where the real tasks are not beside the checkout."""
+    for place in places or (DATA,):
+        if Path(place).is_relative_to(DATA) and not Path(place).exists():
+            sys.exit(f"../shared/data: no {Path(place).name} there: the real tasks are not part of "
+                     "the repository; docs/results/README.md says what they are")  # fmt: skip
+
+
 def save(path: Path, found: dict[str, Any], told: str) -> None:
     """Write what was found as JSON, with the command that found it, and `told` beside it as .md."""
     command = f"python {shlex.join(sys.argv)}"

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from results import DATA, markdown, save
+from results import DATA, markdown, need_data, save
 
 from holdfast.experiments.compare import compare
 from holdfast.experiments.statistics import Difference, mean_spread
@@ -176,6 +176,8 @@ def arguments(doc: str | None, *, curves: bool = False) -> argparse.Namespace:
     else:
         parser.add_argument("--seeds", type=int, default=3, help="fresh seeds")
     chosen = parser.parse_args()
+    if not chosen.tasks:
+        need_data()
     chosen.tasks = chosen.tasks or list(FULL if chosen.full else QUICK)
     name = next(size for size in ("quick", "full", "tiny") if getattr(chosen, size))
     chosen.runs = chosen.runs / name

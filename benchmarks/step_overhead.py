@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import DATA, markdown, save, summary
+from results import DATA, markdown, need_data, save, summary
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DataCollatorWithPadding
@@ -367,6 +367,7 @@ def main() -> int:
     parser.add_argument("--rows", default=str(DATA / "trec6"), help="the old task of EWC (TREC)")
     parser.add_argument("--threads", type=int, help="of torch (its own choice)")
     chosen = parser.parse_args()
+    need_data(chosen.rows)
     torch.set_num_threads(chosen.threads or torch.get_num_threads())
     chosen.pairs = chosen.pairs or (40 if chosen.quick else 200)
     schedules = [schedule(ARMS[arm], chosen.pairs) for arm in chosen.arms]
