@@ -5,7 +5,7 @@
 SNLI's premise → a sentence that follows from it, then QNLI's sentence → a question that it answers.
 No pre-trained language model can be had offline, so a small one (a decoder of 2.6M parameters, or a
 T5 of 3.1M) is first trained here on texts of other tasks: numbers are its, and of no real model.
-Scores are exp(−NLL per answer token). Runs lie in --runs; the same command goes on.
+Tables show negative log-likelihood per answer token, in nats. The same command goes on with --runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -153,18 +154,18 @@ def main() -> None:
 def _table(found: list[dict[str, Any]]) -> str:
     lines = []
     for arm in dict.fromkeys(run["arm"] for run in found):
-        scores = [run["scores"] for run in found if run["arm"] == arm]
-        columns = [[s[0][0] for s in scores], [s[1][0] for s in scores], [s[1][1] for s in scores],
-                   [(s[1][0] + s[1][1]) / 2 for s in scores]]  # fmt: skip
-        kept = statistics.mean(s[1][0] / s[0][0] for s in scores)
-        lines.append([arm, len(scores), *(_spread(c) for c in columns), f"{100 * kept:.1f} %"])
-    heads = ["arm", "seeds", "old before", "old after", "new", "average at the end", "kept"]
+        runs = [run["scores"] for run in found if run["arm"] == arm]
+        lost = [[[-math.log(v) if v else 0.0 for v in row] for row in scores] for scores in runs]
+        columns = [[s[0][0] for s in lost], [s[1][0] for s in lost], [s[1][1] for s in lost],
+                   [(s[1][0] + s[1][1]) / 2 for s in lost]]  # fmt: skip
+        lines.append([arm, len(lost), *(_spread(c) for c in columns)])
+    heads = ["arm", "seeds", "old before", "old after", "new", "mean at the end"]
     return markdown(heads, lines)
 
 
 def _spread(values: list[float]) -> str:
-    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{sd}"
+    sd = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{sd}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -76,15 +77,17 @@ class History(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """One progress bar a task."""
+    """One progress bar a task; without a terminal it is written once a minute."""
 
-    def __init__(self, label: str, task: str) -> None:
-        self.label = f"{label} · {task}" if label else task
+    def __init__(self, label: str, task: str, place: int = 0, size: int = 1) -> None:
+        name = f"{task} ({place + 1} of {size})" if size > 1 else task
+        self.label = f"{label} · {name}" if label else name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
             leave=False, dynamic_ncols=True, position=BAR_LINE,
+            mininterval=0.1 if sys.stderr.isatty() else 60.0,
         )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -71,7 +71,10 @@ class Learner:
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
         shown = [] if bar is None else [bar]
         self._callbacks = callbacks or (
-            lambda _, i: [History(self, i), *(Bar(name, tasks[i].name) for name in shown)]
+            lambda _, i: [
+                History(self, i),
+                *(Bar(name, tasks[i].name, i, len(tasks)) for name in shown),
+            ]
         )
         self.tokenizer = load_tokenizer(source) if loaded is None else loaded.tokenizer
         self.kind = kind_of(tasks)

@@ -107,6 +107,8 @@ class Job:
             config["from"] = self.origin.mark
         folder = Path("runs") / digest(config) if folder is None else folder
         source = locate(self.model) if self.origin is None else self.origin.source
+        if plan.alone and self.origin is not None:
+            locate(self.model)  # tasks alone begin there: refused now, not after the sequence
         kind_of(tasks).check(source)
         check_length(source, plan.max_length)
         check_disk(folder, _bytes_needed(source, len(tasks)))
