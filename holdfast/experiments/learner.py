@@ -238,7 +238,8 @@ class Learner:
         """A loader of the weights that the task begins with, so that no method need copy them."""
         before = self.home(index - 1)
         kept = index > 0 and (before / "config.json").is_file()
-        return functools.partial(shared_weights, before, model) if kept else None
+        shared = self.kind.shared(model)
+        return functools.partial(shared_weights, before, model, shared) if kept else None
 
     def note_time(self) -> None:
         """Seconds spent on this task so far, those of killed processes included."""

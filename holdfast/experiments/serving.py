@@ -41,9 +41,8 @@ class Loaded:
 
     def __init__(self, source: str) -> None:
         self.tokenizer = load_tokenizer(source)
-        self.rows: dict[
-            int, dict[tuple[str, str], tuple[Packed, int]]
-        ] = {}  # by seed; task and split
+        # By seed, then by task and split: rows, and how many of them were cut.
+        self.rows: dict[int, dict[tuple[str, str], tuple[Packed, int]]] = {}
         self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
 
     def untrained(
@@ -85,7 +84,10 @@ def models_in(folder: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """Tasks, as `save` noted them, and their models around one encoder, in evaluation mode."""
     found = described(folder)["tasks"]
     kind = kind_named(found[-1]["kind"])
-    last = kind.open_saved(str(folder))
+    last, size = kind.open_saved(str(folder)), len(found[-1]["labels"] or "-")
+    if kind.HEADS and last.config.num_labels != size:
+        raise Refused(f"a head of {last.config.num_labels} outputs for {size} labels",
+                      where=str(folder), remedy="run its sequence again")  # fmt: skip
     before = [
         kind.with_head(last, t["labels"], folder / HEAD.format(t["name"])) for t in found[:-1]
     ]
@@ -108,11 +110,11 @@ def described(folder: Path) -> dict[str, Any]:
     raise Refused(f"{TASKS} is damaged", where=str(folder), remedy="run its sequence again")
 
 
-def shared_weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
-    """The encoder's weights by name, as the checkpoint of the task before holds them."""
+def shared_weights(folder: Path, model: Any, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of what tasks share, `module`, by name, as the checkpoint before holds them."""
     named = named_parameters(model)
     before = type(model).from_pretrained(folder, dtype=torch.float32)
-    shared = {id(p) for p in model.base_model.parameters()}
+    shared = {id(p) for p in module.parameters()}
     saved = named_parameters(before)
     device = next(model.parameters()).device
     return {n: saved[n].detach().to(device) for n, p in named.items() if id(p) in shared}

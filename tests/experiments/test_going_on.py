@@ -302,6 +302,15 @@ def test_one_task_as_an_ordinary_model(whole: Path, tmp_path: Path) -> None:
         served.save(TOPICS[0], tmp_path / "m")
 
 
+def test_labels_that_are_not_those_of_the_head(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "final", tmp_path / "final")
+    body = json.loads((tmp_path / "final" / "tasks.json").read_text())
+    body["tasks"][-1]["labels"].append("one more")
+    (tmp_path / "final" / "tasks.json").write_text(json.dumps(body))
+    with pytest.raises(Refused, match=r"a head of \d outputs for \d labels"):
+        serving.models_in(tmp_path / "final")
+
+
 def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is no run"):
         load(tmp_path)

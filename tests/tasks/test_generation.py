@@ -210,7 +210,7 @@ def test_kinds_do_not_mix_and_unknown_ones_are_named() -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two decoders' tasks, a decoder and an encoder-decoder."""
     folder = tmp_path_factory.mktemp("place")
-    for name in ("gpt2", "t5"):
+    for name in ("gpt2", "llama", "t5"):
         model(name).save_pretrained(folder / name)
         tokens(name).save_pretrained(folder / name)
     for name, words in (("day", ["good", "great", "fine"]), ("night", ["bad", "poor", "dull"])):
@@ -227,7 +227,7 @@ SHORT: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "lr": 3e-3, "max_length
                          "progress": False}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])  # llama's output layer is its own
 def test_a_sequence_is_learned_gone_on_with_served_and_judged(
     name: str, place: Path, tmp_path: Path
 ) -> None:
