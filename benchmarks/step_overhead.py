@@ -168,9 +168,8 @@ def read_rows(chosen: argparse.Namespace) -> list[dict[str, Tensor]]:
     """512 real rows in batches as the model takes them."""
     task = load_task(chosen.rows, train_size=512)
     tokenizer = load_tokenizer(locate("minilm" if chosen.model in SIZES else chosen.model))
-    rows = encode(task.train, task, tokenizer, max_length=128)
-    for row in rows:
-        row["labels"] = 0  # the Fisher information draws its own
+    found = encode(task.train, task, tokenizer, max_length=128)
+    rows = [{**row, "labels": 0} for row in found]  # the Fisher information draws its own labels
     collate = DataCollatorWithPadding(tokenizer)
     batches = (collate(rows[i : i + 32]) for i in range(0, len(rows), 32))
     return [{k: v.to(chosen.device) for k, v in batch.items()} for batch in batches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 
 
 class Refused(ValueError):
@@ -39,7 +40,12 @@ def tell_once(line: str) -> None:
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """A remedy naming the nearest of `known`, or all of them."""
+    return meant(word, known) or f"known are {', '.join(sorted(known))}"
+
+
+def meant(word: str, known: Iterable[str], *, alike: float = 0.5) -> str | None:
+    """A remedy naming the nearest of `known`; None if none is `alike`, from 0 to 1."""
     import difflib
 
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=alike)
+    return f"did you mean {close[0]!r}?" if close else None

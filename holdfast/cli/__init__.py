@@ -14,7 +14,6 @@ All verb modules are loaded for every `--help`: import heavy packages in `run`.
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import os
 import re
@@ -25,7 +24,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from holdfast import __version__
-from holdfast.errors import Refused
+from holdfast.errors import Refused, meant
 from holdfast.plugins import plugin
 from holdfast.training import stopping
 
@@ -98,12 +97,11 @@ class Parser(argparse.ArgumentParser):
 
     def _near(self, word: str) -> str:
         """What was probably meant by an option that is not known."""
-        plain, known = word.strip("-"), {o.strip("-"): o for o in self._option_string_actions}
+        plain, known = word.strip("-"), [o.strip("-") for o in self._option_string_actions]
         if plain in ("gpu", "device", "cuda", "cpu"):
             return "the device is found by itself (`holdfast doctor` tells it)"
-        meant = OTHERS.get(plain, plain)
-        close = difflib.get_close_matches(meant, known, n=1, cutoff=0.7)
-        return f"did you mean {known[close[0]]!r}?" if close else ""
+        remedy = meant(OTHERS.get(plain, plain), known, alike=0.7) or ""
+        return remedy.replace("'", "'--", 1)
 
     def error(self, message: str, remedy: str = "") -> NoReturn:
         remedy = remedy or f"see {self.prog} --help"

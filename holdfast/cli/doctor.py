@@ -14,7 +14,7 @@ def options(_: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> None:
-    from holdfast.experiments.processes import machine
+    from holdfast.experiments.doctor import machine
 
     for line in machine():
         print(line)

@@ -24,7 +24,8 @@ def run(chosen: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from holdfast.errors import Refused
-    from holdfast.experiments.serving import load, write_rows
+    from holdfast.experiments.serving import load
+    from holdfast.report.tables import write_csv, write_jsonl
     from holdfast.tasks.rows import unlabelled
 
     if chosen.batch_size < 1:
@@ -50,7 +51,9 @@ def run(chosen: argparse.Namespace) -> None:
                 row[shares] = each.probabilities if shares == "probabilities" else best
             rows.append(row)
             bar.update()
-    columns = [*chosen.keep, "label", *([shares] if about["labels"] else [])]
-    write_rows(chosen.out, rows, columns)
+    if chosen.out.suffix == ".csv":
+        write_csv(rows, chosen.out, [*chosen.keep, "label", *([shares] if about["labels"] else [])])
+    else:
+        write_jsonl(rows, chosen.out)
     told = f", {cut:,} of them cut at 20,000 characters" if cut else ""
     print(f"{chosen.out}: {len(rows):,} rows{told}; texts are cut at {served.max_length} tokens")

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused
 from holdfast.tasks import Row
+from holdfast.tasks.kinds.packed import alike
 
 POOLINGS = ("mean", "cls")
 
@@ -44,28 +46,19 @@ def embedder(
         pairs = None if rows[0].pair is None else [row.pair or "" for row in rows]
         fields = tokenizer([r.text for r in rows], pairs, truncation=True, max_length=max_length)
         ids = fields["input_ids"]
-        order = sorted(range(len(rows)), key=lambda i: len(ids[i]))
-        if not ids[order[0]]:
-            raise Refused("a row without tokens", where=repr(rows[order[0]].text[:60]))
+        if empty := [row.text for row, found in zip(rows, ids, strict=True) if not found]:
+            raise Refused("a row without tokens", where=repr(empty[0][:60]))
         device = next(encoder.parameters()).device
         found: list[Any] = [None] * len(rows)
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                for start in range(0, len(order), batch):
-                    chosen = order[start : start + batch]
-                    inputs = tokenizer.pad(
-                        {k: [v[i] for i in chosen] for k, v in fields.items()},
-                        return_tensors="pt",
-                    ).to(device)
-                    hidden = encoder(**inputs).last_hidden_state.float()  # (rows, tokens, width)
-                    vectors = _pooled(hidden, inputs["attention_mask"], pooling)
-                    for i, vector in zip(chosen, vectors.cpu().numpy(), strict=True):
-                        found[i] = vector
-        finally:
-            for module, was in training.items():
-                module.training = was
+        with torch.no_grad(), in_mode(model.modules(), training=False):
+            for chosen in alike([len(each) for each in ids], batch):
+                inputs = tokenizer.pad(
+                    {k: [v[i] for i in chosen] for k, v in fields.items()}, return_tensors="pt"
+                ).to(device)
+                hidden = encoder(**inputs).last_hidden_state.float()  # (rows, tokens, width)
+                vectors = _pooled(hidden, inputs["attention_mask"], pooling)
+                for i, vector in zip(chosen, vectors.cpu().numpy(), strict=True):
+                    found[i] = vector
         made: np.ndarray = np.stack(found)
         if not np.isfinite(made).all():
             raise Refused("an embedding is not finite", remedy="has the model diverged?")

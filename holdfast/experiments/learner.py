@@ -19,8 +19,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from holdfast.engine.bound import Bound
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
+from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.record import Record
-from holdfast.experiments.serving import Loaded, finish, models_in, save, shared_weights
+from holdfast.experiments.serving import finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
 from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
@@ -28,7 +29,13 @@ from holdfast.tasks import Task
 from holdfast.tasks.kinds import evaluate, kind_of
 from holdfast.tasks.kinds.classification import has_head
 from holdfast.tasks.kinds.packed import Packed
-from holdfast.tasks.kinds.pretrained import load_config, load_tokenizer, quiet, source_hash
+from holdfast.tasks.kinds.pretrained import (
+    device,
+    load_config,
+    load_tokenizer,
+    quiet,
+    source_hash,
+)
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
@@ -124,9 +131,8 @@ class Learner:
 
     def _note_machine(self) -> None:
         """Record what bit-equality depends on besides the packages; warn of a change."""
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else ""
         now = {
-            "device": str(device or "cpu"),
+            "device": str(device()),
             "precision": "bfloat16 autocast" if self.plan.bf16 else "float32",
             "threads": str(torch.get_num_threads()),
         }
@@ -164,7 +170,6 @@ class Learner:
         Methods read these tasks' training rows; nothing is trained.
         """
         self.models, self.bound = list(models), self.recipe.unbound(seed=self.seed)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else ""
         for index, model in enumerate(models):
             task, rows = self.tasks[index], self.rows(index, "train")
             if not rows and any(m.needs_data for m in self.recipe.methods):
@@ -174,9 +179,9 @@ class Learner:
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
             batches: Any = DataLoader(
                 Subset(rows, order.tolist()), 32,  # type: ignore[arg-type]
-                collate_fn=lambda few: self.collate(few).to(device or "cpu"),
+                collate_fn=lambda few: self.collate(few).to(device()),
             )  # fmt: skip
-            model.to(device or "cpu")
+            model.to(device())
             self.bound.remember(task.name, model, batches, shared=self.kind.shared(model))
 
     def learn(self, index: int) -> None:

@@ -12,7 +12,7 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
-from holdfast.training.manifest import MANIFEST, damage
+from holdfast.training.manifest import MANIFEST, damage, identity, listed
 
 if TYPE_CHECKING:
     from holdfast.experiments.learner import Learner
@@ -51,7 +51,7 @@ class FromRun:
         if wrong := damage(self.last) if self.last.is_dir() else "is gone":
             raise Refused(wrong, where=str(self.last), remedy="run its command again")
         self.source = str(self.last)
-        self.mark = _manifest(self.last)["sha256"]
+        self.mark = identity(self.last)
 
     def home(self, place: int) -> Path:
         """The folder of a task, where there is one."""
@@ -75,7 +75,7 @@ class FromRun:
             return
         home = learner.home(self.size - 1)
         home.mkdir(parents=True, exist_ok=True)
-        serving.link_files(self.last, home, [*_manifest(self.last)["files"], MANIFEST])
+        serving.link_files(self.last, home, [*listed(self.last), MANIFEST])
 
 
 class FromClassifier:
@@ -186,7 +186,3 @@ def _absent(told: Mapping[str, Any]) -> Task:
     # It is the same task, though its rows are gone.
     vars(task).update(hash=told["hash"], pairs=told.get("pairs", False))
     return task
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))

@@ -8,18 +8,15 @@ of ours, ends all: the others stop after their current step, with a checkpoint.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Refused
-from holdfast.experiments.record import versions
 from holdfast.training import stopping
 
 ATTEMPTS = 3  # worker processes that one job may lose
@@ -198,36 +195,3 @@ def end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
-
-
-# --- what there is to work with -------------------------------------------------------------------
-
-
-def machine() -> Iterator[str]:
-    """Versions, device, threads and disk, and after an `!` what is worth changing, a line each."""
-    import torch
-
-    from holdfast.tasks.kinds.pretrained import locate
-
-    yield " · ".join(f"{name} {version}" for name, version in versions().items())
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    free, threads, cores = shutil.disk_usage(Path.cwd()).free, torch.get_num_threads(), _cores()
-    yield f"device {device} · {threads} threads on {cores} cores · {free / 1e9:.0f} GB free here"
-    if str(device) != "cpu":
-        yield "! --bf16 trains in about half the memory on recent accelerators"
-    else:
-        yield "! no accelerator: a model of 22M parameters takes about .3 s a step of 16 short rows"
-        if torch.version.cuda:
-            yield f"! torch, built for CUDA {torch.version.cuda}, finds no device: see its driver"
-        if torch.cpu._is_avx512_bf16_supported():
-            yield "! this processor multiplies in bfloat16: --bf16 is faster here"
-        if threads > cores:
-            yield f"! more threads than cores: OMP_NUM_THREADS={cores} is faster"
-    try:
-        locate("minilm")
-    except Refused as refusal:
-        yield f"! {refusal}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,13 +7,10 @@ names every task with its labels. A run has one for each task, and `final/` for 
 
 from __future__ import annotations
 
-import copy
-import csv
-import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,39 +24,11 @@ from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, slug
 from holdfast.tasks.kinds import kind_named, kind_of
-from holdfast.tasks.kinds.classification import share_encoder
-from holdfast.tasks.kinds.packed import Packed
-from holdfast.tasks.kinds.pretrained import load_tokenizer, quiet
-from holdfast.training.manifest import MANIFEST, commit, damage
+from holdfast.tasks.kinds.pretrained import device, load_tokenizer, quiet
+from holdfast.training.manifest import commit, damage, listed
 
 TASKS, HEAD = "tasks.json", "head-{}.safetensors"
 STATE = "holdfast"  # files of this name hold the state of methods, which only learning needs
-
-
-class Loaded:
-    """What several runs of one model share: its tokenizer, their encoded rows, untrained models."""
-
-    def __init__(self, source: str) -> None:
-        self.tokenizer = load_tokenizer(source)
-        # By seed, then by task and split: rows, and how many of them were cut.
-        self.rows: dict[int, dict[tuple[str, str], tuple[Packed, int]]] = {}
-        self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
-
-    def untrained(
-        self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
-    ) -> nn.Module:
-        """A copy of what `make` made first, on the encoder of the task before, if there is one."""
-        if key not in self._untrained:
-            fresh = make()
-            if fresh is before:
-                return before
-            if before is not None:  # the encoder is this run's, and not part of what is kept
-                setattr(fresh, fresh.base_model_prefix, nn.Identity())
-            self._untrained[key] = fresh
-        model = copy.deepcopy(self._untrained[key])
-        if before is not None:
-            share_encoder(before, model)
-        return model
 
 
 def save(
@@ -126,20 +95,20 @@ def shared_weights(folder: Path, model: Any, module: nn.Module) -> dict[str, tor
 def finish(home: Path, run: Path) -> Path:
     """`final/`: a task's folder without the state of methods; its files are linked, not copied."""
     final, unfinished = run / FINAL, run / f".{FINAL}-{os.getpid()}"
-    listed = _listed(home)
-    if final.is_dir() and _listed(final) == listed:
+    files = _listed(home)
+    if final.is_dir() and _listed(final) == files:
         return final
     for left in run.glob(f".{FINAL}-*"):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir()
-    link_files(home, unfinished, list(listed))
-    commit(unfinished, {name: (size, sha) for name, (size, sha) in listed.items()})
+    link_files(home, unfinished, files)
+    commit(unfinished, files)
     shutil.rmtree(final, ignore_errors=True)
     unfinished.rename(final)
     return final
 
 
-def link_files(home: Path, folder: Path, names: Sequence[str]) -> None:
+def link_files(home: Path, folder: Path, names: Iterable[str]) -> None:
     """Hard links to files of one folder in another; copies where a file system has no links."""
     for name in names:
         _link(home / name, folder / name)
@@ -152,13 +121,9 @@ def _link(one: Path, two: Path) -> None:
         shutil.copy2(one, two)
 
 
-def _listed(folder: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a folder's files by its manifest, but for the state of methods."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: known for name, known in files.items() if not name.startswith(STATE)}
-    except (OSError, ValueError, KeyError):
-        return {}
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """The files of a folder, but for the state of methods."""
+    return {name: known for name, known in listed(folder).items() if not name.startswith(STATE)}
 
 
 @dataclass(frozen=True)
@@ -222,21 +187,6 @@ class Served:
         return folder
 
 
-def write_rows(out: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write a .jsonl or .csv file, whole or not at all."""
-    text = io.StringIO(newline="")
-    if out.suffix == ".jsonl":
-        for row in rows:
-            plain = {k: None if v != v else v for k, v in row.items()}  # NaN is no JSON
-            text.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
-    else:
-        table = csv.DictWriter(text, columns)
-        table.writeheader()
-        table.writerows(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(out, text.getvalue())
-
-
 def load(run: str | Path) -> Served:
     """What a finished run learned; `run` is its folder, its `final/`, or that of one of its tasks.
 
@@ -254,8 +204,7 @@ def load(run: str | Path) -> Served:
         raise Refused(wrong, where=str(folder), remedy="run its command again")
     about = described(folder)
     tasks, models = models_in(folder)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    placed: list[nn.Module] = [m.to(device or "cpu") for m in models]
+    placed: list[nn.Module] = [m.to(device()) for m in models]
     names = [task["name"] for task in tasks]
     return Served(
         folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,13 +29,27 @@ def cell(value: object) -> str:
     return "'" + text if text and risky else text
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Write rows with a column for every key that occurs, in order of first appearance."""
-    header = list(dict.fromkeys(key for row in rows for key in row))
+def write_csv(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, header: Sequence[str] = ()
+) -> None:
+    """Write rows with a column for every key that occurs, in order of first appearance.
+
+    header: the columns that stand first, also where no row has them.
+    """
+    header = list(dict.fromkeys((*header, *(key for row in rows for key in row))))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([cell(key) for key in header])
     writer.writerows([[cell(row.get(key)) for key in header] for row in rows])
+    write_text_atomic(Path(path), out.getvalue())
+
+
+def write_jsonl(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write one JSON object a row; a number that is none (NaN) as null."""
+    out = io.StringIO()
+    for row in rows:
+        plain = {k: None if v != v else v for k, v in row.items()}
+        out.write(json.dumps(plain, ensure_ascii=False, default=str) + "\n")
     write_text_atomic(Path(path), out.getvalue())
 
 

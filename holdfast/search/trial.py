@@ -21,10 +21,10 @@ from transformers import TrainerCallback
 
 from holdfast.errors import TrainingDiverged
 from holdfast.experiments.learner import Learner
+from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.record import Record, commit, versions
 from holdfast.experiments.runs import RECORD, open_run
 from holdfast.experiments.sequence import describe
-from holdfast.experiments.serving import Loaded
 from holdfast.search.objective import Diverged, Scores, Stop, Watch, constant_score, rung_steps
 from holdfast.search.plan import Plan
 from holdfast.search.worker import Replicate

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from holdfast.errors import Refused, nearest
+from holdfast.errors import Refused, meant
 from holdfast.tasks.table import (
     MAX_CELL,
     MAX_CHARACTERS,
@@ -69,13 +69,8 @@ def must_exist(path: Path) -> Path:
     raise Refused(
         "no such file or folder",
         where=label(path),
-        remedy=_near(path.name, beside),
+        remedy=meant(path.name, beside),
     )
-
-
-def _near(name: str, beside: list[str]) -> str | None:
-    remedy = nearest(name, beside) if beside else ""
-    return remedy if remedy.startswith("did you mean") else None
 
 
 def label(path: Path) -> str:

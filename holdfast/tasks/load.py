@@ -21,7 +21,7 @@ CARVED = 0.2  # of the training rows, where no evaluation rows are given
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """No search for cycles: a million new rows hold none, and it takes a third of the time."""
+    """No search for cycles: a million new rows hold none, and it takes its time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

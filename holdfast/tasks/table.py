@@ -48,10 +48,8 @@ class Columns:
 
     def answers_among(self, table: Table) -> Columns:
         """Prompt and answer as text and label."""
-        if not table.records and not table.columns:
-            raise Refused("no rows", where=table.name)
-        text = self.text or _only(PROMPT, table, "text")
-        return Columns(text, None, self.answer or _only(ANSWER, table, "answer")).check(table)
+        prompt = self.texts_among(table, pairs=False, prompts=True)
+        return replace(prompt, label=self.answer or _only(ANSWER, table, "answer")).check(table)
 
     def among(self, table: Table) -> Columns:
         """These columns with every name resolved; refuses a name that `table` lacks."""
@@ -65,10 +63,8 @@ class Columns:
         if not table.records and not table.columns:
             raise Refused("no rows", where=table.name)
         text = self.text or _only(PROMPT if prompts else TEXT, table, "text")
-        pair = self.pair
-        if pairs is False and pair is None:
-            pass
-        elif (self.text is None or pairs) and pair is None:
+        pair, sought = self.pair, self.text is None if pairs is None else pairs
+        if pair is None and sought:
             pair = _only(PAIR, table, "pair", required=bool(pairs))
         return Columns(text, pair).check(table)
 

@@ -26,7 +26,7 @@ from holdfast.engine.bound import Bound, saved_by
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
-from holdfast.training.manifest import MANIFEST
+from holdfast.training.manifest import listed
 from holdfast.training.tensors import write_tensors
 
 TENSORS, META = "holdfast.safetensors", "holdfast.json"
@@ -155,7 +155,7 @@ def load_state(bound: Bound, folder: str | Path) -> None:
     meta, files = _read(folder)
     bound.load_state_dict({"meta": meta, "tensors": _together(files)})
     # The next checkpoint may link to the files that were read here.
-    names, recorded = {frozenset(held): name for name, held in files.items()}, _recorded(folder)
+    names, recorded = {frozenset(held): name for name, held in files.items()}, listed(folder)
     slots, _ = _slots(bound.state_dict()["tensors"])
     _KEPT[bound] = {
         slot: _Kept.of(tensors, folder / name, *recorded[name])
@@ -167,15 +167,6 @@ def load_state(bound: Bound, folder: str | Path) -> None:
 def saved_with(folder: str | Path, methods: Sequence[Method]) -> bool:
     """Whether the state in a folder can be loaded by these methods."""
     return saved_by(_read_meta(Path(folder)), methods)
-
-
-def _recorded(folder: Path) -> Files:
-    """Size and SHA-256 of each file by the folder's manifest; empty if there is none."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: (int(size), str(sha)) for name, (size, sha) in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def planned(folder: str | Path) -> dict[str, Any]:

@@ -72,6 +72,20 @@ def _manifest(files: Mapping[str, Any]) -> str:
     return json.dumps({"schema": 1, "sha256": digest, "files": files}, indent=1)
 
 
+def listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of each file by the folder's manifest; empty if there is none."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: (int(size), str(sha)) for name, (size, sha) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def identity(folder: Path) -> str:
+    """A hash of a whole folder's content: the one that its manifest gives of itself."""
+    return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"])
+
+
 def damage(folder: str | Path, read: Read | None = None) -> str | None:
     """What is wrong with a folder that `commit` should have declared whole; None if nothing is.
 

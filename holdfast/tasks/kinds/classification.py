@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
+from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused, TrainingDiverged
-from holdfast.tasks.kinds.packed import Packed
+from holdfast.tasks.kinds.packed import Packed, alike, lengths, values
 from holdfast.tasks.kinds.pretrained import load_config, load_saved, load_tokenizer, padding_id
 from holdfast.tasks.scores import score
 from holdfast.tasks.task import Prediction, Row, Task
@@ -157,12 +158,13 @@ def measure(
     model: nn.Module, rows: Sequence[dict[str, Any]], task: Task, collate: Any, *, batch: int = 64
 ) -> Any:
     """Label and prediction of each row: (rows, 2)."""
-    found = np.array([[row["labels"], math.nan] for row in rows], dtype=float)
+    found = np.full((len(rows), 2), math.nan)
+    found[:, 0] = values(rows, "labels")
     for chosen, logits in outputs(model, rows, collate, batch=batch):
-        values = logits[:, 0] if task.regression else logits.argmax(-1).float()
+        said = logits[:, 0] if task.regression else logits.argmax(-1).float()
         # Marked, not asked for: the batch is waited for once.
-        values = torch.where(logits.isfinite().all(-1), values, math.nan)
-        for i, value in zip(chosen, values.tolist(), strict=True):
+        said = torch.where(logits.isfinite().all(-1), said, math.nan)
+        for i, value in zip(chosen, said.tolist(), strict=True):
             if math.isnan(value):
                 raise TrainingDiverged("diverged: the model's outputs are not finite",
                                        where=task.name, remedy="lower --lr")  # fmt: skip
@@ -205,17 +207,11 @@ def outputs(
     Draws no random numbers. Rows of similar length are batched together to save padding; the
     order changes no prediction.
     """
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    try:
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+    with in_mode(model.modules(), training=False):
+        for chosen in alike(lengths(rows), batch):
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
             # Not inference_mode: a model may cache tensors, and then fail to train.
             with torch.no_grad():
                 logits = model(**inputs.to(device)).logits.float()
             yield chosen, logits
-    finally:
-        model.train(training)

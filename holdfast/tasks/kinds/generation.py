@@ -10,7 +10,6 @@ likelihood is exp(−NLL per answer token), teacher-forced: the geometric mean o
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
+from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused, TrainingDiverged
-from holdfast.tasks.kinds.packed import Packed
+from holdfast.tasks.kinds.packed import Packed, alike, lengths
 from holdfast.tasks.kinds.pretrained import load_config, load_saved
+from holdfast.tasks.labels import IGNORED
 from holdfast.tasks.scores import text_scores
 from holdfast.tasks.task import Prediction, Row, Task
 
 HEADS = False
-IGNORED = -100
 ANSWER = "answer"  # of an encoded row: its bytes, which the collator leaves out
 BATCH = 16  # rows a forward pass; logits take 4 bytes a token and word of the vocabulary
 
@@ -198,8 +198,8 @@ def _losses(
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Places of rows, with the sum of −log p over each one's answer, and its tokens."""
     device = next(model.parameters()).device
-    with _evaluating(model):
-        for chosen in _batches([len(row["input_ids"]) for row in rows]):
+    with in_mode(model.modules(), training=False):
+        for chosen in alike(lengths(rows), BATCH):
             batch = collate([rows[i] for i in chosen]).to(device)
             with torch.no_grad():
                 logits, labels = model(**batch).logits.float(), batch["labels"]
@@ -222,8 +222,8 @@ def generate(
     if decoder and places:  # prompt and answer share them
         most = min(most, places - 1)
         prompts = [_cut(ids, places - most, decoder=True) for ids in prompts]
-    with _evaluating(model):
-        for chosen in _batches([len(ids) for ids in prompts], batch):
+    with in_mode(model.modules(), training=False):
+        for chosen in alike([len(ids) for ids in prompts], batch):
             rows = left.pad({"input_ids": [prompts[i] for i in chosen]}, return_tensors="pt")
             begun = rows["input_ids"].shape[1] if decoder else 0
             made = model.generate(
@@ -235,24 +235,6 @@ def generate(
             for i, text in zip(chosen, texts, strict=True):
                 found[i] = text.strip()
     return found
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _batches(lengths: Sequence[int], size: int = BATCH) -> Iterator[list[int]]:
-    """Places of rows of similar length, which saves padding."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
 
 
 def predict(

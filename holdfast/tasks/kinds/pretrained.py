@@ -54,6 +54,12 @@ def locate(model: str) -> str:
     return str(folder)
 
 
+def device() -> torch.device:
+    """Where models run: the accelerator if there is one, else the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def quiet() -> None:
     """Keep Transformers' own bars and advice off the terminal."""
     transformers.utils.logging.set_verbosity_error()
