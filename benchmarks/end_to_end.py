@@ -33,7 +33,7 @@ import holdfast
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import evaluate
-from holdfast.tasks.kinds.classification import encode, load_model
+from holdfast.tasks.kinds.classification import KIND
 from holdfast.tasks.kinds.pretrained import load_tokenizer, locate, quiet
 
 LOOKS = 8  # how often the score is computed during training
@@ -86,7 +86,7 @@ class Work:
         self.tokenizer = load_tokenizer(self.source)
         self.collate = DataCollatorWithPadding(self.tokenizer)
         self.train, self.selection = (
-            encode(rows, self.task, self.tokenizer, max_length=chosen.max_length)
+            KIND.encode(rows, self.task, self.tokenizer, max_length=chosen.max_length)
             for rows in (self.task.train, self.task.selection)
         )
         epoch = math.ceil(len(self.train) / chosen.batch_size)
@@ -116,7 +116,7 @@ class Work:
         cls = holdfast.Trainer if ours else transformers.Trainer
         own = {"recipe": Recipe.named(self.chosen.recipe)} if ours else {}
         trainer = cls(
-            model=load_model(self.source, self.task, seed=seed), args=args, callbacks=[clock],
+            model=KIND.load_model(self.source, self.task, seed=seed), args=args, callbacks=[clock],
             train_dataset=self.train, data_collator=padded if kind == PADDED else self.collate,
             processing_class=self.tokenizer, **own,
         )  # fmt: skip

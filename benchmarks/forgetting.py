@@ -131,7 +131,7 @@ class Bench:
 
         torch.set_num_threads(1)
         pretrained.quiet()
-        self.heads, self.home, self.bf16 = classification, home, bf16
+        self.heads, self.home, self.bf16 = classification.KIND, home, bf16
         self.evaluate, self.hash = evaluate, pretrained.source_hash
         self.source = pretrained.locate(model)
         self.tokenizer = pretrained.load_tokenizer(self.source)

@@ -52,7 +52,7 @@ def read(rows: int) -> Callable[[], Any]:
 def encoded(rows: int, how: str) -> Callable[[], Any]:
     from holdfast.tasks import Row, Task
     from holdfast.tasks.kinds import packed
-    from holdfast.tasks.kinds.classification import encode
+    from holdfast.tasks.kinds.classification import KIND
     from holdfast.tasks.kinds.pretrained import load_tokenizer, locate
 
     known, draw = words(8000, 0), random.Random(1)
@@ -62,7 +62,7 @@ def encoded(rows: int, how: str) -> Callable[[], Any]:
     tokenizer = load_tokenizer(locate("minilm"))
     if how == "lists":
         packed.CHUNK, packed.Packed.of = rows, lambda rows, few: few(rows)  # type: ignore
-    return lambda: encode(made, task, tokenizer, max_length=128)
+    return lambda: KIND.encode(made, task, tokenizer, max_length=128)
 
 
 def one(name: str, rows: int) -> None:

@@ -36,7 +36,7 @@ from holdfast.engine.method import Method
 from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, LwF, Merge, Replay
 from holdfast.recipe import Recipe
 from holdfast.tasks import load_task
-from holdfast.tasks.kinds.classification import encode
+from holdfast.tasks.kinds.classification import KIND
 from holdfast.tasks.kinds.pretrained import load_tokenizer, locate, quiet
 
 ARMS: dict[str, Method | None] = {
@@ -168,7 +168,7 @@ def read_rows(chosen: argparse.Namespace) -> list[dict[str, Tensor]]:
     """512 real rows in batches as the model takes them."""
     task = load_task(chosen.rows, train_size=512)
     tokenizer = load_tokenizer(locate("minilm" if chosen.model in SIZES else chosen.model))
-    found = encode(task.train, task, tokenizer, max_length=128)
+    found = KIND.encode(task.train, task, tokenizer, max_length=128)
     rows = [{**row, "labels": 0} for row in found]  # the Fisher information draws its own labels
     collate = DataCollatorWithPadding(tokenizer)
     batches = (collate(rows[i : i + 32]) for i in range(0, len(rows), 32))

@@ -78,10 +78,10 @@ def _answers(served: Served, task: Task) -> Measured:
         raise Refused(f"its {task.name} is another task", where=str(served.folder),
                       remedy="compare runs on the same tasks")  # fmt: skip
     theirs = task.renumbered(labels) if labels else task
-    rows = kind.encode(theirs.evaluation, theirs, served.tokenizer, max_length=served.max_length,
+    rows = kind.encode(theirs.evaluation, theirs, served.processor, max_length=served.max_length,
                        config=served.models[task.name].config)  # fmt: skip
-    found = kind.measure(served.models[task.name], rows, theirs, kind.collator(served.tokenizer))
-    return np.array([ours.index(n) for n in labels])[found.astype(int)] if labels else found
+    found = kind.measure(served.models[task.name], rows, theirs, kind.collator(served.processor))
+    return kind.aligned(found, about["labels"], ours)
 
 
 def _verdict(task: Task, one: Measured, two: Measured, most: float) -> Verdict:

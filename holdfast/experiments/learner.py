@@ -27,15 +27,8 @@ from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import evaluate, kind_of
-from holdfast.tasks.kinds.classification import has_head
 from holdfast.tasks.kinds.packed import Packed
-from holdfast.tasks.kinds.pretrained import (
-    device,
-    load_config,
-    load_tokenizer,
-    quiet,
-    source_hash,
-)
+from holdfast.tasks.kinds.pretrained import device, quiet, source_hash
 from holdfast.training.checkpoints import load_state, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
@@ -83,9 +76,9 @@ class Learner:
                 *(Bar(name, tasks[i].name, i, len(tasks)) for name in shown),
             ]
         )
-        self.tokenizer = load_tokenizer(source) if loaded is None else loaded.tokenizer
         self.kind = kind_of(tasks)
-        self.collate = self.kind.collator(self.tokenizer)
+        self.processor = loaded.processor if loaded else self.kind.load_processor(source)
+        self.collate = self.kind.collator(self.processor)
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
         self._encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
@@ -111,9 +104,9 @@ class Learner:
         task, most = self.tasks[index], self.plan.max_length
         if (task.name, split) not in self._encoded:
             texts = getattr(task, split)
-            config = load_config(self.source)
-            made = self.kind.encode(texts, task, self.tokenizer, max_length=most, config=config)
-            cut = self.kind.count_cut(texts, made, task, self.tokenizer, max_length=most)
+            config = self.kind.load_config(self.source)
+            made = self.kind.encode(texts, task, self.processor, max_length=most, config=config)
+            cut = self.kind.count_cut(texts, made, task, self.processor, max_length=most)
             self._encoded[task.name, split] = made, cut
         rows, cut = self._encoded[task.name, split]
         if cut and split != "selection":  # selection rows are like the training rows
@@ -197,7 +190,7 @@ class Learner:
             args=self._arguments(self.training(index), seed, len(self.rows(index, "train"))),
             train_dataset=self.rows(index, "train"),
             data_collator=self.collate,
-            processing_class=self.tokenizer,
+            processing_class=self.processor,
             recipe=self.recipe,
             bound=self.bound,
             task=task.name,
@@ -319,7 +312,7 @@ class Learner:
         """Write a task's folder: all models so far and what the methods remember."""
         assert self.bound is not None
         home, tasks = self.home(index), self.tasks[: index + 1]
-        save(home, tasks, self.models, self.tokenizer, self.plan.max_length)
+        save(home, tasks, self.models, self.processor, self.plan.max_length)
         commit(home, save_state(self.bound, home))
 
     def finish(self) -> None:
@@ -335,8 +328,8 @@ class Learner:
         ]
 
     def _describe(self, model: nn.Module) -> None:
-        if not self.models and self.kind.HEADS and has_head(load_config(self.source)):
-            self.warn("The model was a classifier: its own head was dropped.")
+        if not self.models and (line := self.kind.dropped(self.source)):
+            self.warn(line)
         named = parts(model, self.recipe.parts)
         rates = self.recipe.rates.of(named)
         self.record.model = self.record.model or {

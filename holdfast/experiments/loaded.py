@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from holdfast.tasks.kinds.classification import share_encoder
+from holdfast.tasks.kinds import Kind
 from holdfast.tasks.kinds.packed import Packed
-from holdfast.tasks.kinds.pretrained import load_tokenizer
+from holdfast.tasks.kinds.sharing import share_encoder
 
 
 class Loaded:
-    """A model's tokenizer, encoded rows and untrained models."""
+    """A model's processor, encoded rows and untrained models."""
 
-    def __init__(self, source: str) -> None:
-        self.tokenizer = load_tokenizer(source)
+    def __init__(self, source: str, kind: Kind) -> None:
+        self.processor = kind.load_processor(source)
         # By seed, then by task and split: rows, and how many of them were cut.
         self.rows: dict[int, dict[tuple[str, str], tuple[Packed, int]]] = {}
         self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed

@@ -94,11 +94,10 @@ class FromClassifier:
 
     def named(self, task: Task) -> Task:
         """The task with its label ids in the order of the model's head."""
-        from holdfast.tasks.kinds.classification import has_head
-        from holdfast.tasks.kinds.pretrained import load_config
+        from holdfast.tasks.kinds.classification import KIND
 
-        config = load_config(self.source)
-        if not has_head(config):
+        config = KIND.load_config(self.source)
+        if not KIND.has_head(config):
             raise Refused("has no classification head", where=self.source,
                           remedy="name a model that was trained on the old task")  # fmt: skip
         size = 1 if task.labels is None else len(task.labels)
@@ -127,9 +126,7 @@ class FromClassifier:
 
     def begin(self, learner: Learner) -> None:
         """Remember the old task, and score it as it is."""
-        from holdfast.tasks.kinds.classification import open_saved
-
-        learner.remember([open_saved(self.source)])
+        learner.remember([learner.kind.open_saved(self.source)])
         learner.note(0, steps=0, skipped=0)
 
 

@@ -92,7 +92,7 @@ class Job:
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
-        from holdfast.tasks.kinds.pretrained import check_length, locate  # loads transformers: late
+        from holdfast.tasks.kinds.pretrained import locate  # loads transformers: late
 
         config = {
             "model": self.model,
@@ -109,8 +109,7 @@ class Job:
         source = locate(self.model) if self.origin is None else self.origin.source
         if plan.alone and self.origin is not None:
             locate(self.model)  # tasks alone begin there: refused now, not after the sequence
-        kind_of(tasks).check(source)
-        check_length(source, plan.max_length)
+        kind_of(tasks).check(source, max_length=plan.max_length)
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD

@@ -24,7 +24,7 @@ from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, slug
 from holdfast.tasks.kinds import kind_named, kind_of
-from holdfast.tasks.kinds.pretrained import device, load_tokenizer, quiet
+from holdfast.tasks.kinds.pretrained import device, quiet
 from holdfast.training.manifest import commit, damage, listed
 
 TASKS, HEAD = "tasks.json", "head-{}.safetensors"
@@ -32,14 +32,14 @@ STATE = "holdfast"  # files of this name hold the state of methods, which only l
 
 
 def save(
-    folder: Path, tasks: Sequence[Task], models: Sequence[Any], tokenizer: Any, max_length: int
+    folder: Path, tasks: Sequence[Task], models: Sequence[Any], processor: Any, max_length: int
 ) -> None:
     """Write the models of tasks that share one encoder; `commit` or the caller declares it whole.
 
     max_length: at how many tokens a row is cut.
     """
     models[-1].save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
     kind = kind_of(tasks)
     for task, model in zip(tasks[:-1] if kind.HEADS else (), models, strict=False):
         kind.save_head(model, folder / HEAD.format(task.name))
@@ -136,7 +136,7 @@ class Served:
     """
 
     folder: Path
-    tokenizer: Any
+    processor: Any  # its tokenizer, or what else makes inputs of rows
     max_length: int
     models: Mapping[str, Any]  # by task; each an ordinary Hugging Face model
     tasks: Mapping[str, Mapping[str, Any]]  # name, labels (None: a regression), metric, pairs
@@ -167,7 +167,7 @@ class Served:
             few = slice(at, at + 16 * batch)
             second = None if pairs is None else list(pairs[few])
             yield from kind.predict(self.models[task], about, list(texts[few]), second,
-                                    self.tokenizer, max_length=self.max_length,
+                                    self.processor, max_length=self.max_length,
                                     batch=batch)  # fmt: skip
 
     def named(self, task: str) -> str:
@@ -183,7 +183,7 @@ class Served:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Refused("is not empty", where=str(folder), remedy="name a new folder")
         self.models[self.named(task)].save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
         return folder
 
 
@@ -208,7 +208,7 @@ def load(run: str | Path) -> Served:
     names = [task["name"] for task in tasks]
     return Served(
         folder,
-        load_tokenizer(str(folder)),
+        kind_named(tasks[-1]["kind"]).load_processor(str(folder)),
         int(about["max_length"]),
         dict(zip(names, placed, strict=True)),
         dict(zip(names, tasks, strict=True)),

@@ -124,7 +124,7 @@ class Plan:
         made = load_shifted(specs, shift, seed=seed, plan=plan, source=source)
         halves = made.first, made.second
         two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
-        kind_of(two).check(source)
+        kind_of(two).check(source, max_length=plan.max_length)
         for task in two:
             if not task.selection:
                 raise Refused("no selection rows to choose by", where=task.name,
@@ -250,11 +250,11 @@ def _drawn(half: Task, seed: int, plan: Settings) -> Task:
 
 def _embedder(source: str, task: Task, max_length: int) -> Any:
     from holdfast.experiments.embed import embedder
-    from holdfast.tasks.kinds.classification import load_model
+    from holdfast.tasks.kinds.classification import KIND
     from holdfast.tasks.kinds.pretrained import load_tokenizer, quiet
 
     quiet()
-    model = load_model(source, task, seed=0)  # only its encoder is used
+    model = KIND.load_model(source, task, seed=0)  # only its encoder is used
     return embedder(model, load_tokenizer(source), max_length=max_length)
 
 

@@ -29,6 +29,7 @@ from holdfast.search.objective import Diverged, Scores, Stop, Watch, constant_sc
 from holdfast.search.plan import Plan
 from holdfast.search.worker import Replicate
 from holdfast.tasks import Task
+from holdfast.tasks.kinds import kind_of
 from holdfast.training.manifest import damage
 
 RUNG_ROWS = 128  # selection rows of each task that are scored at a rung within a task, at most
@@ -82,7 +83,7 @@ class Training:
 
     @functools.cached_property
     def loaded(self) -> Loaded:
-        return Loaded(self.plan.source)
+        return Loaded(self.plan.source, kind_of(self.plan.tasks))
 
     @functools.cached_property
     def origin(self) -> dict[str, Any]:

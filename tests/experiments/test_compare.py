@@ -63,7 +63,7 @@ def test_finished_runs_are_only_read_and_new_ones_added(
         raise AssertionError("trained again")
 
     before = [p.read_bytes() for p in sorted(whole.rglob("record.json"))]
-    monkeypatch.setattr(classification, "load_model", called)
+    monkeypatch.setattr(classification.KIND, "load_model", called)
     compared(place, whole)
     assert [p.read_bytes() for p in sorted(whole.rglob("record.json"))] == before
     with pytest.raises(AssertionError, match="trained again"):

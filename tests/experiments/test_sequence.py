@@ -157,7 +157,7 @@ def test_regression_bf16_and_epochs_in_part(tmp_path: Path, place: Path) -> None
 def test_a_finished_run_is_only_read(
     place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, "load_model", "load_tokenizer", "Trainer")
+    forbid(monkeypatch, "load_model", "load_processor", "Trainer")
     before = (whole / "record.json").read_bytes()
     record = run(place, whole, seed=5)
     assert record.to_dict() == Record.load(whole).to_dict()
@@ -229,7 +229,7 @@ def test_the_order_of_tasks_is_part_of_the_name(
 def test_a_bad_second_task_is_refused_before_weights_load(
     line: str | None, says: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, "load_model", "load_tokenizer", "Learner")
+    forbid(monkeypatch, "load_model", "load_processor", "Learner")
     bad = tmp_path / ("nowhere.jsonl" if line is None else "bad.jsonl")
     if line is not None:
         bad.write_text(line + "\n")
@@ -260,7 +260,7 @@ def test_a_bad_second_task_is_refused_before_weights_load(
 def test_bad_settings_are_refused(
     more: Any, says: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forbid(monkeypatch, "load_model", "load_tokenizer", "Learner")
+    forbid(monkeypatch, "load_model", "load_processor", "Learner")
     with pytest.raises(Refused) as refusal:
         run(place, tmp_path / "run", **more)
     assert says in str(refusal.value) and "\n" not in str(refusal.value)

@@ -88,9 +88,11 @@ def test_evaluation_rows_are_not_looked_at(
 
     monkeypatch.setattr(learner, "evaluate", counted)
     encoded: list[int] = []
-    encode = classification.encode
+    encode = classification.KIND.encode
     monkeypatch.setattr(
-        classification, "encode", lambda r, *a, **k: encoded.append(len(r)) or encode(r, *a, **k)
+        classification.KIND,
+        "encode",
+        lambda r, *a, **k: encoded.append(len(r)) or encode(r, *a, **k),
     )
     Training(plan)(job(tmp_path / "0"), Told().watch)
     # two rungs and the end of task one, of one task; the same of task two, of both
@@ -107,13 +109,12 @@ def test_the_second_trial_loads_nothing(
 ) -> None:
     train = Training(plan)
     train(job(tmp_path / "0"), Told().watch)
-    for name in ("load_model", "load_tokenizer", "add_head", "encode"):
+    for name in ("load_model", "load_processor", "add_head", "encode"):
 
         def called(*_: Any, _name: str = name, **__: Any) -> None:
             raise AssertionError(f"{_name} was called")
 
-        home = learner if name == "load_tokenizer" else classification
-        monkeypatch.setattr(home, name, called)
+        monkeypatch.setattr(classification.KIND, name, called)
     train(job(tmp_path / "1", lr=1e-3), Told().watch)
 
 

@@ -22,13 +22,13 @@ from holdfast.errors import Refused
 from holdfast.experiments.sequence import run_sequence
 from holdfast.tasks import Row, Task
 from holdfast.tasks.kinds import classification, pretrained
-from holdfast.tasks.kinds.classification import add_head, count_cut, encode, load_model
+from holdfast.tasks.kinds.classification import KIND
 from holdfast.tasks.kinds.pretrained import check_length, load_tokenizer, locate
 
 
 def evaluate(model: Any, rows: Any, asked: Task, collate: Any, *, batch: int = 64) -> float:
-    measured = classification.measure(model, rows, asked, collate, batch=batch)
-    return classification.total(asked, measured)
+    measured = classification.KIND.measure(model, rows, asked, collate, batch=batch)
+    return classification.KIND.total(asked, measured)
 
 
 def task(
@@ -109,7 +109,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(refusal.value)
     with pytest.raises(Refused, match="cannot be loaded") as refusal:
-        load_model(str(tmp_path), task(), seed=0)
+        KIND.load_model(str(tmp_path), task(), seed=0)
     assert "\n" not in str(refusal.value)
 
 
@@ -120,11 +120,11 @@ def test_weights_that_are_no_safetensors_are_not_opened(encoder: str, tmp_path: 
     mark = tmp_path / "mark"
     torch.save({"x": Payload(mark)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(Refused, match=r"model\.safetensors.*; save it with save_pretrained"):
-        load_model(str(tmp_path), task(), seed=0)
+        KIND.load_model(str(tmp_path), task(), seed=0)
     assert not mark.exists()
     (tmp_path / "model.safetensors").write_bytes(b"not a header")
     with pytest.raises(Refused, match="cannot be loaded"):
-        load_model(str(tmp_path), task(), seed=0)
+        KIND.load_model(str(tmp_path), task(), seed=0)
 
 
 class Payload:
@@ -165,9 +165,9 @@ def test_rows_longer_than_the_positions_are_refused(encoder: str, tmp_path: Path
 
 
 def test_tasks_share_the_very_same_encoder(encoder: str) -> None:
-    first = load_model(encoder, task(), seed=0)
-    second = add_head(first, task(("a", "b", "c")), seed=1)
-    third = add_head(second, task(None), seed=2)
+    first = KIND.load_model(encoder, task(), seed=0)
+    second = KIND.add_head(first, task(("a", "b", "c")), seed=1)
+    third = KIND.add_head(second, task(None), seed=2)
     assert first.base_model is second.base_model is third.base_model
     assert [m.config.num_labels for m in (first, second, third)] == [2, 3, 1]
     assert second.config.id2label == {0: "a", 1: "b", 2: "c"}
@@ -176,12 +176,12 @@ def test_tasks_share_the_very_same_encoder(encoder: str) -> None:
 
 
 def test_heads_depend_on_the_seed_alone(encoder: str) -> None:
-    one, two, other = (load_model(encoder, task(), seed=s) for s in (3, 3, 4))
+    one, two, other = (KIND.load_model(encoder, task(), seed=s) for s in (3, 3, 4))
     assert same(weights(one), weights(two))
     assert not torch.equal(one.classifier.weight, other.classifier.weight)
     assert torch.equal(one.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
-    assert not torch.equal(add_head(one, task(), seed=4).classifier.weight,
-                           add_head(one, task(), seed=5).classifier.weight)  # fmt: skip
+    assert not torch.equal(KIND.add_head(one, task(), seed=4).classifier.weight,
+                           KIND.add_head(one, task(), seed=5).classifier.weight)  # fmt: skip
 
 
 @pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c")])
@@ -189,11 +189,11 @@ def test_a_deployed_classifier_keeps_its_encoder_and_gets_a_fresh_head(
     labels: tuple[str, ...], encoder: str, tmp_path: Path
 ) -> None:
     """The next task for a deployed model, with as many labels as its last one or not."""
-    old = load_model(encoder, task(("x", "y")), seed=0)
+    old = KIND.load_model(encoder, task(("x", "y")), seed=0)
     with torch.no_grad():
         old.classifier.weight.fill_(7.0)
     old.save_pretrained(tmp_path)
-    new = load_model(str(tmp_path), task(labels), seed=1)
+    new = KIND.load_model(str(tmp_path), task(labels), seed=1)
     assert same(weights(new.base_model), weights(old.base_model))
     assert new.classifier.weight.shape == (len(labels), 16)
     assert not (new.classifier.weight == 7.0).any()
@@ -201,14 +201,14 @@ def test_a_deployed_classifier_keeps_its_encoder_and_gets_a_fresh_head(
 
 def test_a_checkpoint_of_a_task_gives_the_same_predictions(encoder: str, tmp_path: Path) -> None:
     """Also after the shared encoder has moved on with another task."""
-    first = load_model(encoder, task(("a", "b", "c")), seed=0).eval()
-    rows = list(encode(task().train, task(), load_tokenizer(encoder), max_length=16))
+    first = KIND.load_model(encoder, task(("a", "b", "c")), seed=0).eval()
+    rows = list(KIND.encode(task().train, task(), load_tokenizer(encoder), max_length=16))
     collate = DataCollatorWithPadding(load_tokenizer(encoder))
     batch = collate([{k: v for k, v in row.items() if k != "labels"} for row in rows])
     with torch.no_grad():
         before = first(**batch).logits
         first.save_pretrained(tmp_path)
-        add_head(first, task(), seed=1).base_model.embeddings.word_embeddings.weight.add_(1)
+        KIND.add_head(first, task(), seed=1).base_model.embeddings.word_embeddings.weight.add_(1)
         assert not torch.equal(first(**batch).logits, before)
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
         assert torch.equal(again(**batch).logits, before)
@@ -223,8 +223,8 @@ def test_half_precision_is_trained_in_float32(
     getattr(transformers, f"Bert{head}").from_pretrained(encoder, dtype=kind).save_pretrained(
         tmp_path
     )
-    model = load_model(str(tmp_path), task(), seed=0)
-    other = add_head(model, task(("a", "b", "c")), seed=1)
+    model = KIND.load_model(str(tmp_path), task(), seed=0)
+    other = KIND.add_head(model, task(("a", "b", "c")), seed=1)
     for made in (model, other):
         assert {p.dtype for p in made.parameters()} == {torch.float32}
 
@@ -249,8 +249,8 @@ def test_tokenizer_and_model_pad_with_one_token(
 ) -> None:
     source = gpt2_folder(tmp_path, padding=padding, pad_token_id=config)
     assert load_tokenizer(source).pad_token_id == expected
-    first = load_model(source, task(), seed=0)
-    second = add_head(first, task(("a", "b", "c")), seed=1)
+    first = KIND.load_model(source, task(), seed=0)
+    second = KIND.add_head(first, task(("a", "b", "c")), seed=1)
     assert first.config.pad_token_id == second.config.pad_token_id == expected
 
 
@@ -260,10 +260,10 @@ def test_gpt2_learns_two_tasks_and_reads_the_last_word_of_each_row(tmp_path: Pat
     tokens = load_tokenizer(source)
     collate = DataCollatorWithPadding(tokens)
     tasks = [task(), task(("a", "b", "c"), name="other")]
-    first = load_model(source, tasks[0], seed=0)
-    made = [first, add_head(first, tasks[1], seed=1)]
+    first = KIND.load_model(source, tasks[0], seed=0)
+    made = [first, KIND.add_head(first, tasks[1], seed=1)]
     for asked, model in zip(tasks, made, strict=True):
-        rows = list(encode(asked.train, asked, tokens, max_length=16))
+        rows = list(KIND.encode(asked.train, asked, tokens, max_length=16))
         step = torch.optim.SGD(model.parameters(), lr=0.1)
         model(**collate(rows)).loss.backward()
         step.step()
@@ -289,7 +289,7 @@ def test_gpt2_without_padding_works_end_to_end(tmp_path: Path) -> None:
 
 
 def test_rows_are_cut_and_not_padded(encoder: str) -> None:
-    rows = list(encode(task().train, task(), load_tokenizer(encoder), max_length=8))
+    rows = list(KIND.encode(task().train, task(), load_tokenizer(encoder), max_length=8))
     assert [len(r["input_ids"]) for r in rows] == [6, 4, 7, 8, 4]
     assert rows[3]["input_ids"][-1] == 3  # [SEP] stands at the end of a cut row too
     assert [r["labels"] for r in rows] == [0, 1, 0, 1, 0]
@@ -302,14 +302,14 @@ def test_rows_that_were_cut_are_counted(encoder: str) -> None:
     for pairs, lengths in ((False, [6, 4, 7, 32, 4]), (True, [9, 7, 10, 35, 7])):
         asked = task(pairs=pairs)
         for most in (5, 7, 10, 32, 35, 64):
-            rows = encode(asked.train, asked, tokens, max_length=most)
-            cut = count_cut(asked.train, rows, asked, tokens, max_length=most)
+            rows = KIND.encode(asked.train, asked, tokens, max_length=most)
+            cut = KIND.count_cut(asked.train, rows, asked, tokens, max_length=most)
             assert cut == sum(length > most for length in lengths)
 
 
 def test_pairs_and_numbers(encoder: str) -> None:
     asked = task(None, pairs=True)
-    rows = list(encode(asked.train, asked, load_tokenizer(encoder), max_length=64))
+    rows = list(KIND.encode(asked.train, asked, load_tokenizer(encoder), max_length=64))
     a, river = models.VOCABULARY.index("a"), models.VOCABULARY.index("river")
     assert rows[1]["input_ids"][-4:] == [3, a, river, 3]
     assert rows[1]["token_type_ids"][-3:] == [1, 1, 1]
@@ -335,7 +335,7 @@ def test_evaluation_pairs_each_prediction_with_its_row(encoder: str) -> None:
     """Rows are scored by length; were results not put back in place, this would be 0.6."""
     tokens = load_tokenizer(encoder)
     asked = task()
-    rows = list(encode(asked.train, asked, tokens, max_length=64))
+    rows = list(KIND.encode(asked.train, asked, tokens, max_length=64))
     for row in rows:
         row["labels"] = int(row["input_ids"][1] > 20)
     model = Told().train()
@@ -349,9 +349,9 @@ def test_evaluation_pairs_each_prediction_with_its_row(encoder: str) -> None:
 
 
 def test_evaluation_does_not_depend_on_order_or_batch(encoder: str) -> None:
-    model = load_model(encoder, task(), seed=0).train()
+    model = KIND.load_model(encoder, task(), seed=0).train()
     tokens = load_tokenizer(encoder)
-    rows = list(encode(task().train, task(), tokens, max_length=64))
+    rows = list(KIND.encode(task().train, task(), tokens, max_length=64))
     collate = DataCollatorWithPadding(tokens)
     state = torch.get_rng_state()
     scores = {
@@ -363,9 +363,9 @@ def test_evaluation_does_not_depend_on_order_or_batch(encoder: str) -> None:
 
 def test_training_goes_on_after_an_evaluation(encoder: str) -> None:
     """No tensor of inference mode may be left behind in the model."""
-    model = load_model(encoder, task(), seed=0).train()
+    model = KIND.load_model(encoder, task(), seed=0).train()
     tokens = load_tokenizer(encoder)
-    rows = list(encode(task().train, task(), tokens, max_length=64))
+    rows = list(KIND.encode(task().train, task(), tokens, max_length=64))
     collate = DataCollatorWithPadding(tokens)
     evaluate(model, rows, task(), collate)
     model(**collate(rows)).loss.backward()
@@ -376,19 +376,19 @@ def test_training_goes_on_after_an_evaluation(encoder: str) -> None:
 def test_a_model_that_diverged_has_no_score(value: float, labels: Any, encoder: str) -> None:
     """The position of the largest of NaN is 0: that would be the first class's share."""
     asked = task(labels)
-    model = load_model(encoder, asked, seed=0)
+    model = KIND.load_model(encoder, asked, seed=0)
     torch.nn.init.constant_(model.classifier.bias, value)
     tokens = load_tokenizer(encoder)
-    rows = list(encode(asked.train, asked, tokens, max_length=64))
+    rows = list(KIND.encode(asked.train, asked, tokens, max_length=64))
     with pytest.raises(Refused, match=r"^t: diverged: .*; lower --lr$"):
         evaluate(model, rows, asked, DataCollatorWithPadding(tokens))
 
 
 def test_regression_is_scored_by_rank(encoder: str) -> None:
     asked = task(None)
-    model = load_model(encoder, asked, seed=0)
+    model = KIND.load_model(encoder, asked, seed=0)
     tokens = load_tokenizer(encoder)
-    rows = list(encode(asked.train, asked, tokens, max_length=64))
+    rows = list(KIND.encode(asked.train, asked, tokens, max_length=64))
     collate = DataCollatorWithPadding(tokens)
     with torch.no_grad():
         model.eval()

@@ -42,7 +42,7 @@ def tokens(name: str) -> Any:
 
 
 def encoded(made: Any, asked: Task, words: Any, most: int = 24) -> Any:
-    return generation.encode(asked.train, asked, words, max_length=most, config=made.config)
+    return generation.KIND.encode(asked.train, asked, words, max_length=most, config=made.config)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def test_what_is_cut_is_counted(name: str) -> None:
     whole = encoded(made, asked, words)
     cut = sum(a != b for a, b in zip(rows, whole, strict=True))
     assert 0 < cut < len(rows)
-    assert generation.count_cut(asked.train, rows, asked, words, max_length=5) == cut
-    assert generation.count_cut(asked.train, whole, asked, words, max_length=24) == 0
+    assert generation.KIND.count_cut(asked.train, rows, asked, words, max_length=5) == cut
+    assert generation.KIND.count_cut(asked.train, whole, asked, words, max_length=24) == 0
     if name == "gpt2":
         first = next(i for i, (a, b) in enumerate(zip(rows, whole, strict=True)) if a != b)
         assert rows[first]["input_ids"] == whole[first]["input_ids"][-5:]
@@ -101,7 +101,7 @@ def test_likelihood_is_that_of_each_row_by_itself(name: str) -> None:
         said = labels != -100
         losses += float(functional.cross_entropy(logits[said], labels[said], reduction="sum"))
         count += int(said.sum())
-    got = evaluate(made, rows, asked, generation.collator(words))
+    got = evaluate(made, rows, asked, generation.KIND.collator(words))
     assert got == pytest.approx(math.exp(-losses / count), rel=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_generated_text_is_that_of_each_prompt_by_itself(name: str) -> None:
                 break
         said = words.decode(ids[0, len(prompts[2]) :], skip_special_tokens=True)
         assert together[2] == said.strip()
-    (found,) = generation.predict(
+    (found,) = generation.KIND.predict(
         made, {}, [asked.train[2].text], None, words, max_length=12, batch=1
     )
     assert str(found.label).startswith(together[2])
@@ -133,11 +133,11 @@ def test_a_model_that_says_the_answers_scores_one(monkeypatch: pytest.MonkeyPatc
         said = [str(row.label) for row in asked.train]
         monkeypatch.setattr(generation, "generate", lambda *_, said=said, **__: said)
         rows = encoded(made, asked, words)
-        assert evaluate(made, rows, asked, generation.collator(words)) == pytest.approx(1.0)
+        assert evaluate(made, rows, asked, generation.KIND.collator(words)) == pytest.approx(1.0)
         monkeypatch.setattr(
             generation, "generate", lambda *_, said=said, **__: ["year"] * len(said)
         )
-        assert evaluate(made, rows, asked, generation.collator(words)) == 0.0
+        assert evaluate(made, rows, asked, generation.KIND.collator(words)) == 0.0
 
 
 def test_text_scores_by_hand() -> None:
@@ -153,7 +153,7 @@ def test_nothing_is_drawn_and_modes_stay() -> None:
     made, asked, words = model("gpt2"), task("token_f1"), tokens("gpt2")
     made.train()
     before = torch.get_rng_state()
-    evaluate(made, encoded(made, asked, words), asked, generation.collator(words))
+    evaluate(made, encoded(made, asked, words), asked, generation.KIND.collator(words))
     assert made.training and torch.equal(torch.get_rng_state(), before)
 
 

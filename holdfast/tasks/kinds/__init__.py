@@ -1,9 +1,9 @@
-"""What makes a task trainable: one module a kind. The rest of holdfast knows only this protocol.
+"""What makes a task trainable: one file a kind. The rest of holdfast knows only this protocol.
 
 Another package adds a kind by an entry point, looked up only for a name that is not here:
 
     [project.entry-points."holdfast.kinds"]
-    mine = "my_package.mine"
+    mine = "my_package.mine:KIND"
 """
 
 from __future__ import annotations
@@ -26,16 +26,25 @@ if TYPE_CHECKING:
 KINDS = ("classification", "generation")
 GROUP = "holdfast.kinds"
 Encoded = dict[str, Any]  # a row as the model's inputs, not padded
-Measured: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # (rows, 2), see `Kind.total`
+Measured: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # (rows, …), see `Kind.total`
 
 
 class Kind(Protocol):
-    """A module with these functions."""
+    """What a file of this folder calls `KIND`."""
 
     HEADS: bool  # whether each task has a head of its own
 
-    def check(self, source: str) -> None:
+    def check(self, source: str, *, max_length: int) -> None:
         """Refuse a model that cannot learn such tasks, by its configuration."""
+
+    def load_config(self, source: str) -> Any:
+        """The model's configuration, without its weights."""
+
+    def load_processor(self, source: str) -> Any:
+        """What makes a model's inputs of rows: its tokenizer, or what else is saved beside it."""
+
+    def dropped(self, source: str) -> str | None:
+        """A line for the record if `load_model` leaves something of `source` out."""
 
     def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
         """The pre-trained model for a first task, a fresh head drawn from `seed`."""
@@ -47,17 +56,17 @@ class Kind(Protocol):
         """The module that all tasks share."""
 
     def encode(
-        self, rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = ...
+        self, rows: Sequence[Row], task: Task, processor: Any, *, max_length: int, config: Any = ...
     ) -> Packed:
         """Rows as the model's inputs with `labels`, cut at `max_length` tokens."""
 
     def count_cut(
-        self, rows: Sequence[Row], encoded: Packed, task: Task, tokenizer: Any, *,
+        self, rows: Sequence[Row], encoded: Packed, task: Task, processor: Any, *,
         max_length: int,
     ) -> int:  # fmt: skip
         """How many rows `encode` cut."""
 
-    def collator(self, tokenizer: Any) -> Any:
+    def collator(self, processor: Any) -> Any:
         """Encoded rows -> one padded batch."""
 
     def measure(
@@ -67,6 +76,11 @@ class Kind(Protocol):
 
     def total(self, task: Task, measured: Measured) -> float:
         """The task's score of these rows; higher is better."""
+
+    def aligned(
+        self, measured: Measured, labels: Sequence[str] | None, ours: Sequence[str]
+    ) -> Measured:
+        """What was measured with ids in the order of `labels`, with ids in that of `ours`."""
 
     def open_saved(self, folder: str) -> Any:
         """A model that `save_pretrained` wrote."""
@@ -79,7 +93,7 @@ class Kind(Protocol):
 
     def predict(
         self, model: nn.Module, about: Mapping[str, Any], texts: Sequence[str],
-        pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
+        pairs: Sequence[str] | None, processor: Any, *, max_length: int, batch: int,
     ) -> list[Prediction]:  # fmt: skip
         """What the model says of each text."""
 
@@ -87,7 +101,7 @@ class Kind(Protocol):
 def kind_named(name: str) -> Kind:
     """The kind called `name`: one of `KINDS`, or from an installed package."""
     if name in KINDS:
-        return cast(Kind, import_module(f"{__name__}.{name}"))
+        return cast(Kind, import_module(f"{__name__}.{name}").KIND)
     made, whence = plugin(GROUP, name, KINDS)
     if lacking := [n for n in vars(Kind) if n[0].islower() and not hasattr(made, n)]:
         raise Refused(f"{whence} is no kind of task: it has no {', '.join(lacking)}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,84 +24,147 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollat
 from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused, TrainingDiverged
 from holdfast.tasks.kinds.packed import Packed, alike, lengths
-from holdfast.tasks.kinds.pretrained import load_config, load_saved
+from holdfast.tasks.kinds.pretrained import (
+    check_length,
+    load_config,
+    load_saved,
+    load_tokenizer,
+)
+from holdfast.tasks.kinds.sharing import Whole
 from holdfast.tasks.labels import IGNORED
 from holdfast.tasks.scores import text_scores
 from holdfast.tasks.task import Prediction, Row, Task
 
-HEADS = False
 ANSWER = "answer"  # of an encoded row: its bytes, which the collator leaves out
 BATCH = 16  # rows a forward pass; logits take 4 bytes a token and word of the vocabulary
 
 
-def check(source: str) -> None:
-    """Refuse an encoder: it sees the answer while it reads, and its head would be a random one."""
-    names = load_config(source).architectures or ()
-    if not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-               for name in names):  # fmt: skip
-        raise Refused(f"is no language model ({', '.join(names) or 'no architecture'})",
-                      where=source, remedy="name one that generates text")  # fmt: skip
+class Generation(Whole):
+    """Prompts and answers; all tasks share the whole model."""
 
+    load_config = staticmethod(load_config)
+    load_processor = staticmethod(load_tokenizer)
 
-def load_model(source: str, task: Task, *, seed: int) -> nn.Module:
-    """A language model as it was saved, in float32."""
-    torch.manual_seed(seed)
-    return open_saved(source)
+    def check(self, source: str, *, max_length: int) -> None:
+        """Refuse an encoder: it sees the answer while it reads, and its head would be random."""
+        check_length(source, max_length)
+        names = load_config(source).architectures or ()
+        if not any(name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+                   for name in names):  # fmt: skip
+            raise Refused(f"is no language model ({', '.join(names) or 'no architecture'})",
+                          where=source, remedy="name one that generates text")  # fmt: skip
 
+    def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
+        """A language model as it was saved, in float32."""
+        torch.manual_seed(seed)
+        return self.open_saved(source)
 
-def open_saved(folder: str) -> Any:
-    config = load_config(folder)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return load_saved(auto, folder)
+    def open_saved(self, folder: str) -> Any:
+        config = load_config(folder)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return load_saved(auto, folder)
 
+    def encode(
+        self,
+        rows: Sequence[Row],
+        task: Task,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        config: Any = None,
+    ) -> Packed:
+        """Prompt and answer of each row, cut at `max_length` tokens; see `_cut`."""
+        if tokenizer.eos_token_id is None:
+            raise Refused("its tokenizer has no token for the end of a text", where=task.name,
+                          remedy="set its eos_token and save it again")  # fmt: skip
+        pairs = bool(config is not None and config.is_encoder_decoder)
 
-def add_head(model: Any, task: Task, *, seed: int) -> nn.Module:
-    """The model itself: nothing in it is one task's own."""
-    return model
+        def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
+            asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
+            answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
+            found = []
+            for row, prompt, answer in zip(rows, asked, answers, strict=True):
+                if pairs:
+                    said = [*answer[: max_length - 1], tokenizer.eos_token_id]
+                    made = _row(_cut(prompt, max_length, decoder=False), said)
+                else:
+                    said = [*answer[: max_length - 2], tokenizer.eos_token_id]
+                    prompt = _cut(prompt, max_length - len(said), decoder=True)
+                    made = _row([*prompt, *said], [*[IGNORED] * len(prompt), *said])
+                if task.metric != "likelihood":  # the text itself: tokens may not give it back
+                    made[ANSWER] = list(str(row.label).encode())
+                found.append(made)
+            return found
 
+        return Packed.of(rows, few)
 
-def shared(model: Any) -> nn.Module:
-    return model
+    def count_cut(
+        self,
+        rows: Sequence[Row],
+        encoded: Sequence[dict[str, Any]],
+        task: Task,
+        tokenizer: Any,
+        *,
+        max_length: int,
+    ) -> int:
+        """How many rows have a prompt or an answer that was cut."""
+        full = [
+            (r, e) for r, e in zip(rows, encoded, strict=True)
+            if max_length in (len(e["input_ids"]), len(e["labels"]))
+        ]  # fmt: skip
+        count = 0
+        for row, made in full:
+            decoder = len(made["labels"]) == len(made["input_ids"]) and made["labels"][0] == IGNORED
+            prompt = len(_prompts([row.text], tokenizer, decoder=decoder)[0])
+            said = 1 + len(tokenizer(str(row.label), add_special_tokens=False)["input_ids"])
+            count += (prompt + said if decoder else max(prompt, said)) > max_length
+        return count
 
+    def collator(self, tokenizer: Any) -> Any:
+        """Batches padded on the right, labels with -100."""
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"
+        return _Collator(right, label_pad_token_id=IGNORED)
 
-def save_head(model: Any, file: Path) -> None:
-    """There is none."""
-
-
-def with_head(model: Any, labels: Sequence[str] | None, file: Path) -> Any:
-    return model
-
-
-# --- rows -----------------------------------------------------------------------------------------
-
-
-def encode(
-    rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, config: Any = None
-) -> Packed:
-    """Prompt and answer of each row, cut at `max_length` tokens; see `_cut`."""
-    if tokenizer.eos_token_id is None:
-        raise Refused("its tokenizer has no token for the end of a text", where=task.name,
-                      remedy="set its eos_token and save it again")  # fmt: skip
-    pairs = bool(config is not None and config.is_encoder_decoder)
-
-    def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
-        asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
-        answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
-        found = []
-        for row, prompt, answer in zip(rows, asked, answers, strict=True):
-            if pairs:
-                said = [*answer[: max_length - 1], tokenizer.eos_token_id]
-                made = _row(_cut(prompt, max_length, decoder=False), said)
-            else:
-                said = [*answer[: max_length - 2], tokenizer.eos_token_id]
-                prompt = _cut(prompt, max_length - len(said), decoder=True)
-                made = _row([*prompt, *said], [*[IGNORED] * len(prompt), *said])
-            if task.metric != "likelihood":  # the text itself: tokens may not give it back
-                made[ANSWER] = list(str(row.label).encode())
-            found.append(made)
+    def measure(self, model: Any, rows: Sequence[dict[str, Any]], task: Task, collate: Any) -> Any:
+        """For each row NLL and number of answer tokens, or its text's score and 1: (rows, 2)."""
+        found = np.zeros((len(rows), 2))
+        if task.metric == "likelihood":
+            for chosen, losses, counts in _losses(model, rows, collate):
+                found[chosen] = torch.stack([losses, counts], 1).cpu().double().numpy()
+            if not np.isfinite(found).all():
+                raise TrainingDiverged("diverged: the model's outputs are not finite",
+                                       where=task.name, remedy="lower --lr")  # fmt: skip
+            return found
+        most = max(sum(i != IGNORED for i in row["labels"]) for row in rows)
+        decoder = not model.config.is_encoder_decoder
+        prompts = [_asked(row) if decoder else row["input_ids"] for row in rows]
+        said = generate(model, prompts, collate.tokenizer, most=most)
+        truth = [bytes(row[ANSWER]).decode() for row in rows]
+        found[:, 0], found[:, 1] = text_scores(task.metric, truth, said), 1.0
         return found
 
-    return Packed.of(rows, few)
+    def total(self, task: Task, measured: Any) -> float:
+        """exp(−ΣNLL / Σtokens), or the mean of the texts' scores."""
+        mean = float(measured[:, 0].sum() / measured[:, 1].sum())
+        return math.exp(-mean) if task.metric == "likelihood" else mean
+
+    def predict(
+        self, model: Any, about: Mapping[str, Any], texts: Sequence[str],
+        pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """The answer to each text; a decoder's and its prompt have `max_length` tokens."""
+        decoder = not model.config.is_encoder_decoder
+        # An answer has a quarter or more.
+        room = max_length - max_length // 4 if decoder else max_length
+        prompts = [
+            _cut(ids, room, decoder=decoder) for ids in _prompts(texts, tokenizer, decoder=decoder)
+        ]
+        longest = max(map(len, prompts), default=0) if decoder else 0
+        said = generate(
+            model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH)
+        )
+        return [Prediction(text, {}) for text in said]
 
 
 def _prompts(texts: Sequence[str], tokenizer: Any, *, decoder: bool) -> list[list[int]]:
@@ -122,75 +184,20 @@ def _cut(prompt: list[int], most: int, *, decoder: bool) -> list[int]:
     return [*prompt[: most - 1], prompt[-1]]  # the token for the end of a text
 
 
+def _asked(row: dict[str, Any]) -> list[int]:
+    """A decoder's prompt: the tokens whose prediction is not scored."""
+    told = zip(row["input_ids"], row["labels"], strict=True)
+    return [i for i, label in told if label == IGNORED]
+
+
 def _row(ids: list[int], labels: list[int]) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-def count_cut(
-    rows: Sequence[Row],
-    encoded: Sequence[dict[str, Any]],
-    task: Task,
-    tokenizer: Any,
-    *,
-    max_length: int,
-) -> int:
-    """How many rows have a prompt or an answer that was cut."""
-    full = [
-        (r, e) for r, e in zip(rows, encoded, strict=True)
-        if max_length in (len(e["input_ids"]), len(e["labels"]))
-    ]  # fmt: skip
-    count = 0
-    for row, made in full:
-        decoder = len(made["labels"]) == len(made["input_ids"]) and made["labels"][0] == IGNORED
-        prompt = len(_prompts([row.text], tokenizer, decoder=decoder)[0])
-        said = 1 + len(tokenizer(str(row.label), add_special_tokens=False)["input_ids"])
-        count += (prompt + said if decoder else max(prompt, said)) > max_length
-    return count
 
 
 class _Collator(DataCollatorForSeq2Seq):
     def __call__(self, features: Any, return_tensors: Any = None) -> Any:
         rows = [{k: v for k, v in row.items() if k != ANSWER} for row in features]
         return super().__call__(rows, return_tensors)
-
-
-def collator(tokenizer: Any) -> Any:
-    """Batches padded on the right, labels with -100."""
-    right = copy.copy(tokenizer)
-    right.padding_side = "right"
-    return _Collator(right, label_pad_token_id=IGNORED)
-
-
-# --- scores ---------------------------------------------------------------------------------------
-
-
-def measure(model: Any, rows: Sequence[dict[str, Any]], task: Task, collate: Any) -> Any:
-    """For each row NLL and number of answer tokens, or its text's score and 1: (rows, 2)."""
-    found = np.zeros((len(rows), 2))
-    if task.metric == "likelihood":
-        for chosen, losses, counts in _losses(model, rows, collate):
-            found[chosen] = torch.stack([losses, counts], 1).cpu().double().numpy()
-        if not np.isfinite(found).all():
-            raise TrainingDiverged("diverged: the model's outputs are not finite",
-                                   where=task.name, remedy="lower --lr")  # fmt: skip
-        return found
-    most = max(sum(i != IGNORED for i in row["labels"]) for row in rows)
-    decoder = not model.config.is_encoder_decoder
-    prompts = [
-        [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
-        if decoder else row["input_ids"]
-        for row in rows
-    ]  # fmt: skip
-    said = generate(model, prompts, collate.tokenizer, most=most)
-    truth = [bytes(row[ANSWER]).decode() for row in rows]
-    found[:, 0], found[:, 1] = text_scores(task.metric, truth, said), 1.0
-    return found
-
-
-def total(task: Task, measured: Any) -> float:
-    """exp(−ΣNLL / Σtokens), or the mean of the texts' scores."""
-    mean = float(measured[:, 0].sum() / measured[:, 1].sum())
-    return math.exp(-mean) if task.metric == "likelihood" else mean
 
 
 def _losses(
@@ -237,18 +244,4 @@ def generate(
     return found
 
 
-def predict(
-    model: Any, about: Mapping[str, Any], texts: Sequence[str],
-    pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
-) -> list[Prediction]:  # fmt: skip
-    """The answer to each text; a decoder's prompt and answer take `max_length` tokens at most."""
-    decoder = not model.config.is_encoder_decoder
-    room = (
-        max_length - max_length // 4 if decoder else max_length
-    )  # an answer has a quarter or more
-    prompts = [
-        _cut(ids, room, decoder=decoder) for ids in _prompts(texts, tokenizer, decoder=decoder)
-    ]
-    longest = max(map(len, prompts), default=0) if decoder else 0
-    said = generate(model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH))
-    return [Prediction(text, {}) for text in said]
+KIND = Generation()

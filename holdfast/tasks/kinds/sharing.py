@@ -1,0 +1,132 @@
+"""What the tasks of a sequence share: an encoder below a head of each, or the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig
+
+from holdfast.errors import Refused
+from holdfast.tasks.kinds.pretrained import load_config, load_saved, load_tokenizer, padding_id
+from holdfast.tasks.task import Task
+
+
+class Headed:
+    """A kind whose models are `AUTO`'s: an encoder, shared by all tasks, below a task's head."""
+
+    HEADS: ClassVar[bool] = True
+    AUTO: ClassVar[Any]  # one of Transformers' Auto classes
+    ENDING: ClassVar[str]  # how the names of its models end: ForSequenceClassification
+
+    def head_config(self, labels: Sequence[str] | None) -> dict[str, Any]:
+        """What a model's configuration says of a head for these labels."""
+        names = dict(enumerate(labels or ()))
+        back = {label: i for i, label in names.items()}
+        return {"num_labels": len(names), "id2label": names, "label2id": back}
+
+    load_config = staticmethod(load_config)
+    load_processor = staticmethod(load_tokenizer)
+
+    def has_head(self, config: Any) -> bool:
+        """Whether a model was saved with a head of this kind: the task's replaces it."""
+        return any(name.endswith(self.ENDING) for name in config.architectures or ())
+
+    def dropped(self, source: str) -> str | None:
+        """A line on what a first task's model leaves out of `source`, if anything."""
+        if self.has_head(self.load_config(source)):
+            return "The model was a classifier: its own head was dropped."
+        return None
+
+    def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
+        """The pre-trained encoder below a fresh head for `task`; a saved head is dropped."""
+        torch.manual_seed(seed)
+        deployed = self.has_head(self.load_config(source))
+        more = {} if deployed else self.head_config(task.labels)
+        model = load_saved(self.AUTO, source, **more, **self._padding(source))
+        return self.add_head(model, task, seed=seed) if deployed else model
+
+    def open_saved(self, folder: str) -> Any:
+        """A model with its head, as it was saved."""
+        return load_saved(self.AUTO, folder, **self._padding(folder))
+
+    def _padding(self, source: str) -> dict[str, Any]:
+        """The padding token where a configuration names none: heads of decoders need it."""
+        if padding_id(self.load_config(source)) is not None:
+            return {}
+        return {"pad_token_id": self.load_processor(source).pad_token_id}
+
+    def add_head(self, model: Any, task: Task, *, seed: int) -> nn.Module:
+        """A fresh head for `task` on `model`'s own encoder: its weights are shared."""
+        torch.manual_seed(seed)
+        fresh = self.AUTO.from_config(self._config(model, task.labels))
+        share_encoder(model, fresh)
+        return fresh
+
+    def _config(self, model: Any, labels: Sequence[str] | None) -> Any:
+        return AutoConfig.for_model(**{**model.config.to_dict(), **self.head_config(labels)})
+
+    def shared(self, model: Any) -> nn.Module:
+        """What all tasks share: the encoder."""
+        return model.base_model
+
+    def save_head(self, model: Any, file: Path) -> None:
+        """Write a model's tensors outside of its encoder."""
+        inside = f"{model.base_model_prefix}."
+        named = model.state_dict()
+        save_file({k: v.detach().cpu().contiguous() for k, v in named.items()
+                   if not k.startswith(inside)}, file)  # fmt: skip
+
+    def with_head(self, model: Any, labels: Sequence[str] | None, file: Path) -> Any:
+        """A model on `model`'s encoder, with the head that `save_head` wrote."""
+        with torch.device("meta"):  # without storage: the encoder is there, the head is read
+            made: Any = self.AUTO.from_config(self._config(model, labels))
+        share_encoder(model, made)
+        inside = f"{made.base_model_prefix}."
+        try:
+            lacking, unknown = made.load_state_dict(load_file(file), strict=False, assign=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            said = str(error).splitlines()[0]
+            raise Refused(f"cannot be read ({said})", where=str(file)) from None
+        if unknown or any(not name.startswith(inside) for name in lacking):
+            raise Refused("does not fit the model beside it", where=str(file),
+                          remedy="run its sequence again")  # fmt: skip
+        if left := [n for n, b in made.named_buffers() if b.is_meta]:
+            raise Refused(f"a head with a buffer that is not saved ({left[0]})", where=str(file))
+        return made.eval()
+
+
+class Whole:
+    """A kind whose tasks share all of the model."""
+
+    HEADS: ClassVar[bool] = False
+
+    def dropped(self, source: str) -> str | None:
+        """Nothing is left out."""
+        return None
+
+    def add_head(self, model: Any, task: Task, *, seed: int) -> nn.Module:
+        """The model itself."""
+        return model
+
+    def shared(self, model: Any) -> nn.Module:
+        return model
+
+    def save_head(self, model: Any, file: Path) -> None:
+        """There is none."""
+
+    def with_head(self, model: Any, labels: Sequence[str] | None, file: Path) -> Any:
+        return model
+
+    def aligned(self, measured: Any, labels: Sequence[str] | None, ours: Sequence[str]) -> Any:
+        return measured
+
+
+def share_encoder(model: Any, other: Any) -> None:
+    """Put `model`'s encoder, the same object, in place of `other`'s."""
+    setattr(other, str(other.base_model_prefix), model.base_model)
