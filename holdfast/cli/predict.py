@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
+
+from holdfast.tasks.labels import SEPARATOR
+from holdfast.tasks.tagged import Span
 
 ABOUT = "label the rows of a file with one of a run's tasks"
 EXAMPLE = "holdfast predict runs/a --task trec6 'questions.csv?text=question' --out labels.jsonl"
@@ -45,15 +50,27 @@ def run(chosen: argparse.Namespace) -> None:
     with tqdm(total=len(texts), unit="row", leave=False, disable=None) as bar:
         rows = []
         for given, each in zip(kept, made, strict=True):
-            row = {**given, "label": each.label}
-            if each.probabilities:
-                best = max(each.probabilities.values())
-                row[shares] = each.probabilities if shares == "probabilities" else best
+            row = {**given, "label": plain(each.label, text=shares == "probability")}
+            if shares == "probabilities" and each.probabilities:
+                row[shares] = each.probabilities
+            elif each.label in each.probabilities:
+                row[shares] = each.probabilities[each.label]
             rows.append(row)
             bar.update()
     if chosen.out.suffix == ".csv":
-        write_csv(rows, chosen.out, [*chosen.keep, "label", *([shares] if about["labels"] else [])])
+        told = [shares] if any(shares in row for row in rows) else []
+        write_csv(rows, chosen.out, [*chosen.keep, "label", *told])
     else:
         write_jsonl(rows, chosen.out)
-    told = f", {cut:,} of them cut at 20,000 characters" if cut else ""
-    print(f"{chosen.out}: {len(rows):,} rows{told}; texts are cut at {served.max_length} tokens")
+    clipped = f", {cut:,} of them cut at 20,000 characters" if cut else ""
+    print(f"{chosen.out}: {len(rows):,} rows{clipped}; texts are cut at {served.max_length} tokens")
+
+
+def plain(label: Any, *, text: bool) -> Any:
+    """A prediction as JSON writes it; as `text`, several labels stand as a|b, spans as JSON."""
+    if not isinstance(label, tuple):
+        return label
+    spans = [each._asdict() for each in label if isinstance(each, Span)]
+    if not text:
+        return spans or list(label)
+    return json.dumps(spans) if spans else SEPARATOR.join(label)

@@ -10,6 +10,7 @@ divergence: that of two normal distributions of variance 1; with several labels 
 divergences are summed. No row of an old task is kept, and the answers (one number per class and
 row) are looked up by a row's content, so that the order of batches does not matter. The old heads
 read what the encoder returned for the task's own loss: no second pass. They are not trained.
+Of a head that tags every token, a row's divergence is the mean over its tokens.
 Deviation: the paper's loss is a cross entropy, which differs by the answers' constant entropy.
 
 Fit the task's own head first: a random head drives the encoder away from the answers.
@@ -98,7 +99,7 @@ class LwF(Method):
             tell_once("lwf: tasks of a language model have no heads whose answers could be held")
             return
         for task, output in outputs.items():
-            logits = _logits(output, task)
+            logits = _logits(output, view, task)
             found["by task"].setdefault(task, []).append(logits)
             if task in near:
                 x = _one_a_row(given[task], len(logits))
@@ -122,12 +123,12 @@ class LwF(Method):
                                 remedy="pass the rows as training sees them, not changed at "
                                 "random")  # fmt: skip
         for task, outputs in view.old_outputs().items():
-            now = _logits(outputs, task)
+            now = _logits(outputs, view, task)
             kind = kind_of(view.bound.models[task], now)
-            shares = before.get(f"{task}/shares")
-            total = total + divergence(
-                before[task], now, kind, temperature=self.temperature, shares=shares
-            )
+            held, shares = before[task], before.get(f"{task}/shares")
+            if now.ndim > 2:
+                held, shares = _of_tokens(held, now, view.inputs or {})
+            total = total + divergence(held, now, kind, temperature=self.temperature, shares=shares)
         return self.strength * total
 
     def unbound(self, view: View) -> None:
@@ -140,6 +141,14 @@ class LwF(Method):
         moment = None if layer is None else _moment(view, layer)
         if moment is not None:
             view.state.tensors.setdefault("moments", {})[view.task] = moment
+
+
+def _of_tokens(held: Tensor, now: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Answers for tags, as long as `now`, that hold no padding, and 1 / tokens of each row."""
+    mask = inputs.get("attention_mask")
+    mask = torch.ones(now.shape[:2], device=now.device) if mask is None else mask
+    held = answers.lasting(held, now.shape[1])
+    return torch.where(mask[..., None] > 0, held, now.detach()), 1 / mask.sum(1).clamp(min=1)
 
 
 class _Near:
@@ -224,10 +233,15 @@ def _one_a_row(given: list[Tensor], rows: int) -> Tensor | None:
     return given[0] if given and given[0].shape[:-1] == (rows,) else None
 
 
-def _logits(outputs: Any, task: str) -> Tensor:
-    """One row of logits per row, in at least float32: (rows, classes)."""
+def _logits(outputs: Any, view: View, task: str) -> Tensor:
+    """Logits in at least float32: (rows, classes), or of tags (rows, tokens, classes)."""
     logits = getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    config = getattr(view.bound.models[task], "config", None)
+    # A language model's are numbers for each word of its vocabulary.
+    words = getattr(config, "vocab_size", None)
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3) or (
+        logits.ndim == 3 and logits.shape[-1] == words
+    ):  # fmt: skip
         raise Refused(
             f"the head of {task!r} does not return logits of (rows, classes)",
             where="lwf",

@@ -6,9 +6,10 @@ import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from holdfast.errors import Refused
+from holdfast.errors import Refused, nearest
 from holdfast.tasks.files import label, must_exist, parse_json
 from holdfast.tasks.labels import MAX_CLASSES, MAX_NAME
+from holdfast.tasks.spec import TYPES
 from holdfast.tasks.table import shown
 
 _MAX_META = 2**20  # bytes
@@ -20,7 +21,7 @@ class Meta(NamedTuple):
     name: str
     labels: tuple[str, ...] | None  # in id order; None means regression
     metric: str | None
-    kind: str | None  # generation, or else by the labels
+    kind: str | None  # one of TYPES; None: by the labels
 
 
 def meta(folder: Path) -> Meta:
@@ -38,9 +39,8 @@ def meta(folder: Path) -> Meta:
         raise Refused("larger than a megabyte", where=where)
     found = parse_json(text, where)
     kind = found.get("kind") if isinstance(found, dict) else None
-    if kind not in (None, "classification", "regression", "generation"):
-        raise Refused(f"kind {shown(kind)}", where=where,
-                      remedy="classification, regression or generation")  # fmt: skip
+    if kind not in (None, *TYPES):
+        raise Refused(f"kind {shown(kind)}", where=where, remedy=nearest(str(kind), TYPES))
     if not isinstance(found, dict) or ("labels" not in found and kind is None):
         raise Refused(
             "no 'labels'", where=where, remedy='as {"labels": ["no", "yes"], "metric": "accuracy"}'
@@ -50,9 +50,10 @@ def meta(folder: Path) -> Meta:
         if near and near[0] not in found:
             raise Refused(f"unknown key {shown(key)}", where=where,
                           remedy=f"did you mean {near[0]!r}?")  # fmt: skip
-    if kind is not None and (found.get("labels") is not None) != (kind == "classification"):
-        raise Refused(f"kind {shown(kind)} {'needs' if kind == 'classification' else 'has no'} "
-                      "'labels'", where=where)  # fmt: skip
+    named = kind in ("classification", "multilabel", "tokens")
+    if kind is not None and (found.get("labels") is not None) != named:
+        raise Refused(f"kind {shown(kind)} {'needs' if named else 'has no'} 'labels'",
+                      where=where)  # fmt: skip
     name, metric = found.get("task") or folder.resolve().name, found.get("metric")
     if not isinstance(name, str) or not isinstance(metric, str | None):
         raise Refused("'task' and 'metric' are texts", where=where)

@@ -11,7 +11,7 @@ from typing import Any
 
 from holdfast.errors import Refused, nearest
 from holdfast.tasks.spec import Options
-from holdfast.tasks.table import MAX_RECORDS, Table, listed, shown
+from holdfast.tasks.table import MAX_RECORDS, TAGS, Table, listed, shown
 
 # Ids that moved when the Hub gave every dataset an owner.
 MOVED = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue", "imdb": "stanfordnlp/imdb"}
@@ -34,8 +34,10 @@ def read(
         )
     train = _table(splits["train"], f"{place}, train", wanted)
     evaluation = _table(splits[chosen], f"{place}, {chosen}", wanted) if chosen else None
-    feature = splits["train"].features.get(options.label or "label")
-    names = getattr(feature, "names", None)
+    features = splits["train"].features
+    asked = (options.label,) if options.label else ("label", *TAGS)
+    feature = next((features[name] for name in asked if name in features), None)
+    names = getattr(getattr(feature, "feature", feature), "names", None)
     floats = str(getattr(feature, "dtype", "")).startswith("float")
     return train, evaluation, tuple(names) if names else None, floats
 

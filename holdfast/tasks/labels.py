@@ -18,7 +18,7 @@ MAX_CLASSES = 1000
 MAX_NAME = 200  # characters
 IGNORED = -100  # what the losses of PyTorch leave out
 
-Read = Callable[[Any, str], int | float | str | None]
+Read = Callable[[Any, str], Any]
 
 
 def by_id(names: tuple[str, ...]) -> Read:
@@ -63,6 +63,35 @@ def by_name(names: tuple[str, ...]) -> Read:
         )
 
     return read
+
+
+SEPARATOR = "|"  # between the labels of one row, where a cell is text
+
+
+def several(read: Read) -> Callable[[Any, str], tuple[int, ...]]:
+    """Labels of a row that may have any number of them: ids in ascending order."""
+
+    def all_of(cell: Any, where: str) -> tuple[int, ...]:
+        found = sorted(
+            int(i) for each in parted(cell, where) if (i := read(each, where)) is not None
+        )
+        if len(set(found)) < len(found):
+            raise Refused(f"a label twice: {shown(cell)}", where=where)
+        return tuple(found)
+
+    return all_of
+
+
+def parted(cell: Any, where: str) -> list[Any]:
+    """The labels in a cell: a list of them, or text with | between them; none if it is empty."""
+    if isinstance(cell, str):
+        return [part.strip() for part in cell.split(SEPARATOR)] if cell.strip() else []
+    if cell is None:
+        return []
+    if not isinstance(cell, list):
+        raise Refused(f"labels are a list, not {shown(cell)}", where=where,
+                      remedy='as ["joy", "anger"], or joy|anger')  # fmt: skip
+    return cell
 
 
 def number(cell: Any, where: str) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
@@ -56,7 +57,7 @@ def load_task(
         asked = _with_columns(asked, columns)
     name, names, metric, pool, evaluation, warnings, kind = _LOADERS[asked.kind](asked)
     name = slug(asked.options.name or name)
-    _check_classes(pool, names, name, warnings)
+    _check_classes(pool, names, name, warnings, kind)
     texts = [row.plain for row in pool]
     if evaluation is None:
         size = max(1, round(CARVED * len(pool)))
@@ -73,12 +74,12 @@ def load_task(
         if evaluation_size < 1:
             raise Refused(f"evaluation_size {evaluation_size} leaves nothing", where=name)
         evaluation = _chosen(evaluation, evaluation_size, seed="evaluation size")
-    if len({row.label for row in evaluation}) < 2:
+    if len({row.label for row in evaluation}) < 2 and len(_present(evaluation)) < 2:
         warnings.append("every evaluation row has the same label")
 
     size = count(selection, len(pool), what="selection", least=0)
     if isinstance(selection, float) and selection > 0:  # a share keeps one row per class, if it can
-        classes = len({row.label for row in pool}) if names is not None else 1
+        classes = len(_present(pool)) if names is not None else 1
         size = max(size, min(classes, len(pool) // 2))
     if size >= len(pool):
         raise Refused(f"selection {selection} leaves no row to train on", where=name)
@@ -123,7 +124,7 @@ def _subset(
 ) -> list[Row]:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise Refused(f"train_size {size!r} is no count of rows", where=where)
-    present = len({row.label for row in train}) if names is not None else 1
+    present = len(_present(train)) if names is not None else 1
     if size < present:
         raise Refused(f"train_size {size} is below the {present} classes", where=where)
     if size >= len(train):
@@ -149,11 +150,12 @@ def _repeated(rows: list[Row], training: list[tuple[str, str]]) -> int:
 
 
 def _check_classes(
-    pool: list[Row], names: tuple[str, ...] | None, where: str, warnings: list[str]
+    pool: list[Row], names: tuple[str, ...] | None, where: str, warnings: list[str], kind: str
 ) -> None:
-    present = {row.label for row in pool}
-    if len(present) < 2:
-        only = names[int(pool[0].label)] if names is not None else pool[0].label
+    present = _present(pool)
+    if len(present) < 2 and len({row.label for row in pool}) < 2:
+        ids = pool[0].label
+        only = ids if names is None or isinstance(ids, tuple) else names[int(ids)]
         raise Refused(
             f"every training row has the label {shown(only)}",
             where=where,
@@ -161,8 +163,16 @@ def _check_classes(
         )
     if names is not None:
         absent = [name for index, name in enumerate(names) if index not in present]
-        if absent:
+        if absent and kind != "tokens":  # a type whose every entity is one word has no I
             warnings.append(f"no training row has the label {listed(absent)}")
+
+
+def _present(rows: Sequence[Row]) -> set[Any]:
+    """The labels that occur, each of several too."""
+    return {
+        each for row in rows
+        for each in (row.label if isinstance(row.label, tuple) else (row.label,))
+    }  # fmt: skip
 
 
 def _folder(asked: Spec) -> Source:

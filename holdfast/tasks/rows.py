@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks import files, labels
+from holdfast.tasks import files, labels, tagged
 from holdfast.tasks.spec import Options, parse
 from holdfast.tasks.table import MAX_TEXT, Columns, Table, listed, shown
-from holdfast.tasks.task import GENERATED, METRICS, Row
+from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 
 class Source(NamedTuple):
@@ -38,7 +38,10 @@ def source_of(
     warnings: list[str] = []
     if options.type == "generation" or (options.type is None and options.columns.generates(train)):
         return _generation(name, train, evaluation, options)
+    if options.type == "tokens" or (options.type is None and options.columns.tags(train)):
+        return _tokens(name, train, evaluation, options, names)
     columns = options.columns.among(train)
+    several = options.type == "multilabel"
     if columns.pair is None and train.wordy:
         warnings.append(f"text not read in the column {listed(sorted(train.wordy))}")
     first = _Texts(train, columns)
@@ -49,7 +52,12 @@ def source_of(
         read = labels.by_id(names)
     else:
         fractions = options.type == "classification"
-        names = labels.names_of(first.cells(), train.name, fractions=fractions)
+        cells = (
+            ((each, at) for cell, at in first.cells() for each in labels.parted(cell, at))
+            if several
+            else first.cells()
+        )
+        names = labels.names_of(cells, train.name, fractions=fractions)
         read = labels.by_name(names)
         if clash := _differ_by_case(names):
             warnings.append(f"labels that differ only by case: {listed(clash)}")
@@ -59,14 +67,48 @@ def source_of(
             where=train.name,
             remedy="a classification needs two",
         )
+    read = labels.several(read) if several else read
     pool = first.rows(read, warnings)
     held = None
     if evaluation is not None:
         columns.check(evaluation)
         held = _Texts(evaluation, columns, paired=first.paired).rows(read, warnings)
+    if several:
+        return Source(name, names, _metric(options, SEVERAL, name), pool, held, warnings,
+                      "multilabel")  # fmt: skip
     metric = options.metric or ("spearman" if names is None else "accuracy")
     _check_metric(metric, names, name)
     return Source(name, names, metric, pool, held, warnings)
+
+
+def _tokens(
+    name: str, train: Table, evaluation: Table | None, options: Options,
+    names: tuple[str, ...] | None,
+) -> Source:  # fmt: skip
+    """A tag for each word."""
+    warnings: list[str] = []
+    columns = options.columns.tags_among(train)
+    first, ids = tagged.Tagged(train, columns), names is not None
+    names = names or tagged.names_of(first.cells(), train.name)
+    read = labels.by_name(names)
+    if ids and any(isinstance(tag, int) for _, _, tags in first.kept[:1] for tag in tags):
+        read = labels.by_id(names)
+    if len(names) < 2:
+        raise Refused(f"one tag only: {listed(names)}", where=train.name)
+    pool, held = first.rows(read, warnings), None
+    if evaluation is not None:
+        held = tagged.Tagged(evaluation, columns.check(evaluation)).rows(read, warnings)
+    metrics = TAGGED if tagged.chunked(names) else TAGGED[1:]
+    return Source(name, names, _metric(options, metrics, name), pool, held, warnings, "tokens")
+
+
+def _metric(options: Options, known: tuple[str, ...], where: str) -> str:
+    """The metric asked for, if it is among those that suit the kind; the first by default."""
+    metric = options.metric or known[0]
+    if metric not in known:
+        raise Refused(f"metric {shown(metric)} does not suit", where=where,
+                      remedy=nearest(metric, known))  # fmt: skip
+    return metric
 
 
 def _generation(name: str, train: Table, evaluation: Table | None, options: Options) -> Source:
@@ -81,10 +123,7 @@ def _generation(name: str, train: Table, evaluation: Table | None, options: Opti
     if evaluation is not None:
         columns.check(evaluation)
         held = _Texts(evaluation, columns).rows(labels.text, warnings)
-    metric = options.metric or GENERATED[0]
-    if metric not in GENERATED:
-        raise Refused(f"metric {shown(metric)} does not suit", where=name,
-                      remedy=nearest(metric, GENERATED))  # fmt: skip
+    metric = _metric(options, GENERATED, name)
     return Source(name, None, metric, pool, held, warnings, "generation")
 
 
@@ -123,7 +162,11 @@ def _differ_by_case(names: tuple[str, ...]) -> list[str]:
 def _check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> None:
     remedy = None
     if metric not in METRICS:
-        remedy = nearest(metric, METRICS)
+        remedy = nearest(metric, SINGLE)
+    elif metric in SEVERAL and metric not in SINGLE:
+        remedy = "it is for several labels a row: say type=multilabel"
+    elif metric in TAGGED and metric not in SINGLE:
+        remedy = "it is for tags of words: say type=tokens"
     elif (metric == "spearman") != (names is None):
         remedy = "spearman is for regression, the others for classes"
     elif metric in GENERATED:

@@ -6,15 +6,16 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks.task import GENERATED, METRICS
+from holdfast.tasks.task import SINGLE
 
 
 def score(
     metric: str, truth: Sequence[float], predicted: Sequence[float], *, classes: int | None = None
 ) -> float:
-    """One score of `predicted` (n,) against `truth` (n,): a metric of METRICS.
+    """One score of `predicted` (n,) against `truth` (n,): a metric of SINGLE.
 
     accuracy: share of equal labels. f1: of class 1 where there are two classes (0 and 1), else
     the unweighted mean over the classes that occur (macro). matthews: Matthews correlation of the
@@ -24,11 +25,8 @@ def score(
     Constant predictions (or truth) carry no ranking, and their correlation is 0/0: matthews and
     spearman are 0.0 there, never NaN.
     """
-    if metric not in METRICS or metric in GENERATED:
-        raise Refused(
-            f"no metric {metric!r}",
-            remedy=nearest(metric, [m for m in METRICS if m not in GENERATED]),
-        )
+    if metric not in SINGLE:
+        raise Refused(f"no metric {metric!r}", remedy=nearest(metric, SINGLE))
     if len(truth) != len(predicted):
         raise ValueError(f"{len(predicted)} predictions for {len(truth)} rows")
     if not len(truth):
@@ -59,6 +57,21 @@ def score(
     from scipy.stats import spearmanr
 
     return float(spearmanr(wanted, given).statistic)
+
+
+def several_score(metric: str, truth: Any, predicted: Any) -> float:
+    """One score of labels (rows, labels) of 0 and 1: a metric of SEVERAL.
+
+    f1_micro: F1 of all decisions together. f1_macro: the mean of each label's F1; one that neither
+    occurs nor is said counts 0. accuracy: share of rows whose labels are all right.
+    """
+    if metric == "accuracy":
+        return float((truth == predicted).all(1).mean())
+    hits = (truth * predicted).sum(0)
+    both = truth.sum(0) + predicted.sum(0)
+    if metric == "f1_micro":
+        hits, both = hits.sum(), both.sum()
+    return float((2 * hits / both.clip(1)).mean())
 
 
 def text_scores(metric: str, truth: Sequence[str], said: Sequence[str]) -> list[float]:

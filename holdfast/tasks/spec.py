@@ -20,7 +20,7 @@ _ALLOWED = {
     "builtin": ("name",),
 }
 
-TYPES = ("classification", "regression", "generation")
+TYPES = ("classification", "multilabel", "regression", "tokens", "generation")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*){0,2}", re.ASCII)
 
 
@@ -35,7 +35,7 @@ class Options:
     metric: str | None = None
     evaluation: str | None = None  # a file beside the data file, or the name of a split
     name: str | None = None
-    type: str | None = None  # classification | regression | generation
+    type: str | None = None  # one of TYPES
     quotes: str | None = None  # none: quotes in CSV and TSV are ordinary characters
     config: str | None = None  # of a Hub dataset
     revision: str | None = None  # of a Hub dataset

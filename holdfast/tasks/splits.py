@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 
 def stratified(
-    labels: Sequence[int | float | str],
+    labels: Sequence[Any],
     size: int,
     *,
     seed: str,
@@ -25,12 +26,13 @@ def stratified(
     `leave` of its rows remain. Float labels are classed by deciles, without regard to `leave`.
     Rows with equal `alike` form a bundle that stays together, so that a class may get fewer rows
     than its share; it gets more only if it has two or more bundles and none is small enough.
-    Float labels whose bundles are too long for a decile are one class, and so are texts.
+    Float labels whose bundles are too long for a decile are one class, and so are texts. A row of
+    several labels counts for its rarest.
     """
     bundles: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(range(len(labels)) if alike is None else alike):
         bundles[key].append(index)
-    values = [0 if isinstance(label, str) else label for label in labels]
+    values = _classes(labels)
     classes = [int(value) for value in values]
     if any(isinstance(value, float) for value in values):
         longest = max(map(len, bundles.values()))
@@ -48,6 +50,17 @@ def stratified(
         ranked = sorted(groups[group], key=lambda bundle: rank[bundle[0]])
         chosen.update(_filled(ranked, count))
     return sorted(chosen), [index for index in range(len(labels)) if index not in chosen]
+
+
+def _classes(labels: Sequence[Any]) -> list[int | float]:
+    """A class or a number for each label; texts are one class, several ids the rarest of them."""
+    often = Counter(i for label in labels if isinstance(label, tuple) for i in set(label))
+    return [
+        0 if isinstance(label, str)
+        else min(label, key=lambda i: (often[i], i), default=-1) if isinstance(label, tuple)
+        else label
+        for label in labels
+    ]  # fmt: skip
 
 
 def _filled(bundles: list[list[int]], size: int) -> list[int]:

@@ -19,6 +19,9 @@ PAIR = ("pair", "sentence2")
 LABEL = ("label",)
 PROMPT = ("prompt", *TEXT)
 ANSWER = ("answer", "completion")
+WORDS = ("tokens", "words")
+TAGS = ("tags", "ner_tags")
+SPANS = ("spans", "entities")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -35,8 +38,8 @@ class Columns:
     @property
     def wanted(self) -> frozenset[str]:
         """Every column that may turn out to be needed."""
-        text = (*PROMPT, *PAIR) if self.text is None else (self.text,)
-        label = (*LABEL, *ANSWER) if self.label is None else (self.label,)
+        text = (*PROMPT, *PAIR, *WORDS) if self.text is None else (self.text,)
+        label = (*LABEL, *ANSWER, *TAGS, *SPANS) if self.label is None else (self.label,)
         named = [name for name in (self.pair, self.answer) if name is not None]
         return frozenset((*text, *label, *named))
 
@@ -45,6 +48,19 @@ class Columns:
         if self.answer is not None or self.label is not None:
             return self.answer is not None
         return not {*LABEL} & {*table.columns} and bool({*ANSWER} & {*table.columns})
+
+    def tags(self, table: Table) -> bool:
+        """Whether `table` has a tag for each word, or spans, and neither labels nor answers."""
+        others = {*LABEL, *ANSWER} & {*table.columns}
+        return not (self.label or self.answer or others) and bool(
+            {*TAGS, *SPANS} & {*table.columns}
+        )
+
+    def tags_among(self, table: Table) -> Columns:
+        """Words and tags, or text and spans, as text and label."""
+        label = self.label or _only((*TAGS, *SPANS), table, "label")
+        text = self.text or _only(TEXT if label in SPANS else WORDS, table, "text")
+        return Columns(text, None, label).check(table)
 
     def answers_among(self, table: Table) -> Columns:
         """Prompt and answer as text and label."""

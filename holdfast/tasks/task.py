@@ -12,17 +12,21 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 GENERATED = ("likelihood", "exact_match", "token_f1", "rouge_l")  # of generated text
-METRICS = ("accuracy", "f1", "matthews", "spearman", *GENERATED)
+SEVERAL = ("f1_micro", "f1_macro", "accuracy")  # of rows with several labels
+TAGGED = ("entity_f1", "accuracy")  # of a tag for each word
+SINGLE = ("accuracy", "f1", "matthews", "spearman")  # of one label or number a row
+METRICS = (*dict.fromkeys((*SINGLE, *SEVERAL, *TAGGED, *GENERATED)),)
 
 
 class Prediction(NamedTuple):
     """What a model says of one row.
 
-    label: its most probable label, the number that a regression gives, or the text it generates.
-    probabilities: of each label, summing to 1; else empty.
+    label: its most probable label, the number that a regression gives, the text it generates, a
+        tuple of labels (multilabel) or of `Span`s (tokens).
+    probabilities: of each label, summing to 1 but for multilabel; else empty.
     """
 
-    label: str | float
+    label: Any
     probabilities: Mapping[str, float]
 
 
@@ -32,7 +36,8 @@ class Row:
 
     text: str
     pair: str | None
-    label: int | float | str  # an id, a number, or the text to generate
+    # An id, a number, the text to generate; ids of a row's labels, or of the tags of its words.
+    label: Any
 
     @property
     def plain(self) -> tuple[str, str]:
@@ -73,8 +78,12 @@ class Task:
         if self.labels is None or tuple(labels) == self.labels:
             return self
         ids = [labels.index(label) for label in self.labels]
+
+        def moved(label: Any) -> Any:
+            return ids[label] if isinstance(label, int) else tuple(ids[each] for each in label)
+
         splits: dict[str, Any] = {
-            split: tuple(replace(row, label=ids[int(row.label)]) for row in getattr(self, split))
+            split: tuple(replace(row, label=moved(row.label)) for row in getattr(self, split))
             for split in ("train", "selection", "evaluation")
         }
         return replace(self, labels=tuple(labels), **splits)

@@ -258,14 +258,16 @@ def test_rows_are_found_in_any_order_and_division_and_others_refused() -> None:
         chain.penalty({"tokens": changed})
 
 
-def bert_pair() -> tuple[Any, Any]:
-    one, two = models.bert(seed=0), models.bert(seed=1, num_labels=3)
+def bert_pair(head: str = "SequenceClassification") -> tuple[Any, Any]:
+    one, two = models.bert(head, seed=0), models.bert(head, seed=1, num_labels=3)
     two.bert = one.bert
     return one, two
 
 
-def test_padding_changes_neither_the_row_nor_its_answer() -> None:
-    one, two = bert_pair()
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_padding_changes_neither_the_row_nor_its_answer(head: str) -> None:
+    """Of tags, a row's divergence is the mean over its own tokens."""
+    one, two = bert_pair(head)
     tokenizer = models.tokenizer()
     texts = ["a film", "a good book and a bad plot", "who was the man", "not very fine", "red"]
     rows = [tokenizer(text) for text in texts]
@@ -276,6 +278,7 @@ def test_padding_changes_neither_the_row_nor_its_answer() -> None:
         bound.begin_task(task, optimizer, 3, model=model, data=alone)
         if task == "one":
             bound.end_task()
+    before = copy.deepcopy(one)
     with torch.no_grad():
         for w in one.bert.parameters():
             w.add_(torch.randn_like(w) / 20)
@@ -285,6 +288,9 @@ def test_padding_changes_neither_the_row_nor_its_answer() -> None:
     whole = bound.penalty(together, two(**together))
     each = [bound.penalty(batch, two(**batch)) for batch in alone]
     torch.testing.assert_close(whole, torch.stack(each).mean(), atol=1e-6, rtol=1e-5)
+    p, q = (m.eval()(**alone[1]).logits.div(2).softmax(-1) for m in (before, one))
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(each[1], expected, atol=1e-6, rtol=1e-4)
     assert whole > 1e-3
 
 

@@ -18,10 +18,23 @@ from holdfast.methods.common.importance import Kind, wide
 
 
 def keep(state: State, rows: Sequence[Tensor], found: Mapping[str, Sequence[Tensor]]) -> None:
-    """Keep answers by key: for each batch its rows (n,), and for each key a tensor (n, …)."""
+    """Keep answers by key: for each batch its rows (n,), and for each key a tensor (n, …).
+
+    Those of tokens, (n, tokens, …), are padded with zeros at the end to the longest of all.
+    """
     known, order = torch.sort(torch.cat(list(rows)), stable=True)
     state.tensors["rows"] = {"known": known}
-    state.tensors["answers"] = {key: torch.cat(list(each))[order] for key, each in found.items()}
+    state.tensors["answers"] = {key: _joined(each)[order] for key, each in found.items()}
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(each.shape[1] for each in parts) if parts[0].ndim > 2 else 0
+    return torch.cat([lasting(each, longest) if longest else each for each in parts])
+
+
+def lasting(logits: Tensor, tokens: int) -> Tensor:
+    """Logits (rows, n, classes) as (rows, tokens, classes), cut or padded with zeros."""
+    return functional.pad(logits[:, :tokens], (0, 0, 0, max(0, tokens - logits.shape[1])))
 
 
 def kept(state: State) -> bool:

@@ -67,8 +67,11 @@ class Packed(Sequence[dict[str, Any]]):
         return sizes[np.array(self._places)].tolist()
 
     def values(self, name: str) -> Any:
-        """A column of numbers: (rows,)."""
-        return self._columns[name][0][np.array(self._places, dtype=int)]
+        """A column of numbers, (rows,), or of lists of one length, (rows, length)."""
+        found, begins = self._columns[name]
+        if begins is None:
+            return found[np.array(self._places, dtype=int)]
+        return np.stack([found[begins[p] : begins[p + 1]] for p in self._places])
 
     @property
     def nbytes(self) -> int:

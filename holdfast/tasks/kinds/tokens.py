@@ -1,0 +1,147 @@
+"""A tag for every word: entities, parts of speech. The loss is on each word's first token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds.classification import outputs
+from holdfast.tasks.kinds.packed import Packed
+from holdfast.tasks.kinds.pretrained import check_length
+from holdfast.tasks.kinds.sharing import Headed
+from holdfast.tasks.labels import IGNORED
+from holdfast.tasks.tagged import Span, chunked, entities, words_in
+from holdfast.tasks.task import Prediction, Row, Task
+
+TAGS = "tags"  # of an encoded row: every word's, also of those that were cut
+
+
+class Tokens(Headed):
+    """Tags of words; a word beyond the length that rows are cut at is answered by O."""
+
+    AUTO = AutoModelForTokenClassification
+    ENDING = "ForTokenClassification"
+
+    def check(self, source: str, *, max_length: int) -> None:
+        check_length(source, max_length)
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        task: Task,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        config: Any = None,
+    ) -> Packed:
+        """Token ids, a label for each token (-100 but at a word's first), a tag for each word."""
+        if not tokenizer.is_fast:
+            raise Refused("its tokenizer does not tell words from tokens", where=task.name,
+                          remedy="take a model with a fast one")  # fmt: skip
+
+        def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
+            made = _split(tokenizer, [r.text.split(" ") for r in rows], max_length)
+            return [
+                {**{k: v[i] for k, v in made.items()}, TAGS: list(row.label),
+                 "labels": _at_first(made.word_ids(i), row.label)}
+                for i, row in enumerate(rows)
+            ]  # fmt: skip
+
+        return Packed.of(rows, few)
+
+    def count_cut(
+        self, rows: Sequence[Row], encoded: Packed, task: Task, tokenizer: Any, *, max_length: int
+    ) -> int:
+        """How many rows have a word whose first token was cut."""
+        return sum(sum(i != IGNORED for i in e["labels"]) < len(e[TAGS]) for e in encoded)
+
+    def collator(self, tokenizer: Any) -> Any:
+        """Batches padded on the right, labels with -100."""
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"
+        return _Collator(right, label_pad_token_id=IGNORED)
+
+    def measure(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]], task: Task, collate: Any
+    ) -> Any:
+        """How many are right, said and true in each row, entities or words: (rows, 3)."""
+        names, found = task.labels or (), np.zeros((len(rows), 3))
+        for chosen, logits in outputs(model, rows, collate):
+            if not bool(logits.isfinite().all()):
+                raise TrainingDiverged("diverged: the model's outputs are not finite",
+                                       where=task.name, remedy="lower --lr")  # fmt: skip
+            for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
+                told = [s for s, at in zip(said, rows[i]["labels"], strict=False) if at != IGNORED]
+                found[i] = _counts(told, rows[i][TAGS], names, task.metric)
+        return found
+
+    def total(self, task: Task, measured: Any) -> float:
+        """F1 = 2 · right / (said + true) over all rows, seqeval's micro average; or accuracy."""
+        right, said, true = measured.sum(0)
+        return float(2 * right / max(said + true, 1))
+
+    def aligned(self, measured: Any, labels: Sequence[str] | None, ours: Sequence[str]) -> Any:
+        return measured  # counts
+
+    def predict(
+        self, model: Any, about: Mapping[str, Any], texts: Sequence[str],
+        pairs: Sequence[str] | None, tokenizer: Any, *, max_length: int, batch: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """The entities of each text, or its words if tags are not BIO, as `Span`s of characters."""
+        words = [words_in(text) for text in texts]
+        made = _split(tokenizer, [[w for w, _, _ in each] or [""] for each in words], max_length)
+        rows = [{k: v[i] for k, v in made.items()} for i in range(len(texts))]
+        found: list[Any] = [None] * len(texts)
+        for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
+            for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
+                at = _at_first(made.word_ids(i), range(len(words[i]) or 1))
+                tags = [about["labels"][s] for s, w in zip(said, at, strict=False) if w != IGNORED]
+                spans = _entities(tags[: len(words[i])], about["labels"])
+                found[i] = Prediction(
+                    tuple(Span(words[i][a][1], words[i][b - 1][2], name) for a, b, name in spans),
+                    {},
+                )
+        return found
+
+
+class _Collator(DataCollatorForTokenClassification):
+    def torch_call(self, features: Any) -> Any:
+        return super().torch_call([{k: v for k, v in f.items() if k != TAGS} for f in features])
+
+
+def _split(tokenizer: Any, words: list[list[str]], max_length: int) -> Any:
+    return tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+
+
+def _at_first(words: Sequence[int | None], labels: Any) -> list[int]:
+    """The label of each word at its first token, -100 elsewhere. words: of each token, its word."""
+    before = (None, *words)
+    return [
+        IGNORED if word is None or word == last else labels[word]
+        for word, last in zip(words, before, strict=False)
+    ]
+
+
+def _entities(tags: Sequence[str], names: Sequence[str]) -> list[tuple[int, int, str]]:
+    if chunked(names):
+        return entities(tags)
+    return [(i, i + 1, tag) for i, tag in enumerate(tags)]
+
+
+def _counts(
+    said: Sequence[int], true: Sequence[int], names: Sequence[str], metric: str
+) -> tuple[int, int, int]:
+    """How many are right, said and true; words that were cut count as O, or as wrong."""
+    if metric == "accuracy":
+        return sum(a == b for a, b in zip(said, true, strict=False)), len(true), len(true)
+    one, two = ({*entities([names[i] for i in ids])} for ids in (said, true))
+    return len(one & two), len(one), len(two)
+
+
+KIND = Tokens()
