@@ -17,7 +17,8 @@ RESUMES = False
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a finished run's folder")
-    parser.add_argument("rows", help="a CSV, TSV, JSONL or Parquet file, its columns after a ?")
+    parser.add_argument("rows", help="a CSV, TSV, JSONL or Parquet file, its columns after a ?; "
+                        "a folder of pictures")  # fmt: skip
     parser.add_argument("--task", required=True, help="the name of one of the run's tasks")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl or .csv file to write")
     parser.add_argument("--keep", nargs="+", default=[], metavar="COLUMN",
@@ -43,9 +44,13 @@ def run(chosen: argparse.Namespace) -> None:
                       remedy="rename that column in the file")  # fmt: skip
     served = load(chosen.run_folder)
     about = served.tasks[served.named(chosen.task)]
-    texts, pairs, kept, cut = unlabelled(
-        chosen.rows, chosen.keep, pairs=bool(about["pairs"]), prompts=about["kind"] == "generation"
-    )
+    if about["kind"] == "images":
+        texts, pairs, kept, cut = _files(chosen)
+    else:
+        texts, pairs, kept, cut = unlabelled(
+            chosen.rows, chosen.keep, pairs=bool(about["pairs"]),
+            prompts=about["kind"] == "generation",
+        )  # fmt: skip
     made = served.predictions(chosen.task, texts, pairs, batch=chosen.batch_size)
     with tqdm(total=len(texts), unit="row", leave=False, disable=None) as bar:
         rows = []
@@ -64,6 +69,19 @@ def run(chosen: argparse.Namespace) -> None:
         write_jsonl(rows, chosen.out)
     clipped = f", {cut:,} of them cut at 20,000 characters" if cut else ""
     print(f"{chosen.out}: {len(rows):,} rows{clipped}; texts are cut at {served.max_length} tokens")
+
+
+def _files(chosen: argparse.Namespace) -> tuple[list[str], None, list[dict[str, Any]], int]:
+    """The pictures of a folder; each row is told by its `file`."""
+    from holdfast.errors import Refused
+    from holdfast.tasks.pictures import pictures_in
+
+    files = [str(file) for file in pictures_in(Path(chosen.rows))]
+    if not files or chosen.keep:
+        raise Refused("no folder of pictures" if not files else "has no columns to keep",
+                      where=chosen.rows)  # fmt: skip
+    chosen.keep = ["file"]
+    return files, None, [{"file": file} for file in files], 0
 
 
 def plain(label: Any, *, text: bool) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
-from holdfast.tasks import files, folder, generated, splits
-from holdfast.tasks.rows import Source, counted, source_of
-from holdfast.tasks.spec import Spec, parse
+from holdfast.tasks import files, folder, generated, pictures, splits
+from holdfast.tasks.rows import Source, check_metric, counted, source_of
+from holdfast.tasks.spec import Options, Spec, parse
 from holdfast.tasks.table import Columns, listed, shown
 from holdfast.tasks.task import Row, Task, slug
 
@@ -177,6 +177,8 @@ def _present(rows: Sequence[Row]) -> set[Any]:
 
 def _folder(asked: Spec) -> Source:
     path, options = Path(asked.place), asked.options
+    if not (path / "meta.json").exists() and pictures.has_pictures(path):
+        return _pictures(path, options)
     meta = folder.meta(path)
     train = files.read(folder.split(path, "train"), options.columns.wanted)
     held = folder.find(path, options.evaluation or "validation")
@@ -190,6 +192,15 @@ def _folder(asked: Spec) -> Source:
         names=meta.labels,
         regression=meta.labels is None,
     )
+
+
+def _pictures(path: Path, options: Options) -> Source:
+    given = [k for k, v in vars(options).items() if v is not None and k not in ("name", "metric")]
+    if given:
+        raise Refused(f"a folder of pictures has no option {given[0]}", where=str(path))
+    names, train, held = pictures.read(path)
+    metric = check_metric(options.metric or "accuracy", names, path.name)
+    return Source(path.resolve().name, names, metric, train, held, [], "images")
 
 
 def _file(asked: Spec) -> Source:

@@ -76,8 +76,8 @@ def source_of(
     if several:
         return Source(name, names, _metric(options, SEVERAL, name), pool, held, warnings,
                       "multilabel")  # fmt: skip
-    metric = options.metric or ("spearman" if names is None else "accuracy")
-    _check_metric(metric, names, name)
+    usual = "spearman" if names is None else "accuracy"
+    metric = check_metric(options.metric or usual, names, name)
     return Source(name, names, metric, pool, held, warnings)
 
 
@@ -159,7 +159,8 @@ def _differ_by_case(names: tuple[str, ...]) -> list[str]:
     return [name for name in names if folded.count(name.casefold()) > 1]
 
 
-def _check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> None:
+def check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> str:
+    """`metric`, if it suits one label of `names`, or one number, a row."""
     remedy = None
     if metric not in METRICS:
         remedy = nearest(metric, SINGLE)
@@ -175,6 +176,7 @@ def _check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> Non
         remedy = "f1 is that of the second of two labels; take accuracy or matthews"
     if remedy:
         raise Refused(f"metric {shown(metric)} does not suit", where=where, remedy=remedy)
+    return metric
 
 
 def counted(count: int, kind: str = "") -> str:

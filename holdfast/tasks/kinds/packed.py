@@ -14,7 +14,7 @@ Column = tuple[
 
 
 class Packed(Sequence[dict[str, Any]]):
-    """Rows as mappings of lists of integers, or of one number, by name; made when they are read.
+    """Rows as mappings by name of lists of integers, one number or an array; made when read.
 
     A slice shares the arrays.
     """
@@ -54,15 +54,15 @@ class Packed(Sequence[dict[str, Any]]):
             return Packed(self._columns, self._places[index])
         place = self._places[index]
         return {
-            name: values[place].item() if begins is None
+            name: _one(values[place]) if begins is None
             else values[begins[place] : begins[place + 1]].tolist()
             for name, (values, begins) in self._columns.items()
         }  # fmt: skip
 
     def lengths(self, name: str) -> list[int]:
-        """How many values each row has in a column of lists."""
-        if not self._places:
-            return []
+        """How many values each row has in a column of lists; 1 if there is no such column."""
+        if not self._places or name not in self._columns:
+            return [1] * len(self)
         sizes = np.diff(self._columns[name][1])
         return sizes[np.array(self._places)].tolist()
 
@@ -77,6 +77,10 @@ class Packed(Sequence[dict[str, Any]]):
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(a.nbytes for column in self._columns.values() for a in column if a is not None)
+
+
+def _one(value: Any) -> Any:
+    return value if value.ndim else value.item()
 
 
 def lengths(rows: Sequence[dict[str, Any]], name: str = "input_ids") -> list[int]:
