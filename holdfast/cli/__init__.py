@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = build_parser(words[:1]).parse_args(words)
         resumes = chosen.verb.RESUMES
+        if getattr(chosen, "trust_code", False):
+            from holdfast.tasks.program import trust_all
+
+            trust_all()
         with stopping.handled():
             return chosen.verb.run(chosen) or 0
     except Refused as refusal:

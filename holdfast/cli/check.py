@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from holdfast.cli.options import forgetting, show
+from holdfast.cli.options import add_trust, forgetting, show
 
 if TYPE_CHECKING:
     from holdfast.experiments.gate import Verdict
@@ -24,6 +24,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-forgetting", type=forgetting, default=0.02, metavar="SCORE",
                         help="how far a task's score may fall (0.02)")  # fmt: skip
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write a JUnit report as well")
+    add_trust(parser)
 
 
 def run(chosen: argparse.Namespace) -> int:

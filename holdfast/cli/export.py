@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from holdfast.cli.options import add_trust
+
 ABOUT = "write one task of a run as an ordinary Hugging Face model"
 EXAMPLE = "holdfast export runs/a --task trec6 --out models/trec6"
 RESUMES = False
@@ -14,6 +16,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a finished run's folder")
     parser.add_argument("--task", required=True, help="the name of one of its tasks")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    add_trust(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:

@@ -31,6 +31,12 @@ def group(parser: argparse.ArgumentParser, title: str) -> Any:
     return found[0] if found else parser.add_argument_group(title)
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """--trust-code, which `main` acts on."""
+    parser.add_argument("--trust-code", action="store_true",
+                        help="run the Python file kept in a run of your own network")  # fmt: skip
+
+
 def check_tasks(specs: Sequence[str]) -> None:
     """Refuse a file that is not there before anything heavy is imported."""
     from holdfast.tasks.files import must_exist

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from holdfast.cli.options import add_trust
 from holdfast.tasks.labels import SEPARATOR
 from holdfast.tasks.tagged import Span
 
@@ -24,6 +25,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", nargs="+", default=[], metavar="COLUMN",
                         help="columns to copy, such as an id")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64)
+    add_trust(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from holdfast.cli.options import (
     add_run,
     add_settings,
     add_tasks,
+    add_trust,
     check_tasks,
     forgetting,
     given,
@@ -43,6 +44,7 @@ def options(parser: argparse.ArgumentParser) -> None:
                         help="go on though the old tasks' rows are gone or changed")  # fmt: skip
     parser.add_argument("--max-forgetting", type=forgetting, metavar="SCORE",
                         help="exit with 3 if a task's score fell by more; see `check`")  # fmt: skip
+    add_trust(parser)
     parser.set_defaults(model=None, recipe=None, seed=None)  # those of the run, or the usual ones
 
 

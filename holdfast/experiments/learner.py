@@ -336,7 +336,7 @@ class Learner:
             "name": self.record.settings["model"],
             "architecture": type(model.base_model).__name__,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "layers": getattr(model.config, "num_hidden_layers", None),
+            "layers": getattr(getattr(model, "config", None), "num_hidden_layers", None),
             "hash": source_hash(self.source),
         }
         self.record.rates = {
@@ -373,6 +373,7 @@ class Learner:
             disable_tqdm=True,
             dataloader_pin_memory=False,
             per_device_eval_batch_size=32,
+            remove_unused_columns=False,  # collators keep what models take
         )
 
 

@@ -12,6 +12,7 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
+from holdfast.tasks.program import parted, trusted
 from holdfast.training.manifest import MANIFEST, damage, identity, listed
 
 if TYPE_CHECKING:
@@ -161,6 +162,9 @@ def recipe_of(origin: Origin, recipe: Recipe | str | None) -> Recipe:
 def again(told: Mapping[str, Any]) -> Task:
     """A task as the record describes it; `Refused` where its rows are gone or changed."""
     remedy = "bring its rows back, or say --without-old-rows: it will not be tested again"
+    if told.get("kind") == "module" and not trusted(parted(told["source"].partition("?")[0])[0]):
+        raise Refused("its Python file would be run, and was not named", where=told["source"],
+                      remedy="look at it, then say --trust-code")  # fmt: skip
     try:
         task = load_task(told["source"], **told["chosen"])
     except Refused as refusal:

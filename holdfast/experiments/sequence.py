@@ -17,6 +17,7 @@ from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import kind_of, one_kind
+from holdfast.tasks.program import trust
 
 
 def run_sequence(
@@ -50,6 +51,7 @@ def run_sequence(
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
     origin, old = None, []
+    trust([*tasks, model])
     if from_run is not None:
         if model is not None:
             raise Refused("comes with its own model", where="--from", remedy="leave out --model")

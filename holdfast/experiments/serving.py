@@ -53,13 +53,11 @@ def models_in(folder: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """Tasks, as `save` noted them, and their models around one encoder, in evaluation mode."""
     found = described(folder)["tasks"]
     kind = kind_named(found[-1]["kind"])
-    last, size = kind.open_saved(str(folder)), len(found[-1]["labels"] or "-")
+    last, size = kind.open_saved(str(folder), found[-1]), len(found[-1]["labels"] or "-")
     if kind.HEADS and last.config.num_labels != size:
         raise Refused(f"a head of {last.config.num_labels} outputs for {size} labels",
                       where=str(folder), remedy="run its sequence again")  # fmt: skip
-    before = [
-        kind.with_head(last, t["labels"], folder / HEAD.format(t["name"])) for t in found[:-1]
-    ]
+    before = [kind.with_head(last, t, folder / HEAD.format(t["name"])) for t in found[:-1]]
     return found, [*before, last]
 
 
@@ -82,7 +80,8 @@ def described(folder: Path) -> dict[str, Any]:
 def shared_weights(folder: Path, model: Any, module: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of what tasks share, `module`, by name, as the checkpoint before holds them."""
     named = named_parameters(model)
-    before = type(model).from_pretrained(folder, dtype=torch.float32)
+    about = described(folder)["tasks"][-1]
+    before = kind_named(about["kind"]).open_saved(str(folder), about)
     shared = {id(p) for p in module.parameters()}
     saved = named_parameters(before)
     device = next(model.parameters()).device

@@ -93,10 +93,12 @@ class LwF(Method):
         found, near = cache["answers"], cache["answers"]["near"]
         with contextlib.ExitStack() as stack:
             given = {task: stack.enter_context(_given(each.layer)) for task, each in near.items()}
-            outputs = {t: o for t, o in view.old_outputs().items() if not _writes(view, t, o)}
+            outputs = {t: o for t, o in view.old_outputs().items() if not _headless(view, t, o)}
         if not outputs:
             del cache["answers"]
-            tell_once("lwf: tasks of a language model have no heads whose answers could be held")
+            tell_once(
+                "lwf: tasks that share all of a model have no heads whose answers could be held"
+            )
             return
         for task, output in outputs.items():
             logits = _logits(output, view, task)
@@ -167,10 +169,11 @@ class _Near:
         return (self.usual / h).clamp(max=1.0)
 
 
-def _writes(view: View, task: str, outputs: Any) -> bool:
-    """Whether a finished task is one of text, by this very model, and so has no head of its own."""
+def _headless(view: View, task: str, outputs: Any) -> bool:
+    """Whether a finished task's model is this very one, and gives no logits of (rows, classes)."""
     models, logits = view.bound.models, getattr(outputs, "logits", None)
-    return models[task] is models[view.task] and getattr(logits, "ndim", 2) > 2
+    ours = {id(p) for p in models[view.task].parameters()}
+    return getattr(logits, "ndim", 0) != 2 and all(id(p) in ours for p in models[task].parameters())
 
 
 def _near(view: View) -> dict[str, _Near]:

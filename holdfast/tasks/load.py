@@ -234,9 +234,18 @@ def _builtin(asked: Spec) -> Source:
     return Source(asked.place, made.labels, "accuracy", list(made.train), list(made.evaluation), [])
 
 
+def _module(asked: Spec) -> Source:
+    from holdfast.tasks import program
+
+    program.trust([asked.place])
+    name, metric, train, held = program.read(asked.place)
+    return Source(name, None, metric, train, held, [], "module")
+
+
 _LOADERS: dict[str, Callable[[Spec], Source]] = {
     "folder": _folder,
     "file": _file,
     "hub": _hub,
     "builtin": _builtin,
+    "module": _module,
 }

@@ -18,8 +18,10 @@ _ALLOWED = {
     "file": (*_COLUMNS, "type", "quotes"),
     "hub": (*_COLUMNS, "type", "config", "revision"),
     "builtin": ("name",),
+    "module": ("name",),
 }
 
+PLACE = re.compile(r"(?P<file>.+\.py)(?::(?P<task>.+))?", re.DOTALL)  # net.py:TASK
 TYPES = ("classification", "multilabel", "regression", "tokens", "generation")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*){0,2}", re.ASCII)
 
@@ -47,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Spec:
-    """`kind` is folder, file, hub or builtin; `place` the path or name that follows."""
+    """`kind` is folder, file, module, hub or builtin; `place` the path or name that follows."""
 
     kind: str
     place: str
@@ -74,6 +76,8 @@ def _kind(place: str) -> str:
         if not _HUB_ID.fullmatch(place.removeprefix("hub:")):
             raise Refused("not a Hub id", where=shown(place), remedy="as hub:owner/name")
         return "hub"
+    if PLACE.fullmatch(place):
+        return "module"
     if _exists(Path(place)):
         return "folder" if Path(place).is_dir() else "file"
     return "hub" if _looks_like_hub(place) else "file"

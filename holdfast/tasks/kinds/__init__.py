@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from holdfast.tasks.kinds.packed import Packed
 
-KINDS = ("classification", "multilabel", "tokens", "generation", "images")
+KINDS = ("classification", "multilabel", "tokens", "generation", "images", "module")
 GROUP = "holdfast.kinds"
 Encoded = dict[str, Any]  # a row as the model's inputs, not padded
 Measured: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # (rows, …), see `Kind.total`
@@ -82,14 +82,16 @@ class Kind(Protocol):
     ) -> Measured:
         """What was measured with ids in the order of `labels`, with ids in that of `ours`."""
 
-    def open_saved(self, folder: str) -> Any:
-        """A model that `save_pretrained` wrote."""
+    def open_saved(self, folder: str, about: Mapping[str, Any] | None = None) -> Any:
+        """A model that `save_pretrained` wrote. about: its task, see `with_head`."""
 
     def save_head(self, model: Any, file: Path) -> None:
         """Write what a model does not share."""
 
-    def with_head(self, model: Any, labels: Sequence[str] | None, file: Path) -> Any:
-        """The model of another task around what `model` shares, as `save_head` wrote it."""
+    def with_head(self, model: Any, about: Mapping[str, Any], file: Path) -> Any:
+        """The model of another task around what `model` shares, as `save_head` wrote it.
+
+        about: the task's `name` and `labels`."""
 
     def predict(
         self, model: nn.Module, about: Mapping[str, Any], texts: Sequence[str],

@@ -59,7 +59,7 @@ class Generation(Whole):
         torch.manual_seed(seed)
         return self.open_saved(source)
 
-    def open_saved(self, folder: str) -> Any:
+    def open_saved(self, folder: str, about: Mapping[str, Any] | None = None) -> Any:
         config = load_config(folder)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return load_saved(auto, folder)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from holdfast.errors import Refused
+from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
 
 MINILM = {
@@ -30,6 +31,8 @@ def locate(model: str) -> str:
     """A model's folder or Hub id; `minilm` is the one that ships in a package."""
     if model != "minilm":
         folder = Path(model)
+        if model.endswith(".py"):
+            return str(must_exist(folder))
         if folder.exists() and not (folder / "config.json").is_file():
             served = (folder / "final" / "config.json").is_file()
             remedy = (f"--from {model} goes on with all its tasks; {folder / 'final'} is a model"
@@ -92,6 +95,9 @@ def load_tokenizer(source: str) -> Any:
 
 def load_config(source: str) -> Any:
     """The model's configuration; `Refused` where there is none."""
+    if source.endswith(".py"):
+        raise Refused("is a Python file, which has tasks of its own", where=source,
+                      remedy=f"say --tasks {source}:TASK")  # fmt: skip
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -139,8 +145,12 @@ def first_line(error: Exception) -> str:
 
 
 def source_hash(source: str) -> str | None:
-    """SHA-256 over a local model's weight files in order of name; None for a Hub id."""
-    files = sorted(Path(source).glob("*.safetensors"))
+    """SHA-256 over a local model's weight files in order of name; None for a Hub id.
+
+    Of a Python file, which makes the weights, it is that of its text.
+    """
+    here = Path(source)
+    files = [here] if here.suffix == ".py" else sorted(here.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

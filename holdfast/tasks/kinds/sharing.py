@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,7 +51,7 @@ class Headed:
         model = load_saved(self.AUTO, source, **more, **self._padding(source))
         return self.add_head(model, task, seed=seed) if deployed else model
 
-    def open_saved(self, folder: str) -> Any:
+    def open_saved(self, folder: str, about: Mapping[str, Any] | None = None) -> Any:
         """A model with its head, as it was saved."""
         return load_saved(self.AUTO, folder, **self._padding(folder))
 
@@ -82,10 +82,10 @@ class Headed:
         save_file({k: v.detach().cpu().contiguous() for k, v in named.items()
                    if not k.startswith(inside)}, file)  # fmt: skip
 
-    def with_head(self, model: Any, labels: Sequence[str] | None, file: Path) -> Any:
+    def with_head(self, model: Any, about: Mapping[str, Any], file: Path) -> Any:
         """A model on `model`'s encoder, with the head that `save_head` wrote."""
         with torch.device("meta"):  # without storage: the encoder is there, the head is read
-            made: Any = self.AUTO.from_config(self._config(model, labels))
+            made: Any = self.AUTO.from_config(self._config(model, about["labels"]))
         share_encoder(model, made)
         inside = f"{made.base_model_prefix}."
         try:
@@ -120,7 +120,7 @@ class Whole:
     def save_head(self, model: Any, file: Path) -> None:
         """There is none."""
 
-    def with_head(self, model: Any, labels: Sequence[str] | None, file: Path) -> Any:
+    def with_head(self, model: Any, about: Mapping[str, Any], file: Path) -> Any:
         return model
 
     def aligned(self, measured: Any, labels: Sequence[str] | None, ours: Sequence[str]) -> Any:
