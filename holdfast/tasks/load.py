@@ -11,9 +11,9 @@ from pathlib import Path
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.tasks import files, folder, generated, splits
-from holdfast.tasks.rows import Source, counted, source_of
+from holdfast.tasks.rows import Source, source_of
 from holdfast.tasks.spec import Spec, parse
-from holdfast.tasks.table import Columns, listed, shown
+from holdfast.tasks.table import Columns, counted, listed, shown
 from holdfast.tasks.task import Row, Task, slug
 
 CARVED = 0.2  # of the training rows, where no evaluation rows are given
@@ -168,14 +168,14 @@ def _check_classes(
 def _folder(asked: Spec) -> Source:
     path, options = Path(asked.place), asked.options
     meta = folder.meta(path)
-    train = files.read(folder.split(path, "train"), options.columns.wanted)
+    train = files.read(folder.split(path, "train"), options.columns.wanted, collect=True)
     held = folder.find(path, options.evaluation or "validation")
     if held is None and options.evaluation is not None:
         held = folder.split(path, options.evaluation)
     return source_of(
         meta.name,
         train,
-        None if held is None else files.read(held, options.columns.wanted),
+        None if held is None else files.read(held, options.columns.wanted, collect=True),
         replace(options, metric=options.metric or meta.metric, type=meta.kind),
         names=meta.labels,
         regression=meta.labels is None,
@@ -184,12 +184,11 @@ def _folder(asked: Spec) -> Source:
 
 def _file(asked: Spec) -> Source:
     path, options = files.must_exist(Path(asked.place)), asked.options
-    quotes = options.quotes is None
-    train = files.read(path, options.columns.wanted, quotes=quotes)
+    train = files.read(path, options.columns.wanted, **options.written, collect=True)
     evaluation = None
     if options.evaluation is not None:
         held = files.must_exist(folder.inside(path.parent, options.evaluation))
-        evaluation = files.read(held, options.columns.wanted, quotes=quotes)
+        evaluation = files.read(held, options.columns.wanted, **options.written, collect=True)
     name = path.name.split(".")[0] or path.name
     return source_of(name, train, evaluation, options, regression=options.type == "regression")
 
