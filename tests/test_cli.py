@@ -21,6 +21,7 @@ import pytest
 from holdfast import __version__
 from holdfast.cli import build_parser, main
 from holdfast.cli.options import given
+from holdfast.errors import Refused
 from holdfast.experiments.settings import Settings
 
 VERBS = (
@@ -53,8 +54,9 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 
 # --- options --------------------------------------------------------------------------------------
 
-TRAINING = """--model --out --train-size --evaluation-size --epochs --batch-size --accumulation --lr
-    --weight-decay --warmup --schedule --max-length --selection --save-steps --bf16 --bf16-eval"""
+TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size
+    --accumulation --lr --weight-decay --warmup --schedule --max-length --selection --save-steps
+    --bf16 --bf16-eval"""
 OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
@@ -105,6 +107,41 @@ def test_options_that_are_not_given_leave_the_default() -> None:
     chosen = build_parser().parse_args(["train", "--task", "x", "--warmup", "5", "--lr", "1e-5"])
     assert given(chosen) == {"warmup": 5, "lr": 1e-5}
     assert isinstance(given(chosen)["warmup"], int)  # steps; 0.1 would be a share
+
+
+@pytest.mark.parametrize(
+    ("verb", "home"),
+    [
+        ("train --task {}", "experiments.sequence.run_sequence"),
+        ("sequence --old-task {} --from x --tasks builtin:intents {}",
+         "experiments.sequence.run_sequence"),
+        ("compare --recipes plain --out x --tasks builtin:intents {}",
+         "experiments.compare.compare"),
+        ("search --out x --tasks builtin:intents {}", "search.run.search"),
+    ],
+)  # fmt: skip
+def test_options_about_rows_are_those_of_every_task(
+    verb: str, home: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the spec itself, which is what the record holds; a builtin task has none."""
+    asked: list[Any] = []
+
+    def instead(model: Any, tasks: list[str], *_: Any, **more: Any) -> None:
+        asked.append([*tasks, more.get("old_task")])
+        raise Refused("enough")
+
+    monkeypatch.setattr(f"holdfast.{home}", instead)
+    words = verb.format(*[f"{place}/mood.jsonl"] * 2).split()
+    for more, query in (
+        ("", ""),
+        ("--strip", "?strip=yes"),
+        ("--bad-rows skip", "?bad_rows=skip"),
+        ("--bad-rows skip --strip", "?bad_rows=skip&strip=yes"),
+    ):
+        assert main([*words, *more.split()]) == 2
+        file = f"{place}/mood.jsonl{query}"
+        builtin = ["builtin:intents"] if "builtin" in verb else []
+        assert asked.pop() == [*builtin, file, file if "old" in verb else None]
 
 
 def test_another_package_adds_a_verb(
@@ -343,6 +380,37 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     page = tmp_path / "page.html"
     assert main(["report", f"{tmp_path}/a", f"{tmp_path}/c", "--out", str(page)]) == 0
     assert "l2sp" in page.read_text()
+
+
+def test_what_was_skipped_and_mended_is_known_to_the_record_and_to_going_on(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (place / "mood.jsonl").read_text().splitlines()]
+    lines = ["text;label"]
+    lines += [f"{row['text']};{' ' * (i % 7 == 0)}{row['label']}" for i, row in enumerate(rows)]
+    file = tmp_path / "moods.csv"
+    file.write_text("\n".join([*lines, "a film", "a book;", ""]))
+    train = ["train", "--task", str(file), "--model", f"{place}/bert", "--out", f"{tmp_path}/a"]
+    train += ["--recipe", "plain", *SHORT]
+    assert main(train) == 2
+    assert f"2 bad rows: line {len(lines) + 1}: 1 cells where" in capsys.readouterr().err
+    assert main([*train, "--bad-rows", "skip"]) == 2
+    assert "labels in several spellings" in capsys.readouterr().err
+    assert main([*train, "--bad-rows", "skip", "--strip"]) == 0
+    capsys.readouterr()
+    (task,) = json.loads((tmp_path / "a" / "record.json").read_text())["tasks"]
+    assert task["source"] == f"{file}?bad_rows=skip&strip=yes"
+    assert sum(task["rows"].values()) == len(rows)
+    assert [line.removeprefix(f"{file}: ") for line in task["warnings"][:3]] == [
+        "no comma in the header line: separated by ';'",
+        f"2 bad rows skipped, the first in line {len(lines) + 1}: 1 cells where the header has 2",
+        f"{len(rows[::7])} rows with a label mended in blanks or case",
+    ]
+    go_on = ["sequence", "--from", f"{tmp_path}/a", "--tasks", f"{place}/colour.jsonl"]
+    assert main([*go_on, "--out", f"{tmp_path}/b"]) == 0
+    file.write_text(file.read_text().replace("a film\n", "a film; good\n"))
+    assert main([*go_on, "--out", f"{tmp_path}/c"]) == 2
+    assert "its rows changed since it was learned" in capsys.readouterr().err
 
 
 def answers_of(wrong: str) -> Any:

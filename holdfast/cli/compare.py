@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.options import RECIPE_HELP, add_settings, add_tasks, check_tasks, given, show
+from holdfast.cli.options import RECIPE_HELP, add_settings, add_tasks, asked_tasks, given, show
 from holdfast.errors import Refused
 
 ABOUT = "run several recipes over several seeds"
@@ -30,7 +30,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    check_tasks(chosen.tasks)
+    tasks = asked_tasks(chosen.tasks, chosen)
     from holdfast.experiments.compare import compare
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
@@ -48,7 +48,7 @@ def run(chosen: argparse.Namespace) -> None:
             raise Refused(f"plain runs at {rate} already", where="--flat")
         recipes[label] = (Recipe.named("plain"), {"lr": rate})
     records = compare(
-        chosen.model, chosen.tasks, recipes, seeds=chosen.seeds, out=chosen.out,
+        chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
         workers=chosen.workers, **given(chosen),
     )  # fmt: skip
     cells = chosen.out / "runs.csv"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
 ROWS = ("train_size", "evaluation_size", "selection", "max_length")  # settings about rows
+ASKED = ("bad_rows", "strip")  # options of a task that are words of the command line too
 TASK_HELP = (
     "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
     "builtin:NAME or a Hub id"
@@ -23,6 +24,16 @@ def add_tasks(parser: argparse.ArgumentParser, about: str = "") -> None:
     group(parser, "what").add_argument(
         "--tasks", required=True, nargs="+", metavar="TASK", help=about + TASK_HELP
     )
+    add_rows(parser)
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """The options in `ASKED`, which are of every task."""
+    add = group(parser, "which rows").add_argument
+    about = "leave out and count rows that would be refused"
+    add("--bad-rows", choices=["skip"], help=about)
+    about = "labels lose blanks around them; of spellings by case, the most frequent one is taken"
+    add("--strip", action="store_const", const="yes", help=about)
 
 
 def group(parser: argparse.ArgumentParser, title: str) -> Any:
@@ -37,15 +48,20 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
                         help="run the Python file kept in a run of your own network")  # fmt: skip
 
 
-def check_tasks(specs: Sequence[str]) -> None:
-    """Refuse a file that is not there before anything heavy is imported."""
+def asked_tasks(specs: Sequence[str], chosen: argparse.Namespace) -> list[str]:
+    """The tasks with the options in `ASKED` that were given.
+
+    A file that is not there is refused before anything heavy is imported.
+    """
     from holdfast.tasks.files import must_exist
-    from holdfast.tasks.spec import parse
+    from holdfast.tasks.spec import parse, with_options
 
     for spec in specs:
         asked = parse(spec)
         if asked.kind == "file":
             must_exist(Path(asked.place))
+    more = {name: getattr(chosen, name) for name in ASKED if getattr(chosen, name) is not None}
+    return [with_options(spec, **more) for spec in specs]
 
 
 def add_run(parser: argparse.ArgumentParser, *, recipe: str) -> None:

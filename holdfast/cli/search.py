@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from holdfast.cli.options import add_run, add_settings, add_tasks, check_tasks, given, show
+from holdfast.cli.options import add_run, add_settings, add_tasks, asked_tasks, given, show
 from holdfast.search.objective import Pruner, Sampler
 
 ABOUT = "find how fast each part should learn, to take up a task and keep another"
@@ -45,13 +45,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    check_tasks(chosen.tasks)
+    tasks = asked_tasks(chosen.tasks, chosen)
     from holdfast.report.search import search_table, write_search_report
     from holdfast.search.run import search
 
     asked = {name: getattr(chosen, name) for name in ASKED}
     body = search(
-        chosen.model, chosen.tasks, fresh=chosen.seeds, url=chosen.storage, workers=chosen.workers,
+        chosen.model, tasks, fresh=chosen.seeds, url=chosen.storage, workers=chosen.workers,
         out=chosen.out, **asked, **given(chosen),
     )  # fmt: skip
     page = write_search_report(body, chosen.out / "report.html")

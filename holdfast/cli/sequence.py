@@ -13,7 +13,7 @@ from holdfast.cli.options import (
     add_settings,
     add_tasks,
     add_trust,
-    check_tasks,
+    asked_tasks,
     forgetting,
     given,
     group,
@@ -53,6 +53,8 @@ def run(chosen: argparse.Namespace) -> int:
         chosen.model = chosen.model or "minilm"
         chosen.recipe = chosen.recipe or "default"
     more = {name: getattr(chosen, name) for name in ("from_run", "old_task", "without_old_rows")}
+    if chosen.old_task is not None:
+        more["old_task"] = asked_tasks([chosen.old_task], chosen)[0]
     folder = learn(chosen.tasks, chosen, **more)
     if chosen.max_forgetting is None:
         return 0
@@ -64,7 +66,7 @@ def run(chosen: argparse.Namespace) -> int:
 
 def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path:
     """Learn the tasks, write the report and print the score matrix."""
-    check_tasks(tasks)
+    tasks = asked_tasks(tasks, chosen)
     from holdfast.experiments.sequence import run_sequence
     from holdfast.report import matrix_table, write_report
 

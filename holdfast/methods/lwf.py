@@ -96,9 +96,7 @@ class LwF(Method):
             outputs = {t: o for t, o in view.old_outputs().items() if not _headless(view, t, o)}
         if not outputs:
             del cache["answers"]
-            tell_once(
-                "lwf: tasks that share all of a model have no heads whose answers could be held"
-            )
+            tell_once("lwf: tasks that share a whole model have no heads to hold the answers of")
             return
         for task, output in outputs.items():
             logits = _logits(output, view, task)

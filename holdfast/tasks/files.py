@@ -10,8 +10,10 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,13 +28,29 @@ from holdfast.tasks.table import (
     shown,
 )
 
+SEPARATORS = (";", "\t", "|")  # what a .csv may have in place of commas
+
+Torn = dict[int, Refused]  # lines or rows just read that are not UTF-8, by number
+
 
 def read(
-    path: Path, wanted: frozenset[str], *, name: str | None = None, quotes: bool = True
+    path: Path,
+    wanted: frozenset[str],
+    *,
+    name: str | None = None,
+    quotes: bool = True,
+    separator: str | None = None,
+    collect: bool = False,
 ) -> Table:
-    """The records of one file; `name` is what messages call it."""
+    """The records of one file; `name` is what messages call it.
+
+    quotes, separator: of CSV and TSV; without a separator, that of a .csv is told by its header.
+    collect: bad rows are only counted, for the caller to refuse with others (`Table.refuse_bad`).
+    """
     table = Table(name or label(path), wanted)
-    _READERS[kind(path)](path, table, quotes)
+    _READERS[kind(path)](path, table, quotes, separator)
+    if not collect:
+        table.refuse_bad()
     return table
 
 
@@ -79,7 +97,7 @@ def label(path: Path) -> str:
     return text if text.isprintable() and len(text) <= 300 else shown(text, 300)
 
 
-def _lines(path: Path, table: Table, newline: str) -> Iterator[str]:
+def _lines(path: Path, table: Table, torn: Torn, newline: str) -> Iterator[str]:
     """Decoded physical lines, BOM stripped, each checked and bounded."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     number = total = 0
@@ -103,7 +121,7 @@ def _lines(path: Path, table: Table, newline: str) -> Iterator[str]:
                         where=table.at(number),
                     )
                 if not line.isascii():
-                    _refuse_bad_bytes(line, table.at(number))
+                    _check_bytes(line, number, table, torn)
                 yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Refused(
@@ -113,28 +131,41 @@ def _lines(path: Path, table: Table, newline: str) -> Iterator[str]:
         raise Refused(f"cannot be read ({error.strerror or error})", where=table.name) from error
 
 
-def _refuse_bad_bytes(line: str, where: str) -> None:
+def _check_bytes(line: str, number: int, table: Table, torn: Torn) -> None:
     try:
         line.encode()
     except UnicodeEncodeError as error:
-        byte = ord(line[error.start]) - 0xDC00
-        raise Refused(
-            f"byte 0x{byte:02x} is not UTF-8", where=where, remedy="save the file as UTF-8"
-        ) from None
+        torn[number] = Refused(
+            f"byte 0x{ord(line[error.start]) - 0xDC00:02x} is not UTF-8",
+            where=table.at(number),
+            remedy="save the file as UTF-8",
+        )
 
 
-def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
-    lines = _lines(path, table, newline="")
-    reader = csv.reader(
-        lines,
-        delimiter=delimiter,
-        strict=True,
-        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
-    )
+def _separator(header: str, quotes: bool) -> str:
+    """The comma; if the header line has none outside quotes, the most frequent of `SEPARATORS`."""
+    bare = re.sub('"[^"]*"', "", header) if quotes else header
+    return "," if "," in bare else max((",", *SEPARATORS), key=bare.count)
+
+
+def _csv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
+    torn: Torn = {}
+    lines = _lines(path, table, torn, newline="")
     limit = csv.field_size_limit(MAX_CELL)  # the csv module's own limit is global
-    start = 1
+    start, delimiter = 1, separator or ","
     try:
+        first = next(lines, "")
+        if separator is None and (delimiter := _separator(first, quotes)) != ",":
+            table.notes.append(f"no comma in the header line: separated by {shown(delimiter)}")
+        reader = csv.reader(
+            chain([first], lines),
+            delimiter=delimiter,
+            strict=True,
+            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        )
         header = next(reader, None)
+        if torn:
+            raise torn.popitem()[1]
         if not header:
             raise Refused("an empty file: no header line", where=table.name)
         for column in header:
@@ -144,13 +175,17 @@ def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
         start = reader.line_num + 1
         read = [(at, name) for at, name in enumerate(header) if name in table.wanted]
         for cells in reader:
-            if cells and len(cells) != len(header):
-                raise Refused(
+            if torn:
+                table.bad_row(*torn.popitem())
+                torn.clear()
+            elif cells and len(cells) != len(header):
+                why = Refused(
                     f"{len(cells)} cells where the header has {len(header)}",
                     where=table.at(start),
                     remedy="quote a text that holds the delimiter",
                 )
-            if cells and len(table.records) < WORDY:
+                table.bad_row(start, why)
+            elif cells and len(table.records) < WORDY:
                 table.add(start, dict(zip(header, cells, strict=True)))
             elif cells:
                 table.add(start, {name: cells[at] for at, name in read})
@@ -166,12 +201,8 @@ def _delimited(path: Path, table: Table, quotes: bool, delimiter: str) -> None:
         lines.close()  # type: ignore[attr-defined]
 
 
-def _csv(path: Path, table: Table, quotes: bool) -> None:
-    _delimited(path, table, quotes, ",")
-
-
-def _tsv(path: Path, table: Table, quotes: bool) -> None:
-    _delimited(path, table, quotes, "\t")
+def _tsv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
+    _csv(path, table, quotes, separator or "\t")
 
 
 def parse_json(line: str, where: str) -> Any:
@@ -197,25 +228,37 @@ def parse_json(line: str, where: str) -> Any:
         raise Refused(f"not JSON ({reason})", where=where) from None
 
 
-def _jsonl(path: Path, table: Table, quotes: bool) -> None:
+def _jsonl(path: Path, table: Table, *_: object) -> None:
     columns: dict[str, None] = {}
-    for number, line in enumerate(_lines(path, table, newline="\n"), start=1):
+    torn: Torn = {}
+    for number, line in enumerate(_lines(path, table, torn, newline="\n"), start=1):
         if not line.strip():
             continue
-        cells = parse_json(line, table.at(number))
-        if not isinstance(cells, dict):
-            raise Refused(
-                f"a JSON object is wanted, not {shown(cells)}",
-                where=table.at(number),
-                remedy='one object a line, as {"text": "…", "label": 0}',
-            )
+        try:
+            if torn:
+                raise torn.pop(number)
+            cells = _object(line, table.at(number))
+        except Refused as why:
+            table.bad_row(number, why)
+            continue
         if len(columns) < 10_000:
             columns.update(dict.fromkeys(cells))
         table.add(number, cells)
     table.columns = list(columns)
 
 
-def _parquet(path: Path, table: Table, quotes: bool) -> None:
+def _object(line: str, where: str) -> dict[str, Any]:
+    cells = parse_json(line, where)
+    if not isinstance(cells, dict):
+        raise Refused(
+            f"a JSON object is wanted, not {shown(cells)}",
+            where=where,
+            remedy='one object a line, as {"text": "…", "label": 0}',
+        )
+    return cells
+
+
+def _parquet(path: Path, table: Table, *_: object) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -238,10 +281,14 @@ def _parquet(path: Path, table: Table, quotes: bool) -> None:
                 step = min(map(_at_once, batch.columns), default=1)
                 for at in range(0, batch.num_rows, step):
                     part = batch.slice(at, step)
-                    columns = [_values(part.column(n), table, number + 1) for n in found]
+                    torn: Torn = {}
+                    columns = [_values(part.column(n), table, number + 1, torn) for n in found]
                     for cells in zip(*columns, strict=True):
                         number += 1
-                        table.add(number, dict(zip(found, cells, strict=True)))
+                        if number in torn:
+                            table.bad_row(number, torn[number])
+                        else:
+                            table.add(number, dict(zip(found, cells, strict=True)))
     except Refused:
         raise
     except Exception as error:  # pyarrow raises many kinds on broken bytes
@@ -266,7 +313,7 @@ def _at_once(column: Any) -> int:
     return max(1, min(4096, 2**24 // longest))
 
 
-def _values(column: Any, table: Table, first: int) -> list[Any]:
+def _values(column: Any, table: Table, first: int, torn: Torn) -> list[Any]:
     """A column's values; `first` is the number of its first row."""
     import pyarrow as pa
 
@@ -274,12 +321,14 @@ def _values(column: Any, table: Table, first: int) -> list[Any]:
         column = column.dictionary_decode()
     with contextlib.suppress(UnicodeDecodeError):
         return list(column.to_pylist())
+    values = []
     for number, cell in enumerate(column, first):
         try:
-            cell.as_py()
+            values.append(cell.as_py())
         except UnicodeDecodeError:
-            raise Refused("bytes that are not UTF-8", where=table.at(number)) from None
-    return []
+            values.append(None)
+            torn[number] = Refused("bytes that are not UTF-8", where=table.at(number))
+    return values
 
 
 def _check_parquet(metadata: Any, table: Table) -> None:
@@ -298,7 +347,7 @@ def _check_parquet(metadata: Any, table: Table) -> None:
         )
 
 
-_READERS: dict[str, Callable[[Path, Table, bool], None]] = {
+_READERS: dict[str, Callable[[Path, Table, bool, str | None], None]] = {
     "csv": _csv,
     "tsv": _tsv,
     "jsonl": _jsonl,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.errors import Refused
-from holdfast.tasks.table import listed, shown
+from holdfast.tasks.table import counted, listed, shown
 
 MAX_CLASSES = 1000
 MAX_NAME = 200  # characters
@@ -68,27 +69,30 @@ def by_name(names: tuple[str, ...]) -> Read:
 SEPARATOR = "|"  # between the labels of one row, where a cell is text
 
 
-def several(read: Read) -> Callable[[Any, str], tuple[int, ...]]:
+def several(read: Read) -> Read:
     """Labels of a row that may have any number of them: ids in ascending order."""
 
-    def all_of(cell: Any, where: str) -> tuple[int, ...]:
-        found = sorted(
-            int(i) for each in parted(cell, where) if (i := read(each, where)) is not None
-        )
+    def ids(cell: Any, where: str) -> tuple[int, ...]:
+        found = sorted(i for i in each_of(read)(cell, where) if i is not None)
         if len(set(found)) < len(found):
             raise Refused(f"a label twice: {shown(cell)}", where=where)
         return tuple(found)
 
-    return all_of
+    return ids
 
 
-def parted(cell: Any, where: str) -> list[Any]:
+def each_of(read: Read) -> Read:
+    """What `read` makes of each label in a cell: a tuple."""
+    return lambda cell, where: tuple(read(each, where) for each in _parted(cell, where))
+
+
+def _parted(cell: Any, where: str) -> Sequence[Any]:
     """The labels in a cell: a list of them, or text with | between them; none if it is empty."""
     if isinstance(cell, str):
         return [part.strip() for part in cell.split(SEPARATOR)] if cell.strip() else []
     if cell is None:
         return []
-    if not isinstance(cell, list):
+    if not isinstance(cell, list | tuple):
         raise Refused(f"labels are a list, not {shown(cell)}", where=where,
                       remedy='as ["joy", "anger"], or joy|anger')  # fmt: skip
     return cell
@@ -136,35 +140,38 @@ def _missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
+class Spelling(NamedTuple):
+    first: str  # where it stands first, as "line 4"
+    rows: int
+
+
 def names_of(
-    cells: Iterable[tuple[Any, str]], name: str, *, fractions: bool = False
+    spellings: Mapping[str, Spelling], name: str, *, fractions: bool = False
 ) -> tuple[str, ...]:
     """The label map of the training rows: in numerical order if all are numbers, else alphabetical.
 
     Two spellings of one label (`1`, `01`, `True`; an extra space) are refused. So are numbers
     with fractions, unless `fractions`, and implausibly many classes: both suggest a regression.
     """
-    seen: dict[str, str] = {}  # spelling -> where first
+    alike: dict[Decimal | str, list[str]] = {}  # but for case
     meant: dict[Decimal | str, str] = {}  # meaning -> spelling
     rows = 0
-    for cell, where in cells:
-        spelling = cell if cell.__class__ is str and cell in seen else spelled(cell, where)
-        if spelling in seen:
-            rows += 1
-            continue
+    for spelling, found in spellings.items():
         meaning = _meaning(spelling)
         if meaning == IGNORED:  # pandas writes -100.0 into a column with gaps
             continue
-        rows += 1
-        seen[spelling] = where
-        if meaning in meant:
-            other = meant[meaning]
-            raise Refused(
-                f"one label spelled twice: {shown(other)} ({seen[other]}) and {shown(spelling)}",
-                where=where,
-                remedy="write it one way",
-            )
-        meant[meaning] = spelling
+        rows += found.rows
+        meant.setdefault(meaning, spelling)
+        key = meaning.casefold() if isinstance(meaning, str) else meaning
+        alike.setdefault(key, []).append(spelling)
+    if twice := [each for each in alike.values() if len({*map(_meaning, each)}) < len(each)]:
+        mendable = all(len({s.strip().casefold() for s in each}) == 1 for each in twice)
+        raise Refused(
+            "labels in several spellings: " + told([s for e in twice for s in e], spellings),
+            where=name,
+            remedy="write it one way" + ", or say --strip: it mends blanks and case" * mendable,
+        )
+    seen = sorted(meant.values())
     numbers = {spelling: value for value, spelling in meant.items() if isinstance(value, Decimal)}
     numeric = len(numbers) == len(seen) > 0
     if (
@@ -173,7 +180,7 @@ def names_of(
         and any(value != value.to_integral_value() for value in numbers.values())
     ):
         raise Refused(
-            f"the labels are numbers with fractions ({listed(sorted(seen)[:3])} …)",
+            f"the labels are numbers with fractions ({listed(seen[:3])} …)",
             where=name,
             remedy="say type=regression, or type=classification if each is a class",
         )
@@ -184,6 +191,30 @@ def names_of(
             remedy="say type=regression if they are numbers; is the label column right?",
         )
     return tuple(sorted(seen, key=numbers.__getitem__ if numeric else None))
+
+
+def told(some: Sequence[str], spellings: Mapping[str, Spelling], limit: int = 20) -> str:
+    """Some spellings, each with where it is first and its number of rows."""
+    each = [f"{shown(s)} ({spellings[s].first}, {counted(spellings[s].rows)})" for s in some]
+    return ", ".join(each[:limit]) + (f" and {len(each) - limit} more" if each[limit:] else "")
+
+
+def usual(spellings: Mapping[str, Spelling]) -> Callable[[str], str]:
+    """What `strip=yes` makes of a label: no blanks around it, and of spellings that differ only
+    by case the most frequent one, of equally frequent ones the first in order.
+    """
+    rows: Counter[str] = Counter()
+    for spelling, found in spellings.items():
+        rows[spelling.strip()] += found.rows
+    known: dict[str, str] = {}
+    for name in sorted(rows, key=lambda name: (-rows[name], name)):
+        known.setdefault(name.casefold(), name)
+
+    def mend(spelling: str) -> str:
+        name = spelling.strip()
+        return known.get(name.casefold(), name)
+
+    return mend
 
 
 def _meaning(spelling: str) -> Decimal | str:

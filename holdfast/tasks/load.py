@@ -12,9 +12,9 @@ from typing import Any
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.tasks import files, folder, generated, pictures, splits
-from holdfast.tasks.rows import Source, check_metric, counted, source_of
+from holdfast.tasks.rows import Source, check_metric, source_of
 from holdfast.tasks.spec import Options, Spec, parse
-from holdfast.tasks.table import Columns, listed, shown
+from holdfast.tasks.table import Columns, counted, listed, shown
 from holdfast.tasks.task import Row, Task, slug
 
 CARVED = 0.2  # of the training rows, where no evaluation rows are given
@@ -180,14 +180,14 @@ def _folder(asked: Spec) -> Source:
     if not (path / "meta.json").exists() and pictures.has_pictures(path):
         return _pictures(path, options)
     meta = folder.meta(path)
-    train = files.read(folder.split(path, "train"), options.columns.wanted)
+    train = files.read(folder.split(path, "train"), options.columns.wanted, collect=True)
     held = folder.find(path, options.evaluation or "validation")
     if held is None and options.evaluation is not None:
         held = folder.split(path, options.evaluation)
     return source_of(
         meta.name,
         train,
-        None if held is None else files.read(held, options.columns.wanted),
+        None if held is None else files.read(held, options.columns.wanted, collect=True),
         replace(options, metric=options.metric or meta.metric, type=meta.kind),
         names=meta.labels,
         regression=meta.labels is None,
@@ -205,12 +205,11 @@ def _pictures(path: Path, options: Options) -> Source:
 
 def _file(asked: Spec) -> Source:
     path, options = files.must_exist(Path(asked.place)), asked.options
-    quotes = options.quotes is None
-    train = files.read(path, options.columns.wanted, quotes=quotes)
+    train = files.read(path, options.columns.wanted, **options.written, collect=True)
     evaluation = None
     if options.evaluation is not None:
         held = files.must_exist(folder.inside(path.parent, options.evaluation))
-        evaluation = files.read(held, options.columns.wanted, quotes=quotes)
+        evaluation = files.read(held, options.columns.wanted, **options.written, collect=True)
     name = path.name.split(".")[0] or path.name
     return source_of(name, train, evaluation, options, regression=options.type == "regression")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from holdfast.errors import Refused, nearest
+from holdfast.errors import Refused, nearest, tell_once
 from holdfast.tasks import files, labels, tagged
 from holdfast.tasks.spec import Options, parse
-from holdfast.tasks.table import MAX_TEXT, Columns, Table, listed, shown
+from holdfast.tasks.table import MAX_TEXT, Columns, Table, counted, listed, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 
@@ -36,6 +38,9 @@ def source_of(
 ) -> Source:
     """The rows of both tables under one label map."""
     warnings: list[str] = []
+    for table in (train, evaluation):
+        if table is not None:
+            table.skip = options.bad_rows is not None
     if options.type == "generation" or (options.type is None and options.columns.generates(train)):
         return _generation(name, train, evaluation, options)
     if options.type == "tokens" or (options.type is None and options.columns.tags(train)):
@@ -44,26 +49,31 @@ def source_of(
     several = options.type == "multilabel"
     if columns.pair is None and train.wordy:
         warnings.append(f"text not read in the column {listed(sorted(train.wordy))}")
-    first = _Texts(train, columns)
+    first = _Texts(train, columns, several=several)
     read: labels.Read
+    mend: Callable[[str], str] | None = None
     if regression:
         names, read = None, labels.number
     elif names is not None:
         read = labels.by_id(names)
     else:
         fractions = options.type == "classification"
-        cells = (
-            ((each, at) for cell, at in first.cells() for each in labels.parted(cell, at))
-            if several
-            else first.cells()
-        )
-        names = labels.names_of(cells, train.name, fractions=fractions)
+        first.read(first.spelled)
+        train.refuse_bad()
+        if options.strip is not None:
+            mend = labels.usual(first.spellings())
+            first.mend(mend)
+        spellings = first.spellings()
+        names = labels.names_of(spellings, train.name, fractions=fractions)
         read = labels.by_name(names)
         if clash := _differ_by_case(names):
-            warnings.append(f"labels that differ only by case: {listed(clash)}")
+            told = labels.told(clash, spellings)
+            warnings.append(f"labels that differ only by case: {told}; --strip makes them one")
+    if names == ():
+        raise train.nothing(first.missing)
     if names is not None and len(names) < 2:
         raise Refused(
-            f"one class only: {listed(names)}" if names else "no rows",
+            f"one class only: {listed(names)}",
             where=train.name,
             remedy="a classification needs two",
         )
@@ -72,7 +82,10 @@ def source_of(
     held = None
     if evaluation is not None:
         columns.check(evaluation)
-        held = _Texts(evaluation, columns, paired=first.paired).rows(read, warnings)
+        other = _Texts(evaluation, columns, paired=first.paired, several=several)
+        if mend is not None:
+            other.mend(mend)
+        held = other.rows(read, warnings)
     if several:
         return Source(name, names, _metric(options, SEVERAL, name), pool, held, warnings,
                       "multilabel")  # fmt: skip
@@ -87,9 +100,12 @@ def _tokens(
 ) -> Source:  # fmt: skip
     """A tag for each word."""
     warnings: list[str] = []
+    if options.strip is not None:
+        raise Refused("strip is for labels, not for tags", where=name)
     columns = options.columns.tags_among(train)
     first, ids = tagged.Tagged(train, columns), names is not None
-    names = names or tagged.names_of(first.cells(), train.name)
+    train.refuse_bad()
+    names = names or tagged.names_of(first.tags(), train.name)
     read = labels.by_name(names)
     if ids and any(isinstance(tag, int) for _, _, tags in first.kept[:1] for tag in tags):
         read = labels.by_id(names)
@@ -137,21 +153,29 @@ def unlabelled(
     asked = parse(spec)
     if asked.kind != "file":
         raise Refused("is no file", where=spec, remedy="name a CSV, TSV, JSONL or Parquet file")
-    columns, path = asked.options.columns, files.must_exist(Path(asked.place))
-    table = files.read(path, columns.wanted | set(keep), quotes=asked.options.quotes != "none")
+    options, columns = asked.options, asked.options.columns
+    if options.bad_rows is not None:
+        raise Refused("bad_rows is for rows to learn from", where=spec,
+                      remedy="leave them out of the file")  # fmt: skip
+    path, wanted = files.must_exist(Path(asked.place)), columns.wanted | set(keep)
+    table = files.read(path, wanted, **options.written, collect=True)
     columns = columns.texts_among(table, pairs=pairs, prompts=prompts)
     if lacking := [name for name in keep if name not in table.columns]:
         raise Refused(f"no column {shown(lacking[0])}", where=table.name,
                       remedy=nearest(lacking[0], table.columns))  # fmt: skip
-    found: list[list[str]] = [[], []]
+    for note in table.notes:
+        tell_once(f"{table.name}: {note}")
+    read = [name for name in (columns.text, columns.pair) if name is not None]
+    texts: list[list[str]] = []
     for number, cells in table.records:
-        for place, column in enumerate(c for c in (columns.text, columns.pair) if c):
-            if (text := _text(table, number, cells, column)) is None:
-                raise Refused(f"no text in {shown(column)}", where=table.at(number),
-                              remedy="leave the row out")  # fmt: skip
-            found[place].append(text)
+        try:
+            texts.append([_needed(table, number, cells, name) for name in read])
+        except Refused as why:
+            table.bad_row(number, why)
+    table.refuse_bad()
     kept = [{name: cells.get(name) for name in keep} for _, cells in table.records]
-    return found[0], found[1] if columns.pair else None, kept, table.cut
+    pair = [text[1] for text in texts] if columns.pair else None
+    return [text[0] for text in texts], pair, kept, table.cut
 
 
 def _differ_by_case(names: tuple[str, ...]) -> list[str]:
@@ -179,67 +203,110 @@ def check_metric(metric: str, names: tuple[str, ...] | None, where: str) -> str:
     return metric
 
 
-def counted(count: int, kind: str = "") -> str:
-    return f"{count} {kind}row{'' if count == 1 else 's'}"
+_BAD = object()  # in place of a label that is refused
 
 
 class _Texts:
     """The records of a table, without those that lack a text."""
 
-    def __init__(self, table: Table, columns: Columns, *, paired: bool | None = None) -> None:
+    def __init__(
+        self, table: Table, columns: Columns, *, paired: bool | None = None, several: bool = False
+    ) -> None:
         assert columns.text is not None and columns.label is not None
-        self.table, self.label = table, columns.label
-        texts = [_text(table, number, cells, columns.text) for number, cells in table.records]
-        pairs: list[str | None] = [None] * len(texts)
-        if columns.pair is not None:
-            pairs = [_text(table, number, cells, columns.pair) for number, cells in table.records]
-        found = next((index for index, pair in enumerate(pairs) if pair is not None), None)
+        self.table, self.mended, self.several = table, 0, several
+        self.spelled = labels.each_of(labels.spelled) if several else labels.spelled
+        rows: list[tuple[int, Any, str | None, Any]] = []  # number, text, pair, label
+        for number, cells in table.records:
+            try:
+                text = _text(table, number, cells, columns.text)
+                pair = _text(table, number, cells, columns.pair) if columns.pair else None
+            except Refused as why:
+                table.bad_row(number, why)
+            else:
+                rows.append((number, text, pair, cells.get(columns.label)))
+        found = next((number for number, _, pair, _ in rows if pair is not None), None)
         self.paired = found is not None if paired is None else paired
         if found is not None and not self.paired:
-            raise Refused(
-                "a second text, which no training row has",
-                where=table.at(table.records[found][0]),
-            )
+            raise Refused("a second text, which no training row has", where=table.at(found))
         self.kept = [
-            (number, text, pair, cells.get(self.label))
-            for (number, cells), text, pair in zip(table.records, texts, pairs, strict=True)
-            if text is not None and (pair is not None or not self.paired)
+            row for row in rows if row[1] is not None and (row[2] is not None or not self.paired)
         ]
+        self.labels: list[Any] = [row[3] for row in self.kept]
+        self.missing = len(rows) - len(self.kept)
 
-    def cells(self) -> Iterator[tuple[Any, str]]:
-        """Every label, and where it stands for the first time."""
-        said: set[str] = set()
-        for number, _, _, label in self.kept:
-            again = label.__class__ is str and label in said
-            if label.__class__ is str:
-                said.add(label)
-            yield label, "" if again else self.table.at(number)
+    def read(self, rule: labels.Read) -> None:
+        """Put what `rule` says in place of every label; a row whose label it refuses is bad."""
+        bad = self.table.bad
+        known: dict[str, Any] = {}  # what a spelling that occurred before was read as
 
-    def rows(self, read: labels.Read, warnings: list[str]) -> list[Row]:
-        found, known = [], dict[str, Any]()  # what a spelling that occurred before was read as
-        for number, text, pair, cell in self.kept:
-            if cell.__class__ is str and cell in known:
-                label = known[cell]
-            else:
-                label = read(cell, self.table.at(number))
-                if cell.__class__ is str and len(known) < labels.MAX_CLASSES:
-                    known[cell] = label
-            if label is not None:
-                found.append(Row(text, pair, label))
-        missing, ignored = len(self.table.records) - len(self.kept), len(self.kept) - len(found)
+        def one(number: int, cell: Any) -> Any:
+            try:
+                label = rule(cell, self.table.at(number))
+            except Refused as why:
+                self.table.bad_row(number, why)
+                return _BAD
+            if cell.__class__ is str and len(known) < labels.MAX_CLASSES:
+                known[cell] = label
+            return label
+
+        self.labels = [
+            known[cell] if cell.__class__ is str and cell in known else one(row[0], cell)
+            for row, cell in zip(self.kept, self.labels, strict=True)
+        ]
+        if self.table.bad > bad:
+            good = [label is not _BAD for label in self.labels]
+            self.kept, self.labels = [*compress(self.kept, good)], [*compress(self.labels, good)]
+
+    def spellings(self) -> dict[str, labels.Spelling]:
+        """The labels, which are texts, in the order of their first rows."""
+        found, kept = self.labels, self.kept
+        if self.several:
+            kept = [row for row, each in zip(kept, found, strict=True) for _ in each]
+            found = [label for each in found for label in each]
+        first = dict(zip(reversed(found), reversed(kept), strict=True))
+        unit, rows = self.table.unit, Counter(found)
+        return {label: labels.Spelling(f"{unit} {first[label][0]}", rows[label]) for label in rows}
+
+    def mend(self, rule: Callable[[str], str]) -> None:
+        """Spell every label as `rule` says."""
+        self.read(self.spelled)
+        found = self.spellings()
+        self.mended = sum(found[label].rows for label in found if rule(label) != label)
+
+        def mended(cell: Any, _: str) -> Any:
+            return rule(cell)
+
+        self.read(labels.each_of(mended) if self.several else mended)
+
+    def rows(self, rule: labels.Read, warnings: list[str]) -> list[Row]:
+        """The rows, with labels by `rule`, unless there are bad ones or none."""
+        self.read(rule)
+        self.table.refuse_bad()
+        found = [
+            Row(text, pair, label)
+            for (_, text, pair, _), label in zip(self.kept, self.labels, strict=True)
+            if label is not None
+        ]
+        ignored = len(self.kept) - len(found)
+        said = [*self.table.notes, *self.table.skipped()]
         for count, why in (
-            (missing, "without text skipped"),
+            (self.missing, "without text skipped"),
             (ignored, f"labelled {labels.IGNORED} skipped"),
+            (self.mended, "with a label mended in blanks or case"),
             (self.table.cut, f"with a text above {MAX_TEXT:,} characters cut"),
         ):
-            if count:
-                warnings.append(f"{self.table.name}: {counted(count)} {why}")
+            said += [f"{counted(count)} {why}"] if count else []
+        warnings += [f"{self.table.name}: {line}" for line in said]
         if not found:
-            raise Refused(
-                "no rows" + (f" ({counted(missing)} without text)" if missing else ""),
-                where=self.table.name,
-            )
+            raise self.table.nothing(self.missing)
         return found
+
+
+def _needed(table: Table, number: int, cells: dict[str, Any], column: str) -> str:
+    if (text := _text(table, number, cells, column)) is None:
+        raise Refused(f"no text in {shown(column)}", where=table.at(number),
+                      remedy="leave the row out")  # fmt: skip
+    return text
 
 
 def _text(table: Table, number: int, cells: dict[str, Any], column: str) -> str | None:

@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks.rows import counted
 from holdfast.tasks.splits import stratified
-from holdfast.tasks.table import listed, shown
+from holdfast.tasks.table import counted, listed, shown
 from holdfast.tasks.task import Row, Task, slug
 
 SHIFTS = ("task", "length", "cluster", "labels")

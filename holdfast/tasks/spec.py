@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from holdfast.errors import Refused, nearest
 from holdfast.tasks.files import is_data_file
 from holdfast.tasks.table import Columns, shown
 from holdfast.tasks.task import METRICS
 
-_COLUMNS = ("text", "pair", "label", "answer", "name", "metric", "evaluation")
+_ROWS = ("text", "pair", "label", "answer", "name", "metric", "evaluation", "bad_rows", "strip")
 _ALLOWED = {
-    "folder": _COLUMNS,
-    "file": (*_COLUMNS, "type", "quotes"),
-    "hub": (*_COLUMNS, "type", "config", "revision"),
+    "folder": _ROWS,
+    "file": (*_ROWS, "type", "quotes", "separator"),
+    "hub": (*_ROWS, "type", "config", "revision"),
     "builtin": ("name",),
     "module": ("name",),
 }
@@ -38,13 +39,22 @@ class Options:
     evaluation: str | None = None  # a file beside the data file, or the name of a split
     name: str | None = None
     type: str | None = None  # one of TYPES
+    bad_rows: str | None = None  # skip: bad rows are left out and counted, not refused
+    strip: str | None = None  # yes: labels lose blanks around them, and spellings by case are one
     quotes: str | None = None  # none: quotes in CSV and TSV are ordinary characters
+    separator: str | None = None  # of CSV and TSV: a character, or tab
     config: str | None = None  # of a Hub dataset
     revision: str | None = None  # of a Hub dataset
 
     @property
     def columns(self) -> Columns:
         return Columns(self.text, self.pair, self.label, self.answer)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """How CSV and TSV are written, as `files.read` takes it."""
+        mark = "\t" if self.separator == "tab" else self.separator
+        return {"quotes": self.quotes is None, "separator": mark}
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,14 @@ def parse(text: str) -> Spec:
     options = _options(query, text, _ALLOWED[kind]) if query or place != text else Options()
     prefixed = kind in ("builtin", "hub")
     return Spec(kind, place.removeprefix(f"{kind}:") if prefixed else place, options)
+
+
+def with_options(text: str, **given: str) -> str:
+    """`text` with options added that it lacks, if its kind of source has them."""
+    asked = parse(text)
+    known = [key for key in _ALLOWED[asked.kind] if getattr(asked.options, key) is None]
+    new = urlencode({key: value for key, value in given.items() if key in known})
+    return text + ("?" if asked.options == Options() else "&") + new if new else text
 
 
 def _kind(place: str) -> str:
@@ -111,10 +129,13 @@ def _options(query: str, text: str, known: tuple[str, ...]) -> Options:
             raise Refused(f"option {key} is empty", where=shown(text))
     if len(found) < len(pairs):
         raise Refused("an option stands twice", where=shown(text))
-    allowed = {"metric": METRICS, "type": TYPES, "quotes": ("none",)}
+    allowed = {"metric": METRICS, "type": TYPES, "quotes": ("none",), "bad_rows": ("skip",),
+               "strip": ("yes",)}  # fmt: skip
     for key, values in allowed.items():
         if key in found and found[key] not in values:
             raise Refused(
                 f"{key} {shown(found[key])}", where=shown(text), remedy=nearest(found[key], values)
             )
+    if not re.fullmatch(r'tab|[^\w"\r\n\0]', mark := found.get("separator", "tab")):
+        raise Refused(f"separator {shown(mark)}", where=shown(text), remedy="a character, or tab")
     return Options(**found)

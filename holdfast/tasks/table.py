@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import insort
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 from holdfast.errors import Refused, nearest
@@ -13,6 +15,7 @@ MAX_CELL = 32 * 2**20  # characters in one line or cell; longer ones are refused
 MAX_CHARACTERS = 2**31  # in one file after decompression
 MAX_RECORDS = 20_000_000
 WORDY = 100  # the first records, by which an unread column is known to hold running text
+TOLD = 10  # bad rows that a refusal tells; the others are counted
 
 TEXT = ("text", "sentence", "sentence1")
 PAIR = ("pair", "sentence2")
@@ -77,7 +80,8 @@ class Columns:
     ) -> Columns:
         """As `among`, without a label; `pairs` says whether there must be a second text."""
         if not table.records and not table.columns:
-            raise Refused("no rows", where=table.name)
+            table.refuse_bad()
+            raise table.nothing()
         text = self.text or _only(PROMPT if prompts else TEXT, table, "text")
         pair, sought = self.pair, self.text is None if pairs is None else pairs
         if pair is None and sought:
@@ -114,7 +118,11 @@ def _only(
 
 @dataclass
 class Table:
-    """Records of one file. `name` and `unit` say where a record is, for messages."""
+    """Records of one file. `name` and `unit` say where a record is, for messages.
+
+    A bad row is no record, but counted, whether a reader finds it or who makes texts and labels of
+    the records: so all bad rows of a file are refused, or skipped, at once.
+    """
 
     name: str
     wanted: frozenset[str]
@@ -123,10 +131,45 @@ class Table:
     records: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     cut: int = 0  # records with a text above MAX_TEXT
     wordy: set[str] = field(default_factory=set)  # unread columns that hold running text
+    notes: list[str] = field(default_factory=list)  # what the reader guessed, to warn of
     characters: int = 0
+    bad: int = 0  # rows
+    told: list[tuple[int, Refused]] = field(default_factory=list)  # the first of them
+    skip: bool | None = None  # leave bad rows out, do not refuse them; None: it cannot be asked
 
     def at(self, number: int) -> str:
         return f"{self.name}, {self.unit} {number}"
+
+    def bad_row(self, number: int, why: Refused) -> None:
+        """Count a row that cannot be used."""
+        self.bad += 1
+        insort(self.told, (number, why.with_traceback(None)), key=itemgetter(0))
+        del self.told[TOLD:]
+
+    def refuse_bad(self) -> None:
+        """Refuse the file for its bad rows, if there are any and they are not to be skipped."""
+        if self.skip or not self.bad:
+            return
+        if self.bad == 1:
+            raise self.told[0][1]
+        told = "; ".join(f"{self.unit} {number}: {why.what}" for number, why in self.told)
+        more = f"; … and {self.bad - TOLD:,} more" if self.bad > TOLD else ""
+        each = {why.remedy for _, why in self.told}
+        remedies = [each.pop()] if len(each) == 1 else []
+        remedies.append("mend them" + ", or --bad-rows skip" * (self.skip is not None))
+        raise Refused(f"{self.bad:,} bad rows: {told}{more}", where=self.name,
+                      remedy="; ".join(filter(None, remedies)))  # fmt: skip
+
+    def skipped(self) -> list[str]:
+        """A line for the warnings, if there are bad rows."""
+        first = [f"{self.unit} {number}: {why.what}" for number, why in self.told[:1]]
+        return [f"{counted(self.bad, 'bad ')} skipped, the first in {line}" for line in first]
+
+    def nothing(self, without_text: int = 0) -> Refused:
+        """That there are no rows, and why."""
+        why = self.skipped()
+        why += [f"{counted(without_text)} without text"] if without_text else []
+        return Refused("no rows" + (f" ({', '.join(why)})" if why else ""), where=self.name)
 
     def add(self, number: int, cells: dict[str, Any]) -> None:
         """Keep the wanted cells of one record, long texts cut."""
@@ -138,11 +181,10 @@ class Table:
                 continue
             if isinstance(value, str):
                 if not value.isascii() and _SURROGATE.search(value):
-                    raise Refused(
-                        f"{shown(name)} holds half a character (a lone surrogate)",
-                        where=self.at(number),
-                        remedy="write the file again as UTF-8",
-                    )
+                    what = f"{shown(name)} holds half a character (a lone surrogate)"
+                    remedy = "write the file again as UTF-8"
+                    self.bad_row(number, Refused(what, where=self.at(number), remedy=remedy))
+                    return
                 if len(value) > MAX_TEXT:
                     value, cut = value[:MAX_TEXT], True
                 self.characters += len(value)
@@ -155,6 +197,10 @@ class Table:
                 where=self.name,
                 remedy="take a part of it",
             )
+
+
+def counted(count: int, kind: str = "") -> str:
+    return f"{count} {kind}row{'' if count == 1 else 's'}"
 
 
 def shown(value: object, limit: int = 60) -> str:

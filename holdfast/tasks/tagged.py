@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from holdfast.errors import Refused
 from holdfast.tasks import labels
-from holdfast.tasks.table import MAX_TEXT, Columns, Table, shown
+from holdfast.tasks.table import MAX_TEXT, Columns, Table, counted, shown
 from holdfast.tasks.task import Row
 
 OUTSIDE = "O"
@@ -72,16 +72,23 @@ class Tagged:
 
     def __init__(self, table: Table, columns: Columns) -> None:
         assert columns.text is not None and columns.label is not None
-        self.table, self.uneven = table, 0
+        self.table, self.uneven, self.missing = table, 0, 0
         self.kept: list[tuple[int, list[str], list[Any]]] = []
         for number, cells in table.records:
             text, marks = cells.get(columns.text), cells.get(columns.label)
-            if text is None or not text:
+            if not text:
+                self.missing += 1
                 continue
             read = self._spans if isinstance(text, str) else self._lists
-            words, tags = read(text, marks, table.at(number))
+            try:
+                words, tags = read(text, marks, table.at(number))
+            except Refused as why:
+                table.bad_row(number, why)
+                continue
             if words:
                 self.kept.append((number, words, tags))
+            else:
+                self.missing += 1
 
     def _lists(self, words: Any, tags: Any, where: str) -> tuple[list[str], list[Any]]:
         if not isinstance(words, list) or not isinstance(tags, list):
@@ -89,6 +96,8 @@ class Tagged:
                           remedy='as "tokens": ["In", "Rome"], "tags": ["O", "B-LOC"]')  # fmt: skip
         if len(words) != len(tags):
             raise Refused(f"{len(words)} words and {len(tags)} tags", where=where)
+        if odd := [tag for tag in tags if not isinstance(tag, str | int)]:
+            raise Refused(f"tag {shown(odd[0])} is a {type(odd[0]).__name__}", where=where)
         for word in words:
             if not isinstance(word, str) or not word or any(c.isspace() for c in word):
                 raise Refused(f"{shown(word)} is no word", where=where,
@@ -106,37 +115,39 @@ class Tagged:
         self.uneven += any(a < edge < b for _, a, b in words for edge in edges)
         return [word for word, _, _ in words], tags_of(words, spans)
 
-    def cells(self) -> Iterator[tuple[Any, str]]:
+    def tags(self) -> Iterator[tuple[Any, str]]:
         """Every tag and where it stands for the first time."""
         said: set[Any] = set()
         for number, _, tags in self.kept:
             for tag in tags:
-                if not isinstance(tag, str | int):
-                    raise Refused(f"tag {shown(tag)} is a {type(tag).__name__}",
-                                  where=self.table.at(number))  # fmt: skip
                 if tag not in said:
                     said.add(tag)
                     yield tag, self.table.at(number)
 
     def rows(self, read: labels.Read, warnings: list[str]) -> list[Row]:
+        """The rows, with tags by `read`, unless there are bad ones or none."""
         found = []
         for number, words, tags in self.kept:
-            ids = tuple(read(tag, self.table.at(number)) for tag in tags)
-            if None in ids:
-                raise Refused(f"a tag {labels.IGNORED}", where=self.table.at(number),
-                              remedy="every word has a tag")  # fmt: skip
-            found.append(Row(" ".join(words), None, ids))
-        missing = len(self.table.records) - len(found)
-        for count, why in (
-            (missing, "without a word skipped"),
+            where = self.table.at(number)
+            try:
+                ids = tuple(read(tag, where) for tag in tags)
+                if None in ids:
+                    raise Refused(f"a tag {labels.IGNORED}", where=where)
+            except Refused as why:
+                self.table.bad_row(number, why)
+            else:
+                found.append(Row(" ".join(words), None, ids))
+        self.table.refuse_bad()
+        said = [*self.table.notes, *self.table.skipped()]
+        for count, what in (
+            (self.missing, "without a word skipped"),
             (self.uneven, "with a span that ends within a word: the whole word is tagged"),
             (self.table.cut, f"with a text above {MAX_TEXT:,} characters cut"),
         ):
-            if count:
-                rows = f"{count} row{'' if count == 1 else 's'}"
-                warnings.append(f"{self.table.name}: {rows} {why}")
+            said += [f"{counted(count)} {what}"] if count else []
+        warnings += [f"{self.table.name}: {line}" for line in said]
         if not found:
-            raise Refused("no rows", where=self.table.name)
+            raise self.table.nothing(self.missing)
         return found
 
 

@@ -260,7 +260,7 @@ def test_default_says_what_does_nothing_here(
     tell_once.cache_clear()
     tasks = [place / "day.jsonl", place / "night.jsonl"]
     run_sequence(str(place / "gpt2"), tasks, "default", out=tmp_path, **SHORT)
-    assert "lwf: tasks of" in caplog.text and "no fresh head" in caplog.text
+    assert "lwf: tasks that share a whole model" in caplog.text and "no fresh head" in caplog.text
 
 
 def test_merge_keeps_what_a_decoder_learned(place: Path, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def test_without_held_out_rows_they_are_carved(hub) -> None:
 def test_unlabelled_rows_are_named(hub) -> None:
     rows = split(6, ["a", "b"], 200)
     hub.found["test"] = rows.map(lambda row: {"label": -1})
-    with pytest.raises(Refused, match="glue/mrpc, test, row 1: label -1 is outside 0 to 1"):
+    said = "glue/mrpc, test: 6 bad rows: row 1: label -1 is outside 0 to 1; row 2: label -1"
+    with pytest.raises(Refused, match=said):
         load_task("glue/mrpc?evaluation=test")
 
 

@@ -5,12 +5,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import Refused
-from holdfast.tasks.labels import by_id, by_name, names_of, number
+from holdfast.tasks.labels import Spelling, by_id, by_name, names_of, number, spelled
 
 
 def names(*labels: object, fractions: bool = False) -> tuple[str, ...]:
-    cells = [(label, f"a.csv, line {line}") for line, label in enumerate(labels, start=2)]
-    return names_of(cells * 2, "a.csv", fractions=fractions)
+    return names_of(spellings(*labels), "a.csv", fractions=fractions)
+
+
+def spellings(*labels: object, rows: int = 2) -> dict[str, Spelling]:
+    """Each label stands in `rows` rows, for the first time in the lines from 2 on."""
+    return {
+        spelled(label, f"a.csv, line {line}"): Spelling(f"line {line}", rows)
+        for line, label in enumerate(labels, start=2)
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,7 @@ def test_too_many_classes_ask_what_is_meant() -> None:
     with pytest.raises(Refused, match="1,001 different labels in 2,002 rows"):
         names(*range(1001))
     with pytest.raises(Refused, match="3 different labels in 3 rows"):
-        names_of([("a", ""), ("b", ""), ("c", "")], "a.csv")
+        names_of(spellings("a", "b", "c", rows=1), "a.csv")
 
 
 @pytest.mark.parametrize("label", [None, "", "  ", float("nan")])
@@ -78,11 +85,10 @@ def test_what_is_no_label_is_refused(label: object) -> None:
 
 @given(labels=st.lists(st.text(max_size=5) | st.integers() | st.floats() | st.booleans()))
 def test_the_map_reads_back_its_own_labels(labels: list[object]) -> None:
-    cells = [(label, "here") for label in labels] * 2
     try:
-        found = names_of(cells, "a.csv", fractions=True)
+        found = names(*labels, fractions=True)
     except Refused:
         return
     read = by_name(found)
-    ids = {read(label, "here") for label, _ in cells} - {None}
+    ids = {read(label, "here") for label in labels} - {None}
     assert ids == set(range(len(found)))

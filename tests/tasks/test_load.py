@@ -224,6 +224,19 @@ def test_every_format_gives_the_same_rows(write, tmp_path: Path) -> None:
     assert len({load_task(tmp_path / f"a.{ending}").hash for ending in endings}) == 1
 
 
+def test_the_separator_is_guessed_with_a_warning_or_named(write) -> None:
+    task = load_task(write("a.csv", CSV))
+    for mark, name in ((";", ";"), ("\t", "tab"), ("|", "%7C")):
+        path = write("a.csv", CSV.replace(",", mark))
+        assert load_task(path).hash == load_task(f"{path}?separator={name}").hash == task.hash
+        guess = f"{path}: no comma in the header line: separated by {mark!r}"
+        assert load_task(path).warnings == (guess, *task.warnings)
+        assert load_task(f"{path}?separator={name}").warnings == task.warnings
+    assert "no column 'text'" in refusal(f"{path}?separator=,")
+    write("held.csv", "text|label\nnew 1|a\nnew 2|b\n")
+    assert load_task(f"{path}?separator=|&evaluation=held.csv").rows["evaluation"] == 2
+
+
 def test_columns_by_name_in_the_call_or_in_the_spec(write) -> None:
     content = "id,first,second,class\n" + "".join(f"{i},f {i},s {i},{i % 2}\n" for i in range(20))
     path = write("a.csv", content)
@@ -420,6 +433,10 @@ def test_the_hash_covers_labels_metric_and_rows(write) -> None:
         ("type=numbers", "type 'numbers'"),
         ("revision=main", "no option 'revision'"),
         ("%ff=1", "is not option=value"),
+        ("separator=;;", "separator ';;'; a character, or tab"),
+        ("separator=x", "separator 'x'; a character, or tab"),
+        ('separator="', "separator '\"'; a character, or tab"),
+        ("separator=%0A", "separator '\\n'; a character, or tab"),
     ],
 )
 def test_wrong_options_are_refused(write, query: str, said: str) -> None:
@@ -481,7 +498,7 @@ def test_nothing_but_refused_leaves_load_task(
         content = "\n".join(mark.join(line) for line in [("text", "label"), *lines])
     path = tmp_path_factory.getbasetemp() / f"any.{ending}"
     path.write_text(content, newline="")
-    for query in ("", "?type=regression", "?type=classification"):
+    for query in ("", "?type=regression", "?type=classification", "?bad_rows=skip&strip=yes"):
         try:
             task = load_task(f"{path}{query}")
         except Refused as refusal:

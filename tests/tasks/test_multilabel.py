@@ -53,6 +53,17 @@ def test_every_label_reaches_the_selection_rows(tmp_path: Path) -> None:
     assert any(1 in row.label for row in found.evaluation)
 
 
+def test_labels_are_stripped_one_by_one(tmp_path: Path) -> None:
+    clean = [["Joy", "fear"], ["fear"], ["Joy"]] * 9
+    odd = [[" Joy", "FEAR "], *clean[1:]]
+    with pytest.raises(Refused, match=r"several spellings.*--strip"):
+        load_task(f"{written(tmp_path, odd)}?type=multilabel")
+    one = load_task(f"{written(tmp_path, odd)}?type=multilabel&strip=yes")
+    two = load_task(f"{written(tmp_path, clean)}?type=multilabel")
+    assert one.labels == ("Joy", "fear") and one.hash == two.hash
+    assert any("2 rows with a label mended" in line for line in one.warnings)
+
+
 @pytest.mark.parametrize(("cell", "why"), [
     (["a", "a"], "a label twice"), ({"a": 1}, "labels are a list"), ([["a"]], "is a list"),
     (["a", "unheard"], "not among those"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -201,6 +202,53 @@ def test_tsv_with_ordinary_quotes_is_read_on_request(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="quotes=none"):
         files.read(path, WANTED)
     assert files.read(path, WANTED, quotes=False).records[0][1]["text"] == '"Yes" he said'
+
+
+@pytest.mark.parametrize(
+    "header, mark",
+    [
+        ("text{}label", ";"),
+        ("text{}label", "\t"),
+        ("text{}label", "|"),
+        ('"text"{}label{}"a, b"', ";"),  # a comma within quotes is none
+        ("text{}label{}x|y", ";"),  # what separates most
+        ("x|y;z{}text{}label", "\t"),
+        ("text{}label{}x;y|z", ","),  # a comma is always the separator
+        ("a;b{}text{}label", ","),
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "csv.gz"])
+def test_a_separator_is_told_by_the_header_line(
+    tmp_path: Path, header: str, mark: str, ending: str
+) -> None:
+    names = next(csv.reader([header.replace("{}", mark)], delimiter=mark))
+    row = {"text": "one; two | three, four\tfive", "label": "a;b"}
+    path, cells = tmp_path / f"a.{ending}", [row.get(name, "x") for name in names]
+    file = io.StringIO(newline="")
+    file.write(header.replace("{}", mark) + "\r\n")
+    csv.writer(file, delimiter=mark).writerows([cells] * 2)
+    table = files.read(written(path, file.getvalue()), WANTED)
+    assert table.columns == names and table.records == [(2, row), (3, row)]
+    guessed = [f"no comma in the header line: separated by {mark!r}"]
+    assert table.notes == (guessed if mark != "," else [])
+
+
+def test_a_separator_that_is_named_is_taken(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", "text;label,pair\na,b;c,d\n")
+    assert files.read(path, WANTED, separator=";").columns == ["text", "label,pair"]
+    path = written(tmp_path / "a.tsv", "text^label\na\tb^c\n")
+    table = files.read(path, WANTED, separator="^")
+    assert table.records == [(2, {"text": "a\tb", "label": "c"})] and table.notes == []
+    path = written(tmp_path / "b.csv", "text;label\n")  # one column, as it is said
+    assert files.read(path, WANTED, separator=",").columns == ["text;label"]
+    path = written(tmp_path / "c.csv", '"text;label\n"a;b"\n')  # nor are quotes always quotes
+    assert files.read(path, WANTED, quotes=False).columns == ['"text', "label"]
+
+
+def test_without_quotes_a_comma_in_quotes_separates(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", '"text,label";pair\na,b;c\n')
+    assert files.read(path, WANTED).columns == ["text,label", "pair"]
+    assert files.read(path, WANTED, quotes=False).columns == ['"text', 'label";pair']
 
 
 def test_the_csv_modules_own_limit_is_left_as_it_was(tmp_path: Path) -> None:

@@ -98,6 +98,15 @@ def test_spans_that_are_refused(tmp_path: Path, spans: Any, why: str) -> None:
         load_task(written(tmp_path, [{"text": "a city", "spans": spans}] * 9))
 
 
+def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    good = [{"tokens": ["a", f"man{i}"], "tags": ["O", "B-X"]} for i in range(9)]
+    bad = [{"tokens": ["a"], "tags": []}, {"tokens": ["a"], "tags": [None]}]
+    one = load_task(f"{written(tmp_path, [*bad, *good], 'b.jsonl')}?bad_rows=skip&name=t")
+    two = load_task(written(tmp_path, good))
+    assert one.hash == two.hash
+    assert any("2 bad rows skipped, the first in line 1: 1 words" in w for w in one.warnings)
+
+
 @given(st.lists(tag, max_size=12))
 def test_entities_are_seqevals(tags: list[str]) -> None:
     theirs = [(start, end + 1, name) for name, start, end in get_entities(tags)]
