@@ -10,8 +10,8 @@ with x̃ the input with a 1 appended (weight and bias are one matrix) and G the 
 `holdfast.engine.grams`, means over rows. An embedding's row moves by its share of counts
 n_new / (n_new + γ n_old), which is the same equation for one-hot inputs, without ε. A norm
 y_i = g_i x̂_i + b_i is solved on the inputs (x̂_i, 1) per feature i (`norms="solve"`), or moves by
-the share `others`, as do the weights of all other modules; a layer that the new task never called
-keeps its start weights. Afterwards G_old ← G_old + G_new.
+the share `others`, as do the weights of all other modules. A layer that the new task never called
+keeps its start weights, one that no old task called its new ones. Afterwards G_old ← G_old + G_new.
 
 No row of an old task is kept, and training steps cost no extra. Deviations from the paper: it
 merges models that were trained separately, and multiplies the off-diagonals of G by .9 where we add
@@ -33,12 +33,14 @@ from torch import Tensor
 
 from holdfast.engine.grams import Grams
 from holdfast.engine.method import Range, View
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.methods.common.anchor import keep_start, remember, start_of
 from holdfast.methods.common.measuring import Measuring
 from holdfast.network.layers import Layer, layers_of, norms_of
 from holdfast.network.lora import factors_of
 from holdfast.ops import distributed
+
+TOLD = 0.1  # above this share of weights in layers of other kinds, a line says so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +139,30 @@ class _Merger:
         self.learned: Mapping[str, Tensor] = view.shared
         distributed.reshard_(view.bound.models[view.task])
         layers, _ = layers_of(view.shared, view.modules)
+        norms = norms_of(view.shared, view.modules)
         # Layers with the same input are solved together; those only old tasks called stay still.
         self.groups: dict[tuple[str, bool], list[Layer]] = {}
         self.still: set[str] = {n for n in old.counts if n not in new.counts}
-        for layer in [*layers, *norms_of(view.shared, view.modules)]:
+        self.fresh: set[str] = {n for n in new.counts if n not in old.counts}
+        for layer in [*layers, *norms]:
             if layer.weight in new.readers.keys() & old.readers.keys() and not layer.lora:
                 key = new.readers[layer.weight], layer.has_one
                 self.groups.setdefault(key, []).append(layer)
             elif layer.weight in old.readers:
                 self.still.update(layer.names)
+            elif layer.weight in new.readers:
+                self.fresh.update(layer.names)
         if how.choose is not None:
             self.learned = remember(view.shared)
+        known = {n for layer in [*layers, *norms] for n in layer.names} | {*old.counts, *new.counts}
+        known |= {n for pair in factors_of(view.shared) for n in (pair.a, pair.b)}
+        sizes = {name: w.numel() for name, w in view.shared.items()}
+        share = sum(n for name, n in sizes.items() if name not in known) / sum(sizes.values())
+        if share > TOLD:
+            tell_once(
+                f"merge: {share:.0%} of the weights are in layers whose inputs it cannot measure "
+                f"(recurrent ones): they keep {how.others:g} of their change"
+            )
 
     def merge_(self, strength: float) -> None:
         """Write the merged weights into the network, one input's layers at a time."""
@@ -172,8 +187,8 @@ class _Merger:
 
     def _share(self, name: str, strength: float) -> Tensor | float:
         """The share of its change a weight keeps: by counts for embedding rows, else fixed."""
-        if name in self.still:
-            return 0.0
+        if name in self.still or name in self.fresh:
+            return float(name in self.fresh)
         if name not in self.new.counts or name not in self.old.counts:
             return self.how.others
         mine, theirs = self.new.counts[name], strength * self.old.counts[name]

@@ -1,0 +1,184 @@
+"""Networks of one's own, by a Python file: what is run, what is read, and the four examples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from holdfast import Refused, load, run_sequence
+from holdfast.cli import main
+from holdfast.experiments.record import Record
+from holdfast.tasks import load_task, program
+from holdfast.tasks.kinds import evaluate, kind_named
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KIND = kind_named("module")
+FILE = """
+import numpy as np, torch
+from torch import nn
+from pathlib import Path
+
+Path(__file__).with_name("ran").open("a").write("x")
+
+def model():
+    return nn.Linear(3, 2)
+
+def rows(seed):
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(40, 3))
+    return {"x": x, "labels": (x[:, seed] > 0).astype(int)}
+
+def loss(net, batch):
+    logits = net(batch["x"])
+    return nn.functional.cross_entropy(logits, batch["labels"]), logits
+
+def score(net, batch):
+    return (net(batch["x"]).argmax(-1) == batch["labels"]).float()
+
+def predict(net, batch):
+    return net(batch["x"]).argmax(-1).tolist()
+
+def tasks():
+    told = {"loss": loss, "score": score, "predict": predict, "metric": "accuracy"}
+    return {"First One": {"train": rows(0), **told}, "second": {"train": rows(1), **told}}
+"""
+SHORT: dict[str, Any] = {"epochs": 2.0, "batch_size": 8, "lr": 0.05, "progress": False}
+
+
+@pytest.fixture(autouse=True)
+def untrusting() -> Any:
+    """No file that an earlier test named is trusted."""
+    program._trusted.clear()
+    program._run.cache_clear()
+    yield
+    program._everything = False
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text(FILE)
+    return tmp_path / "net.py"
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_told_by_their_values(net: Path) -> None:
+    """Arrays by name or a list of rows, in another file with other names: the same task."""
+    one = load_task(f"{net}:second")
+    other = net.with_name("other.py")
+    other.write_text(
+        FILE
+        + """
+def tasks(before=tasks):
+    told = before()["second"]
+    x, y = told["train"]["x"], told["train"]["labels"]
+    return {"only": {**told, "train": [{"labels": b, "x": a} for a, b in zip(x, y)]}}
+"""
+    )
+    two = load_task(f"{other}?name=second")
+    assert one.kind == "module" and one.metric == "accuracy" and one.rows == two.rows
+    assert one.hash == two.hash and load_task(f"{net}:First One").hash != one.hash
+    assert load_task(f"{net}:first-one").name == "first-one"  # as a run calls it
+
+
+@pytest.mark.parametrize(("text", "place", "why"), [
+    ("x = 1", "", r"no function model"), ("1 / 0", "", "ZeroDivisionError"),
+    (FILE, "", "has 2 tasks.*:second"), (FILE, ":secnd", "did you mean 'second'"),
+    (FILE.replace('"x": x,', '"x": x[1:],'), ":second", "arrays of"),
+    (FILE.replace('"loss": loss,', ""), ":second", "has no 'loss'"),
+])  # fmt: skip
+def test_files_that_are_refused(tmp_path: Path, text: str, place: str, why: str) -> None:
+    (tmp_path / "net.py").write_text(text)
+    with pytest.raises(Refused, match=why):
+        load_task(f"{tmp_path / 'net.py'}{place}")
+
+
+def test_a_score_for_each_row_is_asked_for(net: Path) -> None:
+    net.write_text(FILE.replace(".float()", ".float().mean()"))
+    task = load_task(f"{net}:second")
+    model = KIND.load_model(str(net), task, seed=0)
+    collate = KIND.collator(KIND.load_processor(str(net)))
+    with pytest.raises(Refused, match=r"returned \(\) for"):
+        evaluate(model, KIND.encode(task.train, task, None, max_length=1), task, collate)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def learned(net: Path, out: Path, *names: str, **more: Any) -> Record:
+    return run_sequence(str(net), [f"{net}:{n}" for n in names], "ewc", out=out, **SHORT, **more)
+
+
+def test_going_on_is_one_run_and_all_tasks_are_served(net: Path, tmp_path: Path) -> None:
+    whole = learned(net, tmp_path / "whole", "First One", "second")
+    learned(net, tmp_path / "parts", "First One")
+    parts = learned(net, tmp_path / "parts", "First One", "second")
+    assert parts.scores == whole.scores
+    one, two = (load(tmp_path / name) for name in ("whole", "parts"))
+    weights = [served.models["second"].state_dict() for served in (one, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    task = load_task(f"{net}:first-one")
+    rows: list[Any] = [row.values for row in task.evaluation]  # type: ignore[attr-defined]
+    said = [each.label for each in one.predict("first-one", rows)]
+    right = np.mean([s == row["labels"] for s, row in zip(said, rows, strict=True)])
+    assert right == pytest.approx(whole.scores[1][0])
+
+
+def test_a_strangers_file_is_not_run(net: Path, tmp_path: Path, capsys: Any) -> None:
+    """Neither the copy in a run, nor a file that its record names; trusted or named, both are."""
+    learned(net, tmp_path / "run", "First One")
+    stranger = tmp_path / "stranger"
+    shutil.move(tmp_path / "run", stranger)
+    ran = net.with_name("ran")
+    ran.unlink()
+    program._trusted.clear()
+    program._run.cache_clear()
+    rows = tmp_path / "more.py"
+    rows.write_text(FILE)
+    for words in (
+        ["export", str(stranger), "--task", "first-one", "--out", str(tmp_path / "out")],
+        ["sequence", "--from", str(stranger), "--tasks", f"{rows}:second"],
+    ):
+        assert main(words) == 2
+        assert "--trust-code" in capsys.readouterr().err
+        assert not any(stranger.rglob("ran")) and not ran.exists()
+    words = ["export", str(stranger), "--task", "first-one", "--out", str(tmp_path / "out")]
+    assert main([*words, "--trust-code"]) == 0 and (tmp_path / "out" / "module.py").is_file()
+
+
+def test_the_file_that_was_named_is_taken_and_its_network_must_fit(
+    net: Path, tmp_path: Path
+) -> None:
+    learned(net, tmp_path / "run", "First One")
+    net.write_text(FILE.replace("Linear(3, 2)", "Linear(3, 2, bias=False)"))
+    with pytest.raises(Refused, match="does not fit the network"):
+        learned(net, tmp_path / "run", "First One", "second")
+
+
+# --- the examples ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["plain", "dps", "ewc", "merge"])
+@pytest.mark.parametrize(("name", "tasks"), [
+    ("cnn", ("low", "high")), ("gru", ("rises", "swings")), ("autoencoder", ("round", "straight")),
+    ("graph", ("triangle", "connected")),
+])  # fmt: skip
+def test_the_examples_learn_two_tasks(
+    tmp_path: Path, name: str, tasks: tuple[str, str], recipe: str
+) -> None:
+    file = EXAMPLES / f"{name}.py"
+    record = run_sequence(
+        str(file), [f"{file}:{task}" for task in tasks], recipe, out=tmp_path, epochs=1.0,
+        lr=3e-3, train_size=200, evaluation_size=50, progress=False,
+    )  # fmt: skip
+    assert record.status == "done" and [t["kind"] for t in record.tasks] == ["module", "module"]
+    made = KIND.load_model(str(file), load_task(f"{file}:{tasks[0]}"), seed=0)
+    saved = json.loads((tmp_path / "final" / "config.json").read_text())
+    assert saved["architectures"] == [type(made.net).__name__]
