@@ -39,7 +39,7 @@ def run(chosen: argparse.Namespace) -> None:
     served = load(chosen.run_folder)
     about = served.tasks[served.named(chosen.task)]
     texts, pairs, kept, cut = unlabelled(
-        chosen.rows, chosen.keep, pairs=bool(about["pairs"]), prompts=about["kind"] == "generation"
+        chosen.rows, chosen.keep, pairs=bool(about["pairs"]), kind=about["kind"]
     )
     made = served.predictions(chosen.task, texts, pairs, batch=chosen.batch_size)
     with tqdm(total=len(texts), unit="row", leave=False, disable=None) as bar:

@@ -89,7 +89,10 @@ class Learner:
             shutil.rmtree(folder / "tasks", ignore_errors=True)  # of a process that was killed
             self._began = time.monotonic()
             begin(self)
-        self._restore(self._finished())
+        finished = self._finished()
+        self._restore(finished)
+        for index in range(finished, len(tasks)):
+            self.rows(index, "train")  # what cannot be encoded is refused before any training
 
     def home(self, index: int) -> Path:
         """A task's folder: the checkpoint of its model as it was when the task was learned."""

@@ -9,14 +9,14 @@ from urllib.parse import parse_qsl
 
 from holdfast.errors import Refused, nearest
 from holdfast.tasks.files import is_data_file
-from holdfast.tasks.table import Columns, shown
+from holdfast.tasks.table import Columns, pieces, shown
 from holdfast.tasks.task import METRICS
 
-_COLUMNS = ("text", "pair", "label", "answer", "name", "metric", "evaluation")
+_COLUMNS = ("text", "pair", "label", "answer", "prompt", "name", "metric", "evaluation", "type")
 _ALLOWED = {
     "folder": _COLUMNS,
-    "file": (*_COLUMNS, "type", "quotes"),
-    "hub": (*_COLUMNS, "type", "config", "revision"),
+    "file": (*_COLUMNS, "quotes"),
+    "hub": (*_COLUMNS, "config", "revision"),
     "builtin": ("name",),
 }
 
@@ -32,6 +32,7 @@ class Options:
     pair: str | None = None
     label: str | None = None
     answer: str | None = None  # the column of the text to generate
+    prompt: str | None = None  # a text with columns in braces, to be answered
     metric: str | None = None
     evaluation: str | None = None  # a file beside the data file, or the name of a split
     name: str | None = None
@@ -42,7 +43,7 @@ class Options:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text, self.pair, self.label, self.answer)
+        return Columns(self.text, self.pair, self.label, self.answer, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -113,4 +114,10 @@ def _options(query: str, text: str, known: tuple[str, ...]) -> Options:
             raise Refused(
                 f"{key} {shown(found[key])}", where=shown(text), remedy=nearest(found[key], values)
             )
+    if not any(blank for _, blank in pieces(found.get("prompt", "{text}"))):
+        raise Refused("prompt has no column in braces", where=shown(text),
+                      remedy="as prompt={text} Sentiment:")  # fmt: skip
+    if "prompt" in found and found.get("type", "generation") != "generation":
+        raise Refused(f"a {found['type']} has no prompt", where=shown(text),
+                      remedy="say type=generation")  # fmt: skip
     return Options(**found)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from holdfast.tasks.kinds.packed import Packed
 
-KINDS = ("classification", "generation")
+KINDS = ("classification", "generation", "chat")
 GROUP = "holdfast.kinds"
 Encoded = dict[str, Any]  # a row as the model's inputs, not padded
 Measured: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # (rows, …), see `Kind.total`
