@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import same, weights
 from served_trainers import sentences, trl
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from holdfast import DPS, EWC, Merge, Recipe, Refused
+from holdfast import DPS, EWC, LoRA, Merge, Recipe, Refused
 
 MAKERS: dict[str, Callable[..., Any]] = {
     **{name: partial(trl, name) for name in ("SFT", "DPO", "Reward", "KTO", "GRPO", "RLOO")},
@@ -69,6 +70,26 @@ def test_rows_that_an_evaluation_could_not_read_are_refused(tmp_path: Path) -> N
     trainer.args.per_device_eval_batch_size = 3  # of two generations for each prompt
     with pytest.raises(Refused, match="set per_device_eval_batch_size as for evaluation"):
         trainer.train()
+
+
+def test_sft_trains_the_adapters_of_a_recipe(tmp_path: Path) -> None:
+    """Under activation checkpointing too, which SFTConfig turns on; and what it saves is plain."""
+    trainer = trl("SFT", Recipe(lora=LoRA(rank=2), methods=[EWC(), Merge(rows=6)]), tmp_path)
+    assert trainer.args.gradient_checkpointing
+    before = weights(trainer.model)
+    trainer.train()
+    trainer.end_task()
+    for name, now in weights(trainer.model).items():
+        if ".lora_B." in name:
+            assert now.abs().max() > 0, name
+        elif ".lora_A." not in name:
+            assert same({name: now}, {name: before[name]}), name
+    trainer.save_model(tmp_path / "end")
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "end", output_loading_info=True)
+    assert not any(told.values())
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits,
+                               atol=1e-5, rtol=1e-5)  # fmt: skip
 
 
 def two_tasks(make: Callable[..., Any], strength: float) -> tuple[Any, list[dict[str, Tensor]]]:
