@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import same, weights
+from datasets import Dataset
+from models import llama, same, tokenizer, weights
 from served_trainers import sentences, trl
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import holdfast
 from holdfast import DPS, EWC, LoRA, Merge, Recipe, Refused
 
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -90,6 +93,27 @@ def test_sft_trains_the_adapters_of_a_recipe(tmp_path: Path) -> None:
     ids = torch.arange(5, 15)[None]
     torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits,
                                atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+def test_the_script_for_two_tasks_in_the_documents_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there, on a CPU."""
+    import trl as library
+
+    page = Path(__file__).parents[2] / "docs" / "language_models.md"
+    code = re.search(r"```python\n(from trl import.*?)```", page.read_text(), re.DOTALL)
+    assert code is not None
+    here = partial(library.SFTConfig, bf16=False, use_cpu=True, disable_tqdm=True)
+    monkeypatch.setattr(library, "SFTConfig", here)
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_dict({"prompt": ["the film was", "who is"] * 4,
+                              "completion": [" good", " a man"] * 4})  # fmt: skip
+    names = {"holdfast": holdfast, "model": llama(), "tokenizer": tokenizer(template=False),
+             "rows": rows, "others": rows.select([0, 2])}  # fmt: skip
+    exec(code[1], names)
+    assert names["second"].bound.finished == ["first", "second"]  # type: ignore[attr-defined]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "first")
 
 
 def two_tasks(make: Callable[..., Any], strength: float) -> tuple[Any, list[dict[str, Tensor]]]:
