@@ -30,6 +30,7 @@ _HOMES = {
     "Replay": "holdfast.methods",
     "WiSE": "holdfast.methods",
     "HeadFirst": "holdfast.engine.head_first",
+    "LoRA": "holdfast.engine.lora",
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
     "Trainer": "holdfast.training.trainer",
@@ -59,6 +60,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from holdfast.engine.bound import Bound as Bound
     from holdfast.engine.head_first import HeadFirst as HeadFirst
+    from holdfast.engine.lora import LoRA as LoRA
     from holdfast.engine.method import Method as Method
     from holdfast.engine.method import Range as Range
     from holdfast.engine.method import View as View

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch import nn
 from holdfast.engine.batches import Data
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.lora import LoRA
 from holdfast.engine.method import Method
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
@@ -39,6 +40,8 @@ from holdfast.network.groups import param_groups
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
 
+_Setting = TypeVar("_Setting", HeadFirst, LoRA)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -46,8 +49,9 @@ class Recipe:
 
     `max_grad_norm=None` clips nothing in a plain loop and inherits
     `TrainingArguments.max_grad_norm` in a Trainer. `name` names the recipe in tables.
-    `head_first` fits a task's fresh head before its first step. `parts` are
-    {glob on parameter names: part}, for weights that `holdfast.parts` misplaces.
+    `head_first` fits a task's fresh head before its first step. `lora` trains adapters in place of
+    what tasks share. `parts` are {glob on parameter names: part}, for weights that
+    `holdfast.parts` misplaces.
     """
 
     rates: Rates = field(default_factory=Rates.flat)
@@ -55,6 +59,7 @@ class Recipe:
     max_grad_norm: float | None = None
     name: str = "custom"
     head_first: HeadFirst | None = None
+    lora: LoRA | None = None
     parts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +77,9 @@ class Recipe:
         if not isinstance(self.head_first, HeadFirst | None):
             raise Refused(f"must be a HeadFirst, not {self.head_first!r}",
                           where="recipe.head_first", remedy="HeadFirst()")  # fmt: skip
+        if not isinstance(self.lora, LoRA | None):
+            raise Refused(f"must be a LoRA, not {self.lora!r}", where="recipe.lora",
+                          remedy="LoRA()")  # fmt: skip
         norm = self.max_grad_norm
         number = isinstance(norm, int | float) and not isinstance(norm, bool)
         if norm is not None and not (number and 0 < norm < math.inf):
@@ -101,7 +109,8 @@ class Recipe:
                 methods=[_method(name, settings) for name, settings in methods.items()],
                 max_grad_norm=values.get("max_grad_norm"),
                 name=str(values.get("name") or "custom"),
-                head_first=_head_first(values.get("head_first")),
+                head_first=_setting("head_first", HeadFirst, values.get("head_first")),
+                lora=_setting("lora", LoRA, values.get("lora")),
                 parts=_check_parts(values.get("parts") or {}),
             )
         except Refused as error:
@@ -120,6 +129,8 @@ class Recipe:
         # Left out when unset, so that recipes written before they existed keep their hash.
         if self.head_first is not None:
             body["head_first"] = self.head_first.to_dict()
+        if self.lora is not None:
+            body["lora"] = self.lora.to_dict()
         if self.parts:
             body["parts"] = dict(self.parts)
         return body
@@ -141,8 +152,9 @@ class Recipe:
     # --- at work ------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Let methods change the network: once, before the optimizer is built."""
-        return functools.reduce(lambda net, method: method.prepare(net), self.methods, model)
+        """Let methods and `lora` change the network: once, before the optimizer is built."""
+        model = functools.reduce(lambda net, method: method.prepare(net), self.methods, model)
+        return model if self.lora is None else self.lora.prepare(model)
 
     def param_groups(
         self,
@@ -171,6 +183,8 @@ class Recipe:
         seed: int = 0,
     ) -> Bound:
         """Attach to a model and an optimizer and begin the first task; see `Bound.begin_task`."""
+        if self.lora is not None:
+            self.lora.check(model)
         bound = self.unbound(seed=seed)
         bound.begin_task(task, optimizer, total_steps, model=model, shared=shared, data=data,
                          resuming=resuming)  # fmt: skip
@@ -212,14 +226,14 @@ def _rates(values: Any) -> Rates:
     raise Refused("rates must be a name or a mapping")
 
 
-def _head_first(values: Any) -> HeadFirst | None:
+def _setting(name: str, kind: type[_Setting], values: Any) -> _Setting | None:
+    """A setting that is `true`, for its defaults, or a mapping."""
     if values is None or values is False:
         return None
-    if values is True:
-        return HeadFirst()
-    if not isinstance(values, Mapping):
-        raise Refused("head_first must be true or a mapping", remedy="head_first: {fit: logistic}")
-    return HeadFirst.from_dict(values)
+    if values is not True and not isinstance(values, Mapping):
+        example = {"head_first": "{fit: logistic}", "lora": "{rank: 8}"}[name]
+        raise Refused(f"{name} must be true or a mapping", remedy=f"{name}: {example}")
+    return kind() if values is True else kind.from_dict(values)
 
 
 def _check_parts(values: Any) -> Mapping[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -28,6 +29,21 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_aspects_of_real_rows_are_written_learned_and_answered(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absa = runpy.run_path(str(ROOT / "examples" / "absa.py"))
+    assert absa["answer"]("The plot is dull, the cast dull.", "negative") == (
+        "plot negative , cast negative <|endofterm|>"
+    )
+    assert absa["answer"]("nothing of the kind", "negative") is None
+    absa["main"](str(shared_data / "sst2"))
+    found = capsys.readouterr().out
+    assert re.search(r"^\d{3} rows with an aspect, token_f1 0\.\d", found)
+    asked = r"<\|review\|> .+ <\|endofreview\|> <\|term\|> "
+    assert re.search(asked + r".*\n  \(by rule: \w+ (posi|nega)tive", found)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -16,10 +16,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="a finished run's folder")
     parser.add_argument("--task", required=True, help="the name of one of its tasks")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--onnx", action="store_true", help="also in ONNX, by Optimum")
     add_trust(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
     from holdfast.experiments.serving import load
 
-    print(load(chosen.run_folder).save(chosen.task, chosen.out))
+    print(load(chosen.run_folder).save(chosen.task, chosen.out, onnx=chosen.onnx))

@@ -50,9 +50,8 @@ def run(chosen: argparse.Namespace) -> None:
         texts, pairs, kept, cut = _files(chosen)
     else:
         texts, pairs, kept, cut = unlabelled(
-            chosen.rows, chosen.keep, pairs=bool(about["pairs"]),
-            prompts=about["kind"] == "generation",
-        )  # fmt: skip
+            chosen.rows, chosen.keep, pairs=bool(about["pairs"]), kind=about["kind"]
+        )
     made = served.predictions(chosen.task, texts, pairs, batch=chosen.batch_size)
     with tqdm(total=len(texts), unit="row", leave=False, disable=None) as bar:
         rows = []

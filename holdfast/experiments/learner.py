@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from holdfast.engine.bound import Bound
+from holdfast.engine.lora import folded
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.loaded import Loaded
@@ -29,7 +30,7 @@ from holdfast.tasks import Task
 from holdfast.tasks.kinds import evaluate, kind_of
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import device, quiet, source_hash
-from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.checkpoints import load_adapters, load_state, save_adapters, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
 
@@ -88,7 +89,10 @@ class Learner:
             shutil.rmtree(folder / "tasks", ignore_errors=True)  # of a process that was killed
             self._began = time.monotonic()
             begin(self)
-        self._restore(self._finished())
+        finished = self._finished()
+        self._restore(finished)
+        for index in range(finished, len(tasks)):
+            self.rows(index, "train")  # what cannot be encoded is refused before any training
 
     def home(self, index: int) -> Path:
         """A task's folder: the checkpoint of its model as it was when the task was learned."""
@@ -152,6 +156,9 @@ class Learner:
         if not finished:
             return
         _, self.models = models_in(self.home(finished - 1))
+        if self.recipe.lora is not None:
+            self.recipe.lora.prepare(self.models[-1])
+            load_adapters(self.models[-1], self.home(finished - 1), base=True)
         self.bound = self.recipe.unbound(seed=self.seed)
         load_state(self.bound, self.home(finished - 1))
         for task, model in zip(self.tasks, self.models, strict=False):
@@ -163,6 +170,8 @@ class Learner:
         Methods read these tasks' training rows; nothing is trained.
         """
         self.models, self.bound = list(models), self.recipe.unbound(seed=self.seed)
+        if self.recipe.lora is not None:
+            self.recipe.lora.prepare(self.models[-1])
         for index, model in enumerate(models):
             task, rows = self.tasks[index], self.rows(index, "train")
             if not rows and any(m.needs_data for m in self.recipe.methods):
@@ -182,8 +191,6 @@ class Learner:
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + self.place + index
         model = self._untrained(index, seed)
-        if not self.record.model or self.record.rates is None:
-            self._describe(model)
         self.models.append(model)
         trainer = Trainer(
             model=model,
@@ -198,6 +205,8 @@ class Learner:
             start=self._start(index, model),
             callbacks=self._callbacks(self, index),
         )
+        if not self.record.model or self.record.rates is None:
+            self._describe(model)  # with its adapters, if it has any
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(HeadNoted(self.record, trainer))
         for old in (m for m in self.models[:-1] if m is not model):
@@ -235,7 +244,8 @@ class Learner:
     def _start(self, index: int, model: Any) -> Callable[[], dict[str, torch.Tensor]] | None:
         """A loader of the weights that the task begins with, so that no method need copy them."""
         before = self.home(index - 1)
-        kept = index > 0 and (before / "config.json").is_file()
+        # With adapters the start weights are few, and the folder has them folded in.
+        kept = index > 0 and self.recipe.lora is None and (before / "config.json").is_file()
         shared = self.kind.shared(model)
         return functools.partial(shared_weights, before, model, shared) if kept else None
 
@@ -312,8 +322,10 @@ class Learner:
         """Write a task's folder: all models so far and what the methods remember."""
         assert self.bound is not None
         home, tasks = self.home(index), self.tasks[: index + 1]
-        save(home, tasks, self.models, self.processor, self.plan.max_length)
-        commit(home, save_state(self.bound, home))
+        with folded(self.models[-1]):
+            save(home, tasks, self.models, self.processor, self.plan.max_length)
+        adapters = save_adapters(self.models[-1], home, base=True)
+        commit(home, save_state(self.bound, home) | adapters)
 
     def finish(self) -> None:
         """Leave in `final/` what serves all tasks."""
@@ -328,7 +340,7 @@ class Learner:
         ]
 
     def _describe(self, model: nn.Module) -> None:
-        if not self.models and (line := self.kind.dropped(self.source)):
+        if len(self.models) == 1 and (line := self.kind.dropped(self.source)):
             self.warn(line)
         named = parts(model, self.recipe.parts)
         rates = self.recipe.rates.of(named)

@@ -70,7 +70,8 @@ class FromRun:
         from holdfast.experiments import serving
         from holdfast.training.checkpoints import saved_with
 
-        if not saved_with(self.last, learner.recipe.methods):
+        other = self.recipe.get("lora") != learner.recipe.to_dict().get("lora")
+        if other or not saved_with(self.last, learner.recipe.methods):
             learner.remember(serving.models_in(self.last)[1])
             learner.keep(self.size - 1)
             return

@@ -24,7 +24,7 @@ from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, slug
 from holdfast.tasks.kinds import kind_named, kind_of
-from holdfast.tasks.kinds.pretrained import device, quiet
+from holdfast.tasks.kinds.pretrained import device, first_line, quiet
 from holdfast.training.manifest import commit, damage, listed
 
 TASKS, HEAD = "tasks.json", "head-{}.safetensors"
@@ -143,16 +143,19 @@ class Served:
     def predict(
         self,
         task: str,
-        texts: Sequence[str],
+        texts: Sequence[Any],
         pairs: Sequence[str] | None = None,
         *,
         batch: int = 64,
     ) -> list[Prediction]:
-        """What the model of `task` says of each text (or of each text and its second one)."""
+        """What the model of `task` says of each text (or of each text and its second one).
+
+        Of a task of conversations each text is a list of messages.
+        """
         return list(self.predictions(task, texts, pairs, batch=batch))
 
     def predictions(
-        self, task: str, texts: Sequence[str], pairs: Sequence[str] | None = None, *, batch: int
+        self, task: str, texts: Sequence[Any], pairs: Sequence[str] | None = None, *, batch: int
     ) -> Iterator[Prediction]:
         """As `predict`, a chunk of 16 batches at a time."""
         about = self.tasks[self.named(task)]
@@ -176,14 +179,36 @@ class Served:
                           remedy=nearest(task, list(self.tasks)))  # fmt: skip
         return task
 
-    def save(self, task: str, folder: str | Path) -> Path:
-        """An ordinary Hugging Face folder of one task, tokenizer included."""
-        folder = Path(folder)
+    def save(self, task: str, folder: str | Path, *, onnx: bool = False) -> Path:
+        """An ordinary Hugging Face folder of one task, tokenizer included.
+
+        onnx: also in ONNX, by Optimum, in its folder `onnx`.
+        """
+        folder, model = Path(folder), self.models[self.named(task)]
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Refused("is not empty", where=str(folder), remedy="name a new folder")
-        self.models[self.named(task)].save_pretrained(folder)
+        export = _exporter() if onnx else None
+        model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+        if export is not None:
+            again = kind_named(self.tasks[task]["kind"]).open_saved(str(folder))  # on the CPU
+            try:
+                export(again, folder / "onnx")
+            except (ValueError, RuntimeError, NotImplementedError) as error:
+                raise Refused(f"Optimum cannot export it ({first_line(error)})", where=task,
+                              remedy=f"{folder} is whole but for onnx/") from None  # fmt: skip
+            self.processor.save_pretrained(folder / "onnx")
         return folder
+
+
+def _exporter() -> Any:
+    """Optimum's export of a model in memory."""
+    try:
+        from optimum.exporters.onnx import onnx_export_from_model
+    except ImportError:
+        raise Refused("needs Optimum", where="--onnx",
+                      remedy="pip install 'optimum[onnxruntime]'") from None  # fmt: skip
+    return onnx_export_from_model
 
 
 def load(run: str | Path) -> Served:

@@ -112,7 +112,7 @@ def _covered(view: View) -> tuple[list[Layer], dict[str, Tensor | None]]:
             layer.require_rows(view.shared)
         cache["embeddings"] = {
             name: None if sharded(view.shared[name]) else count.nonzero()[:, 0]
-            for name, count in state.tensors["counts"].items()
+            for name, count in state.tensors.get("counts", {}).items()
         }
     return cache["linear"], cache["embeddings"]
 

@@ -264,10 +264,12 @@ def _parquet(path: Path, table: Table, *_: object) -> None:
 
     table.unit = "row"
     try:
-        table.columns = list(pq.read_schema(path).names)
+        schema = pq.read_schema(path)
+        table.columns = list(schema.names)
         found = [name for name in table.columns if name in table.wanted]
+        flat = [f.name for f in schema if f.name in found and not pa.types.is_nested(f.type)]
         # Dictionary encoding is kept: a text repeated a million times is held once.
-        with pq.ParquetFile(path, read_dictionary=found) as file:
+        with pq.ParquetFile(path, read_dictionary=flat) as file:
             _check_parquet(file.metadata, table)
             for name in table.columns:
                 if table.columns.count(name) > 1:
@@ -333,11 +335,15 @@ def _values(column: Any, table: Table, first: int, torn: Torn) -> list[Any]:
 
 def _check_parquet(metadata: Any, table: Table) -> None:
     """Refuse a file that would not fit, by the figures in its footer, before reading it."""
-    size = sum(
-        metadata.row_group(group).column(column).total_uncompressed_size
+    chunks = [
+        metadata.row_group(group).column(column)
         for group in range(metadata.num_row_groups)
         for column in range(metadata.num_columns)
-        if metadata.row_group(group).column(column).path_in_schema in table.wanted
+    ]
+    size = sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks  # of lists the path goes on: messages.list.element.content
+        if {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]} & table.wanted
     )
     if metadata.num_rows > MAX_RECORDS or size > MAX_CHARACTERS:
         raise Refused(

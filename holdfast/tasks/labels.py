@@ -120,6 +120,20 @@ def text(cell: Any, where: str) -> str:
     return str(cell)
 
 
+def word(names: tuple[str, ...] | None) -> Read:
+    """Labels as answers: the text itself, or of an id its name."""
+    ids = None if names is None else by_id(names)
+
+    def read(cell: Any, where: str) -> str | None:
+        if ids is None or names is None:
+            name = spelled(cell, where)
+            return None if _meaning(name) == IGNORED else name
+        place = ids(cell, where)
+        return None if place is None else names[int(place)]
+
+    return read
+
+
 def spelled(cell: Any, where: str) -> str:
     """The label as text, exactly as it stands; a missing one is refused."""
     if _missing(cell):

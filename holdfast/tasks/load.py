@@ -105,7 +105,7 @@ def _with_columns(asked: Spec, columns: Columns) -> Spec:
     if asked.kind == "builtin":
         raise Refused("a builtin task has no columns to name", where=asked.place)
     given = {"text": columns.text, "pair": columns.pair, "label": columns.label,
-             "answer": columns.answer}  # fmt: skip
+             "answer": columns.answer, "prompt": columns.prompt}  # fmt: skip
     for role, column in given.items():
         other = getattr(asked.options, role)
         if column is not None and other not in (None, column):
@@ -180,6 +180,11 @@ def _folder(asked: Spec) -> Source:
     if not (path / "meta.json").exists() and pictures.has_pictures(path):
         return _pictures(path, options)
     meta = folder.meta(path)
+    told = meta.kind or ("regression" if meta.labels is None else "classification")
+    type = "generation" if options.prompt else options.type or told
+    if type not in (told, "generation"):
+        raise Refused(f"is a {told}", where=asked.place, remedy=f"leave out type={type}")
+    metric = meta.metric if type == told else None  # of labels it is another than of text
     train = files.read(folder.split(path, "train"), options.columns.wanted, collect=True)
     held = folder.find(path, options.evaluation or "validation")
     if held is None and options.evaluation is not None:
@@ -188,7 +193,7 @@ def _folder(asked: Spec) -> Source:
         meta.name,
         train,
         None if held is None else files.read(held, options.columns.wanted, collect=True),
-        replace(options, metric=options.metric or meta.metric, type=meta.kind),
+        replace(options, type=type, metric=options.metric or metric),
         names=meta.labels,
         regression=meta.labels is None,
     )

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from holdfast.errors import Refused, nearest, tell_once
 from holdfast.tasks import files, labels, tagged
+from holdfast.tasks.prompts import prompted
 from holdfast.tasks.spec import Options, parse
-from holdfast.tasks.table import MAX_TEXT, Columns, Table, counted, listed, shown
+from holdfast.tasks.table import ANSWER, MAX_TEXT, Columns, Table, counted, listed, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 
@@ -42,7 +43,7 @@ def source_of(
         if table is not None:
             table.skip = options.bad_rows is not None
     if options.type == "generation" or (options.type is None and options.columns.generates(train)):
-        return _generation(name, train, evaluation, options)
+        return _generation(name, train, evaluation, options, names)
     if options.type == "tokens" or (options.type is None and options.columns.tags(train)):
         return _tokens(name, train, evaluation, options, names)
     columns = options.columns.among(train)
@@ -127,28 +128,41 @@ def _metric(options: Options, known: tuple[str, ...], where: str) -> str:
     return metric
 
 
-def _generation(name: str, train: Table, evaluation: Table | None, options: Options) -> Source:
-    """Prompts and answers."""
+def _generation(
+    name: str,
+    train: Table,
+    evaluation: Table | None,
+    options: Options,
+    names: tuple[str, ...] | None,
+) -> Source:
+    """Prompts and answers; `names` are what ids in a column of labels stand for."""
     warnings: list[str] = []
-    if options.pair is not None:
+    if options.pair is not None and options.prompt is None:
         raise Refused("a generation has no second text", where=name,
-                      remedy="put both into the prompt")  # fmt: skip
-    columns = options.columns.answers_among(train)
-    pool = _Texts(train, columns).rows(labels.text, warnings)
+                      remedy="put both into one: prompt={text} … {pair}")  # fmt: skip
+    chat = options.columns.converses(train)
+    train, columns = prompted(train, options.columns)
+    columns = columns.answers_among(train)
+    words = columns.label != options.answer and columns.label not in ANSWER
+    read = labels.word(names) if words else labels.text
+    pool = _Texts(train, columns).rows(read, warnings)
     held = None
     if evaluation is not None:
+        evaluation, _ = prompted(evaluation, options.columns)
         columns.check(evaluation)
-        held = _Texts(evaluation, columns).rows(labels.text, warnings)
-    metric = _metric(options, GENERATED, name)
-    return Source(name, None, metric, pool, held, warnings, "generation")
+        held = _Texts(evaluation, columns).rows(read, warnings)
+    known = ("exact_match", *GENERATED) if words else GENERATED
+    metric = _metric(options, known, name)
+    return Source(name, None, metric, pool, held, warnings, "chat" if chat else "generation")
 
 
 def unlabelled(
-    spec: str, keep: Sequence[str] = (), *, pairs: bool, prompts: bool = False
+    spec: str, keep: Sequence[str] = (), *, pairs: bool, kind: str = "classification"
 ) -> tuple[list[str], list[str] | None, list[dict[str, Any]], int]:
     """Texts of a file, their second texts if `pairs`, the cells to keep, how many texts were cut.
 
     spec: a file, and after a `?` the names of its columns: `rows.csv?text=body&pair=reply`.
+    kind: of the task that they are for.
     """
     asked = parse(spec)
     if asked.kind != "file":
@@ -159,7 +173,9 @@ def unlabelled(
                       remedy="leave them out of the file")  # fmt: skip
     path, wanted = files.must_exist(Path(asked.place)), columns.wanted | set(keep)
     table = files.read(path, wanted, **options.written, collect=True)
-    columns = columns.texts_among(table, pairs=pairs, prompts=prompts)
+    if kind == "chat" or columns.prompt is not None:
+        table, columns = prompted(table, columns, answered=False)
+    columns = columns.texts_among(table, pairs=pairs, prompts=kind == "generation")
     if lacking := [name for name in keep if name not in table.columns]:
         raise Refused(f"no column {shown(lacking[0])}", where=table.name,
                       remedy=nearest(lacking[0], table.columns))  # fmt: skip

@@ -10,14 +10,17 @@ from urllib.parse import parse_qsl, urlencode
 
 from holdfast.errors import Refused, nearest
 from holdfast.tasks.files import is_data_file
-from holdfast.tasks.table import Columns, shown
+from holdfast.tasks.table import Columns, pieces, shown
 from holdfast.tasks.task import METRICS
 
-_ROWS = ("text", "pair", "label", "answer", "name", "metric", "evaluation", "bad_rows", "strip")
+_ROWS = (
+    "text", "pair", "label", "answer", "prompt", "name", "metric", "evaluation", "type", "bad_rows",
+    "strip",
+)  # fmt: skip
 _ALLOWED = {
     "folder": _ROWS,
-    "file": (*_ROWS, "type", "quotes", "separator"),
-    "hub": (*_ROWS, "type", "config", "revision"),
+    "file": (*_ROWS, "quotes", "separator"),
+    "hub": (*_ROWS, "config", "revision"),
     "builtin": ("name",),
     "module": ("name",),
 }
@@ -35,6 +38,7 @@ class Options:
     pair: str | None = None
     label: str | None = None
     answer: str | None = None  # the column of the text to generate
+    prompt: str | None = None  # a text with columns in braces, to be answered
     metric: str | None = None
     evaluation: str | None = None  # a file beside the data file, or the name of a split
     name: str | None = None
@@ -48,7 +52,7 @@ class Options:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text, self.pair, self.label, self.answer)
+        return Columns(self.text, self.pair, self.label, self.answer, self.prompt)
 
     @property
     def written(self) -> dict[str, Any]:
@@ -138,4 +142,10 @@ def _options(query: str, text: str, known: tuple[str, ...]) -> Options:
             )
     if not re.fullmatch(r'tab|[^\w"\r\n\0]', mark := found.get("separator", "tab")):
         raise Refused(f"separator {shown(mark)}", where=shown(text), remedy="a character, or tab")
+    if not any(blank for _, blank in pieces(found.get("prompt", "{text}"))):
+        raise Refused("prompt has no column in braces", where=shown(text),
+                      remedy="as prompt={text} Sentiment:")  # fmt: skip
+    if "prompt" in found and found.get("type", "generation") != "generation":
+        raise Refused(f"a {found['type']} has no prompt", where=shown(text),
+                      remedy="say type=generation")  # fmt: skip
     return Options(**found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from bisect import insort
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
@@ -25,6 +26,7 @@ ANSWER = ("answer", "completion")
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags")
 SPANS = ("spans", "entities")
+MESSAGES = "messages"  # conversations, as OpenAI and TRL write them
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -37,20 +39,27 @@ class Columns:
     pair: str | None = None
     label: str | None = None
     answer: str | None = None  # of a generation: the text to write
+    prompt: str | None = None  # of a generation: a text with columns in braces
 
     @property
     def wanted(self) -> frozenset[str]:
         """Every column that may turn out to be needed."""
-        text = (*PROMPT, *PAIR, *WORDS) if self.text is None else (self.text,)
+        text = (*PROMPT, *PAIR, *WORDS, MESSAGES) if self.text is None else (self.text,)
         label = (*LABEL, *ANSWER, *TAGS, *SPANS) if self.label is None else (self.label,)
         named = [name for name in (self.pair, self.answer) if name is not None]
-        return frozenset((*text, *label, *named))
+        blanks = [blank for _, blank in pieces(self.prompt or "") if blank]
+        return frozenset((*text, *label, *named, *blanks))
 
     def generates(self, table: Table) -> bool:
-        """Whether `table` has answers, and no labels."""
-        if self.answer is not None or self.label is not None:
-            return self.answer is not None
-        return not {*LABEL} & {*table.columns} and bool({*ANSWER} & {*table.columns})
+        """Whether `table` has conversations, prompts by a template, or answers and no labels."""
+        if self.answer is not None or self.label is not None or self.prompt is not None:
+            return self.answer is not None or self.prompt is not None
+        answers = {*ANSWER} & {*table.columns} or self.converses(table)
+        return not {*LABEL} & {*table.columns} and bool(answers)
+
+    def converses(self, table: Table) -> bool:
+        """Whether `table` has conversations and no answers beside them, and none was named."""
+        return self == Columns() and MESSAGES in table.columns and not {*ANSWER} & {*table.columns}
 
     def tags(self, table: Table) -> bool:
         """Whether `table` has a tag for each word, or spans, and neither labels nor answers."""
@@ -61,19 +70,21 @@ class Columns:
 
     def tags_among(self, table: Table) -> Columns:
         """Words and tags, or text and spans, as text and label."""
-        label = self.label or _only((*TAGS, *SPANS), table, "label")
-        text = self.text or _only(TEXT if label in SPANS else WORDS, table, "text")
+        label = self.label or only((*TAGS, *SPANS), table, "label")
+        text = self.text or only(TEXT if label in SPANS else WORDS, table, "text")
         return Columns(text, None, label).check(table)
 
     def answers_among(self, table: Table) -> Columns:
-        """Prompt and answer as text and label."""
+        """Prompt and answer as text and label; without answers, labels are what is written."""
         prompt = self.texts_among(table, pairs=False, prompts=True)
-        return replace(prompt, label=self.answer or _only(ANSWER, table, "answer")).check(table)
+        labelled = {*LABEL} & {*table.columns} and not {*ANSWER} & {*table.columns}
+        answer = self.answer or self.label or only(LABEL if labelled else ANSWER, table, "answer")
+        return replace(prompt, label=answer).check(table)
 
     def among(self, table: Table) -> Columns:
         """These columns with every name resolved; refuses a name that `table` lacks."""
         texts = self.texts_among(table)
-        return replace(texts, label=self.label or _only(LABEL, table, "label")).check(table)
+        return replace(texts, label=self.label or only(LABEL, table, "label")).check(table)
 
     def texts_among(
         self, table: Table, *, pairs: bool | None = None, prompts: bool = False
@@ -82,10 +93,10 @@ class Columns:
         if not table.records and not table.columns:
             table.refuse_bad()
             raise table.nothing()
-        text = self.text or _only(PROMPT if prompts else TEXT, table, "text")
+        text = self.text or only(PROMPT if prompts else TEXT, table, "text")
         pair, sought = self.pair, self.text is None if pairs is None else pairs
         if pair is None and sought:
-            pair = _only(PAIR, table, "pair", required=bool(pairs))
+            pair = only(PAIR, table, "pair", required=bool(pairs))
         return Columns(text, pair).check(table)
 
     def check(self, table: Table) -> Columns:
@@ -103,9 +114,23 @@ class Columns:
         return self
 
 
-def _only(
+def pieces(template: str) -> list[tuple[str, str]]:
+    """A template as texts, each with the name in braces that follows it, or an empty one."""
+    try:
+        found = [(text, name, form or way)
+                 for text, name, form, way in string.Formatter().parse(template)]  # fmt: skip
+    except ValueError:
+        found = [("", "", None)]
+    if any(more or (name is not None and not name.strip()) for _, name, more in found):
+        raise Refused(f"prompt {shown(template)} is no text with columns in braces",
+                      remedy="as prompt={text} Sentiment:")  # fmt: skip
+    return [(text, name or "") for text, name, _ in found]
+
+
+def only(
     candidates: tuple[str, ...], table: Table, role: str, *, required: bool = True
 ) -> str | None:
+    """The column of these names that `table` has; `Refused` if it has several, or needs one."""
     found = [name for name in candidates if name in table.columns]
     if len(found) == 1 or (not found and not required):
         return found[0] if found else None

@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound, saved_by
+from holdfast.engine.lora import adapter_weights
 from holdfast.engine.method import Method
+from holdfast.engine.state import check_fit, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
 from holdfast.training.manifest import listed
 from holdfast.training.tensors import write_tensors
 
 TENSORS, META = "holdfast.safetensors", "holdfast.json"
+ADAPTERS = "holdfast_lora.safetensors"  # beside weights that adapters are folded into
 KEPT = "holdfast-{:02d}.safetensors"  # one slot each; its keys say which
 OURS = re.compile(r"holdfast(-\d+)?\.safetensors")
 KEPT_FROM = 1 << 16  # bytes from which a slot gets a file of its own
@@ -162,6 +165,27 @@ def load_state(bound: Bound, folder: str | Path) -> None:
         for slot, tensors in slots.items()
         if (name := names.get(frozenset(tensors))) in recorded
     }
+
+
+def save_adapters(model: nn.Module, folder: str | Path, *, base: bool = False) -> Files:
+    """Write a model's adapters as they are, if it has any, with `base` also what is below them."""
+    held = adapter_weights(model, base=base)
+    if not held:
+        return {}
+    return {ADAPTERS: write_tensors(Path(folder) / ADAPTERS, held)}
+
+
+def load_adapters(model: nn.Module, folder: str | Path, *, base: bool = False) -> None:
+    """Put into a prepared model what `save_adapters` wrote of one like it."""
+    file, held = Path(folder) / ADAPTERS, adapter_weights(model, base=base)
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"{ADAPTERS} cannot be read ({error})", where=str(folder),
+                      remedy="go on with the recipe it was saved with") from None  # fmt: skip
+    check_fit(describe(saved), describe(held))
+    for name, tensor in held.items():
+        tensor.copy_(saved[name])
 
 
 def saved_with(folder: str | Path, methods: Sequence[Method]) -> bool:

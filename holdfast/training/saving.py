@@ -14,9 +14,20 @@ from torch import nn
 from transformers import TrainerCallback
 
 from holdfast.engine.bound import Bound
+from holdfast.engine.lora import folded
 from holdfast.errors import Refused
+from holdfast.recipe import Recipe
 from holdfast.training import stopping
-from holdfast.training.checkpoints import META, Files, differences, load_state, planned, save_state
+from holdfast.training.checkpoints import (
+    META,
+    Files,
+    differences,
+    load_adapters,
+    load_state,
+    planned,
+    save_adapters,
+    save_state,
+)
 from holdfast.training.manifest import commit, damage, newest_complete, rotate
 
 if TYPE_CHECKING:
@@ -34,6 +45,7 @@ class SavingMixin(_Base):
     model: Any  # set by Trainer
     optimizer: Any
     bound: Bound | None
+    recipe: Recipe
     exact_resume: bool
     stop_on_signals: bool
     _watch: Any
@@ -130,6 +142,27 @@ class SavingMixin(_Base):
         if self.args.should_save:
             rotate(saved, self._limit, best=self.state.best_model_checkpoint)
 
+    def _without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the recipe's adapters are folded into the model's weights."""
+        return contextlib.nullcontext() if self.recipe.lora is None else folded(self.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's: an ordinary model, with the recipe's adapters folded in."""
+        with self._without_adapters():
+            super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with self._without_adapters():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.recipe.lora is not None:
+            load_adapters(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._without_adapters():
+            super()._load_best_model()
+        if self.recipe.lora is not None:
+            load_adapters(self.model, cast(str, self.state.best_model_checkpoint))
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._to_push = checkpoint_folder  # once its manifest is there
 
@@ -139,6 +172,8 @@ class SavingMixin(_Base):
             state = self.bound.state_dict()  # called on every rank: it gathers shards
             if self.args.should_save:
                 self._ours = save_state(self.bound, output_dir, plan=self._plan(), state=state)
+                if self.recipe.lora is not None:
+                    self._ours |= save_adapters(self.model, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._bare:

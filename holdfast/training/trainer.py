@@ -79,8 +79,12 @@ class RecipeMixin(RowsMixin, SavingMixin):
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: Any) -> Any:
-        preparing = any(m.defines("prepare") for m in self.recipe.methods)
-        return self.recipe.prepare(model) if preparing and not self._continues else model
+        if self._continues:
+            if self.recipe.lora is not None:
+                self.recipe.lora.check(model)
+            return model
+        preparing = self.recipe.lora or any(m.defines("prepare") for m in self.recipe.methods)
+        return self.recipe.prepare(model) if preparing else model
 
     def _check_arguments(self) -> None:
         for name, served in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):

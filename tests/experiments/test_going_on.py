@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from sequences import SETTINGS, files, run, told
 from test_recovery import stop_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from holdfast import EWC, Recipe, Refused, load, load_task, run_sequence
+from holdfast import EWC, Recipe, Refused, cli, load, load_task, run_sequence
 from holdfast.experiments import gate, learner, origin, serving
 from holdfast.experiments.record import Record
 from holdfast.methods import METHODS
@@ -300,6 +302,40 @@ def test_one_task_as_an_ordinary_model(whole: Path, tmp_path: Path) -> None:
     assert list(given) == [model.config.id2label[i] for i in range(len(shares))]
     with pytest.raises(Refused, match="is not empty"):
         served.save(TOPICS[0], tmp_path / "m")
+
+
+def test_in_onnx_by_optimum(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """A stand-in for Optimum: what it is given, and what is left where it is missing or fails."""
+    command = ["export", str(whole), "--task", TOPICS[0], "--onnx", "--out"]
+    for name in ("optimum", "optimum.exporters", "optimum.exporters.onnx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Refused, match=r"pip install 'optimum\[onnxruntime\]'"):
+        load(whole).save(TOPICS[0], tmp_path / "a", onnx=True)
+    assert not (tmp_path / "a").exists()
+
+    def export(model: Any, output: Path) -> None:
+        output.mkdir()
+        (output / "model.onnx").write_text(str(model.config.num_labels))
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+    stub = types.ModuleType("optimum.exporters.onnx")
+    stub.onnx_export_from_model = export  # type: ignore[attr-defined]
+    for name in ("optimum", "optimum.exporters"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    assert cli.main([*command, str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "onnx" / "model.onnx").read_text() == "2"
+    AutoTokenizer.from_pretrained(tmp_path / "b" / "onnx")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+
+    def cannot(*_: Any) -> None:
+        raise ValueError("Trying to export a thing\nthat is custom")
+
+    stub.onnx_export_from_model = cannot  # type: ignore[attr-defined]
+    with pytest.raises(Refused, match=r"cannot export it .Trying to export a thing.; .*is whole"):
+        load(whole).save(TOPICS[0], tmp_path / "c", onnx=True)
 
 
 def test_labels_that_are_not_those_of_the_head(whole: Path, tmp_path: Path) -> None:

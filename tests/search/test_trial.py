@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from fakes import plan as fake_plan
 
-from holdfast import Rates, Recipe, Replay, run_sequence
+from holdfast import LoRA, Rates, Recipe, Replay, run_sequence
 from holdfast.errors import Refused
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
@@ -59,13 +60,16 @@ class Told:
         return rung == self.stop
 
 
-def test_a_trial_is_the_run_of_its_recipe(place: Path, plan: Plan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, lora=LoRA(rank=2))])
+def test_a_trial_is_the_run_of_its_recipe(
+    recipe: Recipe, place: Path, plan: Plan, tmp_path: Path
+) -> None:
     """Bit for bit, from copies of what was loaded once, also the second time."""
     train, told = Training(plan), Told()
-    first = train(job(tmp_path / "0"), told.watch)
-    again = train(job(tmp_path / "1"), Told().watch)
+    first = train(job(tmp_path / "0", recipe=recipe), told.watch)
+    again = train(job(tmp_path / "1", recipe=recipe), Told().watch)
     tasks = [place / "mood.jsonl", place / "question.jsonl"]
-    whole = run_sequence(str(place / "bert"), tasks, RECIPE, lr=LR, out=tmp_path / "whole",
+    whole = run_sequence(str(place / "bert"), tasks, recipe, lr=LR, out=tmp_path / "whole",
                          progress=False, save_steps=0, **SETTINGS)  # fmt: skip
     assert whole.selection_scores is not None
     wanted = whole.selection_scores

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from holdfast import EWC, Merge, Recipe, Refused, load, run_sequence
+from holdfast import EWC, LoRA, Merge, Recipe, Refused, load, run_sequence
 from holdfast.errors import tell_once
 from holdfast.experiments import gate
 from holdfast.experiments.record import Record
@@ -108,7 +108,7 @@ def test_likelihood_is_that_of_each_row_by_itself(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_generated_text_is_that_of_each_prompt_by_itself(name: str) -> None:
     made, asked, words = model(name), task(), tokens(name)
-    prompts = generation._prompts([r.text for r in asked.train], words, decoder=name != "t5")
+    prompts = generation.KIND.prompts([r.text for r in asked.train], words, decoder=name != "t5")
     together = generation.generate(made, prompts, words, most=4, batch=4)
     alone = [generation.generate(made, [ids], words, most=4)[0] for ids in prompts]
     assert together == alone and len({*together}) > 1
@@ -227,11 +227,12 @@ SHORT: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "lr": 3e-3, "max_length
                          "progress": False}  # fmt: skip
 
 
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])  # llama's output layer is its own
 def test_a_sequence_is_learned_gone_on_with_served_and_judged(
-    name: str, place: Path, tmp_path: Path
+    name: str, lora: LoRA | None, place: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(methods=[EWC(rows=8), Merge(rows=8)])
+    recipe = Recipe(lora=lora, methods=[EWC(rows=8), Merge(rows=8)])
     tasks = [place / "day.jsonl", place / "night.jsonl"]
     whole = run_sequence(str(place / name), tasks, recipe, out=tmp_path / "w", **SHORT)
     assert whole.scores[0][0] and whole.tasks[0]["kind"] == "generation"
@@ -241,6 +242,8 @@ def test_a_sequence_is_learned_gone_on_with_served_and_judged(
     assert models.same(*(models.weights(s.models["night"]) for s in (one, two)))
     assert Record.load(tmp_path / "b").scores == whole.scores
     assert one.models["day"] is one.models["night"]  # one model writes all
+    embedded = one.models["day"].get_input_embeddings().weight.cpu()
+    assert torch.equal(embedded, model(name).get_input_embeddings().weight) == bool(lora)
     assert isinstance(one.predict("day", ["the red film"])[0].label, str)
     (found,) = gate.judge_run(tmp_path / "w", max_forgetting=0.02)
     assert (found.before, found.after) == pytest.approx((whole.scores[0][0], whole.scores[1][0]))

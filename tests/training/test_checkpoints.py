@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import holdfast
-from holdfast import DPS, EWC, L2SP, HeadFirst, Rates, Recipe, Refused, Replay
+from holdfast import DPS, EWC, L2SP, HeadFirst, LoRA, Merge, Rates, Recipe, Refused, Replay
 from holdfast.training.checkpoints import META, TENSORS, load_state, save_state
 from holdfast.training.manifest import newest_complete
 
@@ -32,6 +32,9 @@ RECIPES = {
     "ewc": Recipe(methods=[EWC(strength=100.0)]),
     "replay": Recipe(methods=[Replay(memory=6)]),
     "together": Recipe(methods=[EWC(), L2SP(), Replay(memory=4), DPS(stage=3)], max_grad_norm=0.5),
+    "lora": Recipe(
+        lora=LoRA(rank=2, dropout=0.2), methods=[EWC(strength=100.0), Merge(rows=8), DPS(stage=4)]
+    ),
 }
 DROPOUT = {"hidden_dropout_prob": 0.2}
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import same, weights
+import torch
+from datasets import Dataset
+from models import llama, same, tokenizer, weights
 from served_trainers import sentences, trl
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from holdfast import DPS, EWC, Merge, Recipe, Refused
+import holdfast
+from holdfast import DPS, EWC, LoRA, Merge, Recipe, Refused
 
 MAKERS: dict[str, Callable[..., Any]] = {
     **{name: partial(trl, name) for name in ("SFT", "DPO", "Reward", "KTO", "GRPO", "RLOO")},
@@ -69,6 +73,47 @@ def test_rows_that_an_evaluation_could_not_read_are_refused(tmp_path: Path) -> N
     trainer.args.per_device_eval_batch_size = 3  # of two generations for each prompt
     with pytest.raises(Refused, match="set per_device_eval_batch_size as for evaluation"):
         trainer.train()
+
+
+def test_sft_trains_the_adapters_of_a_recipe(tmp_path: Path) -> None:
+    """Under activation checkpointing too, which SFTConfig turns on; and what it saves is plain."""
+    trainer = trl("SFT", Recipe(lora=LoRA(rank=2), methods=[EWC(), Merge(rows=6)]), tmp_path)
+    assert trainer.args.gradient_checkpointing
+    before = weights(trainer.model)
+    trainer.train()
+    trainer.end_task()
+    for name, now in weights(trainer.model).items():
+        if ".lora_B." in name:
+            assert now.abs().max() > 0, name
+        elif ".lora_A." not in name:
+            assert same({name: now}, {name: before[name]}), name
+    trainer.save_model(tmp_path / "end")
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "end", output_loading_info=True)
+    assert not any(told.values())
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(model(ids).logits, trainer.model.eval()(ids).logits,
+                               atol=1e-5, rtol=1e-5)  # fmt: skip
+
+
+def test_the_script_for_two_tasks_in_the_documents_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands there, on a CPU."""
+    import trl as library
+
+    page = Path(__file__).parents[2] / "docs" / "language_models.md"
+    code = re.search(r"```python\n(from trl import.*?)```", page.read_text(), re.DOTALL)
+    assert code is not None
+    here = partial(library.SFTConfig, bf16=False, use_cpu=True, disable_tqdm=True)
+    monkeypatch.setattr(library, "SFTConfig", here)
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_dict({"prompt": ["the film was", "who is"] * 4,
+                              "completion": [" good", " a man"] * 4})  # fmt: skip
+    names = {"holdfast": holdfast, "model": llama(), "tokenizer": tokenizer(template=False),
+             "rows": rows, "others": rows.select([0, 2])}  # fmt: skip
+    exec(code[1], names)
+    assert names["second"].bound.finished == ["first", "second"]  # type: ignore[attr-defined]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "first")
 
 
 def two_tasks(make: Callable[..., Any], strength: float) -> tuple[Any, list[dict[str, Tensor]]]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from holdfast.tasks.kinds.packed import Packed
 
-KINDS = ("classification", "multilabel", "tokens", "generation", "images", "module")
+KINDS = (
+    "classification", "multilabel", "tokens", "generation", "chat", "images", "module",
+)  # fmt: skip
 GROUP = "holdfast.kinds"
 Encoded = dict[str, Any]  # a row as the model's inputs, not padded
 Measured: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # (rows, …), see `Kind.total`

@@ -64,6 +64,18 @@ class Generation(Whole):
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return load_saved(auto, folder)
 
+    def prompts(
+        self, texts: Sequence[str], tokenizer: Any, *, decoder: bool
+    ) -> list[list[int]]:  # fmt: skip
+        """The tokens that the answer to each text follows."""
+        if decoder:
+            texts = [t if t[-1:].isspace() else f"{t}\n" for t in texts]
+        found: list[list[int]] = tokenizer(list(texts))["input_ids"]
+        end = tokenizer.eos_token_id
+        if decoder:  # some tokenizers end every text: here it goes on
+            found = [ids[:-1] if ids[-1:] == [end] else ids for ids in found]
+        return found
+
     def encode(
         self,
         rows: Sequence[Row],
@@ -80,7 +92,7 @@ class Generation(Whole):
         pairs = bool(config is not None and config.is_encoder_decoder)
 
         def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
-            asked = _prompts([row.text for row in rows], tokenizer, decoder=not pairs)
+            asked = self.prompts([row.text for row in rows], tokenizer, decoder=not pairs)
             answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
             found = []
             for row, prompt, answer in zip(rows, asked, answers, strict=True):
@@ -115,7 +127,7 @@ class Generation(Whole):
         count = 0
         for row, made in full:
             decoder = len(made["labels"]) == len(made["input_ids"]) and made["labels"][0] == IGNORED
-            prompt = len(_prompts([row.text], tokenizer, decoder=decoder)[0])
+            prompt = len(self.prompts([row.text], tokenizer, decoder=decoder)[0])
             said = 1 + len(tokenizer(str(row.label), add_special_tokens=False)["input_ids"])
             count += (prompt + said if decoder else max(prompt, said)) > max_length
         return count
@@ -158,23 +170,14 @@ class Generation(Whole):
         # An answer has a quarter or more.
         room = max_length - max_length // 4 if decoder else max_length
         prompts = [
-            _cut(ids, room, decoder=decoder) for ids in _prompts(texts, tokenizer, decoder=decoder)
+            _cut(ids, room, decoder=decoder)
+            for ids in self.prompts(texts, tokenizer, decoder=decoder)
         ]
         longest = max(map(len, prompts), default=0) if decoder else 0
         said = generate(
             model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH)
         )
         return [Prediction(text, {}) for text in said]
-
-
-def _prompts(texts: Sequence[str], tokenizer: Any, *, decoder: bool) -> list[list[int]]:
-    if decoder:
-        texts = [t if t[-1:].isspace() else f"{t}\n" for t in texts]
-    found: list[list[int]] = tokenizer(list(texts))["input_ids"]
-    end = tokenizer.eos_token_id
-    if decoder:  # some tokenizers end every text: here it goes on
-        found = [ids[:-1] if ids[-1:] == [end] else ids for ids in found]
-    return found
 
 
 def _cut(prompt: list[int], most: int, *, decoder: bool) -> list[int]:
