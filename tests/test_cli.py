@@ -60,14 +60,14 @@ TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --
 OPTIONS = {
     "train": f"--task --recipe --seed {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
-        --max-forgetting {TRAINING}""",
+        --max-forgetting --trust-code {TRAINING}""",
     "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
     "combine": "paths --out --base --layers",
-    "predict": "run_folder rows --task --out --keep --batch-size",
-    "export": "run_folder --task --out",
-    "check": "before after --max-forgetting --junit",
+    "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
+    "export": "run_folder --task --out --onnx --trust-code",
+    "check": "before after --max-forgetting --junit --trust-code",
     "runs": "folder",
     "doctor": "",
     "report": "paths --out",
