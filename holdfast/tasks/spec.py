@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks.files import is_data_file
+from holdfast.tasks.files import is_data_file, is_text
 from holdfast.tasks.table import Columns, shown
 from holdfast.tasks.task import METRICS
 
@@ -17,6 +17,7 @@ _ALLOWED = {
     "folder": _COLUMNS,
     "file": (*_COLUMNS, "type", "quotes"),
     "hub": (*_COLUMNS, "type", "config", "revision"),
+    "text": ("name",),
     "builtin": ("name",),
 }
 
@@ -47,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Spec:
-    """`kind` is folder, file, hub or builtin; `place` the path or name that follows."""
+    """`kind` is folder, file, text, hub or builtin; `place` the path or name that follows."""
 
     kind: str
     place: str
@@ -74,8 +75,12 @@ def _kind(place: str) -> str:
         if not _HUB_ID.fullmatch(place.removeprefix("hub:")):
             raise Refused("not a Hub id", where=shown(place), remedy="as hub:owner/name")
         return "hub"
+    if _exists(Path(place)) and Path(place).is_dir():
+        return "folder"
+    if is_text(place):
+        return "text"
     if _exists(Path(place)):
-        return "folder" if Path(place).is_dir() else "file"
+        return "file"
     return "hub" if _looks_like_hub(place) else "file"
 
 
