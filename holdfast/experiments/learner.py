@@ -20,6 +20,7 @@ from holdfast.engine.bound import Bound
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.loaded import Loaded
+from holdfast.experiments.mix import mixed
 from holdfast.experiments.record import Record
 from holdfast.experiments.serving import finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
@@ -44,7 +45,8 @@ class Learner:
 
     bar: a name for its progress bars, or None. place: of the first task in its sequence, which
     gives its seeds. For a search: what runs share, a task's callbacks, what is scored and kept.
-    begin: puts the last of the tasks that were learned elsewhere in its folder.
+    begin: puts the last of the tasks that were learned elsewhere in its folder. probe: measures
+    general ability after each task.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class Learner:
         scored: Sequence[str] = ("evaluation", "selection"),
         keeps: Callable[[Learner, int], bool] = lambda *_: True,
         begin: Callable[[Learner], None] | None = None,
+        probe: Callable[[Learner, int], None] | None = None,
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
+        self.probe = probe
         shown = [] if bar is None else [bar]
         self._callbacks = callbacks or (
             lambda _, i: [
@@ -181,14 +185,14 @@ class Learner:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + self.place + index
-        model = self._untrained(index, seed)
+        model, rows = self._untrained(index, seed), mixed(self, index)
         if not self.record.model or self.record.rates is None:
             self._describe(model)
         self.models.append(model)
         trainer = Trainer(
             model=model,
-            args=self._arguments(self.training(index), seed, len(self.rows(index, "train"))),
-            train_dataset=self.rows(index, "train"),
+            args=self._arguments(self.training(index), seed, len(rows)),
+            train_dataset=rows,
             data_collator=self.collate,
             processing_class=self.processor,
             recipe=self.recipe,
@@ -221,6 +225,8 @@ class Learner:
     def note(self, index: int, *, steps: int, skipped: int) -> None:
         """Score all tasks up to one that is closed, keep it and record it."""
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
+        if self.probe is not None:
+            self.probe(self, index)
         if self.keeps(self, index):
             self.keep(index)
         shutil.rmtree(self.training(index), ignore_errors=True)

@@ -29,6 +29,7 @@ class Settings(Checked):
 
     warmup and selection are a share below 1 or a number (of steps, of rows).
     save_steps: steps between checkpoints within a task; 0 saves none, null at every epoch's end.
+    mix: see `holdfast.experiments.mix`; for language models.
     alone: also train each later task alone, which forward transfer needs.
     """
 
@@ -54,6 +55,7 @@ class Settings(Checked):
     ) = None
     bf16: Annotated[bool, about("train in bfloat16 mixed precision")] = False
     bf16_eval: Annotated[bool, about("score in bfloat16 mixed precision")] = False
+    mix: Annotated[str, about("FILE:SHARE, rows of FILE among those of each task")] | None = None
     alone: Annotated[bool, about("train later tasks alone too: gives forward transfer")] = False
 
     @classmethod
