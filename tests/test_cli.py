@@ -56,11 +56,11 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 
 TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size
     --accumulation --lr --weight-decay --warmup --schedule --max-length --selection --save-steps
-    --bf16 --bf16-eval"""
+    --bf16 --bf16-eval --mix"""
 OPTIONS = {
-    "train": f"--task --recipe --seed {TRAINING}",
+    "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
-        --max-forgetting --trust-code {TRAINING}""",
+        --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
     "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
@@ -234,7 +234,9 @@ def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str
         ("--out {}/one.jsonl/x", "--out"), ("--selection 1.0", "--selection"),
         ("--max-length 65", "say --max-length 64"), ("--model minlm", "did you mean 'minilm'"),
         (f"--out {'x' * 300}", "too long"), (f"--recipe {'x' * 300}", "no recipe called"),
-        (f"--recipe {'x' * 300}.yaml", "too long"),
+        (f"--recipe {'x' * 300}.yaml", "too long"), ("--reference {}/none.txt", "none.txt"),
+        ("--task {}/none.txt", "none.txt"), ("--lm-eval arc", "is for language models"),
+        ("--mix {}/mood.jsonl:0.1", "--mix"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_two(

@@ -11,11 +11,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
-ROWS = ("train_size", "evaluation_size", "selection", "max_length")  # settings about rows
+ROWS = ("train_size", "evaluation_size", "selection", "max_length", "mix")  # settings about rows
 ASKED = ("bad_rows", "strip")  # options of a task that are words of the command line too
 TASK_HELP = (
     "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
-    "builtin:NAME or a Hub id"
+    "running text (.txt), builtin:NAME or a Hub id"
 )
 
 
@@ -58,7 +58,7 @@ def asked_tasks(specs: Sequence[str], chosen: argparse.Namespace) -> list[str]:
 
     for spec in specs:
         asked = parse(spec)
-        if asked.kind == "file":
+        if asked.kind in ("file", "text"):
             must_exist(Path(asked.place))
     more = {name: getattr(chosen, name) for name in ASKED if getattr(chosen, name) is not None}
     return [with_options(spec, **more) for spec in specs]
@@ -69,6 +69,20 @@ def add_run(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     what = group(parser, "what")
     what.add_argument("--recipe", default=recipe, help=f"{RECIPE_HELP} ({recipe})")
     what.add_argument("--seed", type=int, default=0, help="of rows, order, dropout and heads (0)")
+
+
+def add_probe(parser: argparse.ArgumentParser) -> None:
+    """The options of what is measured beside the tasks."""
+    beside = group(parser, "what is measured beside the tasks")
+    beside.add_argument(
+        "--reference", type=Path, metavar="FILE",
+        help="running text by which general ability is measured, before the first task and after "
+        "each",
+    )  # fmt: skip
+    beside.add_argument(
+        "--lm-eval", nargs="+", default=[], metavar="NAME",
+        help="tasks of lm_eval that a language model is scored on then too (pip install lm-eval)",
+    )  # fmt: skip
 
 
 def add_settings(

@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast.cli.check import tell
 from holdfast.cli.options import (
+    add_probe,
     add_run,
     add_settings,
     add_tasks,
@@ -32,14 +33,16 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser)
     add_run(parser, recipe="default")
     add_settings(parser, out=RUN)
+    add_probe(parser)
     group(parser, "what").add_argument(
         "--from", dest="from_run", type=Path, metavar="RUN",
         help="go on from a finished run: its model, recipe, seed and settings, unless given; or "
-        "from a saved classifier, with --old-task",
+        "from a saved model, with --old-task",
     )  # fmt: skip
     group(parser, "what").add_argument(
-        "--old-task", metavar="TASK", help="what that classifier was trained on"
-    )
+        "--old-task", metavar="TASK",
+        help="what that model was trained on; of a language model also running text (.txt)",
+    )  # fmt: skip
     group(parser, "which rows").add_argument("--without-old-rows", action="store_true",
                         help="go on though the old tasks' rows are gone or changed")  # fmt: skip
     parser.add_argument("--max-forgetting", type=forgetting, metavar="SCORE",
@@ -52,7 +55,8 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.from_run is None:
         chosen.model = chosen.model or "minilm"
         chosen.recipe = chosen.recipe or "default"
-    more = {name: getattr(chosen, name) for name in ("from_run", "old_task", "without_old_rows")}
+    asked = ("from_run", "old_task", "without_old_rows", "reference", "lm_eval")
+    more = {name: getattr(chosen, name) for name in asked}
     if chosen.old_task is not None:
         more["old_task"] = asked_tasks([chosen.old_task], chosen)[0]
     folder = learn(chosen.tasks, chosen, **more)

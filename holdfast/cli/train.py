@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from holdfast.cli.options import TASK_HELP, add_rows, add_run, add_settings, group
+from holdfast.cli.options import TASK_HELP, add_probe, add_rows, add_run, add_settings, group
 from holdfast.cli.sequence import RUN, learn
 
 ABOUT = "fine-tune on one task"
@@ -19,7 +19,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_rows(parser)
     add_run(parser, recipe="plain")  # on one task nothing measured does better (docs/results)
     add_settings(parser, out=RUN, without=["alone"])
+    add_probe(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
-    learn([chosen.task], chosen)
+    learn([chosen.task], chosen, reference=chosen.reference, lm_eval=chosen.lm_eval)

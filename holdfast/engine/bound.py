@@ -135,6 +135,7 @@ class Bound(Passes):
                     self._read_rows(learned, offered=data is not None)
                 for method in self._defining("begin_task"):
                     method.begin_task(self.views[method.name])
+            self._refuse_idle()
             self._install_mixing()
             if any(m.needs_features for m in self.methods):
                 self._undo.enter_context(self._seeing_features())
@@ -162,6 +163,19 @@ class Bound(Passes):
             for slot in (*state.weights.values(), *state.tensors.values()):
                 for name in slot.keys() & self.weights.keys():
                     slot[name] = distributed.beside(slot[name], self.weights[name])
+
+    def _refuse_idle(self) -> None:
+        """Refuse methods that remember other weights than those that train: they would do nothing.
+
+        Where nothing that tasks share trains, there is nothing to hold.
+        """
+        for method, state in self.states.items() if self.shared else ():
+            for names in state.remembered():
+                if names.isdisjoint(self.shared):
+                    raise Refused(f"of the {len(names)} weights that {method} remembers "
+                                  f"({min(names)}, …) none trains now", where=self.task,
+                                  remedy="remember old tasks with the adapters attached that "
+                                  "train now, or take replay, lwf or kl_anchor")  # fmt: skip
 
     def _install_mixing(self) -> None:
         mixers: dict[str, list[Method]] = {}
@@ -215,6 +229,9 @@ class Bound(Passes):
         Nothing is trained: methods only read the task's rows, so that a deployed model is
         protected from the first task that it learns here.
         """
+        if not any(p.requires_grad for p in model.parameters()):
+            raise Refused("no weight of the model trains", where="remember",
+                          remedy="let train what will train in the next task")  # fmt: skip
         still = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         self.begin_task(task, still, 1, model=model, shared=shared, data=data, resuming=True)
         self.unbind()

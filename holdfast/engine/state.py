@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,13 @@ class State:
     def slot(self, name: str) -> dict[str, Tensor]:
         """The per-parameter tensors of slot `name`, created empty on first use."""
         return self.weights.setdefault(name, {})
+
+    def remembered(self) -> Iterator[set[str]]:
+        """The shared parameters that each slot, or the Gram matrices, are about, where there are
+        some; those of a task's own head are left out."""
+        for names in (*self.weights.values(), self.numbers.get("readers", {})):
+            if shared := {name for name in names if "/" not in name}:
+                yield shared
 
     def bytes(self) -> int:
         """The memory held by this rank, in bytes."""

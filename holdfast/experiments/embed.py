@@ -56,7 +56,7 @@ def embedder(
                     {k: [v[i] for i in chosen] for k, v in fields.items()}, return_tensors="pt"
                 ).to(device)
                 hidden = encoder(**inputs).last_hidden_state.float()  # (rows, tokens, width)
-                vectors = _pooled(hidden, inputs["attention_mask"], pooling)
+                vectors = pooled(hidden, inputs["attention_mask"], pooling)
                 for i, vector in zip(chosen, vectors.cpu().numpy(), strict=True):
                     found[i] = vector
         made: np.ndarray = np.stack(found)
@@ -67,7 +67,7 @@ def embedder(
     return embed
 
 
-def _pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+def pooled(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Vectors (rows, width) of states (rows, tokens, width); `mask` (rows, tokens) is 1 or 0."""
     weights = mask.to(hidden.dtype)
     if pooling == "cls":  # the first token that is not padding, whichever side is padded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.lora import folded
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, HeadNoted, History
 from holdfast.experiments.loaded import Loaded
+from holdfast.experiments.mix import mixed
 from holdfast.experiments.record import Record
 from holdfast.experiments.serving import finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
@@ -45,7 +45,8 @@ class Learner:
 
     bar: a name for its progress bars, or None. place: of the first task in its sequence, which
     gives its seeds. For a search: what runs share, a task's callbacks, what is scored and kept.
-    begin: puts the last of the tasks that were learned elsewhere in its folder.
+    begin: puts the last of the tasks that were learned elsewhere in its folder. probe: measures
+    general ability after each task.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class Learner:
         scored: Sequence[str] = ("evaluation", "selection"),
         keeps: Callable[[Learner, int], bool] = lambda *_: True,
         begin: Callable[[Learner], None] | None = None,
+        probe: Callable[[Learner, int], None] | None = None,
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
+        self.probe = probe
         shown = [] if bar is None else [bar]
         self._callbacks = callbacks or (
             lambda _, i: [
@@ -190,12 +193,12 @@ class Learner:
         """Train on one task, close it, test every task learned so far, keep a checkpoint."""
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + self.place + index
-        model = self._untrained(index, seed)
+        model, rows = self._untrained(index, seed), mixed(self, index)
         self.models.append(model)
         trainer = Trainer(
             model=model,
-            args=self._arguments(self.training(index), seed, len(self.rows(index, "train"))),
-            train_dataset=self.rows(index, "train"),
+            args=self.plan.arguments(self.training(index), seed=seed, rows=len(rows)),
+            train_dataset=rows,
             data_collator=self.collate,
             processing_class=self.processor,
             recipe=self.recipe,
@@ -230,6 +233,8 @@ class Learner:
     def note(self, index: int, *, steps: int, skipped: int) -> None:
         """Score all tasks up to one that is closed, keep it and record it."""
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
+        if self.probe is not None:
+            self.probe(self, index)
         if self.keeps(self, index):
             self.keep(index)
         shutil.rmtree(self.training(index), ignore_errors=True)
@@ -357,36 +362,6 @@ class Learner:
             "depth": [named.depth[p] for p in named.order],
             "parameters": [named.sizes[p] for p in named.order],
         }
-
-    def _arguments(self, out: Path, seed: int, rows: int) -> TrainingArguments:
-        plan = self.plan
-        steps = math.ceil(rows / (plan.batch_size * plan.accumulation))
-        saving = {None: "epoch", 0: "no"}.get(plan.save_steps, "steps")
-        return TrainingArguments(
-            output_dir=str(out),
-            num_train_epochs=plan.epochs,
-            per_device_train_batch_size=plan.batch_size,
-            gradient_accumulation_steps=plan.accumulation,
-            learning_rate=plan.lr,
-            weight_decay=plan.weight_decay,
-            warmup_steps=plan.warmup,
-            lr_scheduler_type=plan.schedule,
-            bf16=plan.bf16,
-            optim="adamw_torch_fused",
-            seed=seed,
-            data_seed=seed,
-            save_strategy=saving,
-            save_steps=plan.save_steps or 500,
-            save_total_limit=2,
-            logging_strategy="steps",
-            logging_steps=min(10, steps),  # at least once an epoch
-            use_cpu=not torch.accelerator.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            per_device_eval_batch_size=32,
-            remove_unused_columns=False,  # collators keep what models take
-        )
 
 
 def unprepare(model: nn.Module) -> None:

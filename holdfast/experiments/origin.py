@@ -1,4 +1,4 @@
-"""What a sequence goes on from: a run that is finished, or a classifier that others trained."""
+"""What a sequence goes on from: a run that is finished, or a model that others trained."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
+from holdfast.tasks.kinds import kind_named
 from holdfast.tasks.program import parted, trusted
 from holdfast.training.manifest import MANIFEST, damage, identity, listed
 
@@ -80,10 +81,11 @@ class FromRun:
         serving.link_files(self.last, home, [*listed(self.last), MANIFEST])
 
 
-class FromClassifier:
-    """A Hugging Face classifier in use: its own head is that of the one task it learned elsewhere.
+class FromModel:
+    """A Hugging Face model in use: the one task that it learned elsewhere is `old_task`.
 
-    The classes of `old_task` must be the labels of its configuration.
+    Of a classifier the classes must be the labels of its configuration, and its own head is the
+    task's. Of a language model it may be running text: methods hold what they read of it.
     """
 
     record, seed = None, 0
@@ -95,11 +97,20 @@ class FromClassifier:
         self.old_task = old_task
 
     def named(self, task: Task) -> Task:
-        """The task with its label ids in the order of the model's head."""
-        from holdfast.tasks.kinds.classification import KIND
-
-        config = KIND.load_config(self.source)
-        if not KIND.has_head(config):
+        """The task with its label ids in the order of the model's head, if it has one."""
+        kind: Any = kind_named(task.kind)
+        if not kind.HEADS:
+            try:
+                kind.check(self.source, max_length=1)
+            except Refused as refusal:
+                if not task.running:
+                    raise
+                raise Refused(f"{refusal.what}: running text has no labels for its head",
+                              where=self.source,
+                              remedy="name rows that it was trained on") from None  # fmt: skip
+            return task
+        config = kind.load_config(self.source)
+        if not kind.has_head(config):
             raise Refused("has no classification head", where=self.source,
                           remedy="name a model that was trained on the old task")  # fmt: skip
         size = 1 if task.labels is None else len(task.labels)
@@ -132,7 +143,7 @@ class FromClassifier:
         learner.note(0, steps=0, skipped=0)
 
 
-Origin = FromRun | FromClassifier
+Origin = FromRun | FromModel
 
 
 def origin_of(folder: Path, old_task: str | Path | None) -> Origin:
@@ -148,7 +159,7 @@ def origin_of(folder: Path, old_task: str | Path | None) -> Origin:
     if old_task is None:
         raise Refused("is a model, not a run", where=str(folder),
                       remedy="add --old-task FILE, rows of what it was trained on")  # fmt: skip
-    return FromClassifier(folder, old_task)
+    return FromModel(folder, old_task)
 
 
 def recipe_of(origin: Origin, recipe: Recipe | str | None) -> Recipe:

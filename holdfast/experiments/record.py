@@ -94,6 +94,8 @@ class Record:
     head_first: dict[str, dict[str, Any]] = field(default_factory=dict)  # task name -> fit, steps,
     # rows, seconds
     alone: dict[str, Cell] = field(default_factory=dict)  # task name -> score trained alone
+    general: dict[str, Any] = field(default_factory=dict)  # reference; base and after (by task):
+    # general ability, measure -> number
     history: list[dict[str, Any]] = field(default_factory=list)  # learning, step, epoch, loss,
     # scores (T,) on selection rows
     recipe: dict[str, Any] = field(default_factory=dict)  # name, and what its YAML says
@@ -175,6 +177,7 @@ class Record:
         for name in self.names[index:]:
             self.before_end.pop(name, None)
             self.head_first.pop(name, None)
+            self.general.get("after", {}).pop(name, None)
         self.history = [h for h in self.history if h["learning"] < index]
         self.elapsed = 0.0
 
@@ -251,7 +254,7 @@ STRICT: dict[str, Any] = {"ensure_ascii": False, "indent": 1, "allow_nan": False
 
 _LISTS = ("tasks", "scores", "history", "seconds", "steps", "skipped_steps", "warnings")
 _DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state",
-          "before_end", "head_first")  # fmt: skip
+          "before_end", "head_first", "general")  # fmt: skip
 
 
 def _check(body: Mapping[str, Any], where: str | None) -> None:
@@ -282,6 +285,12 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
             raise fault(key, "a matrix of numbers")
     if not all(_number(value) for value in body.get("alone", {}).values()):
         raise fault("alone", "a number for each task")
+    told = body.get("general", {})
+    after = told.get("after", {})
+    points = [told.get("base", {}), *(after.values() if isinstance(after, dict) else [None])]
+    good = all(isinstance(p, dict) and all(map(_number, p.values())) for p in points)
+    if not good or not isinstance(told.get("reference") or {}, dict):
+        raise fault("general", "a number for each measure")
     for key in ("seconds", "steps", "skipped_steps"):
         if not _cells(body.get(key, [])):
             raise fault(key, "a list of numbers")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
@@ -18,6 +18,9 @@ from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import kind_of, one_kind
 from holdfast.tasks.program import trust
+
+if TYPE_CHECKING:
+    from holdfast.experiments.probe import Probe
 
 
 def run_sequence(
@@ -30,6 +33,8 @@ def run_sequence(
     from_run: str | Path | None = None,
     old_task: str | Path | None = None,
     without_old_rows: bool = False,
+    reference: str | Path | None = None,
+    lm_eval: Sequence[str] = (),
     label: str | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
@@ -46,7 +51,11 @@ def run_sequence(
     from_run: a finished run's folder, in place of `model`: its tasks come first, are learned
     already, and are tested again after each new one; recipe, seed and settings are its own unless
     given. Without `without_old_rows` their rows must be where they were, unchanged. Or a saved
-    classifier, with `old_task`: rows of what it was trained on, so that methods can protect it.
+    model, with `old_task`: rows of what it was trained on, so that methods can protect it; of a
+    language model also running text (.txt).
+
+    reference: running text by which general ability is measured before the first task and after
+    each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
@@ -60,7 +69,7 @@ def run_sequence(
         recipe, seed = recipe_of(origin, recipe), origin.seed if seed is None else seed
     elif model is None or old_task is not None or without_old_rows:
         raise Refused("no model" if model is None else "--old-task and --without-old-rows need it",
-                      where="--from", remedy="name a run or a classifier")  # fmt: skip
+                      where="--from", remedy="name a run or a saved model")  # fmt: skip
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
     plan, seed = Settings.from_dict(settings), 0 if seed is None else seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**20:
@@ -75,8 +84,9 @@ def run_sequence(
             tell_once(f"{task.name}: {line}")
     if len(loaded) == 1 and (idle := chosen.idle_alone()):
         tell_once(idle)
+    asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
-              bar=(label or "") if progress else None, origin=origin)  # fmt: skip
+              bar=(label or "") if progress else None, origin=origin, probe=asked)  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -91,10 +101,13 @@ class Job:
     bar: str | None
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks
+    probe: Mapping[str, Any] = field(default_factory=dict)  # what is measured of general ability
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
-        from holdfast.tasks.kinds.pretrained import locate  # loads transformers: late
+        from holdfast.experiments.mix import check_mix  # these load transformers: late
+        from holdfast.tasks.kinds.generation import check_running
+        from holdfast.tasks.kinds.pretrained import locate
 
         config = {
             "model": self.model,
@@ -107,11 +120,22 @@ class Job:
             config["place"] = self.place
         if self.origin is not None:
             config["from"] = self.origin.mark
-        folder = Path("runs") / digest(config) if folder is None else folder
         source = locate(self.model) if self.origin is None else self.origin.source
-        if plan.alone and self.origin is not None:
-            locate(self.model)  # tasks alone begin there: refused now, not after the sequence
-        kind_of(tasks).check(source, max_length=plan.max_length)
+        base = source
+        if (plan.alone or self.probe) and self.origin is not None:
+            base = locate(self.model)  # tasks alone begin there: refused now, not after the others
+        kind = kind_of(tasks)
+        kind.check(source, max_length=plan.max_length)
+        for task in tasks if not kind.HEADS else ():
+            check_running(source, task)
+        if plan.mix is not None:
+            config["mix"] = check_mix(plan.mix, kind, source)
+        folder = Path("runs") / digest(config) if folder is None else folder
+        probe = None
+        if self.probe:
+            from holdfast.experiments.probe import Probe
+
+            probe = Probe(base, kind, max_length=plan.max_length, **self.probe)
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
@@ -119,11 +143,13 @@ class Job:
             record.set_tasks([describe(task) for task in tasks])
             record.settings["out"] = str(folder)  # it may have been moved
             before = record.to_dict()
+            if probe is not None:
+                probe.begin(record)
             record.recipe = self.recipe.to_dict()  # which may have been renamed
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
             last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
             if record.status != "done":
-                self._learn(source, tasks, plan, folder, record)
+                self._learn(source, tasks, plan, folder, record, probe)
             elif last.is_dir() and not (folder / FINAL).is_dir():
                 from holdfast.experiments.serving import finish
 
@@ -131,7 +157,7 @@ class Job:
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
-                    alone = replace(self, place=place, origin=None)
+                    alone = replace(self, place=place, origin=None, probe={})
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -166,12 +192,13 @@ class Job:
         return record
 
     def _learn(
-        self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record
-    ) -> None:
+        self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record,
+        probe: Probe | None,
+    ) -> None:  # fmt: skip
         from holdfast.experiments.learner import Learner
 
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place,
+                          place=self.place, probe=probe,
                           begin=None if self.origin is None else self.origin.begin)  # fmt: skip
         for index in range(len(record.seconds), len(tasks)):
             try:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from holdfast.config import Checked, Share
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # The schedules of Transformers that need no arguments of their own.
 Schedule = Literal[
@@ -29,6 +34,7 @@ class Settings(Checked):
 
     warmup and selection are a share below 1 or a number (of steps, of rows).
     save_steps: steps between checkpoints within a task; 0 saves none, null at every epoch's end.
+    mix: see `holdfast.experiments.mix`; for language models.
     alone: also train each later task alone, which forward transfer needs.
     """
 
@@ -54,11 +60,45 @@ class Settings(Checked):
     ) = None
     bf16: Annotated[bool, about("train in bfloat16 mixed precision")] = False
     bf16_eval: Annotated[bool, about("score in bfloat16 mixed precision")] = False
+    mix: Annotated[str, about("FILE:SHARE, rows of FILE among those of each task")] | None = None
     alone: Annotated[bool, about("train later tasks alone too: gives forward transfer")] = False
 
     @classmethod
     def where(cls, name: str) -> str:
         return "--" + name.replace("_", "-")
+
+    def arguments(self, out: Path, *, seed: int, rows: int) -> TrainingArguments:
+        """What Trainer is told about a task of so many rows, its checkpoints in `out`."""
+        import torch
+        from transformers import TrainingArguments
+
+        steps = math.ceil(rows / (self.batch_size * self.accumulation))
+        saving = {None: "epoch", 0: "no"}.get(self.save_steps, "steps")
+        return TrainingArguments(
+            output_dir=str(out),
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.accumulation,
+            learning_rate=self.lr,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup,
+            lr_scheduler_type=self.schedule,
+            bf16=self.bf16,
+            optim="adamw_torch_fused",
+            seed=seed,
+            data_seed=seed,
+            save_strategy=saving,
+            save_steps=self.save_steps or 500,
+            save_total_limit=2,
+            logging_strategy="steps",
+            logging_steps=min(10, steps),  # at least once an epoch
+            use_cpu=not torch.accelerator.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            per_device_eval_batch_size=32,
+            remove_unused_columns=False,  # collators keep what models take
+        )
 
 
 @functools.cache

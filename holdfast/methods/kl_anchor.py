@@ -215,14 +215,14 @@ def _aligned(view: View, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]
     if counted.shape != logits.shape[:-1]:
         raise Refused(f"labels of shape {tuple(counted.shape)} do not fit logits of "
                       f"{tuple(logits.shape)}", where="kl_anchor")  # fmt: skip
-    if logits.ndim == 3 and _shifts(_model(view)):
+    if logits.ndim == 3 and shifts(_model(view)):
         # The logits at t predict the token at t + 1.
         logits, counted = logits[:, :-1], counted[:, 1:]
         labels = None if labels is None else labels[:, 1:]
     return logits, counted, labels
 
 
-def _shifts(model: Any) -> bool:
+def shifts(model: Any) -> bool:
     """Whether a model's logits predict the label one position later.
 
     Hugging Face models declare this by `loss_type`; one that does not is taken to be causal.

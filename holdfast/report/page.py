@@ -11,10 +11,11 @@ from typing import Any
 import holdfast
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.experiments.statistics import Difference
+from holdfast.experiments.statistics import Difference, Spread
 from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import Comparison, comparisons
+from holdfast.report.general import general, meaning
 from holdfast.report.sentences import noise_note, study_sentences
 from holdfast.report.words import DASH, clean, number, points, short, spread_text
 
@@ -37,6 +38,7 @@ class Section:
     pictures: list[Picture]
     exposures: list[str]
     synthetic: list[str]
+    general: dict[str, dict[str, list[Spread]]]  # recipe -> measure -> before, after each task
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Record]:
@@ -92,6 +94,7 @@ def render(records: Sequence[Record], title: str | None = None) -> str:
             pictures=pictures(study),
             exposures=_unique(run.body["exposure"] for run in study.runs),
             synthetic=[task.name for task in study.tasks if task.synthetic],
+            general={g.label: found for g in study.groups if (found := general(g.runs))},
         )
         for study in comparisons(records)
     ]
@@ -133,6 +136,7 @@ def environment() -> Any:
         count=_count,
         short=short,
         noise_note=noise_note,
+        meaning=meaning,
         sentences=study_sentences,
         rows=_layout,
         command=_command,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from holdfast.experiments.record import Record
 from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, run_facts
+from holdfast.report.general import general_lines
 from holdfast.report.sentences import noise_note
 from holdfast.report.words import DASH, clean, number, spread_text
 
@@ -49,6 +50,7 @@ def matrix_table(record: Record) -> Table:
         shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
         notes = ["mean " + " · ".join(words), "forgetting: positive is worse", *notes]
+    notes += general_lines(facts)
     table.caption = Text("\n".join(note for note in notes if note))
     table.caption_justify = "left"
     return table

@@ -81,6 +81,7 @@ class Plan:
         **settings: Any,
     ) -> Plan:
         """The checked plan; `Refused` names what is wrong."""
+        from holdfast.experiments.mix import check_mix
         from holdfast.tasks.kinds.pretrained import check_length, load_config, locate
 
         chosen = check_choice(sampler, pruner, objective)
@@ -125,6 +126,8 @@ class Plan:
         halves = made.first, made.second
         two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
         kind_of(two).check(source, max_length=plan.max_length)
+        if plan.mix is not None:
+            check_mix(plan.mix, kind_of(two), source)
         for task in two:
             if not task.selection:
                 raise Refused("no selection rows to choose by", where=task.name,

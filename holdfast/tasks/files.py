@@ -1,4 +1,4 @@
-"""CSV, TSV, JSONL (each also gzipped) and Parquet files as tables.
+"""CSV, TSV, JSONL (each also gzipped) and Parquet files as tables; running text as it is.
 
 These readers raise nothing but `Refused`, whatever the bytes are.
 """
@@ -63,7 +63,7 @@ def kind(path: Path) -> str:
         raise Refused(
             f"no reader for a file ending in {shown(''.join(path.suffixes[-2:]))}",
             where=label(path),
-            remedy="known are .csv, .tsv, .jsonl (each also .gz) and .parquet",
+            remedy="known are .csv, .tsv, .jsonl, .txt (each also .gz) and .parquet",
         )
     return found
 
@@ -71,6 +71,24 @@ def kind(path: Path) -> str:
 def is_data_file(name: str) -> bool:
     """Whether `name` ends like a file that we read."""
     return name.lower().removesuffix(".gz").endswith(tuple(f".{known}" for known in _READERS))
+
+
+def is_text(name: str) -> bool:
+    """Whether `name` ends like running text."""
+    return name.lower().removesuffix(".gz").endswith(".txt")
+
+
+def text(path: Path) -> str:
+    """Running text: a file that is UTF-8 and no table, whole; line ends become line feeds."""
+    if is_data_file(must_exist(path).name):
+        raise Refused("is a table, not running text", where=label(path), remedy="name a .txt file")
+    torn: Torn = {}
+    found = "".join(_lines(path, Table(label(path), frozenset()), torn, newline=None))
+    for why in torn.values():
+        raise why
+    if not found.strip():
+        raise Refused("no text", where=label(path))
+    return found
 
 
 def must_exist(path: Path) -> Path:
@@ -97,7 +115,7 @@ def label(path: Path) -> str:
     return text if text.isprintable() and len(text) <= 300 else shown(text, 300)
 
 
-def _lines(path: Path, table: Table, torn: Torn, newline: str) -> Iterator[str]:
+def _lines(path: Path, table: Table, torn: Torn, newline: str | None) -> Iterator[str]:
     """Decoded physical lines, BOM stripped, each checked and bounded."""
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     number = total = 0

@@ -15,9 +15,10 @@ from holdfast.tasks import files, folder, generated, pictures, splits
 from holdfast.tasks.rows import Source, check_metric, source_of
 from holdfast.tasks.spec import Options, Spec, parse
 from holdfast.tasks.table import Columns, counted, listed, shown
-from holdfast.tasks.task import Row, Task, slug
+from holdfast.tasks.task import GENERATED, Row, Task, slug
 
 CARVED = 0.2  # of the training rows, where no evaluation rows are given
+PIECE = 2000  # characters of running text in a row
 
 
 @contextlib.contextmanager
@@ -44,8 +45,9 @@ def load_task(
 ) -> Task:
     """Load, check and split a task.
 
-    `spec` is a folder, a CSV, TSV, JSONL or Parquet file, a Hub id or `builtin:NAME`, with
-    options after a `?`: `reviews.csv?text=body&label=stars&evaluation=held_out.csv`.
+    `spec` is a folder, a CSV, TSV, JSONL or Parquet file, running text (.txt), a Hub id or
+    `builtin:NAME`, with options after a `?`:
+    `reviews.csv?text=body&label=stars&evaluation=held_out.csv`.
 
     The seed chooses the selection rows and, with `train_size`, the training rows. The
     evaluation rows are the same for every seed, even if they are carved from the training
@@ -102,8 +104,8 @@ def load_task(
 
 
 def _with_columns(asked: Spec, columns: Columns) -> Spec:
-    if asked.kind == "builtin":
-        raise Refused("a builtin task has no columns to name", where=asked.place)
+    if asked.kind in ("builtin", "text"):
+        raise Refused(f"a {asked.kind} task has no columns to name", where=asked.place)
     given = {"text": columns.text, "pair": columns.pair, "label": columns.label,
              "answer": columns.answer, "prompt": columns.prompt}  # fmt: skip
     for role, column in given.items():
@@ -219,6 +221,33 @@ def _file(asked: Spec) -> Source:
     return source_of(name, train, evaluation, options, regression=options.type == "regression")
 
 
+def _text(asked: Spec) -> Source:
+    path = Path(asked.place)
+    found = pieces(files.text(path))
+    if len(found) < 2:
+        raise Refused(f"too short to part: up to {PIECE:,} characters are one row",
+                      where=files.label(path), remedy="name a longer text")  # fmt: skip
+    rows = [Row("", None, piece) for piece in found]
+    name = path.name.split(".")[0] or path.name
+    return Source(name, None, GENERATED[0], rows, None, [], "generation")
+
+
+def pieces(text: str, size: int = PIECE) -> list[str]:
+    """`text` in pieces of up to `size` characters that end with a paragraph, a line or a word.
+
+    Put together they are the text, but for pieces of white space alone, which are left out.
+    """
+    found, at = [], 0
+    while at < len(text):
+        end = at + size
+        marks = ("\n\n", "\n", " ") if end < len(text) else ()
+        ends = (text.rfind(mark, at + size // 2, end) + len(mark) for mark in marks)
+        end = next((e for e in ends if e > at + size // 2), end)
+        found.append(text[at:end])
+        at = end
+    return [piece for piece in found if piece.strip()]
+
+
 def _hub(asked: Spec) -> Source:
     from holdfast.tasks import hub
 
@@ -249,6 +278,7 @@ def _module(asked: Spec) -> Source:
 _LOADERS: dict[str, Callable[[Spec], Source]] = {
     "folder": _folder,
     "file": _file,
+    "text": _text,
     "hub": _hub,
     "builtin": _builtin,
     "module": _module,

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks.files import is_data_file
+from holdfast.tasks.files import is_data_file, is_text
 from holdfast.tasks.table import Columns, pieces, shown
 from holdfast.tasks.task import METRICS
 
@@ -21,6 +21,7 @@ _ALLOWED = {
     "folder": _ROWS,
     "file": (*_ROWS, "quotes", "separator"),
     "hub": (*_ROWS, "config", "revision"),
+    "text": ("name",),
     "builtin": ("name",),
     "module": ("name",),
 }
@@ -63,7 +64,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Spec:
-    """`kind` is folder, file, module, hub or builtin; `place` the path or name that follows."""
+    """`kind` is folder, file, text, module, hub or builtin; `place` the path or name there."""
 
     kind: str
     place: str
@@ -100,8 +101,12 @@ def _kind(place: str) -> str:
         return "hub"
     if PLACE.fullmatch(place):
         return "module"
+    if _exists(Path(place)) and Path(place).is_dir():
+        return "folder"
+    if is_text(place):
+        return "text"
     if _exists(Path(place)):
-        return "folder" if Path(place).is_dir() else "file"
+        return "file"
     return "hub" if _looks_like_hub(place) else "file"
 
 

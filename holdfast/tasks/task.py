@@ -42,7 +42,8 @@ class Row:
     @property
     def plain(self) -> tuple[str, str]:
         """Text and pair without case and spacing; rows that are equal in it are duplicates."""
-        one = " ".join(self.text.casefold().split())
+        text = self.text or str(self.label)  # running text stands in the answer
+        one = " ".join(text.casefold().split())
         return one, " ".join(self.pair.casefold().split()) if self.pair else ""
 
 
@@ -67,6 +68,11 @@ class Task:
     @property
     def regression(self) -> bool:
         return self.labels is None and self.kind == "classification"
+
+    @property
+    def running(self) -> bool:
+        """Whether its rows are pieces of running text: answers to no prompt."""
+        return self.kind == "generation" and bool(self.train) and not self.train[0].text
 
     @cached_property
     def pairs(self) -> bool:

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from holdfast import EWC, Rates, Recipe
+from holdfast import EWC, GPM, KfacEWC, Merge, Rates, Recipe, Replay
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.network.groups import param_groups
 
@@ -202,3 +203,56 @@ def test_a_classifier_beside_adapters_is_its_tasks_own(names: list[str] | None) 
     assert {n for n in bound.weights if n not in bound.shared} == {
         "two/classifier.weight", "two/classifier.bias"}  # fmt: skip
     assert bound.states[method].weights["anchor"].keys() == before.keys()
+
+
+# --- memory of weights that do not train --------------------------------------------------------
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    return get_peft_model(model, LoraConfig(target_modules=["query"], r=2))  # type: ignore[arg-type]
+
+
+def begin(bound: Any, task: str, model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    bound.begin_task(task, optimizer, 2, model=model)
+    return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+@pytest.mark.parametrize("method", [EWC(), KfacEWC(), GPM(), Merge()], ids=lambda m: m.name)
+def test_a_method_that_would_hold_nothing_is_refused(method: Method) -> None:
+    """The whole model was remembered, and then only adapters train."""
+    batch, bound = collate(rows(8)), Recipe(methods=[method]).unbound()
+    model = bert()
+    bound.remember("old", model, [batch])
+    wrapped = adapted(model)
+    says = (
+        rf"^new: of the \d+ weights that {method.name} remembers \(.*\) none trains now; remember"
+    )
+    with pytest.raises(Refused, match=says):
+        begin(bound, "new", wrapped)
+    # nothing is left attached
+    begin(Recipe().unbound(), "new", wrapped)
+
+    bound = Recipe(methods=[method]).unbound()
+    bound.remember("old", wrapped, [batch])
+    begin(bound, "new", wrapped)
+    bound.unbind()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_what_holds_no_weights_or_has_none_to_hold_is_not_refused() -> None:
+    batch, model = collate(rows(8)), bert()
+    bound = Recipe(methods=[Replay(memory=4)]).unbound()
+    bound.remember("old", model, [batch])
+    begin(bound, "new", adapted(model))
+
+    model, bound = bert(), Recipe(methods=[EWC()]).unbound()
+    bound.remember("old", model, [batch])
+    for p in model.base_model.parameters():  # only its head trains: nothing is forgotten
+        p.requires_grad_(False)
+    begin(bound, "new", model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(Refused, match="remember: no weight of the model trains"):
+        Recipe(methods=[EWC()]).unbound().remember("old", model, [batch])

@@ -102,8 +102,10 @@ def test_what_is_learned_again_is_forgotten() -> None:
         selection_scores=[[0.9, None], [0.7, 0.8]], seconds=[3.0, 4.0], steps=[5, 5],
         skipped_steps=[0, 1], elapsed=2.5,
         history=[{"learning": i, "step": 5 * i, "scores": [0.5]} for i in range(2)],
+        general={"base": {"nll": 3.0}, "after": {"trec6": {"nll": 3.1}, "snli": {"nll": 3.2}}},
     )  # fmt: skip
     record.forget_from(1)
+    assert record.general == {"base": {"nll": 3.0}, "after": {"trec6": {"nll": 3.1}}}
     assert record.scores == record.selection_scores == [[0.9, None], [None, None]]
     assert (record.seconds, record.steps, record.skipped_steps) == ([3.0], [5], [0])
     assert [h["learning"] for h in record.history] == [0] and record.elapsed == 0
@@ -171,6 +173,10 @@ DAMAGE: dict[str, Any] = {
     "alone": {"alone": {"snli": "x"}},
     "history": {"history": [3]},
     "history scores": {"history": [{"scores": ["x"]}]},
+    "general": {"general": []},
+    "general base": {"general": {"base": {"nll": "low"}}},
+    "general after": {"general": {"after": {"snli": 3.0}}},
+    "general reference": {"general": {"reference": "a.txt"}},
     "seconds": {"seconds": "fast"},
     "rates": {"rates": {"order": ["a"], "multiplier": [1, 2]}},
     "kind": {"kind": "search"},

@@ -14,7 +14,8 @@ from holdfast import EWC, Rates, Recipe
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.report import as_text, comparison_table, facts, matrix_table
-from holdfast.report.facts import comparisons, run_facts
+from holdfast.report.facts import RunFacts, comparisons, run_facts
+from holdfast.report.general import general
 from holdfast.report.sentences import run_sentences, study_sentences
 
 
@@ -226,3 +227,20 @@ def test_a_warning_of_every_run_is_said_once() -> None:
     records[1].warnings.append("hot")
     (found,) = comparisons(records)
     assert found.warnings.count("slow disk") == 1 and "hot (plain, seed 1)" in found.warnings
+
+
+def test_general_ability_is_a_mean_over_runs_of_one_text() -> None:
+    """Before and after each task; another text of the same name is another measure."""
+
+    def run(seed: int, base: float, mark: str, **after: float) -> RunFacts:
+        text = {"source": "data/g.txt", "hash": mark * 9, "max_length": 16}
+        general = {"reference": text, "base": {"nll": base}, "after": {
+            name: {"nll": value, "kl": value / 10} for name, value in after.items()}}  # fmt: skip
+        return run_facts(two(0.8, 0.9, 0.7, seed=seed, general=general))
+
+    found = general([run(0, 3.0, "a", trec6=3.5, snli=4.0), run(1, 3.0, "a", trec6=4.5)])
+    assert [s.mean for s in found["nll of g.txt (aaaaaa)"]] == [3.0, 4.0, 4.0]
+    assert [s.mean for s in found["kl"]] == [None, pytest.approx(0.4), pytest.approx(0.4)]
+    found = general([run(0, 3.0, "a", trec6=3.5), run(1, 2.0, "b", trec6=2.5)])
+    assert [s.mean for s in found["nll of g.txt (bbbbbb)"]] == [2.0, 2.5, None]
+    assert general([run_facts(two(0.8, 0.9, 0.7))]) == {}

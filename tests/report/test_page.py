@@ -264,3 +264,14 @@ def test_a_score_without_noise_says_why() -> None:
     said = "no noise of f1: it needs the predictions, not kept"
     assert said in render([one]) and said in " ".join(as_text(matrix_table(one)).split())
     assert "no noise" not in render([two(0.8, 0.9, 0.7)])
+
+
+def test_general_ability_has_a_table_of_its_own() -> None:
+    told = {"base": {"arc acc": 0.3}, "after": {"trec6": {"kl": 0.25}, HOSTILE[0]: {"kl": 9.0}}}
+    page = inert(render([two(0.8, 0.9, 0.7, general=told)]))
+    assert page.cells.count(["arc acc", "0.300", "–", "–", ""]) == 1
+    (row,) = [cells for cells in page.cells if cells[0] == "kl"]
+    assert row[1:4] == ["–", "0.250", "–"] and "nats" in row[4]
+    assert "general ability" not in inert(render([two(0.8, 0.9, 0.7)])).text
+    several = inert(render([two(0.8, 0.9, 0.7, general=told), two(0.8, 0.9, 0.7, recipe="dps")]))
+    assert [cells for cells in several.cells if cells[0] == "plain: kl"]

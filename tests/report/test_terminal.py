@@ -55,3 +55,9 @@ def test_names_cannot_drive_the_terminal() -> None:
 
 def test_synthetic_is_said() -> None:
     assert "trec6 (synthetic)" in as_text(matrix_table(two(0.8, 0.9, 0.7, synthetic=True)))
+
+
+def test_general_ability_is_a_line_a_measure() -> None:
+    told = {"base": {"arc acc": 0.3}, "after": {"trec6": {"arc acc": 0.2}}}
+    text = " ".join(as_text(matrix_table(two(0.8, 0.9, 0.7, general=told))).split())
+    assert "arc acc before 0.300, after trec6 0.200, after snli –" in text

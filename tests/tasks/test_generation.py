@@ -20,6 +20,7 @@ from holdfast.experiments.record import Record
 from holdfast.tasks import Row, Task, load_task
 from holdfast.tasks.kinds import evaluate, generation, kind_named, kind_of
 from holdfast.tasks.scores import text_scores
+from holdfast.training import checkpoints
 
 DECODERS, END = {"gpt2": models.gpt2, "llama": models.llama}, 3
 
@@ -254,6 +255,65 @@ def test_an_encoder_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is no language model"):
         run_sequence(str(tmp_path / "bert"), [place / "day.jsonl"], out=tmp_path / "a", **SHORT)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_language_model_in_use_is_held_by_running_text(place: Path, tmp_path: Path) -> None:
+    """By what EWC reads of windows of it, as a twin does window by window; nothing is trained."""
+    lines = [f"the {w} film was {n} and {m}" for w in ("red", "blue", "green", "warm", "cold")
+             for n in models.WORDS[:14] for m in ("good", "bad")]  # fmt: skip
+    file = tmp_path / "general.txt"
+    file.write_text("\n".join(lines))
+    recipe = Recipe(methods=[EWC(rows=10_000, strength=1e9)])
+    record = run_sequence(None, [place / "day.jsonl"], recipe, from_run=place / "gpt2",
+                          old_task=file, out=tmp_path / "b", **SHORT)  # fmt: skip
+    assert record.names == ["general", "day"] and record.steps[0] == 0
+
+    general, words, made = load_task(file), tokens("gpt2"), model("gpt2")
+    windows = []
+    for row in general.train:
+        ids = words(str(row.label))["input_ids"]
+        windows += [ids[at : at + 16] for at in range(0, len(ids), 16)]
+    batches = [{"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+               for ids in windows if len(ids) > 1]  # fmt: skip
+    bound = recipe.unbound(seed=0)
+    bound.remember("general", made, batches, shared=made)
+    state = checkpoints.read_state(tmp_path / "b" / "tasks" / "1-general")["tensors"]
+    twin = bound.state_dict()["tensors"]
+    assert state.keys() == twin.keys()
+    for key in twin:
+        if key != "generator":
+            torch.testing.assert_close(state[key], twin[key], rtol=1e-4, atol=1e-8)
+
+    losses, count = 0.0, 0
+    for row in general.evaluation:
+        ids = words(str(row.label))["input_ids"]
+        for at in range(0, len(ids), 16):
+            window = torch.tensor([ids[at : at + 16]])
+            logits = made(window).logits[0, :-1].detach()
+            losses += float(functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
+            count += window.shape[1] - 1
+    assert record.scores[0][0] == pytest.approx(math.exp(-losses / count), rel=1e-5)
+    free = run_sequence(None, [place / "day.jsonl"], "plain", from_run=place / "gpt2",
+                        old_task=file, out=tmp_path / "c", **SHORT)  # fmt: skip
+    fell = [1 - each.scores[1][0] / each.scores[0][0] for each in (record, free)]  # type: ignore[operator]
+    assert abs(fell[0]) < fell[1] / 3
+
+
+def test_running_text_is_for_decoders(place: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "general.txt", tmp_path / "out"
+    file.write_text("a film is a film and a book is not\n" * 200)
+    models.bert().save_pretrained(tmp_path / "classifier")
+    tokens("t5").save_pretrained(tmp_path / "classifier")
+    models.write_task(tmp_path, "mood")
+    with pytest.raises(Refused, match=r"classifier: is no language model .*no labels for its head"):
+        run_sequence(None, [tmp_path / "mood.jsonl"], from_run=tmp_path / "classifier",
+                     old_task=file, out=out, **SHORT)  # fmt: skip
+    with pytest.raises(Refused, match="is no language model"):
+        run_sequence(None, [place / "day.jsonl"], from_run=tmp_path / "classifier",
+                     old_task=place / "night.jsonl", out=out, **SHORT)  # fmt: skip
+    with pytest.raises(Refused, match="general: is running text, and an encoder-decoder"):
+        run_sequence(str(place / "t5"), [place / "day.jsonl", file], out=out, **SHORT)
+    assert not out.exists()
 
 
 def test_default_says_what_does_nothing_here(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import Refused
 from holdfast.tasks import Columns, Row, load_task, slug
+from holdfast.tasks.load import pieces
 from holdfast.tasks.table import MAX_TEXT
 
 CSV = "text,label\n" + "".join(f"text {i},{'abc'[i % 3]}\n" for i in range(60))
@@ -512,3 +513,40 @@ def test_importing_tasks_is_light() -> None:
     heavy = "torch", "transformers", "datasets", "sklearn", "pyarrow", "numpy", "pandas"
     code = f"import sys, holdfast.tasks; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# Running text
+
+
+@given(st.text(st.sampled_from("ab \n"), max_size=80), st.integers(2, 12))
+def test_pieces_are_the_text(text: str, size: int) -> None:
+    """None is longer than it may be; only white space is left out."""
+    found = pieces(text, size)
+    assert all(0 < len(piece) <= size and piece.strip() for piece in found)
+    assert "".join("".join(found).split()) == "".join(text.split())
+
+
+def test_pieces_end_where_the_text_rests() -> None:
+    assert pieces("one two\n\nthree four five", 12) == ["one two\n\n", "three four ", "five"]
+    assert pieces("one\ntwo three", 8) == ["one\ntwo ", "three"]
+    assert pieces("abcdefgh", 3) == ["abc", "def", "gh"]
+
+
+def test_running_text_is_a_task_of_answers_without_prompts(write, tmp_path: Path) -> None:
+    text = "\r\n".join(f"line {i} of a text that goes on and on" for i in range(400))
+    for name in ("book.txt", "book.txt.gz"):
+        path = Path(write(name, "x")) if name.endswith("txt") else tmp_path / name
+        data = ("\ufeff" + text).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        task = load_task(f"{path}?name=book")
+        assert (task.kind, task.metric, task.labels, task.running) == (
+            "generation", "likelihood", None, True)  # fmt: skip
+        rows = [*task.train, *task.selection, *task.evaluation]
+        said = pieces(text.replace("\r\n", "\n"))
+        assert sorted(str(r.label) for r in rows) == sorted(said)
+        assert {r.text for r in rows} == {""} and len(task.evaluation) >= 0.15 * len(rows)
+    assert "too short to part" in refusal(write("short.txt", "a few words"))
+    assert "no option 'text'" in refusal(str(path) + "?text=body")
+    assert "did you mean 'book.txt" in refusal(tmp_path / "boook.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 900)
+    assert "is not UTF-8" in refusal(tmp_path / "latin.txt")

@@ -35,6 +35,7 @@ class Kind(Protocol):
     """What a file of this folder calls `KIND`."""
 
     HEADS: bool  # whether each task has a head of its own
+    TEXT: bool  # whether its rows are text, and its processor a tokenizer
 
     def check(self, source: str, *, max_length: int) -> None:
         """Refuse a model that cannot learn such tasks, by its configuration."""

@@ -4,6 +4,10 @@ The loss is on the answer's tokens only, the end of text included. A decoder rea
 break (unless the prompt ends in white space) and answer as one text; an encoder-decoder reads the
 prompt and writes the answer. All tasks share the whole model: there is no head of a task's own.
 
+Running text is an answer to an empty prompt, for decoders. It is read in windows of `max_length`
+tokens that do not overlap, each begun as the tokenizer begins a text; every token but a window's
+first is scored, and none ends a text that goes on.
+
 likelihood is exp(−NLL per answer token), teacher-forced: the geometric mean of the probabilities,
 1 / perplexity. The other metrics compare greedily generated text with the answer.
 """
@@ -69,7 +73,7 @@ class Generation(Whole):
     ) -> list[list[int]]:  # fmt: skip
         """The tokens that the answer to each text follows."""
         if decoder:
-            texts = [t if t[-1:].isspace() else f"{t}\n" for t in texts]
+            texts = [t if not t or t[-1].isspace() else f"{t}\n" for t in texts]
         found: list[list[int]] = tokenizer(list(texts))["input_ids"]
         end = tokenizer.eos_token_id
         if decoder:  # some tokenizers end every text: here it goes on
@@ -85,7 +89,10 @@ class Generation(Whole):
         max_length: int,
         config: Any = None,
     ) -> Packed:
-        """Prompt and answer of each row, cut at `max_length` tokens; see `_cut`."""
+        """Prompt and answer of each row, cut at `max_length` tokens; see `_cut`.
+
+        A row of running text becomes as many as it has windows.
+        """
         if tokenizer.eos_token_id is None:
             raise Refused("its tokenizer has no token for the end of a text", where=task.name,
                           remedy="set its eos_token and save it again")  # fmt: skip
@@ -96,6 +103,9 @@ class Generation(Whole):
             answers = tokenizer([str(r.label) for r in rows], add_special_tokens=False)["input_ids"]
             found = []
             for row, prompt, answer in zip(rows, asked, answers, strict=True):
+                if not row.text:
+                    found += _windows(prompt, answer, max_length)
+                    continue
                 if pairs:
                     said = [*answer[: max_length - 1], tokenizer.eos_token_id]
                     made = _row(_cut(prompt, max_length, decoder=False), said)
@@ -119,7 +129,9 @@ class Generation(Whole):
         *,
         max_length: int,
     ) -> int:
-        """How many rows have a prompt or an answer that was cut."""
+        """How many rows have a prompt or an answer that was cut; no window of running text is."""
+        if task.running:
+            return 0
         full = [
             (r, e) for r, e in zip(rows, encoded, strict=True)
             if max_length in (len(e["input_ids"]), len(e["labels"]))
@@ -180,6 +192,13 @@ class Generation(Whole):
         return [Prediction(text, {}) for text in said]
 
 
+def check_running(source: str, task: Task) -> None:
+    """Refuse running text for an encoder-decoder, which only answers what its encoder reads."""
+    if task.running and load_config(source).is_encoder_decoder:
+        raise Refused("is running text, and an encoder-decoder answers prompts", where=task.name,
+                      remedy="name a decoder, or rows with prompt and answer")  # fmt: skip
+
+
 def _cut(prompt: list[int], most: int, *, decoder: bool) -> list[int]:
     """A decoder's prompt loses its beginning, as the answer follows its end; others their end."""
     if decoder or len(prompt) <= most:
@@ -191,6 +210,14 @@ def _asked(row: dict[str, Any]) -> list[int]:
     """A decoder's prompt: the tokens whose prediction is not scored."""
     told = zip(row["input_ids"], row["labels"], strict=True)
     return [i for i, label in told if label == IGNORED]
+
+
+def _windows(begin: list[int], ids: list[int], most: int) -> list[dict[str, Any]]:
+    """Running text in windows of up to `most` tokens, `begin` before each; never of one token."""
+    room = most - len(begin)
+    parts = (ids[at : at + room] for at in range(0, len(ids), room))
+    return [_row([*begin, *part], [*[IGNORED] * len(begin), *part])
+            for part in parts if len(begin) + len(part) > 1]  # fmt: skip
 
 
 def _row(ids: list[int], labels: list[int]) -> dict[str, Any]:

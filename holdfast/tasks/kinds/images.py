@@ -28,6 +28,7 @@ SCALING = ("do_rescale", "do_normalize")  # done for each batch
 class Images(Classification):
     """One class a picture."""
 
+    TEXT = False
     AUTO = AutoModelForImageClassification
     ENDING = "ForImageClassification"
 

@@ -75,6 +75,8 @@ class Program:
 class Module(Whole):
     """One network of any kind; its tasks share all of it."""
 
+    TEXT = False
+
     def check(self, source: str, *, max_length: int) -> None:
         """Refuse what is no Python file with a model."""
         opened(_file(source))

@@ -26,12 +26,14 @@ class Packed(Sequence[dict[str, Any]]):
     def of(
         cls, rows: Sequence[Any], encode: Callable[[Sequence[Any]], list[dict[str, Any]]]
     ) -> Packed:
-        """`encode` applied to `rows`, a chunk at a time."""
+        """`encode` applied to `rows`, a chunk at a time; it may make several of one, or none."""
         parts: dict[str, list[Any]] = {}
         lengths: dict[str, list[Any]] = {}
+        count = 0
         for at in range(0, len(rows), CHUNK):
             made = encode(rows[at : at + CHUNK])
-            for name, value in made[0].items():
+            count += len(made)
+            for name, value in made[0].items() if made else ():
                 values = [row[name] for row in made]
                 if isinstance(value, list):
                     lengths.setdefault(name, []).append([len(v) for v in values])
@@ -40,7 +42,7 @@ class Packed(Sequence[dict[str, Any]]):
         columns = {
             name: (np.concatenate(each), _begins(lengths.get(name))) for name, each in parts.items()
         }
-        return cls(columns, range(len(rows)))
+        return cls(columns, range(count))
 
     def __len__(self) -> int:
         return len(self._places)

@@ -21,6 +21,7 @@ class Headed:
     """A kind whose models are `AUTO`'s: an encoder, shared by all tasks, below a task's head."""
 
     HEADS: ClassVar[bool] = True
+    TEXT: ClassVar[bool] = True
     AUTO: ClassVar[Any]  # one of Transformers' Auto classes
     ENDING: ClassVar[str]  # how the names of its models end: ForSequenceClassification
 
@@ -105,6 +106,7 @@ class Whole:
     """A kind whose tasks share all of the model."""
 
     HEADS: ClassVar[bool] = False
+    TEXT: ClassVar[bool] = True
 
     def dropped(self, source: str) -> str | None:
         """Nothing is left out."""
