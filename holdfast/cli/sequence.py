@@ -49,7 +49,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     if chosen.from_run is None:
         chosen.model = chosen.model or "minilm"
-        chosen.recipe = chosen.recipe or "default"
+        chosen.recipe = chosen.recipe or (
+            "plain" if "prototype" in (chosen.head or "") else "default"
+        )
     more = {name: getattr(chosen, name) for name in ("from_run", "old_task", "without_old_rows")}
     folder = learn(chosen.tasks, chosen, **more)
     if chosen.max_forgetting is None:

@@ -27,6 +27,7 @@ from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import evaluate, kind_of
+from holdfast.tasks.kinds.heads import Prototypes, headed
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import device, quiet, source_hash
 from holdfast.training.checkpoints import load_state, save_state
@@ -76,7 +77,7 @@ class Learner:
                 *(Bar(name, tasks[i].name, i, len(tasks)) for name in shown),
             ]
         )
-        self.kind = kind_of(tasks)
+        self.kind = headed(kind_of(tasks), plan.head, tasks)
         self.processor = loaded.processor if loaded else self.kind.load_processor(source)
         self.collate = self.kind.collator(self.processor)
         self.models: list[nn.Module] = []
@@ -182,9 +183,15 @@ class Learner:
         self._began = time.monotonic() - (self.record.elapsed or 0.0)
         task, seed = self.tasks[index], 1000 * self.seed + self.place + index
         model = self._untrained(index, seed)
-        if not self.record.model or self.record.rates is None:
-            self._describe(model)
+        if not self.record.model or self.record.rates is None or not self.kind.HEADS:
+            self._describe(model)  # each time a head may have grown
         self.models.append(model)
+        if isinstance(self.kind, Prototypes):
+            self.kind.fit(model.to(device()), self.rows(index, "train"), task, self.collate)
+            self.bound = self.bound or self.recipe.unbound(seed=self.seed)
+            self.bound.remember(task.name, model, [], shared=self.kind.shared(model))
+            self.note(index, steps=0, skipped=0)
+            return
         trainer = Trainer(
             model=model,
             args=self._arguments(self.training(index), seed, len(self.rows(index, "train"))),
@@ -289,7 +296,7 @@ class Learner:
         device = next(model.parameters()).device.type
         try:
             with torch.autocast(device, torch.bfloat16, enabled=self.plan.bf16_eval):
-                return evaluate(model, rows, self.tasks[index], self.collate)
+                return evaluate(model, rows, self.tasks[index], self.collate, self.kind)
         finally:
             if autocast is not None:
                 model.forward = autocast
@@ -312,7 +319,7 @@ class Learner:
         """Write a task's folder: all models so far and what the methods remember."""
         assert self.bound is not None
         home, tasks = self.home(index), self.tasks[: index + 1]
-        save(home, tasks, self.models, self.processor, self.plan.max_length)
+        save(home, tasks, self.models, self.processor, self.plan.max_length, kind=self.kind)
         commit(home, save_state(self.bound, home))
 
     def finish(self) -> None:
