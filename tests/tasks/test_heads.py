@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -345,6 +346,13 @@ def test_what_cannot_share_a_head_is_refused() -> None:
     text = task("t", None, kind="generation", metric="likelihood")
     with pytest.raises(Refused, match="kind generation have no heads: they share the whole model"):
         headed(generation.KIND, "shared", [text, text])
+    theirs: Any = SimpleNamespace(HEADS=True)  # a kind of another package
+    with pytest.raises(Refused, match="the heads of kind classification cannot grow"):
+        headed(theirs, "shared", [ONE])
+    wrapped: Any = nn.Sequential(bert())
+    wrapped.config = wrapped[0].config
+    with pytest.raises(Refused, match="of Sequential cannot grow by labels"):
+        KIND.grow(wrapped, ("no", "yes", "maybe"), seed=0)
     several = Task(**{**vars(ONE), "train": (Row("a", None, "no yes"),)})
     with pytest.raises(Refused, match="the rows of one do not have one class each"):
         headed(KIND, "shared", [several])

@@ -139,6 +139,9 @@ def headed(kind: Kind, head: str, tasks: Sequence[Task]) -> Kind:
     if not kind.HEADS:
         raise Refused(f"tasks of kind {tasks[0].kind} have no heads: they share the whole model",
                       where=where, remedy="leave it out")  # fmt: skip
+    if not hasattr(kind, "grow"):
+        raise Refused(f"the heads of kind {tasks[0].kind} cannot grow", where=where,
+                      remedy="--head task")  # fmt: skip
     numbers = [t.name for t in tasks if t.labels is None]
     if numbers and ("prototype" in head or len(numbers) < len(tasks)):
         raise Refused(f"numbers have no classes ({', '.join(numbers)})", where=where,

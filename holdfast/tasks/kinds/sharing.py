@@ -77,10 +77,10 @@ class Headed:
         fresh = self.AUTO.from_config(self._config(model, labels))
         old = dict(model.named_parameters())
         for name, made in fresh.named_parameters():
-            kept = old[name]
-            if made.shape == kept.shape:
+            kept = old.get(name)
+            if kept is not None and made.shape == kept.shape:
                 continue
-            if made.shape[1:] != kept.shape[1:] or len(made) != len(labels):
+            if kept is None or made.shape[1:] != kept.shape[1:] or len(made) != len(labels):
                 raise Refused(f"{name} of {type(model).__name__} cannot grow by labels",
                               where="--head", remedy="--head task")  # fmt: skip
             with torch.no_grad():
