@@ -55,15 +55,16 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 # --- options --------------------------------------------------------------------------------------
 
 TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size
-    --accumulation --lr --weight-decay --warmup --schedule --max-length --selection --save-steps
-    --bf16 --bf16-eval --mix"""
+    --accumulation --lr --weight-decay --warmup --schedule --head --max-length --selection
+    --save-steps --bf16 --bf16-eval --mix"""
 OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
         --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
     "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
-        --tune --flat --seeds --storage --workers --recipe --seed {TRAINING.replace("--lr", "")}""",
+        --tune --flat --seeds --storage --workers --recipe --seed
+        {TRAINING.replace("--lr", "").replace("--head", "")}""",
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --trust-code",

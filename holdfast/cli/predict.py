@@ -69,6 +69,8 @@ def run(chosen: argparse.Namespace) -> None:
     else:
         write_jsonl(rows, chosen.out)
     clipped = f", {cut:,} of them cut at 20,000 characters" if cut else ""
+    if served.one_head and about["labels"]:
+        clipped += f", each one of all {len(about['labels'])} labels of the tasks' one head"
     print(f"{chosen.out}: {len(rows):,} rows{clipped}; texts are cut at {served.max_length} tokens")
 
 

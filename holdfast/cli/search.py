@@ -41,7 +41,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="journal:PATH, or a database that Optuna takes (a SQLite file in --out)")  # fmt: skip
     add("--workers", type=int, default=1, help="processes of one thread each (1)")
     add_run(parser, recipe="plain")
-    add_settings(parser, without=["alone", "lr"])
+    add_settings(parser, without=["alone", "head", "lr"])
 
 
 def run(chosen: argparse.Namespace) -> None:

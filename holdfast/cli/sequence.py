@@ -54,7 +54,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(chosen: argparse.Namespace) -> int:
     if chosen.from_run is None:
         chosen.model = chosen.model or "minilm"
-        chosen.recipe = chosen.recipe or "default"
+        chosen.recipe = chosen.recipe or (
+            "plain" if "prototype" in (chosen.head or "") else "default"
+        )
     asked = ("from_run", "old_task", "without_old_rows", "reference", "lm_eval")
     more = {name: getattr(chosen, name) for name in asked}
     if chosen.old_task is not None:

@@ -11,6 +11,9 @@ With two classes the logits are ∓ half of scikit-learn's one, Σ −log σ(±(
 with several labels per row each label has its own such fit. A class without rows gets zero weights
 and a bias 2 below the smallest. The bias is not regularised.
 
+Where tasks share one head that grows, only the outputs of new labels are fitted, among the task's
+own classes; the others are trained.
+
 A head of several layers, or one with fit="steps", is trained alone with AdamW; the encoder runs in
 evaluation mode without gradients. With several ranks each reads all rows and fits the same head.
 """
@@ -35,6 +38,13 @@ from holdfast.network.groups import learning
 from holdfast.ops import distributed
 
 Array = np.ndarray[Any, Any]
+KNOWN = "known_outputs"  # of a model whose head tasks share: how many are of labels before its task
+
+
+def known_outputs(model: nn.Module) -> int | None:
+    """How many outputs of a head that tasks share are of earlier tasks' labels, the first ones;
+    None where each task has a head of its own."""
+    return getattr(model, KNOWN, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,19 +88,22 @@ class HeadFirst(Checked):
         """The head of a model above what tasks share.
 
         None, with one warning, if the model has no fresh head: a language model's is pre-trained,
-        and one shared with a model in `learned` (finished tasks) has been trained.
+        and one shared with a model in `learned` (finished tasks) has been trained, but for the last
+        layer's outputs from `known_outputs` on.
         """
-        own: list[nn.Parameter] = []
+        head, learned = None, list(learned)
+        trained = known_outputs(model) or 0 if any(m is model for m in learned) else 0
         if shared is not None and shared is not model:
-            known = {id(p) for m in (shared, *learned) for p in m.parameters()}
+            others = [m for m in learned if not (trained and m is model)]
+            known = {id(p) for m in (shared, *others) for p in m.parameters()}
             able = learning(model) - known
             own = [p for p in model.parameters() if id(p) in able]
-        if not own:
+            head = Head(self, model, shared, own, total_steps, trained) if own else None
+        if head is None or (trained and not head.grown):
             name = type(model).__name__
             tell_once(f"head_first: {name} has no fresh head to train, so none is fitted first")
             return None
-        assert shared is not None
-        return Head(self, model, shared, own, total_steps)
+        return head
 
 
 class Head:
@@ -103,15 +116,21 @@ class Head:
         shared: nn.Module,
         own: list[nn.Parameter],
         total_steps: int,
+        trained: int = 0,
     ) -> None:
         self.how, self.model, self.shared, self.own = how, model, shared, own
-        self.total_steps = total_steps
+        self.total_steps, self.trained = total_steps, trained  # outputs that earlier tasks trained
         wanted = how.fit or ("logistic" if how.steps is None else "steps")
         self.layer = only_layer(model, own) if wanted == "logistic" else None
         self._passed: list[tuple[Tensor, Tensor]] = []  # by the layer: its input and its output
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
         self._rows = 0
+
+    @property
+    def grown(self) -> bool:
+        """Whether the layer has outputs that no earlier task trained."""
+        return self.layer is not None and self.layer.out_features > self.trained
 
     @property
     def looking(self) -> bool:
@@ -174,6 +193,7 @@ class Head:
         for p, value in zip((self.layer.weight, self.layer.bias), found, strict=True):
             if p is not None:
                 new = torch.from_numpy(value).to(p.dtype)
+                new[: self.trained] = distributed.full(p.detach())[: self.trained].cpu()
                 distributed.local(p.detach()).copy_(
                     distributed.local(distributed.beside(new, p.detach()))
                 )
@@ -181,6 +201,8 @@ class Head:
         return {"fit": kind, "steps": 0, "rows": self._rows}
 
     def _steps(self, data: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
+        if self.trained:  # steps would move what earlier tasks trained
+            return {"fit": "none", "steps": 0, "rows": self._rows}
         steps = count(self.how.steps or 0.1, self.total_steps, what="head_first.steps")
         frozen = [p.requires_grad_() for p in self.own if not p.requires_grad]  # by the rates
         optimizer, done, rows = torch.optim.AdamW(self.own, lr=self.how.lr), 0, 0

@@ -334,7 +334,8 @@ class View:
         """What the model of every finished task returns for a batch, in evaluation mode.
 
         For this micro-batch the heads read `features`, so that the encoder is not run again.
-        Labels are left out: they belong to another task.
+        Labels are left out: they belong to another task. Where tasks share one head there is one
+        entry, of the last of them, with the outputs for labels of earlier tasks.
         """
         return self.bound.old_outputs(inputs, generator=self.generator)
 

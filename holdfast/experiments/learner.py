@@ -28,6 +28,7 @@ from holdfast.network.parts import parts
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import evaluate, kind_of
+from holdfast.tasks.kinds.heads import Prototypes, headed
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import device, quiet, source_hash
 from holdfast.training.checkpoints import load_adapters, load_state, save_adapters, save_state
@@ -80,7 +81,7 @@ class Learner:
                 *(Bar(name, tasks[i].name, i, len(tasks)) for name in shown),
             ]
         )
-        self.kind = kind_of(tasks)
+        self.kind = headed(kind_of(tasks), plan.head, tasks)
         self.processor = loaded.processor if loaded else self.kind.load_processor(source)
         self.collate = self.kind.collator(self.processor)
         self.models: list[nn.Module] = []
@@ -195,6 +196,13 @@ class Learner:
         task, seed = self.tasks[index], 1000 * self.seed + self.place + index
         model, rows = self._untrained(index, seed), mixed(self, index)
         self.models.append(model)
+        if isinstance(self.kind, Prototypes):
+            self._describe(model)
+            self.kind.fit(model.to(device()), self.rows(index, "train"), task, self.collate)
+            self.bound = self.bound or self.recipe.unbound(seed=self.seed)
+            self.bound.remember(task.name, model, [], shared=self.kind.shared(model))
+            self.note(index, steps=0, skipped=0)
+            return
         trainer = Trainer(
             model=model,
             args=self.plan.arguments(self.training(index), seed=seed, rows=len(rows)),
@@ -208,8 +216,8 @@ class Learner:
             start=self._start(index, model),
             callbacks=self._callbacks(self, index),
         )
-        if not self.record.model or self.record.rates is None:
-            self._describe(model)  # with its adapters, if it has any
+        if not self.record.model or self.record.rates is None or not self.kind.HEADS:
+            self._describe(model)  # with its adapters, and a head that may have grown
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(HeadNoted(self.record, trainer))
         for old in (m for m in self.models[:-1] if m is not model):
@@ -304,7 +312,7 @@ class Learner:
         device = next(model.parameters()).device.type
         try:
             with torch.autocast(device, torch.bfloat16, enabled=self.plan.bf16_eval):
-                return evaluate(model, rows, self.tasks[index], self.collate)
+                return evaluate(model, rows, self.tasks[index], self.collate, self.kind)
         finally:
             if autocast is not None:
                 model.forward = autocast
@@ -328,7 +336,7 @@ class Learner:
         assert self.bound is not None
         home, tasks = self.home(index), self.tasks[: index + 1]
         with folded(self.models[-1]):
-            save(home, tasks, self.models, self.processor, self.plan.max_length)
+            save(home, tasks, self.models, self.processor, self.plan.max_length, kind=self.kind)
         adapters = save_adapters(self.models[-1], home, base=True)
         commit(home, save_state(self.bound, home) | adapters)
 

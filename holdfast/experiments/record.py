@@ -18,6 +18,7 @@ from typing import Any
 from holdfast.errors import Refused
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
+from holdfast.experiments.scenario import SCENARIOS, scenario_of
 from holdfast.files import write_text_atomic
 
 SCHEMA = 1
@@ -85,6 +86,7 @@ class Record:
     # source, synthetic, warnings
     scores: list[list[Cell]] = field(default_factory=list)  # T x T, evaluation rows
     kind: str = "sequence"
+    scenario: str | None = None  # one of SCENARIOS; None for a single task
     holdfast: str = field(default_factory=lambda: versions().get("holdfast", "not installed"))
     created: str = field(default_factory=now)
     model: dict[str, Any] = field(default_factory=dict)  # name, architecture, parameters, layers, …
@@ -122,9 +124,15 @@ class Record:
         for scores in (self.scores, self.selection_scores):
             if scores is not None and len(metrics.square(scores)) != size:
                 raise ValueError(f"a matrix of {len(scores)} rows for {size} tasks")
-        for known, value in ((KINDS, self.kind), (STATUSES, self.status)):
+        if self.scenario is None:  # of before there was a choice
+            text = self.tasks[0].get("kind") == "generation"
+            self.scenario = scenario_of(self.tasks, own_heads=not text)
+        scenarios = (None, *SCENARIOS)
+        for known, value in (
+            (KINDS, self.kind), (STATUSES, self.status), (scenarios, self.scenario),
+        ):  # fmt: skip
             if value not in known:
-                raise ValueError(f"{value!r} is not one of {', '.join(known)}")
+                raise ValueError(f"{value!r} is not one of {', '.join(map(str, known))}")
 
     @property
     def names(self) -> list[str]:

@@ -13,6 +13,7 @@ from holdfast.errors import Refused, tell_once
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
 from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import FINAL, RECORD, check_disk, check_held, digest, open_run
+from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
@@ -107,8 +108,13 @@ class Job:
         """Learn what a folder's record does not hold yet."""
         from holdfast.experiments.mix import check_mix  # these load transformers: late
         from holdfast.tasks.kinds.generation import check_running
+        from holdfast.tasks.kinds.heads import headed
         from holdfast.tasks.kinds.pretrained import locate
 
+        told = [describe(task) for task in tasks]
+        kind = headed(kind_of(tasks), plan.head, tasks)
+        scenario = scenario_of(told, own_heads=kind.HEADS)
+        check_head(plan, self.recipe, self.origin, scenario)
         config = {
             "model": self.model,
             "tasks": [[t.name, t.hash] for t in tasks],  # in order: a mapping would lose it
@@ -124,23 +130,23 @@ class Job:
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
             base = locate(self.model)  # tasks alone begin there: refused now, not after the others
-        kind = kind_of(tasks)
         kind.check(source, max_length=plan.max_length)
-        for task in tasks if not kind.HEADS else ():
+        for task in tasks:
             check_running(source, task)
         if plan.mix is not None:
-            config["mix"] = check_mix(plan.mix, kind, source)
+            config["mix"] = check_mix(plan.mix, kind_of(tasks), source)
         folder = Path("runs") / digest(config) if folder is None else folder
         probe = None
         if self.probe:
             from holdfast.experiments.probe import Probe
 
-            probe = Probe(base, kind, max_length=plan.max_length, **self.probe)
+            probe = Probe(base, kind_of(tasks), max_length=plan.max_length, **self.probe)
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
-            record.set_tasks([describe(task) for task in tasks])
+            record.set_tasks(told)
+            record.scenario = scenario
             record.settings["out"] = str(folder)  # it may have been moved
             before = record.to_dict()
             if probe is not None:
@@ -189,6 +195,9 @@ class Job:
             record.extra["from"] = str(self.origin.folder)
         if len(tasks) == 1 and (idle := self.recipe.idle_alone()):
             record.warn(idle)
+        if "prototype" in plan.head:
+            record.warn("No step was taken: the head is made of class means of the encoder as it "
+                        "was.")  # fmt: skip
         return record
 
     def _learn(
@@ -211,6 +220,25 @@ class Job:
                 raise
             record.save(folder / RECORD)
         learner.finish()
+
+
+def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: str | None) -> None:
+    """Refuse what a choice of head does not go with."""
+    where = f"--head {plan.head}"
+    if "prototype" in plan.head and (recipe.methods or recipe.head_first):
+        raise Refused(f"trains nothing, and the recipe {recipe.name} would not be at work",
+                      where=where, remedy="--recipe plain")  # fmt: skip
+    if plan.alone and scenario == "class-incremental":
+        raise Refused("a task alone has other labels than the head: its score is no measure",
+                      where="--alone", remedy="leave it out")  # fmt: skip
+    if origin is None:
+        return
+    was = origin.settings.get("head", "task")
+    size = len(origin.record.tasks) if origin.record is not None else 1
+    # A single task's head is the same either way; prototypes are no head that was trained.
+    if plan.head != was and (size > 1 or "prototype" in plan.head + was):
+        raise Refused(f"what it goes on from was learned with --head {was}", where=where,
+                      remedy=f"--head {was}, or begin anew")  # fmt: skip
 
 
 def load_tasks(

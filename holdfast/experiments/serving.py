@@ -3,6 +3,7 @@
 A folder that `save` wrote is an ordinary Hugging Face model of its last task. Beside it lie the
 heads of the earlier ones (`head-<task>.safetensors`, without the encoder) and `tasks.json`, which
 names every task with its labels. A run has one for each task, and `final/` for those who use it.
+Where tasks share one head, the model serves all of them, and its labels stand with every task.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, slug
-from holdfast.tasks.kinds import kind_named, kind_of
+from holdfast.tasks.kinds import Kind, kind_named, kind_of
+from holdfast.tasks.kinds.heads import OneHead
 from holdfast.tasks.kinds.pretrained import device, first_line, quiet
 from holdfast.training.manifest import commit, damage, listed
 
@@ -32,31 +34,42 @@ STATE = "holdfast"  # files of this name hold the state of methods, which only l
 
 
 def save(
-    folder: Path, tasks: Sequence[Task], models: Sequence[Any], processor: Any, max_length: int
+    folder: Path,
+    tasks: Sequence[Task],
+    models: Sequence[Any],
+    processor: Any,
+    max_length: int,
+    *,
+    kind: Kind | None = None,
 ) -> None:
     """Write the models of tasks that share one encoder; `commit` or the caller declares it whole.
 
-    max_length: at how many tokens a row is cut.
+    max_length: at how many tokens a row is cut. kind: that of the tasks, as `headed` makes it.
     """
     models[-1].save_pretrained(folder)
     processor.save_pretrained(folder)
-    kind = kind_of(tasks)
+    kind = kind or kind_of(tasks)
+    one = kind if isinstance(kind, OneHead) else None
     for task, model in zip(tasks[:-1] if kind.HEADS else (), models, strict=False):
         kind.save_head(model, folder / HEAD.format(task.name))
-    told = [{"name": t.name, "labels": t.labels, "metric": t.metric, "pairs": t.pairs,
-             "kind": t.kind} for t in tasks]  # fmt: skip
-    body = {"schema": 1, "max_length": max_length, "tasks": told}
+    told = [{"name": t.name, "labels": one.labels[tasks[-1].name] if one else t.labels,
+             "metric": t.metric, "pairs": t.pairs, "kind": t.kind} for t in tasks]  # fmt: skip
+    body = {"schema": 1, "max_length": max_length, **({"one_head": True} if one else {}),
+            "tasks": told}  # fmt: skip
     write_text_atomic(folder / TASKS, json.dumps(body, indent=1, ensure_ascii=False))
 
 
 def models_in(folder: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """Tasks, as `save` noted them, and their models around one encoder, in evaluation mode."""
-    found = described(folder)["tasks"]
+    about = described(folder)
+    found = about["tasks"]
     kind = kind_named(found[-1]["kind"])
     last, size = kind.open_saved(str(folder), found[-1]), len(found[-1]["labels"] or "-")
     if kind.HEADS and last.config.num_labels != size:
         raise Refused(f"a head of {last.config.num_labels} outputs for {size} labels",
                       where=str(folder), remedy="run its sequence again")  # fmt: skip
+    if about.get("one_head"):
+        return found, [last] * len(found)
     before = [kind.with_head(last, t, folder / HEAD.format(t["name"])) for t in found[:-1]]
     return found, [*before, last]
 
@@ -139,6 +152,7 @@ class Served:
     max_length: int
     models: Mapping[str, Any]  # by task; each an ordinary Hugging Face model
     tasks: Mapping[str, Mapping[str, Any]]  # name, labels (None: a regression), metric, pairs
+    one_head: bool = False  # one model for all tasks, whose labels are those of all of them
 
     def predict(
         self,
@@ -236,4 +250,5 @@ def load(run: str | Path) -> Served:
         int(about["max_length"]),
         dict(zip(names, placed, strict=True)),
         dict(zip(names, tasks, strict=True)),
+        bool(about.get("one_head")),
     )

@@ -13,6 +13,9 @@ read what the encoder returned for the task's own loss: no second pass. They are
 Of a head that tags every token, a row's divergence is the mean over its tokens.
 Deviation: the paper's loss is a cross entropy, which differs by the answers' constant entropy.
 
+Where all tasks share one head, the old one is its outputs for the labels before the new task: one
+term, its softmax over these labels. They are trained, by the new task's loss too.
+
 Fit the task's own head first: a random head drives the encoder away from the answers.
 
 **rows="near"** is ours. An old head's answers on rows unlike any of its own task are of no use, and
@@ -40,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from holdfast.engine.batches import Seen, first_rows, rows_in
-from holdfast.engine.head_first import only_layer
+from holdfast.engine.head_first import known_outputs, only_layer
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused, tell_once
 from holdfast.methods.common import answers
@@ -101,10 +104,14 @@ class LwF(Method):
         for task, output in outputs.items():
             logits = _logits(output, view, task)
             found["by task"].setdefault(task, []).append(logits)
-            if task in near:
-                x = _one_a_row(given[task], len(logits))
-                shares = logits.new_ones(len(logits)) if x is None else near[task].shares(x)
-                found["by task"].setdefault(f"{task}/shares", []).append(shares)
+            one_head = known_outputs(view.bound.models[task]) is not None
+            shares = []
+            for each in near if one_head else near.keys() & {task}:
+                x = _one_a_row(given[each], len(logits))
+                shares.append(logits.new_ones(len(logits)) if x is None else near[each].shares(x))
+            if shares:  # near one of the tasks of a head is near
+                most = torch.stack(shares).amax(0)
+                found["by task"].setdefault(f"{task}/shares", []).append(most)
         found["rows"].append(view.rows)
 
     def begin_task(self, view: View) -> None:

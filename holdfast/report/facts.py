@@ -12,6 +12,7 @@ from typing import Any
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
 from holdfast.experiments.record import Record
+from holdfast.experiments.scenario import APART
 from holdfast.experiments.settings import defaults
 from holdfast.experiments.statistics import (
     Difference,
@@ -95,12 +96,13 @@ class GroupFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups that learned the same tasks with the same model."""
+    """Groups that learned the same tasks with the same model in the same scenario."""
 
     model: str
     tasks: list[TaskFacts]
     groups: list[GroupFacts]
     control: str | None
+    scenario: str | None  # of continual learning; None for a single task
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -131,17 +133,21 @@ def run_facts(record: Record, label: str | None = None) -> RunFacts:
 
 
 def comparisons(records: Sequence[Record]) -> list[Comparison]:
-    """Records grouped by what they learned, then by configuration, over seeds.
+    """Records grouped by what they learned, in which scenario, and by configuration, over seeds.
 
     A configuration is a recipe and every setting outside `PER_RUN`. The control is the one for
     which `is_control` holds; of several (one per flat rate), the one with the best new_plus_old
     (for a single task: score) on the selection rows, or on the evaluation rows if only these were
     scored: that favours the control, never the recipe it is compared with.
     """
-    studies: dict[str, list[Record]] = {}
+    studies: dict[tuple[str, str | None], list[Record]] = {}
     for record in records:
-        studies.setdefault(_study_key(record.to_dict()), []).append(record)
-    return [_comparison(group) for group in studies.values()]
+        studies.setdefault((_study_key(record.to_dict()), record.scenario), []).append(record)
+    found = [_comparison(group) for group in studies.values()]
+    for (key, scenario), study in zip(studies, found, strict=True):
+        if others := [str(s) for k, s in studies if k == key and s != scenario]:
+            study.warnings.append(f"Also here, learned as {' and '.join(others)}. {APART}")
+    return found
 
 
 def run_label(body: dict[str, Any]) -> str:
@@ -286,6 +292,7 @@ def _comparison(records: list[Record]) -> Comparison:
         tasks=runs[0].tasks,
         groups=groups,
         control=chosen_label,
+        scenario=records[0].scenario,
         warnings=list(dict.fromkeys(warnings)),
     )
 

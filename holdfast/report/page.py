@@ -16,7 +16,7 @@ from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import Comparison, comparisons
 from holdfast.report.general import general, meaning
-from holdfast.report.sentences import noise_note, study_sentences
+from holdfast.report.sentences import noise_note, scenario_sentence, study_sentences
 from holdfast.report.words import DASH, clean, number, points, short, spread_text
 
 # every metric a record stores, with its sign, for a reader who knows none of them
@@ -72,7 +72,7 @@ def write_report(records: Sequence[Record], path: str | Path, title: str | None 
     """Write the report of one run, or of recipes over seeds, as one self-contained page.
 
     Pictures come first, then the tables, the warnings, and how to repeat each run. Records that
-    learned other tasks or started from another model get a section of their own.
+    learned other tasks, in another scenario, or from another model get a section of their own.
     """
     page = render(records, title)
     target = Path(path)
@@ -138,6 +138,7 @@ def environment() -> Any:
         noise_note=noise_note,
         meaning=meaning,
         sentences=study_sentences,
+        scenario=scenario_sentence,
         rows=_layout,
         command=_command,
         yaml=_yaml,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from holdfast.experiments.scenario import APART, SCENARIOS
 from holdfast.experiments.statistics import noise
 from holdfast.report.facts import Comparison, RunFacts, TaskFacts
 from holdfast.report.words import number, points, short, spread_text
@@ -13,6 +14,14 @@ def noise_note(tasks: list[TaskFacts]) -> str:
     """Why some scores are shown without their noise; empty if none is."""
     bare = list(dict.fromkeys(t.metric for t in tasks if t.final is not None and t.noise is None))
     return f"no noise of {' or '.join(bare)}: it needs the predictions, not kept" if bare else ""
+
+
+def scenario_sentence(scenario: str | None) -> str:
+    """What was asked of the model, and with what its numbers compare; empty for a single task."""
+    if scenario is None:
+        return ""
+    source = "van de Ven et al. 2022"
+    return f"{scenario.capitalize()} ({source}): {SCENARIOS[scenario]}. {APART}"
 
 
 def run_sentences(run: RunFacts) -> list[str]:

@@ -61,6 +61,7 @@ def comparison_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {
                 "model": study.model,
                 "tasks": " > ".join(task.name for task in study.tasks),
+                "scenario": study.scenario,
                 "recipe": group.label,
                 "control": "yes" if group.control else "",
                 "seeds": " ".join(str(seed) for seed in group.seeds if seed is not None),

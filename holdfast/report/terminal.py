@@ -49,7 +49,8 @@ def matrix_table(record: Record) -> Table:
         table.add_row("forgetting", *(number(t.forgetting, sign=True) for t in facts.tasks))
         shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
-        notes = ["mean " + " · ".join(words), "forgetting: positive is worse", *notes]
+        notes = ["mean " + " · ".join(words), "forgetting: positive is worse",
+                 *([str(record.scenario)] if record.scenario else []), *notes]  # fmt: skip
     notes += general_lines(facts)
     table.caption = Text("\n".join(note for note in notes if note))
     table.caption_justify = "left"
@@ -68,7 +69,9 @@ def _comparison(study: Comparison) -> Table:
     from rich.text import Text
 
     order = " → ".join(clean(task.name, width=NAME_WIDTH) for task in study.tasks)
-    table = Table(title=Text(f"{study.model}: {order}"), title_justify="left", title_style="bold")
+    scenario = f" ({study.scenario})" if study.scenario else ""
+    table = Table(title=Text(f"{study.model}: {order}{scenario}"), title_justify="left",
+                  title_style="bold")  # fmt: skip
     single = len(study.tasks) == 1
     table.add_column("recipe")
     heads = ["score"] if single else ["new", "old before", "old after", "forgetting", "new + old"]

@@ -93,7 +93,7 @@ class Plan:
                 raise Refused(f"must be a whole number from {least} on, not {value!r}", where=name)
         if seed + replicates + fresh > SEEDS:
             raise Refused(f"{seed} is too large", where="--seed", remedy=f"below {SEEDS}")
-        for name in ("lr", "alone"):
+        for name in ("lr", "alone", "head"):
             if name in settings:
                 raise Refused("is no setting of a search", where=f"--{name}",
                               remedy="the base rate is searched around --flat")  # fmt: skip
@@ -179,7 +179,8 @@ class Plan:
         from holdfast.tasks.kinds.pretrained import source_hash
 
         settings = self.settings.to_dict()
-        settings = {k: v for k, v in settings.items() if k not in ("lr", "alone", "save_steps")}
+        apart = ("lr", "alone", "head", "save_steps")
+        settings = {k: v for k, v in settings.items() if k not in apart}
         recipe = {k: v for k, v in self.base.to_dict().items() if k != "name"}
         body = {
             "model": self.model,

@@ -20,7 +20,8 @@ def score(
     accuracy: share of equal labels. f1: of class 1 where there are two classes (0 and 1), else
     the unweighted mean over the classes that occur (macro). matthews: Matthews correlation of the
     labels. spearman: rank correlation of the values. `classes` is the task's number of classes,
-    for an evaluation set that lacks some; by default it is read off the labels present.
+    for an evaluation set that lacks some; by default it is read off the labels present. A
+    prediction from there on is a class of other tasks: wrong, and no class of a mean.
 
     Constant predictions (or truth) carry no ranking, and their correlation is 0/0: matthews and
     spearman are 0.0 there, never NaN.
@@ -44,10 +45,11 @@ def score(
     if metric == "f1":
         from sklearn.metrics import f1_score
 
-        present = set(np.unique(wanted).tolist()) | set(np.unique(given).tolist())
-        binary = present <= {0, 1} and classes in (None, 2)
-        average_ = "binary" if binary else "macro"
-        return float(f1_score(wanted, given, average=average_, zero_division=0.0))
+        present = sorted({*np.unique(wanted).tolist(), *np.unique(given).tolist()})
+        if classes == 2 or (classes is None and {*present} <= {0, 1}):
+            return float(f1_score(wanted == 1, given == 1, zero_division=0.0))
+        ours = [c for c in present if classes is None or c < classes]
+        return float(f1_score(wanted, given, labels=ours, average="macro", zero_division=0.0))
     if len(np.unique(wanted)) == 1 or len(np.unique(given)) == 1:
         return 0.0
     if metric == "matthews":

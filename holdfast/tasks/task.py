@@ -80,7 +80,7 @@ class Task:
         return bool(self.train) and self.train[0].pair is not None
 
     def renumbered(self, labels: Sequence[str]) -> Task:
-        """The same task with its label ids in the order of `labels`, which are the same names."""
+        """The same task with its label ids in the order of `labels`, which hold its own."""
         if self.labels is None or tuple(labels) == self.labels:
             return self
         ids = [labels.index(label) for label in self.labels]

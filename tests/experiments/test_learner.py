@@ -172,10 +172,10 @@ def test_a_diverged_run_has_no_score(
     else:
         evaluate = learner.evaluate
 
-        def diverged(model: Any, rows: Any, task: Any, collate: Any) -> float:
+        def diverged(model: Any, rows: Any, task: Any, *args: Any) -> float:
             if task.name == "colour":
                 raise TrainingDiverged("diverged: the outputs are not finite", where=task.name)
-            return evaluate(model, rows, task, collate)
+            return evaluate(model, rows, task, *args)
 
         monkeypatch.setattr(learner, "evaluate", diverged)
     with pytest.raises(Refused, match="colour: diverged"):

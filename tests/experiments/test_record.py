@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from holdfast.errors import Refused
 from holdfast.experiments import record as module
 from holdfast.experiments.record import SCHEMA, Record, commit, scrub, without_secrets
+from holdfast.experiments.scenario import scenario_of
 
 NAMES = st.text(max_size=30)
 NUMBERS = st.none() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
@@ -95,6 +96,31 @@ def test_scores_left_out_are_empty_not_zero() -> None:
     record = Record(tasks=[{"name": "a"}, {"name": "b"}])
     assert record.scores == [[None, None], [None, None]]
     assert record.forgetting is None and record.names == ["a", "b"]
+
+
+def test_a_record_from_before_scenarios_had_names() -> None:
+    """A head each, but for text, where all tasks share the whole model."""
+    body = made().to_dict()
+    del body["scenario"]
+    assert Record.from_dict(body).scenario == "task-incremental"
+    text = [{**task, "kind": "generation", "labels": None} for task in body["tasks"]]
+    assert Record.from_dict({**body, "tasks": text}).scenario == "domain-incremental"
+    assert Record(tasks=[{"name": "a"}]).scenario is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "own_heads", "scenario"),
+    [
+        ([["a", "b"], ["b", "a"]], False, "domain-incremental"),
+        ([["a", "b"], ["b", "a"]], True, "task-incremental"),
+        ([["a", "b"], ["a", "b"], ["b", "c"]], False, "class-incremental"),
+        ([["a", "b"], ["a"]], False, "class-incremental"),
+        ([None, None], False, "domain-incremental"),
+        ([["a", "b"]], False, None),
+    ],
+)
+def test_which_scenario(labels: Any, own_heads: bool, scenario: str | None) -> None:
+    assert scenario_of([{"labels": each} for each in labels], own_heads=own_heads) == scenario
 
 
 def test_what_is_learned_again_is_forgotten() -> None:
@@ -180,6 +206,7 @@ DAMAGE: dict[str, Any] = {
     "seconds": {"seconds": "fast"},
     "rates": {"rates": {"order": ["a"], "multiplier": [1, 2]}},
     "kind": {"kind": "search"},
+    "scenario": {"scenario": "easy"},
     "status": {"status": ["done"]},
     "seed": {"seed": "zero"},
     "recipe": {"recipe": "dps"},

@@ -173,6 +173,25 @@ def test_other_tasks_or_models_are_other_studies() -> None:
     assert len(comparisons([two(0.8, 0.9, 0.7), other, model])) == 3
 
 
+def test_scenarios_never_stand_in_one_table() -> None:
+    """The same tasks, model and recipe: harder, not worse."""
+    one = two(0.8, 0.9, 0.7)
+    other = two(0.6, 0.9, 0.1, scenario="class-incremental")
+    found = comparisons([one, other, two(0.8, 0.9, 0.7, seed=1)])
+    assert [(s.scenario, len(s.runs)) for s in found] == [
+        ("task-incremental", 2),
+        ("class-incremental", 1),
+    ]
+    for each, beside in zip(found, ("class", "task"), strict=True):
+        (said,) = [w for w in each.warnings if "scenario" in w]
+        assert said == (f"Also here, learned as {beside}-incremental. "
+                        "Scores of different scenarios do not compare.")  # fmt: skip
+    (alone,) = comparisons([one])
+    assert not [w for w in alone.warnings if "scenario" in w]
+    single = [record([[0.9]]), record([[0.8]], settings={"head": "shared"}, seed=1)]
+    assert len(comparisons(single)) == 1  # a single task is the same in all of them
+
+
 def test_a_seed_that_ran_again_counts_once() -> None:
     old = two(0.8, 0.9, 0.1, created="2026-01-01T00:00:00+00:00")
     new = two(0.8, 0.9, 0.7, created="2026-01-02T00:00:00+00:00")

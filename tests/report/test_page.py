@@ -198,6 +198,14 @@ def test_other_tasks_get_their_own_section() -> None:
     assert "2 experiments" in page.text and "1. trec6 → snli" in page.text
 
 
+def test_the_scenario_is_named_and_explained() -> None:
+    page = inert(render([two(0.8, 0.9, 0.7, scenario="class-incremental")])).text
+    assert "Class-incremental (van de Ven et al. 2022): one head over the labels of all" in page
+    assert "Scores of different scenarios do not compare." in page
+    assert "Task-incremental" in inert(render([two(0.8, 0.9, 0.7)])).text
+    assert "incremental" not in inert(render([record([[0.9]])])).text
+
+
 def test_credentials_stay_out() -> None:
     leaky = two(0.8, 0.9, 0.7, command=["x", "--token", "hunter2", "db://me:hunter2@host"])
     leaky.settings["storage"] = "db://me:hunter2@host"

@@ -23,6 +23,7 @@ def test_the_table_is_the_matrix() -> None:
         ["noise of the last score", "± 0.020", "± 0.018"],
         ["forgetting", "+0.211", "–"],
     ]
+    assert "task-incremental" in text
     assert "new plus old 1.541" in " ".join(text.split())
 
 

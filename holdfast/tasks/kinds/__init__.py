@@ -83,7 +83,8 @@ class Kind(Protocol):
     def aligned(
         self, measured: Measured, labels: Sequence[str] | None, ours: Sequence[str]
     ) -> Measured:
-        """What was measured with ids in the order of `labels`, with ids in that of `ours`."""
+        """What was measured with ids in the order of `labels`, with ids in that of `ours`, which
+        come first."""
 
     def open_saved(self, folder: str, about: Mapping[str, Any] | None = None) -> Any:
         """A model that `save_pretrained` wrote. about: its task, see `with_head`."""
@@ -127,7 +128,9 @@ def one_kind(tasks: Sequence[Task]) -> str:
     return names[0]
 
 
-def evaluate(model: nn.Module, rows: Sequence[Encoded], task: Task, collate: Any) -> float:
-    """The task's score over encoded rows; draws no random numbers."""
-    kind = kind_named(task.kind)
+def evaluate(
+    model: nn.Module, rows: Sequence[Encoded], task: Task, collate: Any, kind: Kind | None = None
+) -> float:
+    """The task's score over rows that `kind` encoded; draws no random numbers."""
+    kind = kind or kind_named(task.kind)
     return kind.total(task, kind.measure(model, rows, task, collate))

@@ -104,12 +104,14 @@ class Classification(Headed):
         return score(task.metric, measured[:, 0], measured[:, 1], classes=classes)
 
     def aligned(self, measured: Any, labels: Sequence[str] | None, ours: Sequence[str]) -> Any:
-        """What was measured with ids in the order of `labels`, with ids in the order of `ours`."""
-        return (
-            measured
-            if labels is None
-            else np.array([ours.index(n) for n in labels])[measured.astype(int)]
-        )
+        """What was measured with ids in the order of `labels`, with ids in the order of `ours`.
+
+        Labels that are not of `ours` have the ids after them.
+        """
+        if labels is None:
+            return measured
+        every = [*ours, *(n for n in labels if n not in ours)]
+        return np.array([every.index(n) for n in labels])[measured.astype(int)]
 
     def predict(
         self, model: nn.Module, about: Mapping[str, Any], texts: Sequence[str],

@@ -69,6 +69,30 @@ class Headed:
         share_encoder(model, fresh)
         return fresh
 
+    def grow(self, model: Any, labels: Sequence[str], *, seed: int) -> None:
+        """Let `model`'s head have an output for each of `labels`, which begin with its own.
+
+        Weights that it has are kept, bit for bit; those of new labels are drawn.
+        """
+        torch.manual_seed(seed)
+        fresh = self.AUTO.from_config(self._config(model, labels))
+        old = dict(model.named_parameters())
+        for name, made in fresh.named_parameters():
+            kept = old.get(name)
+            if kept is not None and made.shape == kept.shape:
+                continue
+            if kept is None or made.shape[1:] != kept.shape[1:] or len(made) != len(labels):
+                raise Refused(f"{name} of {type(model).__name__} cannot grow by labels",
+                              where="--head", remedy="--head task")  # fmt: skip
+            with torch.no_grad():
+                made[: len(kept)] = kept.cpu()
+            path, _, own = name.rpartition(".")
+            layer: Any = model.get_submodule(path)
+            layer.register_parameter(own, nn.Parameter(made.detach().to(kept.device)))
+            layer.out_features = len(labels)
+        model.config.update(self.head_config(labels))
+        model.num_labels = len(labels)
+
     def _config(self, model: Any, labels: Sequence[str] | None) -> Any:
         return AutoConfig.for_model(**{**model.config.to_dict(), **self.head_config(labels)})
 

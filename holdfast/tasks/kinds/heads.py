@@ -1,0 +1,156 @@
+"""One head for all tasks of a sequence, in place of a head for each.
+
+Its outputs are the labels of all tasks so far, by name and in the order in which they came; one
+model serves every task. `shared`: a task with new labels lets the head grow. What it had stays as
+it is, bit for bit, new outputs are drawn as the model draws a head, and all of it is trained with
+each task. `prototype`: nothing is trained, see `Prototypes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from holdfast.engine.head_first import KNOWN
+from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds import Encoded, Kind, Measured
+from holdfast.tasks.kinds.classification import outputs
+from holdfast.tasks.kinds.packed import Packed, values
+from holdfast.tasks.task import Row, Task
+
+ROWS = "prototype_rows"  # in a model's configuration: the rows that each class's means are of
+NEVER = -1e30  # the logit of a class without rows
+
+
+class OneHead:
+    """A kind whose tasks share one head; all else is as `kind` does it.
+
+    labels: by task, those of the head once it is learned; None for numbers.
+    """
+
+    HEADS: ClassVar[bool] = False
+
+    def __init__(self, kind: Kind, tasks: Sequence[Task]) -> None:
+        self.kind, self.labels = kind, dict[str, tuple[str, ...] | None]()
+        known: dict[str, None] = {}  # in the order of the head's outputs
+        for task in tasks:
+            known |= dict.fromkeys(task.labels or ())
+            self.labels[task.name] = None if task.labels is None else tuple(known)
+        self._every = None if tasks[-1].labels is None else tuple(known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind, name)
+
+    def add_head(self, model: Any, task: Task, *, seed: int) -> nn.Module:
+        """The model itself, its head grown by the task's new labels."""
+        labels, before = self.labels[task.name], int(model.config.num_labels)
+        if labels is not None and len(labels) > before:
+            self.kind.grow(model, labels, seed=seed)  # type: ignore[attr-defined]
+        setattr(model, KNOWN, before)
+        return cast(nn.Module, model)
+
+    def encode(
+        self, rows: Sequence[Row], task: Task, processor: Any, *, max_length: int,
+        config: Any = None,
+    ) -> Packed:  # fmt: skip
+        """As `kind` does, labels as outputs of the head."""
+        made = replace(task, train=tuple(rows), selection=(), evaluation=())
+        made = made.renumbered(self._every or ())
+        return self.kind.encode(made.train, made, processor, max_length=max_length, config=config)
+
+    def measure(
+        self, model: nn.Module, rows: Sequence[Encoded], task: Task, collate: Any
+    ) -> Measured:
+        """As `kind` does, over all outputs of the head; ids are the task's own, others follow."""
+        found = self.kind.measure(model, rows, task, collate)
+        return self.kind.aligned(found, self._every, task.labels or ())
+
+
+class Prototypes(OneHead):
+    """One head without training: means μ_c of the encoder's features z over the rows of a class c,
+
+        p(c|z) ∝ exp(−d(z, c)),   d(z, c) = ‖z − μ_c‖² = ‖z‖² − (2 μ_c·z − ‖μ_c‖²)
+
+    and with `spread` tr Σ_c is added to d, Σ_c their variances (Sehanobish et al. 2022, arXiv
+    2210.13979). As ‖z‖² is the same for all classes, this is the softmax of a linear layer with
+    weight 2 μ_c and bias −‖μ_c‖² − tr Σ_c, which the model's last layer becomes: an ordinary saved
+    model. z are that layer's inputs in evaluation mode; layers of the head below it stay as they
+    were drawn. A class that comes again adds its rows to its means: the order of tasks makes no
+    difference.
+
+    Deviation: the paper also trains the encoder, by −log p(y|z) + λ ‖z − μ_y‖² over episodes, which
+    would move the prototypes of old classes, whose rows are not kept. Here it stays as it is, and
+    classes may differ more in tr Σ_c than in their means: one of little spread (of few rows) then
+    takes most rows, so that `spread` is not the default.
+    """
+
+    def __init__(self, kind: Kind, tasks: Sequence[Task], *, spread: bool = False) -> None:
+        super().__init__(kind, tasks)
+        self.spread = spread
+
+    def fit(self, model: Any, rows: Sequence[Encoded], task: Task, collate: Any) -> None:
+        """Add a task's rows to the means of their classes, in place."""
+        layer, given = _last_layer(model, task), list[torch.Tensor]()
+        handle = layer.register_forward_pre_hook(lambda _, z: given.append(z[0].cpu().double()))
+        truth, size = torch.as_tensor(values(rows, "labels")).long(), layer.out_features
+        sums = torch.zeros(size, layer.in_features + 2, dtype=torch.float64)  # of z, ‖z‖² and 1
+        try:
+            for chosen, _ in outputs(model, rows, collate):
+                z = given.pop()
+                told = torch.cat([z, z.square().sum(1, keepdim=True), torch.ones(len(z), 1)], 1)
+                sums += functional.one_hot(truth[chosen], size).double().T @ told
+        finally:
+            handle.remove()
+        if not bool(sums.isfinite().all()):
+            raise TrainingDiverged("the encoder's features are not finite", where=task.name)
+        before = getattr(model.config, ROWS, [])
+        count = torch.tensor([*before, *[0] * (size - len(before))], dtype=torch.float64)
+        weight, bias = (p.detach().cpu().double() for p in (layer.weight, layer.bias))
+        sums += torch.cat([weight / 2, -bias[:, None], torch.ones(size, 1)], 1) * count[:, None]
+        means, count = sums / sums[:, -1:].clamp(min=1), sums[:, -1]
+        with torch.no_grad():
+            layer.weight.copy_(2 * means[:, :-2])
+            squares = means[:, -2] if self.spread else (layer.weight.cpu() / 2).square().sum(1)
+            layer.bias.copy_(torch.where(count > 0, -squares, NEVER))
+        setattr(model.config, ROWS, count.long().tolist())
+
+
+def _last_layer(model: Any, task: Task) -> nn.Linear:
+    """The linear layer whose outputs are the logits of a row."""
+    below = {*model.base_model.modules()}
+    found = [m for m in model.modules() if m not in below and isinstance(m, nn.Linear)]
+    if not found or found[-1].out_features != model.config.num_labels or found[-1].bias is None:
+        raise Refused(f"the head of {type(model).__name__} does not end in a linear layer with a "
+                      "bias, which prototypes need", where="--head",
+                      remedy=f"take another model, or --head shared ({task.name})")  # fmt: skip
+    return found[-1]
+
+
+def headed(kind: Kind, head: str, tasks: Sequence[Task]) -> Kind:
+    """`kind` with a head for each task, or with one for all; `Refused` where it cannot be."""
+    if head == "task":
+        return kind
+    where = f"--head {head}"
+    if not kind.HEADS:
+        raise Refused(f"tasks of kind {tasks[0].kind} have no heads: they share the whole model",
+                      where=where, remedy="leave it out")  # fmt: skip
+    if not hasattr(kind, "grow"):
+        raise Refused(f"the heads of kind {tasks[0].kind} cannot grow", where=where,
+                      remedy="--head task")  # fmt: skip
+    numbers = [t.name for t in tasks if t.labels is None]
+    if numbers and ("prototype" in head or len(numbers) < len(tasks)):
+        raise Refused(f"numbers have no classes ({', '.join(numbers)})", where=where,
+                      remedy="--head task")  # fmt: skip
+    for task in tasks:
+        first = next(iter(task.train), None)
+        if first is not None and task.labels is not None and not isinstance(first.label, int):
+            raise Refused(f"the rows of {task.name} do not have one class each", where=where,
+                          remedy="--head task")  # fmt: skip
+    if head == "shared":
+        return cast(Kind, OneHead(kind, tasks))
+    return cast(Kind, Prototypes(kind, tasks, spread=head == "variance_prototype"))
