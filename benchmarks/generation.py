@@ -5,7 +5,9 @@
 SNLI's premise → a sentence that follows from it, then QNLI's sentence → a question that it answers.
 No pre-trained language model can be had offline, so a small one (a decoder of 2.6M parameters, or a
 T5 of 3.1M) is first trained here on texts of other tasks: numbers are its, and of no real model.
-Tables show negative log-likelihood per answer token, in nats. The same command goes on with --runs.
+Tables show negative log-likelihood per answer token, in nats; of sentences of other tasks (the
+reference, rows that were not trained on) before and after both tasks; and KL(base ‖ end) on the
+second task. An encoder-decoder scores no reference. The same command goes on with --runs.
 """
 
 from __future__ import annotations
@@ -71,6 +73,15 @@ def task(name: str, folder: Path) -> Path:
         (home / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (home / "meta.json").write_text(json.dumps({"kind": "generation", "task": name}))
     return home
+
+
+def reference(folder: Path) -> Path:
+    """Running text like that of pre-training: evaluation rows of its tasks."""
+    file = folder / "reference.txt"
+    texts = [r[k] for name in TEXTS for r in list(rows(name, "validation"))[:100]
+             for k in ("text", "sentence1") if k in r]  # fmt: skip
+    file.write_text("\n".join(texts))
+    return file
 
 
 def pretrain(kind: str, home: Path, steps: int) -> Path:
@@ -144,9 +155,11 @@ def main() -> None:
     home = chosen.runs / f"{chosen.model}-{chosen.steps}-runs"
     recipes = {arm: (ARMS[arm][0], {"lr": ARMS[arm][1]}) for arm in chosen.arms}
     records = compare(str(source), tasks, recipes, seeds=range(chosen.seeds), out=home,
-                      workers=chosen.workers, **SETTINGS)  # fmt: skip
+                      workers=chosen.workers, reference=reference(chosen.runs),
+                      **SETTINGS)  # fmt: skip
     labels = [arm for arm in recipes for _ in range(chosen.seeds)]
-    found = [{"arm": arm, "seed": r.seed, "scores": r.scores, "seconds": r.seconds}
+    found = [{"arm": arm, "seed": r.seed, "scores": r.scores, "seconds": r.seconds,
+              "general": r.general}
              for arm, r in zip(labels, records, strict=True)]  # fmt: skip
     save(chosen.json, {"model": chosen.model, "steps": chosen.steps, "runs": found}, _table(found))
 
@@ -158,8 +171,13 @@ def _table(found: list[dict[str, Any]]) -> str:
         lost = [[[-math.log(v) if v else 0.0 for v in row] for row in scores] for scores in runs]
         columns = [[s[0][0] for s in lost], [s[1][0] for s in lost], [s[1][1] for s in lost],
                    [(s[1][0] + s[1][1]) / 2 for s in lost]]  # fmt: skip
-        lines.append([arm, len(lost), *(_spread(c) for c in columns)])
-    heads = ["arm", "seeds", "old before", "old after", "new", "mean at the end"]
+        general = [run["general"] for run in found if run["arm"] == arm]
+        ends = [g["after"][[*TASKS][-1]] for g in general]
+        for measure, all_of in (("nll", [[g["base"] for g in general], ends]), ("kl", [ends])):
+            columns += [[e[measure] for e in each] if measure in each[0] else [] for each in all_of]
+        lines.append([arm, len(lost), *(_spread(c) if c else "–" for c in columns)])
+    heads = ["arm", "seeds", "old before", "old after", "new", "mean at the end",
+             "reference before", "reference after", "KL"]  # fmt: skip
     return markdown(heads, lines)
 
 

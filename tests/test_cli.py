@@ -61,7 +61,7 @@ OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
         --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
-    "compare": f"--tasks --recipes --flat --seeds --workers {TRAINING}",
+    "compare": f"--tasks --recipes --flat --seeds --workers --reference --lm-eval {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",

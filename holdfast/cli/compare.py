@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from holdfast.cli.options import RECIPE_HELP, add_settings, add_tasks, asked_tasks, given, show
+from holdfast.cli.options import (
+    RECIPE_HELP,
+    add_probe,
+    add_settings,
+    add_tasks,
+    asked_tasks,
+    given,
+    show,
+)
 from holdfast.errors import Refused
 
 ABOUT = "run several recipes over several seeds"
@@ -27,6 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--workers", type=int, default=1, help="processes of one thread each")
     add_settings(parser, without=["alone"])
+    add_probe(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -49,7 +58,8 @@ def run(chosen: argparse.Namespace) -> None:
         recipes[label] = (Recipe.named("plain"), {"lr": rate})
     records = compare(
         chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
-        workers=chosen.workers, **given(chosen),
+        workers=chosen.workers, reference=chosen.reference, lm_eval=chosen.lm_eval,
+        **given(chosen),
     )  # fmt: skip
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)

@@ -28,13 +28,16 @@ def compare(
     out: str | Path,
     workers: int = 1,
     progress: bool = True,
+    reference: str | Path | None = None,
+    lm_eval: Sequence[str] = (),
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
-    Returns the records by label, then by seed.
+    reference, lm_eval: general ability, as `run_sequence` measures it. Returns the records by
+    label, then by seed.
     """
     check_workers(workers)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -51,6 +54,8 @@ def compare(
             "out": folders[label] / f"seed-{seed}",
             "label": f"{label} · seed {seed}",
             "progress": progress,
+            "reference": reference,
+            "lm_eval": lm_eval,
             **settings,
             **own,
         }
