@@ -77,25 +77,55 @@ class History(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """One progress bar a task; without a terminal it is written once a minute."""
+    """One progress bar a task; without a terminal it is written once a minute.
 
-    def __init__(self, label: str, task: str, place: int = 0, size: int = 1) -> None:
+    later: steps of the tasks after this one; if there are some, the time left to all is told.
+    """
+
+    def __init__(
+        self, label: str, task: str, place: int = 0, size: int = 1, *, later: int = 0
+    ) -> None:
         name = f"{task} ({place + 1} of {size})" if size > 1 else task
-        self.label = f"{label} · {name}" if label else name
+        self.label, self.later = f"{label} · {name}" if label else name, later
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
-            leave=False, dynamic_ncols=True, position=BAR_LINE,
-            mininterval=0.1 if sys.stderr.isatty() else 60.0,
-        )  # fmt: skip
+        self.bar = drawn(state.max_steps, self.label, unit="step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            told, rate = {"loss": f"{logs['loss']:.3f}"}, self.bar.format_dict["rate"]
+            if self.later and rate:
+                steps = state.max_steps - state.global_step + self.later
+                told["all tasks"] = f"{tqdm.format_interval(steps / rate)} left"
+            self.bar.set_postfix(told, refresh=False)  # drawn when the bar is
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+
+class Counting:
+    """A collator that moves a bar by the rows of each batch; else it is `collate`."""
+
+    def __init__(self, collate: Any, bar: Any) -> None:
+        self.collate, self.bar = collate, bar
+
+    def __call__(self, rows: Any, *more: Any) -> Any:
+        self.bar.update(len(rows))
+        return self.collate(rows, *more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.collate, name)
+
+
+def drawn(total: int, label: str, *, unit: str, initial: int = 0, late: bool = False) -> Any:
+    """A bar, drawn ten times a second, or without a terminal once a minute; `late` ones not before
+    a second, or that minute, is over."""
+    shown = sys.stderr.isatty()
+    often, first = (0.1, 1.0) if shown else (60.0, 60.0)
+    return tqdm(
+        total=total, initial=initial, desc=label, unit=unit, leave=False, dynamic_ncols=True,
+        position=BAR_LINE, mininterval=often, delay=first if late else 0.0,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 from holdfast.engine.bound import Bound
 from holdfast.engine.lora import folded
 from holdfast.errors import Refused, TrainingDiverged, tell_once
-from holdfast.experiments.callbacks import Bar, HeadNoted, History
+from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, History, drawn
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.mix import mixed
 from holdfast.experiments.record import Record
@@ -78,7 +78,10 @@ class Learner:
         self._callbacks = callbacks or (
             lambda _, i: [
                 History(self, i),
-                *(Bar(name, tasks[i].name, i, len(tasks)) for name in shown),
+                *(
+                    Bar(name, tasks[i].name, i, len(tasks), later=self._steps_after(i))
+                    for name in shown
+                ),
             ]
         )
         self.kind = headed(kind_of(tasks), plan.head, tasks)
@@ -299,6 +302,11 @@ class Learner:
 
         return self.loaded.untrained((index, seed), make, before) if self.loaded else make()
 
+    def _steps_after(self, index: int) -> int:
+        """About how many steps the tasks after this one will make."""
+        rows = [len(task.train) for task in self.tasks[index + 1 :]]
+        return round(sum(map(self.plan.steps, rows)) * self.plan.epochs)
+
     def steps_before(self, index: int) -> int:
         """Steps made in the tasks before this one."""
         return sum(n or 0 for n in self.record.steps[:index])
@@ -308,12 +316,20 @@ class Learner:
         model, rows = self.models[index], self.rows(index, split)
         # Evenly spaced: the first rows of a file sorted by label are all of one class.
         rows = rows[:: max(1, len(rows) // (most or len(rows) or 1))]
-        autocast = model.__dict__.pop("forward", None)
+        autocast, bar, collate = model.__dict__.pop("forward", None), None, self.collate
+        if self.bar is not None and most is None:
+            label = f"{self.bar} · " if self.bar else ""
+            bar = drawn(
+                len(rows), f"{label}{self.tasks[index].name}, scored", unit="row", late=True
+            )
+            collate = Counting(collate, bar)
         device = next(model.parameters()).device.type
         try:
             with torch.autocast(device, torch.bfloat16, enabled=self.plan.bf16_eval):
-                return evaluate(model, rows, self.tasks[index], self.collate, self.kind)
+                return evaluate(model, rows, self.tasks[index], collate, self.kind)
         finally:
+            if bar is not None:
+                bar.close()
             if autocast is not None:
                 model.forward = autocast
 

@@ -72,12 +72,15 @@ class Settings(Checked):
     def where(cls, name: str) -> str:
         return "--" + name.replace("_", "-")
 
+    def steps(self, rows: int) -> int:
+        """Steps of an epoch over so many rows."""
+        return math.ceil(rows / (self.batch_size * self.accumulation))
+
     def arguments(self, out: Path, *, seed: int, rows: int) -> TrainingArguments:
         """What Trainer is told about a task of so many rows, its checkpoints in `out`."""
         import torch
         from transformers import TrainingArguments
 
-        steps = math.ceil(rows / (self.batch_size * self.accumulation))
         saving = {None: "epoch", 0: "no"}.get(self.save_steps, "steps")
         return TrainingArguments(
             output_dir=str(out),
@@ -96,7 +99,7 @@ class Settings(Checked):
             save_steps=self.save_steps or 500,
             save_total_limit=2,
             logging_strategy="steps",
-            logging_steps=min(10, steps),  # at least once an epoch
+            logging_steps=min(10, self.steps(rows)),  # at least once an epoch
             use_cpu=not torch.accelerator.is_available(),
             report_to="none",
             disable_tqdm=True,

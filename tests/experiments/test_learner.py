@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
 import pytest
 import torch
 from sequences import SETTINGS, files, forbid, run
+from transformers import TrainerCallback
 
 from holdfast import Recipe, Refused, Replay, run_sequence
 from holdfast.engine.bound import Bound
 from holdfast.errors import TrainingDiverged, tell_once
-from holdfast.experiments import learner
+from holdfast.experiments import callbacks, learner
 from holdfast.experiments.record import Record
 from holdfast.training import checkpoints
 
@@ -201,3 +203,48 @@ def test_steps_that_were_skipped_are_told(
     record = run(place, tmp_path, ("mood",), "plain", epochs=1.0)
     assert record.skipped_steps == [1]
     assert record.warnings == ["mood: 1 steps skipped for non-finite gradients."]
+
+
+def test_a_bar_tells_the_time_left_to_all_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps a second, 5 left of this task and 90 of later ones: 47.5 seconds."""
+    told: dict[str, str] = {}
+
+    class Drawn:
+        n, format_dict = 0, {"rate": 2.0}
+
+        def update(self, steps: int) -> None:
+            self.n += steps
+
+        def set_postfix(self, said: dict[str, str], *, refresh: bool) -> None:
+            assert not refresh  # without a terminal that would be a line for every log
+            told.update(said)
+
+    monkeypatch.setattr(callbacks, "drawn", lambda *_, **__: Drawn())
+    bar, state = callbacks.Bar("", "one", 0, 2, later=90), SimpleNamespace(max_steps=10)
+    state.global_step = 0
+    bar.on_train_begin(None, state, None)
+    state.global_step = 5
+    bar.on_step_end(None, state, None)
+    bar.on_log(None, state, None, logs={"loss": 0.25})
+    assert told == {"loss": "0.250", "all tasks": "00:47 left"} and bar.bar.n == 5
+
+
+def test_every_row_that_is_scored_moves_its_bar(place: Path, monkeypatch: pytest.MonkeyPatch,
+                                                tmp_path: Path) -> None:  # fmt: skip
+    moved: dict[str, int] = {}
+
+    class Drawn:
+        def __init__(self, total: int, label: str, **_: Any) -> None:
+            self.label, self.total = label, total
+            moved[label] = 0
+
+        def update(self, rows: int) -> None:
+            moved[self.label] += rows
+
+        def close(self) -> None:
+            assert moved[self.label] == self.total
+
+    monkeypatch.setattr(learner, "drawn", Drawn)
+    monkeypatch.setattr(learner, "Bar", lambda *_, **__: TrainerCallback())
+    run(place, tmp_path, topics=(next(iter(models.TOPICS)),), recipe="plain", progress=True)
+    assert len(moved) == 1 and min(moved.values()) > 0
