@@ -121,7 +121,7 @@ def pretrain(kind: str, home: Path, steps: int) -> Path:
         batch = blocks[torch.randint(len(blocks), (ROWS,), generator=draws)]
         half = BLOCK // 2  # an encoder-decoder reads the first half and writes the second
         inputs = {"input_ids": batch, "labels": batch} if kind == "decoder" else {
-            "input_ids": batch[:, :half], "labels": batch[:, half:]}  # fmt: skip
+            "input_ids": batch[:, :half], "labels": batch[:, half:].contiguous()}  # fmt: skip
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**inputs).loss
         loss.backward()
