@@ -48,27 +48,6 @@ def test_tasks_of_orthogonal_inputs_both_keep_their_outputs(bias: bool) -> None:
         torch.testing.assert_close(outputs(model, x), before, rtol=1e-5, atol=1e-5)
 
 
-class Branches(nn.Module):
-    """A layer for inputs that begin above 0, and another for those below."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(4, 3), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.up(x) if x[0, 0] > 0 else self.down(x)
-        return y
-
-
-def test_a_layer_moves_only_for_tasks_that_call_it() -> None:
-    """Each task calls a layer of its own: both keep it as it learned it, to the bit."""
-    torch.manual_seed(0)
-    model, x = Net(Branches()), torch.rand(20, 4)
-    _, start, end = learn(Merge(), model, [batches(7, x=x), batches(7, x=-x)])
-    for name, w in model.encoder.named_parameters(prefix="encoder"):
-        assert torch.equal(w.detach(), (start if "up" in name else end)[1][name])
-
-
 def test_layers_that_cannot_be_measured_are_told(caplog: pytest.LogCaptureFixture) -> None:
     tell_once.cache_clear()
 
