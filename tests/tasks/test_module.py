@@ -13,6 +13,7 @@ import torch
 
 from holdfast import Refused, load, run_sequence
 from holdfast.cli import main
+from holdfast.experiments.mix import general
 from holdfast.experiments.record import Record
 from holdfast.tasks import load_task, program
 from holdfast.tasks.kinds import evaluate, kind_named
@@ -151,6 +152,23 @@ def test_a_strangers_file_is_not_run(net: Path, tmp_path: Path, capsys: Any) -> 
         assert not any(stranger.rglob("ran")) and not ran.exists()
     words = ["export", str(stranger), "--task", "first-one", "--out", str(tmp_path / "out")]
     assert main([*words, "--trust-code"]) == 0 and (tmp_path / "out" / "module.py").is_file()
+
+
+def test_a_record_of_another_kind_runs_no_file(net: Path, tmp_path: Path, capsys: Any) -> None:
+    """What would be read decides, not the kind that a stranger's record tells."""
+    learned(net, tmp_path / "run", "First One")
+    record = tmp_path / "run" / "record.json"
+    body = json.loads(record.read_text())
+    (tmp_path / "more.py").write_text(FILE)
+    for task in body["tasks"]:
+        task |= {"kind": "classification", "source": f"{tmp_path / 'more.py'}:second"}
+    record.write_text(json.dumps(body))
+    net.with_name("ran").unlink()
+    assert main(["check", str(tmp_path / "run"), str(tmp_path / "run")]) == 2
+    assert "--trust-code" in capsys.readouterr().err
+    with pytest.raises(Refused, match="is a Python file"):
+        general(f"{tmp_path / 'more.py'}:0.5")
+    assert not net.with_name("ran").exists()
 
 
 def test_the_file_that_was_named_is_taken_and_its_network_must_fit(
