@@ -140,7 +140,9 @@ class FromModel:
 
     def begin(self, learner: Learner) -> None:
         """Remember the old task, and score it as it is."""
-        learner.remember([learner.kind.open_saved(self.source)])
+        from holdfast.experiments.sequence import describe
+
+        learner.remember([learner.kind.open_saved(self.source, describe(learner.tasks[0]))])
         learner.note(0, steps=0, skipped=0)
 
 

@@ -132,6 +132,33 @@ def test_going_on_is_one_run_and_all_tasks_are_served(net: Path, tmp_path: Path)
     assert right == pytest.approx(whole.scores[1][0])
 
 
+def test_numbers_a_row_are_float32_in_a_batch(net: Path) -> None:
+    net.write_text(FILE.replace('"labels": (x', '"y": x[:, 1], "labels": (x'))
+    task = load_task(f"{net}:second")
+    batch = KIND.collator(KIND.load_processor(str(net)))(
+        KIND.encode(task.train, task, None, max_length=1)[:4]
+    )
+    assert {name: str(v.dtype) for name, v in batch.items()} == {
+        "x": "torch.float32", "y": "torch.float32", "labels": "torch.int64",
+    }  # fmt: skip
+
+
+def test_a_run_is_judged_and_its_model_is_gone_on_from(
+    net: Path, tmp_path: Path, capsys: Any
+) -> None:
+    learned(net, tmp_path / "one", "First One")
+    told = {"recipe": "ewc", "from_run": tmp_path / "one" / "final", "old_task": f"{net}:First One"}
+    more = run_sequence(None, [f"{net}:second"], out=tmp_path / "two", **told, **SHORT)
+    assert more.scores[0][0] == Record.load(tmp_path / "one").scores[0][0]
+    assert (
+        main(["check", str(tmp_path / "one"), str(tmp_path / "two"), "--max-forgetting", "1"]) == 0
+    )
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    words = ["predict", str(tmp_path / "one"), str(tmp_path / "rows.jsonl"), "--task", "first-one"]
+    assert main([*words, "--out", str(tmp_path / "out.csv")]) == 2
+    assert "rows of arrays" in capsys.readouterr().err
+
+
 def test_a_strangers_file_is_not_run(net: Path, tmp_path: Path, capsys: Any) -> None:
     """Neither the copy in a run, nor a file that its record names; trusted or named, both are."""
     learned(net, tmp_path / "run", "First One")
