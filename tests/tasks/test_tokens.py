@@ -203,6 +203,14 @@ def test_a_word_of_which_the_tokenizer_leaves_nothing_moves_no_tag() -> None:
     assert said[0].label == (Span(6, 10, "LOC"),)
 
 
+def test_texts_without_a_word_have_no_entity() -> None:
+    """Also by a decoder, whose tokenizer begins and ends no text."""
+    words, made = models.tokenizer(template=False), model()
+    found = kind_named("tokens").predict(made, {"labels": TAGS}, ["", " "], None, words,
+                                         max_length=16, batch=2)  # fmt: skip
+    assert [each.label for each in found] == [(), ()]
+
+
 def test_what_is_predicted_lies_in_the_text() -> None:
     kind, words, made = kind_named("tokens"), pieces(), model()
     texts = ["the city, who?", "", "river"]

@@ -102,7 +102,8 @@ class Tokens(Headed):
     ) -> list[Prediction]:  # fmt: skip
         """The entities of each text, or its words if tags are not BIO, as `Span`s of characters."""
         words = [words_in(text) for text in texts]
-        made = _split(tokenizer, [[w for w, _, _ in each] or [""] for each in words], max_length)
+        # A text without a word is read as a sign: some tokenizers would make no token of it.
+        made = _split(tokenizer, [[w for w, _, _ in each] or ["?"] for each in words], max_length)
         rows = [{k: v[i] for k, v in made.items()} for i in range(len(texts))]
         found: list[Any] = [None] * len(texts)
         for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
