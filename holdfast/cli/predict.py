@@ -46,6 +46,10 @@ def run(chosen: argparse.Namespace) -> None:
                       remedy="rename that column in the file")  # fmt: skip
     served = load(chosen.run_folder)
     about = served.tasks[served.named(chosen.task)]
+    if about["kind"] == "module":
+        raise Refused("answers rows of arrays, which no file here holds", where=chosen.task,
+                      remedy=f"in Python: holdfast.load({str(chosen.run_folder)!r}).predict("
+                      f"{chosen.task!r}, rows)")  # fmt: skip
     if about["kind"] == "images":
         texts, pairs, kept, cut = _files(chosen)
     else:
@@ -71,7 +75,9 @@ def run(chosen: argparse.Namespace) -> None:
     clipped = f", {cut:,} of them cut at 20,000 characters" if cut else ""
     if served.one_head and about["labels"]:
         clipped += f", each one of all {len(about['labels'])} labels of the tasks' one head"
-    print(f"{chosen.out}: {len(rows):,} rows{clipped}; texts are cut at {served.max_length} tokens")
+    if about["kind"] != "images":
+        clipped += f"; texts are cut at {served.max_length} tokens"
+    print(f"{chosen.out}: {len(rows):,} rows{clipped}")
 
 
 def _files(chosen: argparse.Namespace) -> tuple[list[str], None, list[dict[str, Any]], int]:

@@ -79,9 +79,10 @@ def _answers(served: Served, task: Task) -> Measured:
         raise Refused(f"its {task.name} is another task", where=str(served.folder),
                       remedy="compare runs on the same tasks")  # fmt: skip
     theirs = task.renumbered(labels) if labels else task
+    model = served.models[task.name]
     rows = kind.encode(theirs.evaluation, theirs, served.processor, max_length=served.max_length,
-                       config=served.models[task.name].config)  # fmt: skip
-    found = kind.measure(served.models[task.name], rows, theirs, kind.collator(served.processor))
+                       config=getattr(model, "config", None))  # fmt: skip
+    found = kind.measure(model, rows, theirs, kind.collator(served.processor))
     return kind.aligned(found, about["labels"], ours)
 
 

@@ -21,6 +21,7 @@ from holdfast.errors import Refused
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import Kind, kind_of
 from holdfast.tasks.kinds.generation import check_running
+from holdfast.tasks.spec import parse
 
 if TYPE_CHECKING:
     from holdfast.experiments.learner import Learner
@@ -36,6 +37,9 @@ def general(mix: str) -> tuple[Task, float]:
     if not file or not 0 < share < 1:
         raise Refused(f"{mix!r} is no file and share below 1", where="--mix",
                       remedy="as general.txt:0.05")  # fmt: skip
+    if parse(file).kind == "module":  # which would be run; a setting may be a stranger's
+        raise Refused(f"{file} is a Python file, and no task of text", where="--mix",
+                      remedy="name running text, or prompts and answers")  # fmt: skip
     return load_task(file, selection=0), share
 
 

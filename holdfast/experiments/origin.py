@@ -14,6 +14,7 @@ from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
 from holdfast.tasks.kinds import kind_named
 from holdfast.tasks.program import parted, trusted
+from holdfast.tasks.spec import parse
 from holdfast.training.manifest import MANIFEST, damage, identity, listed
 
 if TYPE_CHECKING:
@@ -139,7 +140,9 @@ class FromModel:
 
     def begin(self, learner: Learner) -> None:
         """Remember the old task, and score it as it is."""
-        learner.remember([learner.kind.open_saved(self.source)])
+        from holdfast.experiments.sequence import describe
+
+        learner.remember([learner.kind.open_saved(self.source, describe(learner.tasks[0]))])
         learner.note(0, steps=0, skipped=0)
 
 
@@ -174,7 +177,8 @@ def recipe_of(origin: Origin, recipe: Recipe | str | None) -> Recipe:
 def again(told: Mapping[str, Any]) -> Task:
     """A task as the record describes it; `Refused` where its rows are gone or changed."""
     remedy = "bring its rows back, or say --without-old-rows: it will not be tested again"
-    if told.get("kind") == "module" and not trusted(parted(told["source"].partition("?")[0])[0]):
+    asked = parse(told["source"])  # what would be read, whatever kind the record tells
+    if asked.kind == "module" and not trusted(parted(asked.place)[0]):
         raise Refused("its Python file would be run, and was not named", where=told["source"],
                       remedy="look at it, then say --trust-code")  # fmt: skip
     try:

@@ -225,7 +225,7 @@ class Job:
 def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: str | None) -> None:
     """Refuse what a choice of head does not go with."""
     where = f"--head {plan.head}"
-    if "prototype" in plan.head and (recipe.methods or recipe.head_first):
+    if "prototype" in plan.head and recipe.to_dict() != Recipe(name=recipe.name).to_dict():
         raise Refused(f"trains nothing, and the recipe {recipe.name} would not be at work",
                       where=where, remedy="--recipe plain")  # fmt: skip
     if plan.alone and scenario == "class-incremental":

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from holdfast.config import Share, count, exactly
-from holdfast.engine.batches import Seen, rows_in, rows_of
+from holdfast.engine.batches import LABELS, Seen, rows_in, rows_of
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.ops import distributed
@@ -134,4 +134,10 @@ def _trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return batch
     width = mask.shape[1]
     used = int(mask.bool().any(0).nonzero().max()) + 1
-    return {k: t[:, :used] if t.ndim > 1 and t.shape[1] == width else t for k, t in batch.items()}
+
+    def tokens(key: str, t: Tensor) -> bool:
+        # Labels that are yes or no each, (rows, labels), may be as many as there are tokens.
+        several = key in LABELS and t.is_floating_point()
+        return t.ndim > 1 and t.shape[1] == width and not several
+
+    return {k: t[:, :used].contiguous() if tokens(k, t) else t for k, t in batch.items()}

@@ -93,8 +93,8 @@ class Watch:
 
 
 def constant_score(metric: str, labels: Sequence[Any], classes: int | None) -> float:
-    """The best score that one answer for all rows can get; 0 for a regression, and for text."""
-    if classes is None:
+    """The best score that one class for all rows can get; 0 where rows have no single class."""
+    if classes is None or not all(isinstance(label, int) for label in labels):
         return 0.0
     return max(score(metric, labels, [c] * len(labels), classes=classes) for c in set(labels))
 

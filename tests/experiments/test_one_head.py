@@ -15,7 +15,7 @@ from test_going_on import TOPICS, go_on, last_home, without_history
 from test_recovery import stop_at
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from holdfast import EWC, Recipe, Refused, load, load_task, run_sequence
+from holdfast import EWC, LoRA, Merge, Recipe, Refused, load, load_task, run_sequence
 from holdfast.cli import main
 from holdfast.experiments import gate, learner, serving
 from holdfast.experiments.record import Record
@@ -52,7 +52,12 @@ def together(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("recipe", ["default", RECIPE], ids=["default", "together"])
+ADAPTED = Recipe(lora=LoRA(rank=2), methods=[Merge()], name="adapted")
+
+
+@pytest.mark.parametrize(
+    "recipe", ["default", RECIPE, ADAPTED], ids=["default", "together", "adapted"]
+)
 def test_three_commands_on_three_days_are_one_command(
     recipe: Any, place: Path, tmp_path: Path
 ) -> None:
@@ -209,8 +214,9 @@ def test_what_does_not_go_with_one_head_is_refused(place: Path, tmp_path: Path) 
     for head in ("shared", "prototype"):
         with pytest.raises(Refused, match=f"--head {head}: numbers have no classes"):
             sequence(place, out, "mood", Path(f"{numbers}?type=regression"), head=head)
-    with pytest.raises(Refused, match=r"--head prototype: trains nothing, .* --recipe plain"):
-        sequence(place, out, "mood", "colour", head="prototype", recipe="ewc")
+    for recipe in ("ewc", "bertcl", Recipe(lora=LoRA())):
+        with pytest.raises(Refused, match=r"--head prototype: trains nothing, .* --recipe plain"):
+            sequence(place, out, "mood", "colour", head="prototype", recipe=recipe)
     with pytest.raises(Refused, match="--alone: a task alone has other labels than the head"):
         sequence(place, out, "mood", "colour", head="shared", alone=True)
     text = tmp_path / "t.jsonl"

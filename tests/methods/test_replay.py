@@ -196,6 +196,14 @@ def test_short_rows_are_padded_and_cut_again() -> None:
     assert _trim(left)["x"].tolist() == [[7, 8, 9]]
 
 
+def test_several_labels_as_many_as_tokens_stay_whole() -> None:
+    mask = torch.tensor([[1, 1, 0, 0]] * 2)
+    tags, several = torch.arange(8).reshape(2, 4), torch.ones(2, 4)
+    cut = _trim({"attention_mask": mask, "labels": tags})
+    assert cut["labels"].tolist() == [[0, 1], [4, 5]] and cut["labels"].is_contiguous()
+    assert torch.equal(_trim({"attention_mask": mask, "labels": several})["labels"], several)
+
+
 def test_replay_without_its_batch_is_refused_not_silent() -> None:
     bound, _ = second_task(Replay(memory=9))
     with pytest.raises(Refused, match=r"penalty\(batch"):

@@ -82,6 +82,8 @@ def test_the_score_of_one_answer() -> None:
     assert constant_score("f1", labels, 2) == pytest.approx(0.4)
     assert constant_score("matthews", labels, 2) == 0
     assert constant_score("spearman", [0.1, 0.2, 3.0], None) == 0
+    assert constant_score("entity_f1", [(0, 1, 2), (0,)], 3) == 0  # tags
+    assert constant_score("accuracy", [(0, 1), ()], 2) == 0  # several labels a row
 
 
 def test_values_of_both_objectives() -> None:

@@ -21,10 +21,10 @@ from transformers import (
     RobertaConfig,
 )
 
-from holdfast import HeadFirst, LwF, Recipe, Refused
+from holdfast import HeadFirst, LoRA, LwF, Recipe, Refused
 from holdfast.engine.head_first import KNOWN
 from holdfast.tasks import Row, Task
-from holdfast.tasks.kinds import evaluate, generation
+from holdfast.tasks.kinds import evaluate, generation, kind_named
 from holdfast.tasks.kinds.classification import KIND
 from holdfast.tasks.kinds.heads import OneHead, Prototypes, headed
 from holdfast.tasks.scores import score
@@ -100,6 +100,28 @@ def test_what_a_head_has_is_kept_bit_for_bit(kind: str, tmp_path: Path) -> None:
     wanted = model(**inputs, labels=torch.tensor([3] * len(WORDS)))
     assert wanted.logits.shape == (len(WORDS), 4)
     assert torch.equal(loaded(**inputs).logits, wanted.logits)
+
+
+def test_a_head_grows_above_adapters() -> None:
+    plain, adapted = bert(seed=3), LoRA(rank=2).prepare(bert(seed=3))
+    before = {name: p for name, p in adapted.named_parameters() if name.startswith("bert.")}
+    for model in (plain, adapted):
+        KIND.grow(model, ("no", "yes", "maybe"), seed=7)
+    assert torch.equal(adapted.classifier.weight, plain.classifier.weight)
+    assert all(p is before[n] for n, p in adapted.named_parameters() if n.startswith("bert."))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_head_of_another_kind_is_no_head_of_tags(size: int, tmp_path: Path) -> None:
+    """Both are called `classifier`: it is dropped, whether it would fit or not."""
+    tags: Any = kind_named("tokens")
+    saved = bert(num_labels=size, id2label={i: f"{i}" for i in range(size)}, seed=3)
+    saved.save_pretrained(tmp_path)
+    made = tags.load_model(str(tmp_path), task("tags", ("O", "X"), "OXOXOX"), seed=5)
+    assert not torch.equal(made.classifier.weight[:2], saved.classifier.weight[:2])
+    assert torch.equal(made.base_model.embeddings.word_embeddings.weight,
+                       saved.base_model.embeddings.word_embeddings.weight)  # fmt: skip
+    assert "dropped" in str(tags.dropped(str(tmp_path)))
 
 
 def test_a_head_grows_only_by_new_labels() -> None:

@@ -17,6 +17,7 @@ from sklearn.datasets import load_digits
 from holdfast import Refused, load, run_sequence
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import evaluate, kind_named
+from holdfast.tasks.kinds.images import _resized
 
 KIND = kind_named("images")
 
@@ -103,6 +104,25 @@ def test_a_batch_is_what_the_models_own_processor_makes(tmp_path: Path, vit: Pat
     assert torch.equal(batch["pixel_values"], whole)
     assert batch["labels"].tolist() == [row.label for row in task.train]
     assert rows.nbytes == len(rows) * (8 * 8 * 3 + 8)
+
+
+def test_pictures_stand_upright_and_have_16_bits_at_most(tmp_path: Path, vit: Path) -> None:
+    """One picture lying down with its turn told, and with 16 bits; broken bytes are refused."""
+    digit = load_digits().images[7]
+    plain = Image.fromarray((digit * 15.9).astype(np.uint8))
+    turned = plain.transpose(Image.Transpose.ROTATE_90)
+    told = turned.getexif()
+    told[0x0112] = 6  # to be turned clockwise
+    plain.save(tmp_path / "a.png")
+    turned.save(tmp_path / "b.png", exif=told)
+    Image.fromarray((digit * 15.9).astype(np.uint16) * 256 + 99).save(tmp_path / "c.png")
+    processor = KIND.load_processor(str(vit))
+    one, two, three = _resized([tmp_path / f"{n}.png" for n in "abc"], processor, "RGB")
+    assert one.std() > 10 and np.array_equal(two, one) and np.array_equal(three, one)
+    broken = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "d.png").write_bytes(broken[:40] + b"x" * 20 + broken[60:])
+    with pytest.raises(Refused, match="no picture that can be read"):
+        _resized([tmp_path / "d.png"], processor, "RGB")
 
 
 def test_scores_and_predictions_are_those_of_single_pictures(tmp_path: Path, vit: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from holdfast import Refused, load, run_sequence
 from holdfast.cli import main
+from holdfast.experiments.mix import general
 from holdfast.experiments.record import Record
 from holdfast.tasks import load_task, program
 from holdfast.tasks.kinds import evaluate, kind_named
@@ -131,6 +132,33 @@ def test_going_on_is_one_run_and_all_tasks_are_served(net: Path, tmp_path: Path)
     assert right == pytest.approx(whole.scores[1][0])
 
 
+def test_numbers_a_row_are_float32_in_a_batch(net: Path) -> None:
+    net.write_text(FILE.replace('"labels": (x', '"y": x[:, 1], "labels": (x'))
+    task = load_task(f"{net}:second")
+    batch = KIND.collator(KIND.load_processor(str(net)))(
+        KIND.encode(task.train, task, None, max_length=1)[:4]
+    )
+    assert {name: str(v.dtype) for name, v in batch.items()} == {
+        "x": "torch.float32", "y": "torch.float32", "labels": "torch.int64",
+    }  # fmt: skip
+
+
+def test_a_run_is_judged_and_its_model_is_gone_on_from(
+    net: Path, tmp_path: Path, capsys: Any
+) -> None:
+    learned(net, tmp_path / "one", "First One")
+    told = {"recipe": "ewc", "from_run": tmp_path / "one" / "final", "old_task": f"{net}:First One"}
+    more = run_sequence(None, [f"{net}:second"], out=tmp_path / "two", **told, **SHORT)
+    assert more.scores[0][0] == Record.load(tmp_path / "one").scores[0][0]
+    assert (
+        main(["check", str(tmp_path / "one"), str(tmp_path / "two"), "--max-forgetting", "1"]) == 0
+    )
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    words = ["predict", str(tmp_path / "one"), str(tmp_path / "rows.jsonl"), "--task", "first-one"]
+    assert main([*words, "--out", str(tmp_path / "out.csv")]) == 2
+    assert "rows of arrays" in capsys.readouterr().err
+
+
 def test_a_strangers_file_is_not_run(net: Path, tmp_path: Path, capsys: Any) -> None:
     """Neither the copy in a run, nor a file that its record names; trusted or named, both are."""
     learned(net, tmp_path / "run", "First One")
@@ -151,6 +179,23 @@ def test_a_strangers_file_is_not_run(net: Path, tmp_path: Path, capsys: Any) -> 
         assert not any(stranger.rglob("ran")) and not ran.exists()
     words = ["export", str(stranger), "--task", "first-one", "--out", str(tmp_path / "out")]
     assert main([*words, "--trust-code"]) == 0 and (tmp_path / "out" / "module.py").is_file()
+
+
+def test_a_record_of_another_kind_runs_no_file(net: Path, tmp_path: Path, capsys: Any) -> None:
+    """What would be read decides, not the kind that a stranger's record tells."""
+    learned(net, tmp_path / "run", "First One")
+    record = tmp_path / "run" / "record.json"
+    body = json.loads(record.read_text())
+    (tmp_path / "more.py").write_text(FILE)
+    for task in body["tasks"]:
+        task |= {"kind": "classification", "source": f"{tmp_path / 'more.py'}:second"}
+    record.write_text(json.dumps(body))
+    net.with_name("ran").unlink()
+    assert main(["check", str(tmp_path / "run"), str(tmp_path / "run")]) == 2
+    assert "--trust-code" in capsys.readouterr().err
+    with pytest.raises(Refused, match="is a Python file"):
+        general(f"{tmp_path / 'more.py'}:0.5")
+    assert not net.with_name("ran").exists()
 
 
 def test_the_file_that_was_named_is_taken_and_its_network_must_fit(

@@ -177,6 +177,14 @@ def test_conversations_that_are_none_are_refused_by_line(
         load_task(tmp_path / "chat.jsonl")
 
 
+def test_the_conversation_that_a_template_refuses_is_named() -> None:
+    words = models.tokenizer(template=False)
+    words.chat_template = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('so') }}{% endif %}{% endfor %}a"  # noqa: E501
+    texts = [json.dumps(said(text)) for text in ("who", "no", "what")]
+    with pytest.raises(Refused, match=r"'\[{.*no.*template takes no such conversation \(so\)"):
+        chat.KIND.prompts(texts, words, decoder=True)
+
+
 def test_answers_and_labels_beside_messages_come_first(tmp_path: Path) -> None:
     rows = [{"messages": said("a", "b"), "prompt": f"x {i}", "answer": f"y {i}"} for i in range(9)]
     assert load_task(write(tmp_path / "a.jsonl", rows)).kind == "generation"
@@ -218,6 +226,8 @@ def test_a_sequence_of_conversations_is_learned_and_served(tmp_path: Path) -> No
     assert cli.main([*run, str(tmp_path / "out.jsonl")]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert rows == [{"id": 1, "label": one.label}, {"id": 2, "label": one.label}]
+    with pytest.raises(Refused, match=r"'\[{oh' is no list of messages"):
+        served.predict("day", ["[{oh"])
     with pytest.raises(Refused, match="is no list of messages"):
         served.predict("day", ["who is it?"])
 

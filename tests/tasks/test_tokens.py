@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -16,7 +18,10 @@ from seqeval.metrics import f1_score
 from seqeval.metrics.sequence_labeling import get_entities
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from holdfast import Refused
@@ -169,6 +174,41 @@ def agrees(cut: int, made: Any) -> float:
         found = evaluate(made, rows, task("accuracy"), kind.collator(words))
         assert found == pytest.approx(right)
     return score
+
+
+class Knowing(nn.Module):
+    """Says B-LOC of `city` and O of all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: Any, **_: Any) -> Any:
+        city = input_ids == models.VOCABULARY.index("city")
+        return SimpleNamespace(logits=functional.one_hot(city.long(), len(TAGS)).float())
+
+
+def test_a_word_of_which_the_tokenizer_leaves_nothing_moves_no_tag() -> None:
+    """BERT's normalizer drops a zero-width space: the words after it keep their places."""
+    words, kind, made = models.tokenizer(), kind_named("tokens"), Knowing()
+    words.backend_tokenizer.normalizer = BertNormalizer()
+    row = Row("the \u200b city", None, (0, 0, 1))
+    for metric, wanted in (("entity_f1", 1.0), ("accuracy", 2 / 3)):
+        asked = replace(task(metric), train=(row,), evaluation=(row,))
+        rows = kind.encode(asked.train, asked, words, max_length=16)
+        assert rows[0]["labels"] == [-100, 0, 1, -100]
+        assert evaluate(made, rows, asked, kind.collator(words)) == pytest.approx(wanted)
+        assert kind.count_cut(asked.train, rows, asked, words, max_length=16) == 0
+    said = kind.predict(made, {"labels": TAGS}, [row.text], None, words, max_length=16, batch=2)
+    assert said[0].label == (Span(6, 10, "LOC"),)
+
+
+def test_texts_without_a_word_have_no_entity() -> None:
+    """Also by a decoder, whose tokenizer begins and ends no text."""
+    words, made = models.tokenizer(template=False), model()
+    found = kind_named("tokens").predict(made, {"labels": TAGS}, ["", " "], None, words,
+                                         max_length=16, batch=2)  # fmt: skip
+    assert [each.label for each in found] == [(), ()]
 
 
 def test_what_is_predicted_lies_in_the_text() -> None:

@@ -38,6 +38,8 @@ class Chat(Generation):
                 tokenize=True, return_dict=False,
             )  # fmt: skip
         except TemplateError as error:  # such as two messages of a user one after another
+            for text in texts if len(texts) > 1 else ():
+                self.prompts([text], tokenizer, decoder=decoder)  # refuses the one that it is
             raise Refused(f"the chat template takes no such conversation ({error})",
                           where=shown(texts[0])) from None  # fmt: skip
         return found
@@ -49,11 +51,19 @@ class Chat(Generation):
         """The answer to each conversation: a list of messages, or its JSON."""
         asked = [text if isinstance(text, str) else as_text(text) for text in texts]
         for text in asked:
-            if not text.startswith("[{"):
+            if not _messages(text):
                 raise Refused(f"{shown(text)} is no list of messages", where=about["name"],
                               remedy=SHAPE)  # fmt: skip
         return super().predict(model, about, asked, pairs, tokenizer, max_length=max_length,
                                batch=batch)  # fmt: skip
+
+
+def _messages(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return isinstance(found, list) and bool(found) and all(isinstance(m, dict) for m in found)
 
 
 KIND = Chat()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -108,16 +108,22 @@ class _Collator:
 
 def _resized(files: Sequence[Any], processor: Any, mode: str) -> Any:
     """Pictures in the model's size, not scaled: uint8 (rows, channels, height, width)."""
-    pictures = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                pictures.append(opened.convert(mode))
-        except OSError as error:
-            raise Refused(f"no picture that can be read ({error})", where=str(file)) from None
+    pictures = [_opened(file, mode) for file in files]
     off = {step: False for step in SCALING if hasattr(processor, step)}
     made = processor(images=pictures, return_tensors="np", **off)["pixel_values"]
     return np.asarray(made).round().clip(0, 255).astype(np.uint8)
+
+
+def _opened(file: Any, mode: str) -> Any:
+    """A picture the right way up, as its camera says; of 16 bits the upper 8."""
+    try:
+        with Image.open(file) as opened:
+            picture: Any = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I;16"):  # Pillow would make everything above 255 white
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return picture.convert(mode)
+    except Exception as error:  # decoders raise many kinds on broken bytes
+        raise Refused(f"no picture that can be read ({error})", where=str(file)) from None
 
 
 def _mode(config: Any) -> str:

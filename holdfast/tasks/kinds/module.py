@@ -137,7 +137,7 @@ class Module(Whole):
 
     def collator(self, processor: Any) -> Any:
         """Batches of tensors by name."""
-        own = getattr(opened(processor.file), "collate", default_collate)
+        own = getattr(opened(processor.file), "collate", _collate)
         return lambda rows: BatchEncoding(own(rows))
 
     def measure(self, model: Any, rows: Any, task: Task, collate: Any) -> Any:
@@ -199,6 +199,13 @@ def _made(file: Path) -> nn.Module:
     if not isinstance(net, nn.Module):
         raise Refused(f"model() returns a {type(net).__name__}, no nn.Module", where=str(file))
     return net
+
+
+def _collate(rows: Any) -> dict[str, Any]:
+    """Batches as torch makes them; Python's numbers in float32, as arrays of them are."""
+    made = default_collate(rows)
+    return {n: v.float() if getattr(v, "dtype", None) == torch.float64 else v
+            for n, v in made.items()}  # fmt: skip
 
 
 def _functions(source: str) -> Mapping[str, Any]:

@@ -35,19 +35,24 @@ class Headed:
     load_processor = staticmethod(load_tokenizer)
 
     def has_head(self, config: Any) -> bool:
-        """Whether a model was saved with a head of this kind: the task's replaces it."""
+        """Whether a model was saved with a head of this kind."""
         return any(name.endswith(self.ENDING) for name in config.architectures or ())
+
+    def _deployed(self, source: str) -> bool:
+        """Whether `source` has a head of this or another kind: both may have one name."""
+        names = self.load_config(source).architectures or ()
+        return any(name.endswith("Classification") for name in names)
 
     def dropped(self, source: str) -> str | None:
         """A line on what a first task's model leaves out of `source`, if anything."""
-        if self.has_head(self.load_config(source)):
+        if self._deployed(source):
             return "The model was a classifier: its own head was dropped."
         return None
 
     def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
         """The pre-trained encoder below a fresh head for `task`; a saved head is dropped."""
         torch.manual_seed(seed)
-        deployed = self.has_head(self.load_config(source))
+        deployed = self._deployed(source)
         more = {} if deployed else self.head_config(task.labels)
         model = load_saved(self.AUTO, source, **more, **self._padding(source))
         return self.add_head(model, task, seed=seed) if deployed else model
@@ -76,10 +81,11 @@ class Headed:
         """
         torch.manual_seed(seed)
         fresh = self.AUTO.from_config(self._config(model, labels))
-        old = dict(model.named_parameters())
+        old, inside = dict(model.named_parameters()), f"{fresh.base_model_prefix}."
         for name, made in fresh.named_parameters():
             kept = old.get(name)
-            if kept is not None and made.shape == kept.shape:
+            # What tasks share stays as it is, with the adapters that may lie in it.
+            if name.startswith(inside) or (kept is not None and made.shape == kept.shape):
                 continue
             if kept is None or made.shape[1:] != kept.shape[1:] or len(made) != len(labels):
                 raise Refused(f"{name} of {type(model).__name__} cannot grow by labels",

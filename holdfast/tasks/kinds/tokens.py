@@ -16,14 +16,15 @@ from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
 from holdfast.tasks.labels import IGNORED
-from holdfast.tasks.tagged import Span, chunked, entities, words_in
+from holdfast.tasks.tagged import OUTSIDE, Span, chunked, entities, words_in
 from holdfast.tasks.task import Prediction, Row, Task
 
-TAGS = "tags"  # of an encoded row: every word's, also of those that were cut
+# Of an encoded row: every word's tag, also of those that were cut; the word that each token begins.
+TAGS, WORDS = "tags", "words"
 
 
 class Tokens(Headed):
-    """Tags of words; a word beyond the length that rows are cut at is answered by O."""
+    """Tags of words; one that was cut, or that the tokenizer leaves out, is answered by O."""
 
     AUTO = AutoModelForTokenClassification
     ENDING = "ForTokenClassification"
@@ -47,19 +48,24 @@ class Tokens(Headed):
 
         def few(rows: Sequence[Row]) -> list[dict[str, Any]]:
             made = _split(tokenizer, [r.text.split(" ") for r in rows], max_length)
-            return [
-                {**{k: v[i] for k, v in made.items()}, TAGS: list(row.label),
-                 "labels": _at_first(made.word_ids(i), row.label)}
-                for i, row in enumerate(rows)
-            ]  # fmt: skip
+            found = []
+            for i, row in enumerate(rows):
+                words = _begun(made.word_ids(i))
+                labels = [w if w == IGNORED else row.label[w] for w in words]
+                found.append({**{k: v[i] for k, v in made.items()}, TAGS: list(row.label),
+                              WORDS: words, "labels": labels})  # fmt: skip
+            return found
 
         return Packed.of(rows, few)
 
     def count_cut(
         self, rows: Sequence[Row], encoded: Packed, task: Task, tokenizer: Any, *, max_length: int
     ) -> int:
-        """How many rows have a word whose first token was cut."""
-        return sum(sum(i != IGNORED for i in e["labels"]) < len(e[TAGS]) for e in encoded)
+        """How many rows have a last word whose first token was cut."""
+        return sum(
+            size >= max_length and max(each[WORDS]) + 1 < len(each[TAGS])
+            for size, each in zip(encoded.lengths("input_ids"), encoded, strict=True)
+        )
 
     def collator(self, tokenizer: Any) -> Any:
         """Batches padded on the right, labels with -100."""
@@ -77,8 +83,9 @@ class Tokens(Headed):
                 raise TrainingDiverged("diverged: the model's outputs are not finite",
                                        where=task.name, remedy="lower --lr")  # fmt: skip
             for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
-                told = [s for s, at in zip(said, rows[i]["labels"], strict=False) if at != IGNORED]
-                found[i] = _counts(told, rows[i][TAGS], names, task.metric)
+                tags = rows[i][TAGS]
+                told = _by_word(said, rows[i][WORDS], len(tags))
+                found[i] = _counts(told, tags, names, task.metric)
         return found
 
     def total(self, task: Task, measured: Any) -> float:
@@ -95,14 +102,14 @@ class Tokens(Headed):
     ) -> list[Prediction]:  # fmt: skip
         """The entities of each text, or its words if tags are not BIO, as `Span`s of characters."""
         words = [words_in(text) for text in texts]
-        made = _split(tokenizer, [[w for w, _, _ in each] or [""] for each in words], max_length)
+        # A text without a word is read as a sign: some tokenizers would make no token of it.
+        made = _split(tokenizer, [[w for w, _, _ in each] or ["?"] for each in words], max_length)
         rows = [{k: v[i] for k, v in made.items()} for i in range(len(texts))]
         found: list[Any] = [None] * len(texts)
         for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
             for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
-                at = _at_first(made.word_ids(i), range(len(words[i]) or 1))
-                tags = [about["labels"][s] for s, w in zip(said, at, strict=False) if w != IGNORED]
-                spans = _entities(tags[: len(words[i])], about["labels"])
+                told = _by_word(said, _begun(made.word_ids(i)), len(words[i]) or 1)
+                spans = _entities(told[: len(words[i])], about["labels"])
                 found[i] = Prediction(
                     tuple(Span(words[i][a][1], words[i][b - 1][2], name) for a, b, name in spans),
                     {},
@@ -112,35 +119,44 @@ class Tokens(Headed):
 
 class _Collator(DataCollatorForTokenClassification):
     def torch_call(self, features: Any) -> Any:
-        return super().torch_call([{k: v for k, v in f.items() if k != TAGS} for f in features])
+        return super().torch_call(
+            [{k: v for k, v in row.items() if k not in (TAGS, WORDS)} for row in features]
+        )
 
 
 def _split(tokenizer: Any, words: list[list[str]], max_length: int) -> Any:
     return tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
 
 
-def _at_first(words: Sequence[int | None], labels: Any) -> list[int]:
-    """The label of each word at its first token, -100 elsewhere. words: of each token, its word."""
+def _begun(words: Sequence[int | None]) -> list[int]:
+    """The word that each token is the first of, -100 at others. words: of each token, its word."""
     before = (None, *words)
     return [
-        IGNORED if word is None or word == last else labels[word]
+        IGNORED if word is None or word == last else word
         for word, last in zip(words, before, strict=False)
     ]
 
 
-def _entities(tags: Sequence[str], names: Sequence[str]) -> list[tuple[int, int, str]]:
+def _by_word(said: Sequence[int], words: Sequence[int], count: int) -> list[int | None]:
+    """What was said of each of `count` words, at its first token; None of words without one."""
+    told = dict(zip(words, said, strict=False))  # a batch is padded on the right
+    return [told.get(word) for word in range(count)]
+
+
+def _entities(said: Sequence[int | None], names: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Entities, or where tags are not BIO every word that has one."""
     if chunked(names):
-        return entities(tags)
-    return [(i, i + 1, tag) for i, tag in enumerate(tags)]
+        return entities([OUTSIDE if i is None else names[i] for i in said])
+    return [(word, word + 1, names[i]) for word, i in enumerate(said) if i is not None]
 
 
 def _counts(
-    said: Sequence[int], true: Sequence[int], names: Sequence[str], metric: str
+    said: Sequence[int | None], true: Sequence[int], names: Sequence[str], metric: str
 ) -> tuple[int, int, int]:
-    """How many are right, said and true; words that were cut count as O, or as wrong."""
+    """How many are right, said and true; words without a token count as O, or as wrong."""
     if metric == "accuracy":
-        return sum(a == b for a, b in zip(said, true, strict=False)), len(true), len(true)
-    one, two = ({*entities([names[i] for i in ids])} for ids in (said, true))
+        return sum(a == b for a, b in zip(said, true, strict=True)), len(true), len(true)
+    one, two = ({*_entities(ids, names)} for ids in (said, true))
     return len(one & two), len(one), len(two)
 
 
