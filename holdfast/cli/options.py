@@ -14,7 +14,8 @@ RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
 ROWS = ("train_size", "evaluation_size", "selection", "max_length", "mix")  # settings about rows
 ASKED = ("bad_rows", "strip")  # options of a task that are words of the command line too
 TASK_HELP = (
-    "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
+    "a folder (also of pictures), a CSV, TSV, JSONL or Parquet file "
+    "('reviews.csv?text=body&label=stars', quoted), net.py:TASK, "
     "running text (.txt), builtin:NAME or a Hub id"
 )
 
@@ -92,7 +93,9 @@ def add_settings(
     from holdfast.experiments.settings import Settings
 
     group(parser, "what").add_argument(
-        "--model", default="minilm", help="minilm, a saved model's folder or a Hub id (minilm)"
+        "--model",
+        default="minilm",
+        help="minilm, a saved model's folder, a Hub id or net.py (minilm)",
     )
     group(parser, "where").add_argument(
         "--out", type=Path, required=out is None, help=out or "the folder"
