@@ -20,7 +20,7 @@ from holdfast.config import exactly
 from holdfast.errors import Refused
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import Kind, kind_of
-from holdfast.tasks.kinds.generation import check_running
+from holdfast.tasks.kinds.generation import Generation, check_running
 from holdfast.tasks.spec import parse
 
 if TYPE_CHECKING:
@@ -50,9 +50,11 @@ def check_mix(mix: str, kind: Kind, source: str) -> str:
                       where="--mix",
                       remedy="take --recipe replay, which keeps rows of old tasks")  # fmt: skip
     task, _ = general(mix)
-    if kind_of([task]) is not kind:
-        raise Refused(f"{task.name} is a {task.kind}, and no task of text", where="--mix",
+    theirs = kind_of([task])
+    if not (isinstance(kind, Generation) and isinstance(theirs, Generation)):
+        raise Refused(f"{task.name} is a {task.kind}, and no text from text", where="--mix",
                       remedy="name running text, or prompts and answers")  # fmt: skip
+    theirs.check(source, max_length=1)
     check_running(source, task)
     return task.hash
 
@@ -65,8 +67,9 @@ def mixed(learner: Learner, index: int) -> Any:
         return rows
     task, share = general(mix)
     config = learner.kind.load_config(learner.source)
-    more: Any = learner.kind.encode(task.train, task, learner.processor,
-                                    max_length=learner.plan.max_length, config=config)  # fmt: skip
+    more: Any = kind_of([task]).encode(task.train, task, learner.processor,
+                                       max_length=learner.plan.max_length,
+                                       config=config)  # fmt: skip
     wanted = max(1, round(exactly(share, len(rows)) / (1 - exactly(share, 1))))
     drawn = torch.Generator().manual_seed(1000 * learner.seed + learner.place + index)
     order = torch.randperm(len(more), generator=drawn).tolist()

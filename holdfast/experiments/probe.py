@@ -231,7 +231,7 @@ def cosine_distance(base: nn.Module, encoder: nn.Module, rows: Rows, collate: An
     total = 0.0
     for batch in _batches(encoder, rows, collate):
         b, n = (_vectors(each, without_labels(batch)) for each in (base, encoder))
-        total += float((1 - functional.cosine_similarity(b, n)).sum())
+        total += float((1 - functional.cosine_similarity(b, n)).clamp(min=0).sum())  # rounding
     return total / len(rows)
 
 

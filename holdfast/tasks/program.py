@@ -62,8 +62,13 @@ def trust_all() -> None:
     _everything = True
 
 
+def named(file: Path) -> bool:
+    """Whether the user named it."""
+    return file.resolve() in _trusted
+
+
 def trusted(file: Path) -> bool:
-    return _everything or file.resolve() in _trusted
+    return _everything or named(file)
 
 
 def opened(file: Path) -> Any:

@@ -145,12 +145,19 @@ def _generation(
     columns = columns.answers_among(train)
     words = columns.label != options.answer and columns.label not in ANSWER
     read = labels.word(names) if words else labels.text
-    pool = _Texts(train, columns).rows(read, warnings)
-    held = None
+    first, mend = _Texts(train, columns), None
+    if words and names is None and options.strip is not None:
+        first.read(first.spelled)
+        mend = labels.usual(first.spellings())
+        first.mend(mend)
+    pool, held = first.rows(read, warnings), None
     if evaluation is not None:
         evaluation, _ = prompted(evaluation, options.columns)
         columns.check(evaluation)
-        held = _Texts(evaluation, columns).rows(read, warnings)
+        other = _Texts(evaluation, columns)
+        if mend is not None:
+            other.mend(mend)
+        held = other.rows(read, warnings)
     known = ("exact_match", *GENERATED) if words else GENERATED
     metric = _metric(options, known, name)
     return Source(name, None, metric, pool, held, warnings, "chat" if chat else "generation")

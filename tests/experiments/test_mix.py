@@ -125,7 +125,7 @@ def test_another_mix_is_another_run(place: Path, tmp_path: Path) -> None:
         ({"mix": "general.txt:1.0"}, "as general.txt:0.05"),
         ({"mix": ":0.1"}, "is no file and share"),
         ({"mix": "none.txt:0.1"}, "none.txt: no such file"),
-        ({"mix": "{}/mood.jsonl:0.1"}, "mood is a classification, and no task of text"),
+        ({"mix": "{}/mood.jsonl:0.1"}, "mood is a classification, and no text from text"),
         ({"names": ("mood",), "model": "{}/bert"}, "is for language models.*--recipe replay"),
         ({"model": "{}/t5"}, "general: is running text, and an encoder-decoder answers prompts"),
     ],
@@ -137,6 +137,22 @@ def test_what_cannot_be_mixed_in_is_refused(
     with pytest.raises(Refused, match=says):
         run(place, tmp_path / "a", **told)
     assert not (tmp_path / "a").exists()
+
+
+def test_running_text_is_mixed_among_conversations(place: Path, tmp_path: Path) -> None:
+    """Each row is encoded as its own kind; a model without a template takes no conversations."""
+    words = models.tokenizer(template=False)
+    words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    shutil.copytree(place / "gpt2", tmp_path / "gpt2")
+    words.save_pretrained(tmp_path / "gpt2")
+    said = [[{"role": "user", "content": f"who {i}"}, {"role": "assistant", "content": f"a {i}"}]
+            for i in range(24)]  # fmt: skip
+    (place / "talk.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in said))
+    record = run(place, tmp_path / "a", names=("talk",), model=str(tmp_path / "gpt2"))
+    rows = record.tasks[0]["rows"]["train"]
+    assert record.tasks[0]["kind"] == "chat" and record.steps == [-(-round(rows / 0.7) // 4)]
+    with pytest.raises(Refused, match="no chat template"):
+        run(place, tmp_path / "b", mix=f"{place / 'talk.jsonl'}:0.5")
 
 
 def test_prompts_and_answers_are_mixed_in_too(place: Path, tmp_path: Path) -> None:

@@ -230,6 +230,15 @@ def test_strip_mends_labels_and_leaves_texts(tmp_path: Path) -> None:
     assert clean.hash == task.hash
 
 
+def test_strip_mends_labels_that_are_written_as_words(tmp_path: Path) -> None:
+    spec = labelled(tmp_path / "a.csv", *["yes", " Yes", "yes ", "no"] * 5)
+    labelled(tmp_path / "held.csv", "YES", " no", text="new ")
+    task = load_task(f"{spec}?prompt={{text}} is&evaluation=held.csv&strip=yes")
+    assert {row.label for row in task.train} == {"yes", "no"} and task.kind == "generation"
+    assert [row.label for row in task.evaluation] == ["yes", "no"]
+    assert task.warnings[0] == f"{spec}: 10 rows with a label mended in blanks or case"
+
+
 def test_evaluation_labels_are_spelled_as_the_training_ones(tmp_path: Path) -> None:
     spec = labelled(tmp_path / "a.csv", *["yes", "no"] * 9)
     labelled(tmp_path / "held.csv", "YES", "YES", " No", "yes", text="new ")

@@ -181,6 +181,22 @@ def test_a_strangers_file_is_not_run(net: Path, tmp_path: Path, capsys: Any) -> 
     assert main([*words, "--trust-code"]) == 0 and (tmp_path / "out" / "module.py").is_file()
 
 
+def test_what_was_looked_at_is_what_is_trusted(net: Path, tmp_path: Path) -> None:
+    """--trust-code runs the copy in the run, which a refusal names: no other file that a stranger's
+    config.json leads to."""
+    learned(net, tmp_path / "run", "First One")
+    other = tmp_path / "other.py"
+    other.write_text(FILE.replace('"ran"', '"other ran"'))
+    final = tmp_path / "run" / "final"
+    body = json.loads((final / "config.json").read_text())
+    (final / "config.json").unlink()  # a link to the task's
+    (final / "config.json").write_text(json.dumps(body | {"file": str(other)}))
+    program._trusted.clear()
+    program.trust_all()
+    KIND.open_saved(str(final), {"name": "first-one"})
+    assert not (tmp_path / "other ran").exists() and (final / "ran").exists()
+
+
 def test_a_record_of_another_kind_runs_no_file(net: Path, tmp_path: Path, capsys: Any) -> None:
     """What would be read decides, not the kind that a stranger's record tells."""
     learned(net, tmp_path / "run", "First One")

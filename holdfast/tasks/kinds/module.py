@@ -23,7 +23,7 @@ from holdfast.errors import Refused, TrainingDiverged
 from holdfast.files import write_text_atomic
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.sharing import Whole
-from holdfast.tasks.program import described, opened, parted, trusted
+from holdfast.tasks.program import described, named, opened, parted
 from holdfast.tasks.task import Prediction, Row, Task
 
 PROGRAM, CONFIG, WEIGHTS = "module.py", "config.json", "model.safetensors"
@@ -191,7 +191,7 @@ def _file(source: str) -> Path:
         first = Path(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["file"])
     except (OSError, ValueError, KeyError, TypeError):
         first = folder / PROGRAM
-    return first if first.is_file() and trusted(first) else folder / PROGRAM
+    return first if first.is_file() and named(first) else folder / PROGRAM
 
 
 def _made(file: Path) -> nn.Module:

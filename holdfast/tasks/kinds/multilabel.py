@@ -22,7 +22,10 @@ class Multilabel(Classification):
     def target(self, row: Row, task: Task) -> list[float]:
         """1.0 for each label that the row has, 0.0 for the others: (labels,)."""
         assert task.labels is not None and isinstance(row.label, tuple)
-        return [float(i in row.label) for i in range(len(task.labels))]
+        found = [0.0] * len(task.labels)
+        for i in row.label:
+            found[i] = 1.0
+        return found
 
     def answers(self, logits: Tensor, task: Task) -> Tensor:
         return (logits > 0).float()
