@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.cli.options import add_trust
-from holdfast.tasks.labels import SEPARATOR
-from holdfast.tasks.tagged import Span
 
 ABOUT = "label the rows of a file with one of a run's tasks"
 EXAMPLE = "holdfast predict runs/a --task trec6 'questions.csv?text=question' --out labels.jsonl"
@@ -95,6 +93,9 @@ def _files(chosen: argparse.Namespace) -> tuple[list[str], None, list[dict[str, 
 
 def plain(label: Any, *, text: bool) -> Any:
     """A prediction as JSON writes it; as `text`, several labels stand as a|b, spans as JSON."""
+    from holdfast.tasks.labels import SEPARATOR
+    from holdfast.tasks.tagged import Span
+
     if not isinstance(label, tuple):
         return label
     spans = [each._asdict() for each in label if isinstance(each, Span)]

@@ -140,6 +140,8 @@ class Learner:
             "precision": "bfloat16 autocast" if self.plan.bf16 else "float32",
             "threads": str(torch.get_num_threads()),
         }
+        if self.source.endswith(".py"):
+            now[Path(self.source).name] = str(source_hash(self.source))[:12]
         for name, value in now.items():
             before = self.record.versions.setdefault(name, value)
             if before != value:

@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import regex
+
 from holdfast.errors import Refused
 from holdfast.tasks import labels
 from holdfast.tasks.table import MAX_TEXT, Columns, Table, counted, shown
 from holdfast.tasks.task import Row
 
 OUTSIDE = "O"
-_WORD = re.compile(r"\w+|[^\w\s]")
+_WORD = regex.compile(r"\w[\w\p{M}]*|[^\w\s]")  # with combining marks, as in Hindi
 _TAG = re.compile(r"O|[BI]-\S+")
 
 

@@ -214,6 +214,13 @@ def test_a_record_of_another_kind_runs_no_file(net: Path, tmp_path: Path, capsys
     assert not net.with_name("ran").exists()
 
 
+def test_an_edited_file_is_told(net: Path, tmp_path: Path) -> None:
+    learned(net, tmp_path / "run", "First One")
+    net.write_text(FILE.replace("cross_entropy(logits", "cross_entropy(2 * logits"))
+    record = learned(net, tmp_path / "run", "First One", "second")
+    assert any("net.py was" in line for line in record.warnings)
+
+
 def test_the_file_that_was_named_is_taken_and_its_network_must_fit(
     net: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,11 @@ def test_entities_are_seqevals(tags: list[str]) -> None:
     assert entities(tags) == theirs
 
 
+def test_a_combining_mark_belongs_to_its_word() -> None:
+    for text in ("caf\u0065\u0301 noir", "\u0928\u092e\u0938\u094d\u0924\u0947 jag"):
+        assert [word for word, _, _ in words_in(text)] == text.split()
+
+
 @given(st.text("ab ,.", max_size=30), st.data())
 def test_spans_at_the_edges_of_words_come_back(text: str, data: st.DataObject) -> None:
     words = words_in(text)

@@ -61,12 +61,14 @@ class Images(Classification):
     ) -> Packed:
         """Pictures of the model's size, as uint8 (channels, height, width), and their classes."""
         mode = _mode(config)
-        pixels = [
-            _resized([row.file for row in rows[at : at + CHUNK]], processor, mode)  # type: ignore[attr-defined]
-            for at in range(0, len(rows), CHUNK)
-        ]
+        whole = np.zeros((0, 1, 1, 1), np.uint8)
+        for at in range(0, len(rows), CHUNK):
+            files = [row.file for row in rows[at : at + CHUNK]]  # type: ignore[attr-defined]
+            few = _resized(files, processor, mode)
+            if not at:
+                whole = np.empty((len(rows), *few.shape[1:]), np.uint8)
+            whole[at : at + len(few)] = few
         labels = np.array([row.label for row in rows])
-        whole = np.concatenate(pixels) if pixels else np.zeros((0, 1, 1, 1), np.uint8)
         return Packed({"pixel_values": (whole, None), "labels": (labels, None)}, range(len(rows)))
 
     def count_cut(

@@ -103,8 +103,10 @@ def alike(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def _small(values: list[Any]) -> Any:
-    """Integers in the smallest type that holds them all; other numbers as they are."""
+    """Numbers in a small type that holds them all exactly."""
     found = np.array(values)
+    if found.dtype.kind == "f" and (found == (half := found.astype(np.float32))).all():
+        return half
     if found.dtype.kind not in "iu" or not found.size:
         return found
     return found.astype(
