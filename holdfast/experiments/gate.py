@@ -80,7 +80,7 @@ def _answers(served: Served, task: Task) -> Measured:
                       remedy="compare runs on the same tasks")  # fmt: skip
     theirs = task.renumbered(labels) if labels else task
     rows = kind.encode(theirs.evaluation, theirs, served.processor, max_length=served.max_length,
-                       config=served.models[task.name].config)  # fmt: skip
+                       config=getattr(served.models[task.name], "config", None))  # fmt: skip
     found = kind.measure(served.models[task.name], rows, theirs, kind.collator(served.processor))
     return kind.aligned(found, about["labels"], ours)
 
