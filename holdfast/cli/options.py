@@ -15,7 +15,8 @@ ROWS = ("train_size", "evaluation_size", "selection", "max_length", "mix")  # se
 ASKED = ("bad_rows", "strip")  # options of a task that are words of the command line too
 TASK_HELP = (
     "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
-    "running text (.txt), builtin:NAME or a Hub id"
+    "running text (.txt), a folder of pictures, your own network's FILE.py:TASK, builtin:NAME or a "
+    "Hub id"
 )
 
 
@@ -92,7 +93,9 @@ def add_settings(
     from holdfast.experiments.settings import Settings
 
     group(parser, "what").add_argument(
-        "--model", default="minilm", help="minilm, a saved model's folder or a Hub id (minilm)"
+        "--model",
+        default="minilm",
+        help="minilm, a saved model's folder, a Hub id or your own network's FILE.py (minilm)",
     )
     group(parser, "where").add_argument(
         "--out", type=Path, required=out is None, help=out or "the folder"

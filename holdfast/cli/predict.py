@@ -34,6 +34,7 @@ def run(chosen: argparse.Namespace) -> None:
     from holdfast.errors import Refused
     from holdfast.experiments.serving import load
     from holdfast.report.tables import write_csv, write_jsonl
+    from holdfast.tasks.kinds import kind_named
     from holdfast.tasks.rows import unlabelled
 
     if chosen.batch_size < 1:
@@ -46,6 +47,9 @@ def run(chosen: argparse.Namespace) -> None:
                       remedy="rename that column in the file")  # fmt: skip
     served = load(chosen.run_folder)
     about = served.tasks[served.named(chosen.task)]
+    if about["kind"] == "module":
+        raise Refused("its rows are arrays, which no file holds", where=chosen.task,
+                      remedy="in Python: holdfast.load(RUN).predict(TASK, rows)")  # fmt: skip
     if about["kind"] == "images":
         texts, pairs, kept, cut = _files(chosen)
     else:
@@ -71,7 +75,9 @@ def run(chosen: argparse.Namespace) -> None:
     clipped = f", {cut:,} of them cut at 20,000 characters" if cut else ""
     if served.one_head and about["labels"]:
         clipped += f", each one of all {len(about['labels'])} labels of the tasks' one head"
-    print(f"{chosen.out}: {len(rows):,} rows{clipped}; texts are cut at {served.max_length} tokens")
+    if kind_named(about["kind"]).TEXT:
+        clipped += f"; texts are cut at {served.max_length} tokens"
+    print(f"{chosen.out}: {len(rows):,} rows{clipped}")
 
 
 def _files(chosen: argparse.Namespace) -> tuple[list[str], None, list[dict[str, Any]], int]:
