@@ -14,9 +14,9 @@ RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
 ROWS = ("train_size", "evaluation_size", "selection", "max_length", "mix")  # settings about rows
 ASKED = ("bad_rows", "strip")  # options of a task that are words of the command line too
 TASK_HELP = (
-    "a folder (also of pictures), a CSV, TSV, JSONL or Parquet file "
-    "('reviews.csv?text=body&label=stars', quoted), net.py:TASK, "
-    "running text (.txt), builtin:NAME or a Hub id"
+    "a folder, a CSV, TSV, JSONL or Parquet file ('reviews.csv?text=body&label=stars', quoted), "
+    "running text (.txt), a folder of pictures, your own network's FILE.py:TASK, builtin:NAME or a "
+    "Hub id"
 )
 
 
@@ -95,7 +95,7 @@ def add_settings(
     group(parser, "what").add_argument(
         "--model",
         default="minilm",
-        help="minilm, a saved model's folder, a Hub id or net.py (minilm)",
+        help="minilm, a saved model's folder, a Hub id or your own network's FILE.py (minilm)",
     )
     group(parser, "where").add_argument(
         "--out", type=Path, required=out is None, help=out or "the folder"

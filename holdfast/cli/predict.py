@@ -32,6 +32,7 @@ def run(chosen: argparse.Namespace) -> None:
     from holdfast.errors import Refused
     from holdfast.experiments.serving import load
     from holdfast.report.tables import write_csv, write_jsonl
+    from holdfast.tasks.kinds import kind_named
     from holdfast.tasks.rows import unlabelled
 
     if chosen.batch_size < 1:
@@ -73,7 +74,7 @@ def run(chosen: argparse.Namespace) -> None:
     clipped = f", {cut:,} of them cut at 20,000 characters" if cut else ""
     if served.one_head and about["labels"]:
         clipped += f", each one of all {len(about['labels'])} labels of the tasks' one head"
-    if about["kind"] != "images":
+    if kind_named(about["kind"]).TEXT:
         clipped += f"; texts are cut at {served.max_length} tokens"
     print(f"{chosen.out}: {len(rows):,} rows{clipped}")
 

@@ -130,7 +130,11 @@ class Job:
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
             base = locate(self.model)  # tasks alone begin there: refused now, not after the others
-        kind.check(source, max_length=plan.max_length)
+        try:
+            kind.check(source, max_length=plan.max_length)
+        except Refused as why:  # the name that was given, not where it lies
+            named = self.model if why.where == source else why.where
+            raise Refused(why.what, where=named, remedy=why.remedy) from None
         for task in tasks:
             check_running(source, task)
         if plan.mix is not None:

@@ -23,7 +23,7 @@ from holdfast.errors import Refused, nearest
 from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
-from holdfast.tasks import Prediction, Task, slug
+from holdfast.tasks import Prediction, Task, program, slug
 from holdfast.tasks.kinds import Kind, kind_named, kind_of
 from holdfast.tasks.kinds.heads import OneHead
 from holdfast.tasks.kinds.pretrained import device, first_line, quiet
@@ -157,19 +157,25 @@ class Served:
     def predict(
         self,
         task: str,
-        texts: Sequence[Any],
+        texts: Sequence[Any] | Mapping[str, Any],
         pairs: Sequence[str] | None = None,
         *,
         batch: int = 64,
     ) -> list[Prediction]:
         """What the model of `task` says of each text (or of each text and its second one).
 
-        Of a task of conversations each text is a list of messages.
+        Of a task of conversations each text is a list of messages. A network of one's own takes
+        rows as its file gives them: arrays (rows, …) by name, or a list of mappings.
         """
         return list(self.predictions(task, texts, pairs, batch=batch))
 
     def predictions(
-        self, task: str, texts: Sequence[Any], pairs: Sequence[str] | None = None, *, batch: int
+        self,
+        task: str,
+        texts: Sequence[Any] | Mapping[str, Any],
+        pairs: Sequence[str] | None = None,
+        *,
+        batch: int,
     ) -> Iterator[Prediction]:
         """As `predict`, a chunk of 16 batches at a time."""
         about = self.tasks[self.named(task)]
@@ -179,6 +185,11 @@ class Served:
             raise Refused("needs a second text of each row" if about["pairs"] else
                           "takes one text of each row", where=task)  # fmt: skip
         kind = kind_named(about["kind"])
+        if about["kind"] == "module" and len(texts):
+            rows = program.items(texts, task)
+            texts = [row.values for row in rows]  # type: ignore[attr-defined]
+        elif isinstance(texts, Mapping):
+            raise Refused("takes a list of texts, not a mapping", where=task)
         for at in range(0, len(texts), 16 * batch):
             few = slice(at, at + 16 * batch)
             second = None if pairs is None else list(pairs[few])

@@ -181,6 +181,9 @@ def _folder(asked: Spec) -> Source:
     path, options = Path(asked.place), asked.options
     if not (path / "meta.json").exists() and pictures.has_pictures(path):
         return _pictures(path, options)
+    if not (path / "meta.json").exists() and any(pictures.pictures_in(path)):
+        raise Refused("pictures that lie in no folder of a class", where=asked.place,
+                      remedy="put those of each class into a folder of its name")  # fmt: skip
     meta = folder.meta(path)
     told = meta.kind or ("regression" if meta.labels is None else "classification")
     type = "generation" if options.prompt else options.type or told

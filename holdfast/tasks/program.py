@@ -75,7 +75,8 @@ def opened(file: Path) -> Any:
     """The module in a file, run once as long as the file stays as it is."""
     if not trusted(file):
         raise Refused("would be run, and was not named", where=str(file),
-                      remedy="look at it, then say --trust-code")  # fmt: skip
+                      remedy="look at it, then say --trust-code, "
+                      "in Python holdfast.tasks.program.trust_all()")  # fmt: skip
     content = must_exist(file).read_bytes()
     return _run(file.resolve(), hashlib.sha256(content).hexdigest())
 
@@ -140,8 +141,10 @@ def items(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], where: str) -> 
         if len(sizes) != 1:
             raise Refused(f"arrays of {sorted(sizes)} rows", where=where)
         each: Any = [{n: v[i] for n, v in arrays.items()} for i in range(sizes.pop())]
-    else:
+    elif all(isinstance(row, Mapping) for row in rows):
         each = [{str(n): _array(v) for n, v in row.items()} for row in rows]
+    else:
+        raise Refused("rows are neither arrays by name nor a list of mappings", where=where)
     if not each:
         raise Refused("no rows", where=where)
     digests = [_digest(values) for values in each]

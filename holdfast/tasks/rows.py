@@ -70,6 +70,9 @@ def source_of(
         if clash := _differ_by_case(names):
             told = labels.told(clash, spellings)
             warnings.append(f"labels that differ only by case: {told}; --strip makes them one")
+        if joined := _joined(names):
+            told = f"the label {shown(joined)} is one class"
+            warnings.append(f"{told}; for several labels a row say ?type=multilabel")
     if names == ():
         raise train.nothing(first.missing)
     if names is not None and len(names) < 2:
@@ -173,7 +176,9 @@ def unlabelled(
     """
     asked = parse(spec)
     if asked.kind != "file":
-        raise Refused("is no file", where=spec, remedy="name a CSV, TSV, JSONL or Parquet file")
+        raise Refused(
+            "is no CSV, TSV, JSONL or Parquet file", where=spec, remedy="name such a file"
+        )
     options, columns = asked.options, asked.options.columns
     if options.bad_rows is not None:
         raise Refused("bad_rows is for rows to learn from", where=spec,
@@ -199,6 +204,12 @@ def unlabelled(
     kept = [{name: cells.get(name) for name in keep} for _, cells in table.records]
     pair = [text[1] for text in texts] if columns.pair else None
     return [text[0] for text in texts], pair, kept, table.cut
+
+
+def _joined(names: tuple[str, ...]) -> str | None:
+    """The first label that is made of other labels, as several labels a row are written."""
+    parts = ((name, {*name.split(labels.SEPARATOR)}) for name in names)
+    return next((name for name, each in parts if len(each) > 1 and each <= {*names}), None)
 
 
 def _differ_by_case(names: tuple[str, ...]) -> list[str]:

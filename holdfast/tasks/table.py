@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
-from holdfast.errors import Refused, nearest
+from holdfast.errors import Refused, meant
 
 MAX_TEXT = 20_000  # characters; a longer text is cut and counted
 MAX_CELL = 32 * 2**20  # characters in one line or cell; longer ones are refused
@@ -107,7 +107,7 @@ class Columns:
                 raise Refused(
                     f"no column {shown(name)}; the columns are {listed(table.columns)}",
                     where=table.name,
-                    remedy=nearest(name, table.columns) if table.columns else None,
+                    remedy=meant(name, table.columns),
                 )
         if len(set(names)) < len(names):
             raise Refused(f"one column cannot serve twice: {listed(names)}", where=table.name)

@@ -318,3 +318,6 @@ def test_rows_to_label_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(Refused) as caught:
         unlabelled(str(tmp_path / "new.jsonl"), pairs=False)
     assert re.search("2 bad rows: line 1: not JSON.*; mend them$", str(caught.value))
+    (tmp_path / "new.txt").write_text("a film\n")
+    with pytest.raises(Refused, match="is no CSV, TSV, JSONL or Parquet file"):
+        unlabelled(str(tmp_path / "new.txt"), pairs=False)

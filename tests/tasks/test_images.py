@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from holdfast import Refused, load, run_sequence
+from holdfast.cli import main
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import evaluate, kind_named
 from holdfast.tasks.kinds.images import _resized
@@ -83,6 +84,10 @@ def test_what_is_refused(tmp_path: Path, vit: Path) -> None:
     (folder / "of-3" / "1.png").write_bytes(whole[:60])
     with pytest.raises(Refused, match=r"1\.png.*no picture that can be read"):
         load_task(folder)
+    with pytest.raises(Refused, match="no folder of a class"):
+        load_task(folder / "of-5")
+    with pytest.raises(Refused, match="no model of text"):
+        kind_named("classification").check(str(vit), max_length=8)
     shutil.rmtree(folder / "of-5")
     with pytest.raises(Refused, match="1 classes"):
         load_task(folder)
@@ -143,7 +148,9 @@ def test_scores_and_predictions_are_those_of_single_pictures(tmp_path: Path, vit
     np.testing.assert_allclose(shares, alone.double().softmax(-1).numpy(), atol=1e-5)
 
 
-def test_two_tasks_of_pictures_are_learned_kept_and_served(tmp_path: Path, vit: Path) -> None:
+def test_two_tasks_of_pictures_are_learned_kept_and_served(
+    tmp_path: Path, vit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tasks = [written(tmp_path / "low", (0, 1)), written(tmp_path / "high", (6, 7))]
     record = run_sequence(
         str(vit), tasks, "default", out=tmp_path / "run", epochs=2.0, lr=1e-3, progress=False
@@ -156,3 +163,14 @@ def test_two_tasks_of_pictures_are_learned_kept_and_served(tmp_path: Path, vit: 
     assert low.labels is not None
     right = np.mean([s == low.labels[r.label] for s, r in zip(said, low.evaluation, strict=True)])
     assert right == pytest.approx(record.scores[1][0])
+    out = tmp_path / "said.csv"
+    words = [
+        "predict",
+        str(tmp_path / "run"),
+        str(tasks[0] / "of-0"),
+        "--task",
+        "low",
+        "--out",
+        str(out),
+    ]
+    assert main(words) == 0 and capsys.readouterr().out == f"{out}: 12 rows\n"

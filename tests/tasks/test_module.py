@@ -13,6 +13,7 @@ import torch
 
 from holdfast import Refused, load, run_sequence
 from holdfast.cli import main
+from holdfast.experiments.gate import judge
 from holdfast.experiments.mix import general
 from holdfast.experiments.record import Record
 from holdfast.tasks import load_task, program
@@ -114,7 +115,8 @@ def test_a_score_for_each_row_is_asked_for(net: Path) -> None:
 
 
 def learned(net: Path, out: Path, *names: str, **more: Any) -> Record:
-    return run_sequence(str(net), [f"{net}:{n}" for n in names], "ewc", out=out, **SHORT, **more)
+    model = None if "from_run" in more else str(net)
+    return run_sequence(model, [f"{net}:{n}" for n in names], "ewc", out=out, **SHORT, **more)
 
 
 def test_going_on_is_one_run_and_all_tasks_are_served(net: Path, tmp_path: Path) -> None:
@@ -130,6 +132,26 @@ def test_going_on_is_one_run_and_all_tasks_are_served(net: Path, tmp_path: Path)
     said = [each.label for each in one.predict("first-one", rows)]
     right = np.mean([s == row["labels"] for s, row in zip(said, rows, strict=True)])
     assert right == pytest.approx(whole.scores[1][0])
+    arrays = {name: np.stack([row[name] for row in rows]).astype(float) for name in rows[0]}
+    assert [each.label for each in one.predict("first-one", arrays)] == said
+    assert one.predict("first-one", []) == []
+    with pytest.raises(Refused, match="neither arrays by name nor"):
+        one.predict("first-one", ["a text"])
+
+
+def test_runs_of_two_days_are_compared(net: Path, tmp_path: Path, capsys: Any) -> None:
+    early = learned(net, tmp_path / "early", "First One")
+    late = learned(net, tmp_path / "late", "second", from_run=tmp_path / "early")
+    tasks = [load_task(f"{net}:first-one")]
+    (told,) = judge(load(tmp_path / "early"), load(tmp_path / "late"), tasks, max_forgetting=1)
+    assert told.before == pytest.approx(early.scores[0][0]) and told.verdict == "kept"
+    assert told.after == pytest.approx(late.scores[1][0])
+    assert main(["check", str(tmp_path / "early"), str(tmp_path / "late"),
+                 "--max-forgetting", "1", "--trust-code"]) == 0  # fmt: skip
+    (tmp_path / "rows.csv").write_text("text\nhello\n")
+    assert main(["predict", str(tmp_path / "late"), str(tmp_path / "rows.csv"), "--task",
+                 "second", "--out", str(tmp_path / "a.jsonl")]) == 2  # fmt: skip
+    assert "rows of arrays" in capsys.readouterr().err
 
 
 def test_numbers_a_row_are_float32_in_a_batch(net: Path) -> None:

@@ -46,6 +46,14 @@ def test_lists_and_text_give_the_same_rows(tmp_path: Path) -> None:
     assert {row.label for row in one.train} == {(0, 1), (), (1,), (0, 2)}
 
 
+def test_joined_labels_that_are_read_as_classes_are_told(tmp_path: Path) -> None:
+    told = "the label 'a|b' is one class; for several labels a row say ?type=multilabel"
+    found = load_task(str(written(tmp_path, ["a", "b", "a|b"] * 20)))
+    assert found.labels == ("a", "a|b", "b") and told in found.warnings
+    others = load_task(str(written(tmp_path, ["a", "b", "a|c"] * 20)))  # c is no label
+    assert not any("one class" in line for line in others.warnings)
+
+
 def test_every_label_reaches_the_selection_rows(tmp_path: Path) -> None:
     cells = [["common"]] * 80 + [["common", "rare"]] * 4
     found = load_task(f"{written(tmp_path, cells)}?type=multilabel", selection=0.1)

@@ -107,6 +107,9 @@ def load_config(source: str) -> Any:
 def check_length(source: str, max_length: int) -> None:
     """Refuse rows of more tokens than the model has positions for."""
     config = load_config(source).get_text_config()
+    if hasattr(config, "num_channels") and not getattr(config, "vocab_size", None):
+        raise Refused(f"is no model of text ({config.model_type})", where=source,
+                      remedy="name an encoder or a decoder")  # fmt: skip
     positions = getattr(config, "max_position_embeddings", None)
     kin = ("roberta", "camembert", "longformer", "mpnet", "data2vec", "xmod", "esm")
     if positions and any(name in config.model_type for name in kin):
