@@ -171,10 +171,9 @@ def _check_classes(
 
 def _present(rows: Sequence[Row]) -> set[Any]:
     """The labels that occur, each of several too."""
-    return {
-        each for row in rows
-        for each in (row.label if isinstance(row.label, tuple) else (row.label,))
-    }  # fmt: skip
+    found = {row.label for row in rows}
+    several = {each for label in found if isinstance(label, tuple) for each in label}
+    return several or found
 
 
 def _folder(asked: Spec) -> Source:

@@ -54,6 +54,8 @@ def stratified(
 
 def _classes(labels: Sequence[Any]) -> list[int | float]:
     """A class or a number for each label; texts are one class, several ids the rarest of them."""
+    if {*map(type, labels)}.isdisjoint((str, tuple)):
+        return list(labels)
     often = Counter(i for label in labels if isinstance(label, tuple) for i in set(label))
     return [
         0 if isinstance(label, str)
