@@ -12,7 +12,7 @@ from holdfast.errors import Refused, nearest, tell_once
 from holdfast.tasks import files, labels, tagged
 from holdfast.tasks.prompts import prompted
 from holdfast.tasks.spec import Options, parse
-from holdfast.tasks.table import ANSWER, MAX_TEXT, Columns, Table, counted, listed, shown
+from holdfast.tasks.table import ANSWER, Columns, Table, listed, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 
@@ -322,15 +322,11 @@ class _Texts:
             if label is not None
         ]
         ignored = len(self.kept) - len(found)
-        said = [*self.table.notes, *self.table.skipped()]
-        for count, why in (
+        warnings += self.table.warnings(
             (self.missing, "without text skipped"),
             (ignored, f"labelled {labels.IGNORED} skipped"),
             (self.mended, "with a label mended in blanks or case"),
-            (self.table.cut, f"with a text above {MAX_TEXT:,} characters cut"),
-        ):
-            said += [f"{counted(count)} {why}"] if count else []
-        warnings += [f"{self.table.name}: {line}" for line in said]
+        )
         if not found:
             raise self.table.nothing(self.missing)
         return found

@@ -185,6 +185,14 @@ class Table:
         raise Refused(f"{self.bad:,} bad rows: {told}{more}", where=self.name,
                       remedy="; ".join(filter(None, remedies)))  # fmt: skip
 
+    def warnings(self, *counts: tuple[int, str]) -> list[str]:
+        """What to warn of: what was guessed, bad rows, `counts` of rows with what befell them, and
+        texts that were cut."""
+        cut = self.cut, f"with a text above {MAX_TEXT:,} characters cut"
+        said = [*self.notes, *self.skipped()]
+        said += [f"{counted(count)} {what}" for count, what in (*counts, cut) if count]
+        return [f"{self.name}: {line}" for line in said]
+
     def skipped(self) -> list[str]:
         """A line for the warnings, if there are bad rows."""
         first = [f"{self.unit} {number}: {why.what}" for number, why in self.told[:1]]

@@ -15,7 +15,7 @@ import regex
 
 from holdfast.errors import Refused
 from holdfast.tasks import labels
-from holdfast.tasks.table import MAX_TEXT, Columns, Table, counted, shown
+from holdfast.tasks.table import Columns, Table, shown
 from holdfast.tasks.task import Row
 
 OUTSIDE = "O"
@@ -140,14 +140,10 @@ class Tagged:
             else:
                 found.append(Row(" ".join(words), None, ids))
         self.table.refuse_bad()
-        said = [*self.table.notes, *self.table.skipped()]
-        for count, what in (
+        warnings += self.table.warnings(
             (self.missing, "without a word skipped"),
             (self.uneven, "with a span that ends within a word: the whole word is tagged"),
-            (self.table.cut, f"with a text above {MAX_TEXT:,} characters cut"),
-        ):
-            said += [f"{counted(count)} {what}"] if count else []
-        warnings += [f"{self.table.name}: {line}" for line in said]
+        )
         if not found:
             raise self.table.nothing(self.missing)
         return found

@@ -120,10 +120,17 @@ class Classification(Headed):
         """What a model says of each text. about: the task's `labels`."""
         fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
         rows = [{k: v[i] for k, v in fields.items()} for i in range(len(texts))]
+        return self.predictions(model, rows, self.collator(tokenizer), about["labels"], batch=batch)
+
+    def predictions(
+        self, model: nn.Module, rows: Sequence[dict[str, Any]], collate: Any,
+        labels: Sequence[str] | None, *, batch: int,
+    ) -> list[Prediction]:  # fmt: skip
+        """What a model says of encoded rows, in their order."""
         found: list[Any] = [None] * len(rows)
-        for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
+        for chosen, logits in outputs(model, rows, collate, batch=batch):
             for i, row in zip(chosen, logits, strict=True):
-                found[i] = self.prediction(row, about["labels"])
+                found[i] = self.prediction(row, labels)
         return found
 
     def prediction(self, logits: Tensor, labels: Sequence[str] | None) -> Prediction:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from holdfast.errors import Refused
-from holdfast.tasks.kinds.classification import Classification, outputs
+from holdfast.tasks.kinds.classification import Classification
 from holdfast.tasks.kinds.packed import CHUNK, Packed
 from holdfast.tasks.kinds.pretrained import first_line
 from holdfast.tasks.task import Prediction, Row, Task
@@ -88,11 +88,7 @@ class Images(Classification):
         """What a model says of each picture. texts: their files."""
         pixels = _resized(texts, processor, _mode(model.config))
         rows = Packed({"pixel_values": (pixels, None)}, range(len(texts)))
-        found: list[Any] = [None] * len(texts)
-        for chosen, logits in outputs(model, rows, self.collator(processor), batch=batch):
-            for i, row in zip(chosen, logits, strict=True):
-                found[i] = self.prediction(row, about["labels"])
-        return found
+        return self.predictions(model, rows, self.collator(processor), about["labels"], batch=batch)
 
 
 class _Collator:
