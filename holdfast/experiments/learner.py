@@ -89,7 +89,7 @@ class Learner:
         self.collate = self.kind.collator(self.processor)
         self.models: list[nn.Module] = []
         self.bound: Bound | None = None
-        self._encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
+        self.encoded = {} if loaded is None else loaded.rows.setdefault(seed, {})
         self._began = 0.0
         self._note_machine()
         if begin and not any((self.home(i) / MANIFEST).is_file() for i in range(len(tasks))):
@@ -113,13 +113,13 @@ class Learner:
     def rows(self, index: int, split: str) -> Packed:
         """A task's encoded rows; if some were cut, the log and the record say so."""
         task, most = self.tasks[index], self.plan.max_length
-        if (task.name, split) not in self._encoded:
+        if (task.name, split) not in self.encoded:
             texts = getattr(task, split)
             config = self.kind.load_config(self.source)
             made = self.kind.encode(texts, task, self.processor, max_length=most, config=config)
             cut = self.kind.count_cut(texts, made, task, self.processor, max_length=most)
-            self._encoded[task.name, split] = made, cut
-        rows, cut = self._encoded[task.name, split]
+            self.encoded[task.name, split] = made, cut
+        rows, cut = self.encoded[task.name, split]
         if cut and split != "selection":  # selection rows are like the training rows
             kind = {"train": "training"}.get(split, split)
             share = max(1, round(100 * cut / len(rows)))

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from holdfast.experiments.learner import Learner
 
 
-def general(mix: str) -> tuple[Task, float]:
-    """The task in FILE, and the share: 0 < share < 1."""
+def parted(mix: str) -> tuple[str, float]:
+    """FILE, and the share: 0 < share < 1."""
     file, _, said = mix.rpartition(":")
     try:
         share = float(said)
@@ -37,6 +37,12 @@ def general(mix: str) -> tuple[Task, float]:
     if not file or not 0 < share < 1:
         raise Refused(f"{mix!r} is no file and share below 1", where="--mix",
                       remedy="as general.txt:0.05")  # fmt: skip
+    return file, share
+
+
+def general(mix: str) -> tuple[Task, float]:
+    """The task in FILE, and the share."""
+    file, share = parted(mix)
     if parse(file).kind == "module":  # which would be run; a setting may be a stranger's
         raise Refused(f"{file} is a Python file, and no task of text", where="--mix",
                       remedy="name running text, or prompts and answers")  # fmt: skip
@@ -65,11 +71,15 @@ def mixed(learner: Learner, index: int) -> Any:
     mix = learner.plan.mix
     if mix is None:
         return rows
-    task, share = general(mix)
-    config = learner.kind.load_config(learner.source)
-    more: Any = kind_of([task]).encode(task.train, task, learner.processor,
-                                       max_length=learner.plan.max_length,
-                                       config=config)  # fmt: skip
+    if (mix, "mix") not in learner.encoded:  # read once, not for every task
+        task, _ = general(mix)
+        config = learner.kind.load_config(learner.source)
+        made = kind_of([task]).encode(task.train, task, learner.processor,
+                                      max_length=learner.plan.max_length,
+                                      config=config)  # fmt: skip
+        learner.encoded[mix, "mix"] = made, 0
+    more: Any = learner.encoded[mix, "mix"][0]
+    _, share = parted(mix)
     wanted = max(1, round(exactly(share, len(rows)) / (1 - exactly(share, 1))))
     drawn = torch.Generator().manual_seed(1000 * learner.seed + learner.place + index)
     order = torch.randperm(len(more), generator=drawn).tolist()

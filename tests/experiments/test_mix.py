@@ -52,6 +52,7 @@ def beside(
 ) -> list[Any]:
     """What stands beside `rows`: by a learner of nothing else."""
     made: Any = SimpleNamespace(
+        encoded={},
         kind=generation.KIND, source=str(folder / "gpt2"), rows=lambda *_: rows,
         processor=models.tokenizer(template=False), seed=seed, place=0,
         plan=SimpleNamespace(mix=mix, max_length=16),
