@@ -16,9 +16,10 @@ from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
 from holdfast.testing.toy import ToyTraining
 
+# Without dropout="off", after which the training passes themselves draw less.
 CONTRACT: list[tuple[Method, float]] = [
     (Mixout(), 4),
-    (Mixout(drop=0.8, noise="column", gradient="published", dropout="off"), 4),
+    (Mixout(drop=0.8, noise="column", gradient="published"), 4),
 ]
 
 
@@ -130,6 +131,7 @@ def test_dropout_is_off_only_while_it_is_bound() -> None:
         assert shares(one) == {0.0}
         one.bound.unbind()
         assert shares(one) == {0.2}
+    same(again.weights(), toy.weights())
     keeping = ToyTraining(Mixout())
     keeping.begin("one")
     assert shares(keeping) == {0.2}

@@ -89,9 +89,10 @@ def noise_shape(view: View, name: str, noise: Noise) -> list[int]:
 def drawn(
     view: View, names: Iterable[str], make: Callable[[View, str], Tensor]
 ) -> dict[str, Tensor]:
-    """What this step draws for each name, in one order whatever the forward pass calls first."""
+    """What this step draws for each name, in the model's order."""
     if "noise" not in view.scratch:
-        view.scratch["noise"] = {n: make(view, n) for n in names}
+        chosen = {*names}
+        view.scratch["noise"] = {n: make(view, n) for n in view.weights if n in chosen}
     noise: dict[str, Tensor] = view.scratch["noise"]
     return noise
 
