@@ -25,8 +25,8 @@ from holdfast.errors import Refused
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "compare", "search", "combine", "predict", "export", "check", "runs",
-    "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "compare", "search", "combine", "predict", "export", "delta", "check",
+    "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -68,6 +68,7 @@ OPTIONS = {
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --trust-code",
+    "delta": "action",
     "check": "before after --max-forgetting --junit --trust-code",
     "runs": "folder",
     "doctor": "",
