@@ -23,19 +23,10 @@ from holdfast.engine.lora import LoRA
 from holdfast.engine.method import Method
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
-from holdfast.methods import (
-    DPS,
-    EWC,
-    GPM,
-    L2SP,
-    KfacEWC,
-    KLAnchor,
-    LwF,
-    Merge,
-    Replay,
-    WiSE,
-    method_named,
-)
+from holdfast.methods import METHODS, method_named
+from holdfast.methods.dps import DPS
+from holdfast.methods.lwf import LwF
+from holdfast.methods.merge import Merge
 from holdfast.network.groups import param_groups
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
@@ -252,24 +243,21 @@ def _method(name: str, settings: Any) -> Method:
     return method_named(name).from_dict(settings or {})
 
 
+def _preset(kind: type[Method]) -> Recipe:
+    """A method by itself, at its defaults."""
+    first = HeadFirst() if kind.head_first else None
+    return Recipe(methods=[kind()], head_first=first, name=kind.name)
+
+
 PRESETS: dict[str, Callable[[], Recipe]] = {
     "plain": lambda: Recipe(name="plain"),
-    "dps": lambda: Recipe(methods=[DPS()], name="dps"),
+    "bertcl": lambda: Recipe(rates=Rates.bertcl(), name="bertcl"),
+    "head_first": lambda: Recipe(head_first=HeadFirst(), name="head_first"),
+    **{name: functools.partial(_preset, kind) for name, kind in METHODS.items()},
     "dps_mix": lambda: Recipe(methods=[DPS(mix=True)], name="dps_mix"),
     "dps_retention": lambda: Recipe(
         methods=[DPS(score="retention", drop=0.9)], name="dps_retention"
     ),
-    "bertcl": lambda: Recipe(rates=Rates.bertcl(), name="bertcl"),
-    "ewc": lambda: Recipe(methods=[EWC()], name="ewc"),
-    "l2sp": lambda: Recipe(methods=[L2SP()], name="l2sp"),
-    "replay": lambda: Recipe(methods=[Replay()], name="replay"),
-    "head_first": lambda: Recipe(head_first=HeadFirst(), name="head_first"),
-    "lwf": lambda: Recipe(head_first=HeadFirst(), methods=[LwF()], name="lwf"),
-    "gpm": lambda: Recipe(head_first=HeadFirst(), methods=[GPM()], name="gpm"),
-    "kfac_ewc": lambda: Recipe(head_first=HeadFirst(), methods=[KfacEWC()], name="kfac_ewc"),
-    "kl_anchor": lambda: Recipe(head_first=HeadFirst(), methods=[KLAnchor()], name="kl_anchor"),
-    "merge": lambda: Recipe(head_first=HeadFirst(), methods=[Merge()], name="merge"),
-    "wise": lambda: Recipe(head_first=HeadFirst(), methods=[WiSE()], name="wise"),
     "lwf_merge": lambda: Recipe(head_first=HeadFirst(), methods=[LwF(), Merge()], name="lwf_merge"),
     # Chosen on the tuning pairs of benchmarks/forgetting.py: it keeps old tasks without their rows,
     # and on average learns a new one as the better flat rate does (docs/results say where not).

@@ -80,6 +80,9 @@ class DPS(Method):
     name: ClassVar[str] = "dps"
     summary: ClassVar[str] = "trains the subnetwork that recent gradients point at"
     paper: ClassVar[str] = "Zhang et al., NeurIPS 2022, arXiv 2211.01642"
+    group: ClassVar[str] = "subnetwork"
+    cost: ClassVar[str] = "a pass over the covered gradients"
+    use: ClassVar[str] = "few rows"
     bytes_per_weight: ClassVar[str] = (
         "Dense 4 (the sum of squares turns into the values to keep); Mix 8.125 with column noise, "
         "9 with weight noise (12 where a stage is longer than 255 steps); retention 12"

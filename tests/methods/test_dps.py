@@ -13,10 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.method import View
+from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (DPS(stage=2), 4),
+    (DPS(stage=3, modules="all", select="global", drop=0.5), 4),
+    (DPS(stage=2, freeze="gradient"), 4),
+    (DPS(stage=2, mix=True), 8.3),
+    (DPS(stage=2, mix=True, freeze="gradient"), 8.3),
+    (DPS(stage=2, mix=True, noise="weight", modules=("*.up.weight", "*.down.*")), 9.3),
+    (DPS(stage=2, score="retention", drop=0.6, fisher_rows=5), 12),
+]
 
 STEPS = 23
 ADAMW = {"lr": 0.05, "weight_decay": 0.3}
