@@ -465,6 +465,12 @@ def test_from_october_to_a_gate(
     assert main(["predict", then, str(rows), "--task", "mood", "--out", f"{tmp_path}/p.csv"]) == 2
     assert "no column 'text'" in capsys.readouterr().err
     assert main([*predict, "--keep", "label", "--out", f"{tmp_path}/p.csv"]) == 2
+    # A run as what changed in the one before serves every task as it does.
+    assert main(["delta", "save", first, then, f"{tmp_path}/d.safetensors"]) == 0
+    assert main(["delta", "apply", first, f"{tmp_path}/d.safetensors", f"{tmp_path}/again"]) == 0
+    again = ["predict", f"{tmp_path}/again", f"{rows}?text=body", "--task", "mood"]
+    assert main([*again, "--keep", "id", "--out", f"{tmp_path}/again.jsonl"]) == 0
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
     export = ["export", then, "--task", "mood", "--out", f"{tmp_path}/m"]
     assert main(export) == 0 and (tmp_path / "m" / "config.json").is_file()
     assert main(export) == 2
