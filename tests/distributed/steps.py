@@ -35,6 +35,7 @@ RECIPES: dict[str, list[Method]] = {
     "ewc": [EWC(strength=0.5, labels="true", rows=24)],
     "l2sp": [L2SP(strength=0.25)],
     "replay": [Replay(memory=6, share=0.5, weight=0.5)],
+    "feedback": [Replay(memory=6, share=0.5, every=3, feedback=0.4)],
     "all": [DPS(stage=1, drop=0.5, modules=LINEAR), EWC(strength=0.5, labels="true"),
             L2SP(strength=0.25), Replay(memory=6, share=0.5)],
 }  # fmt: skip

@@ -61,7 +61,11 @@ CONFIGURATIONS: dict[str, list[tuple[Method, float]]] = {
     ],
     "l2sp": [(L2SP(), 4), (L2SP(strength=1.0, head_strength=0.0), 4)],
     "wise": [(WiSE(), 4), (WiSE(alpha=0.2, first=True, head=True), 4)],
-    "replay": [(Replay(memory=4), 0), (Replay(memory=0.3, share=1.0, every=2, weight=2.0), 0)],
+    "replay": [
+        (Replay(memory=4), 0),
+        (Replay(memory=0.3, share=1.0, every=2, weight=2.0), 0),
+        (Replay(memory=4, every=3, feedback=0.48), 0),
+    ],
 }
 CASES = [m for cases in CONFIGURATIONS.values() for m, _ in cases]
 LIMITS = {m: limit for cases in CONFIGURATIONS.values() for m, limit in cases}
