@@ -153,15 +153,16 @@ def scripted(method: Replay, losses: list[list[tuple[float, float]]]) -> tuple[B
     """Steps whose micro-batches have these losses (old, new); in which of them rows came again."""
     bound, _ = second_task(method)
     replayed: list[int] = []
-    now = 0.0
+    say = SimpleNamespace(loss=torch.tensor(0.0))
 
-    def say(*_: Any, **__: Any) -> Any:
+    def forward(*_: Any, **__: Any) -> Any:
         replayed.append(step)
-        return SimpleNamespace(loss=torch.tensor(now, dtype=torch.float64))
+        return say
 
-    bound.forward = say  # type: ignore[method-assign]
+    bound.forward = forward  # type: ignore[method-assign]
     for step, pieces in enumerate(losses):
-        for now, new in pieces:
+        for old, new in pieces:
+            say.loss = torch.tensor(old)
             bound.penalty(make_batch("two", step), None, torch.tensor(new))
         bound.optimizer.step()
     return bound, replayed
