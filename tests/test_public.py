@@ -42,7 +42,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(holdfast.__all__) == sorted([
         "__version__", "parts", "Parts", "Rates", "Recipe", "Bound", "Method", "View",
         "Range", "DPS", "EWC", "GPM", "KfacEWC", "KLAnchor", "L2SP", "LwF", "Merge", "Replay",
-        "WiSE", "HeadFirst", "LoRA", "Refused", "with_recipe", "Trainer", "RecipeCallback",
+        "WiSE", "HeadFirst", "LoRA", "PEFT", "Refused", "with_recipe", "Trainer", "RecipeCallback",
         "Task", "load_task", "run_sequence", "load", "compare", "Record", "write_report",
     ])  # fmt: skip
 
