@@ -1,6 +1,7 @@
 """Fine-tune pre-trained transformers without overfitting and without forgetting, and measure it.
 
-The public names, loaded when they are first used: importing holdfast imports no torch.
+The public names, loaded when they are first used: importing holdfast imports no torch. Beside those
+below, the class of every method (`holdfast.DPS`).
 """
 
 from __future__ import annotations
@@ -19,18 +20,9 @@ _HOMES = {
     "Method": "holdfast.engine.method",
     "View": "holdfast.engine.method",
     "Range": "holdfast.engine.method",
-    "DPS": "holdfast.methods",
-    "EWC": "holdfast.methods",
-    "GPM": "holdfast.methods",
-    "KfacEWC": "holdfast.methods",
-    "KLAnchor": "holdfast.methods",
-    "L2SP": "holdfast.methods",
-    "LwF": "holdfast.methods",
-    "Merge": "holdfast.methods",
-    "Replay": "holdfast.methods",
-    "WiSE": "holdfast.methods",
     "HeadFirst": "holdfast.engine.head_first",
-    "LoRA": "holdfast.engine.lora",
+    "LoRA": "holdfast.engine.peft",
+    "PEFT": "holdfast.engine.peft",
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
     "Trainer": "holdfast.training.trainer",
@@ -43,42 +35,41 @@ _HOMES = {
     "Record": "holdfast.experiments.record",
     "write_report": "holdfast.report",
 }
-__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__all__":
+        return ["__version__", *_HOMES, *_methods()]
+    if name not in _HOMES and (name.startswith("_") or name not in _methods()):
         raise AttributeError(f"module 'holdfast' has no attribute {name!r}")
-    globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES.get(name, "holdfast.methods"))
+    globals()[name] = getattr(home, name)
     return globals()[name]
 
 
+def _methods() -> dict[str, Any]:
+    """The class of every method, by its own name."""
+    found: dict[str, Any] = importlib.import_module("holdfast.methods").CLASSES
+    return found
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_methods()})
 
 
 if TYPE_CHECKING:
     from holdfast.engine.bound import Bound as Bound
     from holdfast.engine.head_first import HeadFirst as HeadFirst
-    from holdfast.engine.lora import LoRA as LoRA
     from holdfast.engine.method import Method as Method
     from holdfast.engine.method import Range as Range
     from holdfast.engine.method import View as View
+    from holdfast.engine.peft import PEFT as PEFT
+    from holdfast.engine.peft import LoRA as LoRA
     from holdfast.errors import Refused as Refused
     from holdfast.experiments.compare import compare as compare
     from holdfast.experiments.record import Record as Record
     from holdfast.experiments.sequence import run_sequence as run_sequence
     from holdfast.experiments.serving import load as load
-    from holdfast.methods import DPS as DPS
-    from holdfast.methods import EWC as EWC
-    from holdfast.methods import GPM as GPM
-    from holdfast.methods import L2SP as L2SP
-    from holdfast.methods import KfacEWC as KfacEWC
-    from holdfast.methods import KLAnchor as KLAnchor
-    from holdfast.methods import LwF as LwF
-    from holdfast.methods import Merge as Merge
-    from holdfast.methods import Replay as Replay
-    from holdfast.methods import WiSE as WiSE
     from holdfast.network.parts import Parts as Parts
     from holdfast.network.parts import parts as parts
     from holdfast.network.rates import Rates as Rates

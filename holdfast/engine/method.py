@@ -49,6 +49,8 @@ HOOKS = (
     "unbound",
     "end_task",
 )
+# What methods act by; "other" is left to other packages.
+GROUPS = ("regulariser", "subnetwork", "sharpness", "start", "old tasks", "other")
 
 
 class Range(NamedTuple):
@@ -71,6 +73,10 @@ class Method(Checked):
     summary: ClassVar[str]  # one line
     paper: ClassVar[str]
     bytes_per_weight: ClassVar[str]  # what the method adds to memory, in words and numbers
+    group: ClassVar[str] = "other"  # one of `GROUPS`
+    cost: ClassVar[str] = "–"  # what a step costs beyond plain training, in words
+    use: ClassVar[str] = "–"  # the data or situation it is meant for
+    head_first: ClassVar[bool] = False  # whether its preset fits a fresh head first
     ranges: ClassVar[Mapping[str, Range]] = {}
     needs_previous: ClassVar[bool] = False  # after_step reads the weights before the step
     needs_features: ClassVar[bool] = False  # penalty reads `view.features`
@@ -199,6 +205,8 @@ class View:
     bound: Bound
     state: State  # this method's own
     scratch: dict[str, Any] = field(default_factory=dict)  # forgotten after every step
+    # Weights whose gradients the method has switched off; it switches them on in `unbound`.
+    cut: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def task(self) -> str:
@@ -265,6 +273,12 @@ class View:
         """The task's own loss of the micro-batch, to which `penalty` is added, where it is known:
         its mean, or its share of a mean over several micro-batches."""
         return self.bound.loss
+
+    @property
+    def again(self) -> Callable[[nn.Module], Tensor] | None:
+        """Computes `loss` once more, with a graph, inside `penalty`; None where the loop did not
+        say how."""
+        return self.bound.again
 
     @property
     def rows(self) -> Tensor:

@@ -236,7 +236,7 @@ def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: 
         raise Refused(f"trains nothing, and the recipe {recipe.name} would not be at work",
                       where=where, remedy="--recipe plain")  # fmt: skip
     idle = [m.name for m in recipe.methods if m.needs_old_task or m.changes_weights]
-    idle += [name for name in ("lora", "head_first") if getattr(recipe, name) is not None]
+    idle += [name for name in ("peft", "head_first") if getattr(recipe, name)]
     idle += ["rates"] * (recipe.rates != Rates.flat())
     if plan.head == "levi" and idle:
         raise Refused(f"leaves the encoder as it is, and {', '.join(idle)} of the recipe "

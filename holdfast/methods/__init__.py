@@ -1,6 +1,8 @@
-"""The methods: one file each. `METHODS` is the one list of those that come with holdfast.
+"""The methods: one file each, found by themselves. `METHODS` is the one list of those that come
+with holdfast; their classes are reached from here, and from `holdfast`, by name too.
 
-Another package adds one by an entry point, which is looked up only for names that are not here:
+A file `mine.py` holds one class whose `name` is "mine". Another package adds one by an entry point,
+which is looked up only for names that are not here:
 
     [project.entry-points."holdfast.methods"]
     mine = "my_package:Mine"
@@ -8,24 +10,34 @@ Another package adds one by an entry point, which is looked up only for names th
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from typing import Any
+
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods.dps import DPS
-from holdfast.methods.ewc import EWC
-from holdfast.methods.gpm import GPM
-from holdfast.methods.kfac_ewc import KfacEWC
-from holdfast.methods.kl_anchor import KLAnchor
-from holdfast.methods.l2sp import L2SP
-from holdfast.methods.lwf import LwF
-from holdfast.methods.merge import Merge
-from holdfast.methods.replay import Replay
-from holdfast.methods.wise import WiSE
 from holdfast.plugins import plugin
 
-METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (DPS, EWC, GPM, KfacEWC, KLAnchor, L2SP, LwF, Merge, Replay, WiSE)
-}
 GROUP = "holdfast.methods"
+
+
+def _in_file(name: str) -> type[Method]:
+    """The class of a file: the one whose `name` is the file's."""
+    found = vars(importlib.import_module(f"{__name__}.{name}")).values()
+    (made,) = (m for m in found if getattr(m, "name", None) == name and isinstance(m, type))
+    return made
+
+
+METHODS: dict[str, type[Method]] = {
+    file.name: _in_file(file.name) for file in pkgutil.iter_modules(__path__) if not file.ispkg
+}
+CLASSES = {made.__name__: made for made in METHODS.values()}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return CLASSES[name]
 
 
 def method_named(name: str) -> type[Method]:
@@ -37,19 +49,3 @@ def method_named(name: str) -> type[Method]:
         raise Refused(f"{whence} is no method called {name!r}",
                       remedy="derive it from holdfast.Method, and give it this name")  # fmt: skip
     return made
-
-
-__all__ = [
-    "DPS",
-    "EWC",
-    "GPM",
-    "L2SP",
-    "METHODS",
-    "KLAnchor",
-    "KfacEWC",
-    "LwF",
-    "Merge",
-    "Replay",
-    "WiSE",
-    "method_named",
-]

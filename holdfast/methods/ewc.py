@@ -48,6 +48,9 @@ class EWC(Method):
     paper: ClassVar[str] = (
         "Kirkpatrick et al., PNAS 2017, arXiv 1612.00796; online: arXiv 1805.06370"
     )
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "one pass over weights, anchor and Fisher information"
+    use: ClassVar[str] = "the next task, without old rows"
     bytes_per_weight: ClassVar[str] = "8 (Fisher information and anchor), for any number of tasks"
     needs_old_task: ClassVar[bool] = True
     tunable: ClassVar[tuple[str, ...]] = ("strength",)

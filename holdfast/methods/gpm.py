@@ -60,6 +60,10 @@ class GPM(Measuring):
     name: ClassVar[str] = "gpm"
     summary: ClassVar[str] = "learns only in directions that old inputs do not use"
     paper: ClassVar[str] = "Saha et al., ICLR 2021, arXiv 2103.09762"
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "a projection of every linear layer"
+    use: ClassVar[str] = "the next task, without old rows"
+    head_first: ClassVar[bool] = True
     bytes_per_weight: ClassVar[str] = (
         "4 k d an input of d with k protected directions: at most about 6 per linear weight of a "
         "BERT; during a step 4 more per linear weight, unless project=gradient"

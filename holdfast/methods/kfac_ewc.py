@@ -54,6 +54,10 @@ class KfacEWC(Measuring):
     name: ClassVar[str] = "kfac_ewc"
     summary: ClassVar[str] = "pulls weights to where layers answer old inputs as they did"
     paper: ClassVar[str] = "Ritter et al., NeurIPS 2018, arXiv 1805.07810"
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "two products a linear layer every n-th step"
+    use: ClassVar[str] = "the next task, without old rows"
+    head_first: ClassVar[bool] = True
     bytes_per_weight: ClassVar[str] = (
         "4, and 8 from the second remembered task on; beside it 4 d² an input of d: about 6 per "
         "linear weight of a BERT"

@@ -70,6 +70,10 @@ class KLAnchor(Method):
     name: ClassVar[str] = "kl_anchor"
     summary: ClassVar[str] = "holds the model's outputs on the task's own rows near the start's"
     paper: ClassVar[str] = "ASFT, arXiv 2509.23753; RL's Razor, arXiv 2509.04259"
+    group: ClassVar[str] = "regulariser"
+    cost: ClassVar[str] = "nothing measurable with logits kept by row, else one forward pass"
+    use: ClassVar[str] = "holding general ability"
+    head_first: ClassVar[bool] = True
     bytes_per_weight: ClassVar[str] = (
         "0 with logits kept by row (4 a row and class, 8 a row) or with adapters switched off, "
         "4 with start or base weights remembered"

@@ -31,6 +31,9 @@ class L2SP(Method):
     name: ClassVar[str] = "l2sp"
     summary: ClassVar[str] = "pulls weights back to where the task began"
     paper: ClassVar[str] = "Li et al., ICML 2018, arXiv 1802.01483"
+    group: ClassVar[str] = "regulariser"
+    cost: ClassVar[str] = "one pass over weights and anchor"
+    use: ClassVar[str] = "few rows"
     bytes_per_weight: ClassVar[str] = "4 (the anchor, in the weight's own type)"
     ranges: ClassVar[Mapping[str, Range]] = {
         "strength": Range(1e-4, 1.0, log=True),

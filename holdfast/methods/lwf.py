@@ -66,6 +66,10 @@ class LwF(Method):
     name: ClassVar[str] = "lwf"
     summary: ClassVar[str] = "holds the old heads' answers on the new task's rows"
     paper: ClassVar[str] = "Li & Hoiem, ECCV 2016, arXiv 1606.09282"
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "the old heads on features of the same pass"
+    use: ClassVar[str] = "the next task, without old rows"
+    head_first: ClassVar[bool] = True
     bytes_per_weight: ClassVar[str] = (
         "0 (the answers: 4 bytes a row and old class, 8 a row; with near rows 4 more a row and "
         "old task, and 4 d² an old head of d inputs)"

@@ -64,6 +64,10 @@ class Merge(Measuring):
     name: ClassVar[str] = "merge"
     summary: ClassVar[str] = "merges old and new weights so that each task's outputs stay"
     paper: ClassVar[str] = "Jin et al., ICLR 2023, arXiv 2212.09849"
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "nothing; a pass over some rows at a task's end"
+    use: ClassVar[str] = "the next task, without old rows"
+    head_first: ClassVar[bool] = True
     bytes_per_weight: ClassVar[str] = (
         "4 d² an input of d: about 6 per linear weight of a BERT, up to `width`; "
         "4 more while a task is learned, where no checkpoint holds the start weights"
@@ -161,7 +165,7 @@ class _Merger:
         if share > TOLD:
             tell_once(
                 f"merge: {share:.0%} of the weights are in layers whose inputs it cannot measure "
-                f"(recurrent ones): they keep {how.others:g} of their change"
+                f"(recurrent ones, adapters but LoRA): they keep {how.others:g} of their change"
             )
 
     def merge_(self, strength: float) -> None:

@@ -54,6 +54,9 @@ class Replay(Method):
     name: ClassVar[str] = "replay"
     summary: ClassVar[str] = "rehearses kept rows of old tasks"
     paper: ClassVar[str] = "Chaudhry et al. 2019, arXiv 1902.10486"
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "forward and backward of the replayed rows"
+    use: ClassVar[str] = "the next task, where old rows may be kept"
     bytes_per_weight: ClassVar[str] = "0 (the kept rows: 8 bytes a token and field)"
     shares: ClassVar[tuple[str, ...]] = ("memory",)
     needs_old_task: ClassVar[bool] = True

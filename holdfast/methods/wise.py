@@ -49,6 +49,10 @@ class WiSE(Method):
     name: ClassVar[str] = "wise"
     summary: ClassVar[str] = "goes back part of the way to the weights before the task"
     paper: ClassVar[str] = "Wortsman et al., CVPR 2022, arXiv 2109.01903"
+    group: ClassVar[str] = "old tasks"
+    cost: ClassVar[str] = "nothing"
+    use: ClassVar[str] = "the next task, without old rows"
+    head_first: ClassVar[bool] = True
     bytes_per_weight: ClassVar[str] = (
         "4 while a task is learned, where no checkpoint holds the start weights"
     )

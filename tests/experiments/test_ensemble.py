@@ -90,7 +90,7 @@ def test_a_run_is_gone_on_with(place: Path, learned: Path, tmp_path: Path) -> No
     [
         ("default", "merge, lwf, head_first"),
         (Recipe(methods=[EWC()]), "ewc"),
-        (Recipe(lora=LoRA(rank=2)), "lora"),
+        (Recipe(peft=LoRA(rank=2)), "peft"),
         (Recipe(head_first=HeadFirst()), "head_first"),
         (Recipe(rates=Rates.bertcl()), "rates"),
     ],

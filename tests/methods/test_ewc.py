@@ -12,6 +12,13 @@ from holdfast.engine.method import Method
 from holdfast.methods import EWC, L2SP
 from holdfast.testing.toy import ToyTraining, make_batch
 
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (EWC(rows=5), 8),
+    (EWC(online=True, decay=0.5, labels="expected", rows=3), 8),
+    (EWC(strength=0.0, labels="true", rows=3), 8),
+]
+
 
 def fishers(monkeypatch: pytest.MonkeyPatch, bound: Bound, tasks: int) -> list[dict[str, Tensor]]:
     """Let `end_task` meet Fisher values of our choice, many of them zero."""

@@ -13,12 +13,21 @@ from transformers.pytorch_utils import Conv1D
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.grams import Structure
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.methods import GPM
 from holdfast.methods.gpm import widened
 from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Batch, Classifier
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (GPM(rows=20), 0),
+    (GPM(rows=5, threshold=0.9, project="gradient", others="train"), 0),
+    (GPM(rows=20, threshold=0.8, width=4), 0),
+    (GPM(rows=24, threshold=0.8, structure="low_rank", width=1, rank=3, others="train"), 0),
+]
 
 # --- which directions -----------------------------------------------------------------------------
 

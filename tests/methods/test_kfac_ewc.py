@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.grams import Structure
+from holdfast.engine.method import Method
 from holdfast.methods import KfacEWC
 from holdfast.ops.moments import Blocks, LowRank, Moment
 from holdfast.testing.toy import TASKS, Batch, ToyTraining, make_batch
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (KfacEWC(rows=20), 8),
+    (KfacEWC(strength=0.1, every=1, rows=5, width=4), 8),
+    (KfacEWC(every=3, rows=24, structure="low_rank", width=1, rank=3), 8),
+]
 
 Seen = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
 

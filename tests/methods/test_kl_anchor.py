@@ -17,10 +17,19 @@ from torch import Tensor, nn
 import holdfast
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.methods import KLAnchor
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, Encoder, ToyTraining, make_batch
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (KLAnchor(), 0),
+    (KLAnchor(keep="weights", direction="reverse", strength=1.0), 4),
+    (KLAnchor(anchor="base", keep="logits", token_weight="detached_probability"), 4),
+    (KLAnchor(anchor="base", keep="weights"), 4),
+]
 
 Batch = dict[str, Tensor]
 KEEP = pytest.mark.parametrize("keep", ["logits", "weights"])

@@ -6,7 +6,11 @@ import torch
 from pulls import bind, pulled, wander
 from torch import nn
 
+from holdfast.engine.method import Method
 from holdfast.methods import L2SP
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [(L2SP(), 4), (L2SP(strength=1.0, head_strength=0.0), 4)]
 
 
 def test_l2sp_equals_autograd_of_its_equation() -> None:

@@ -21,6 +21,13 @@ from holdfast.methods.common.answers import divergence
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, Encoder, ToyTraining, make_batch
 
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (LwF(), 0),
+    (LwF(strength=0.3, temperature=1.0), 0),
+    (LwF(rows="near"), 0),
+]
+
 Batch = dict[str, Tensor]
 
 

@@ -13,10 +13,18 @@ from models import bert, collate, gpt2, rows
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from holdfast.engine.method import Method
 from holdfast.errors import tell_once
 from holdfast.methods import Merge
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (Merge(rows=20), 4),
+    (Merge(strength=3.0, rows=5, again=True, structure="block", width=4), 4),
+    (Merge(rows=24, structure="low_rank", width=1, rank=3), 4),
+]
 
 TINY = 1e-9  # a ridge that is nothing: what is left must be exact
 

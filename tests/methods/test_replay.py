@@ -12,11 +12,20 @@ from scipy import stats
 from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.methods import Replay
 from holdfast.methods.replay import _trim
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, ToyTraining, make_batch
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [
+    (Replay(memory=4), 0),
+    (Replay(memory=0.3, share=1.0, every=2, weight=2.0), 0),
+    (Replay(memory=4, every=3, feedback=0.48), 0),
+]
+ACCUMULATES = False  # it draws other rows for each micro-batch
 
 
 def numbered(count: int, size: int = 7) -> list[dict[str, Tensor]]:

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.files import write_yaml
 from holdfast.methods import LwF, Merge, WiSE
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, ToyTraining, make_batch
+
+# What the contract suite runs: configurations, and the bytes a weight each may remember.
+CONTRACT: list[tuple[Method, float]] = [(WiSE(), 4), (WiSE(alpha=0.2, first=True, head=True), 4)]
 
 
 def learned(method: WiSE, task: str = "two", **how: Any) -> tuple[ToyTraining, dict[str, Tensor]]:

@@ -151,15 +151,16 @@ def _tokens(rows: Sequence[Row], task: Task, tokenizer: Any, **limit: Any) -> An
 
 
 def outputs(
-    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Any, *, batch: int = 64
-) -> Iterator[tuple[list[int], Tensor]]:
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Any, *, batch: int = 64,
+    dropout: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:  # fmt: skip
     """Places of rows, and their logits in float32, (rows, classes), in evaluation mode.
 
-    Draws no random numbers. Rows of similar length are batched together to save padding; the
-    order changes no prediction.
+    Draws no random numbers, but with `dropout`. Rows of similar length are batched together to
+    save padding; the order changes no prediction.
     """
     device = next(model.parameters()).device
-    with in_mode(model.modules(), training=False):
+    with in_mode(model.modules(), training=dropout):
         for chosen in alike(lengths(rows), batch):
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
             # Not inference_mode: a model may cache tensors, and then fail to train.
