@@ -37,6 +37,8 @@ class Stepping:
     outputs: Any = None
     loss: Tensor | None = None
     features: Any = None
+    seen: dict[nn.Module, Any]  # what watched modules returned in the training pass
+    _drew: dict[nn.Module, tuple[Tensor, ...]]  # and the random states there
     _held: Held
     _wrapper: Any = None  # an AcceleratedOptimizer around ours
     _asked = _skip = False
@@ -89,6 +91,7 @@ class Stepping:
             self.features = features  # a method's forward pass may replace them
             total = total + method.penalty(self.views[method.name])
         self.features = self.loss = None  # they hold the graph of this micro-batch
+        self.seen, self._drew = {}, {}
         return total
 
     @torch.no_grad()
@@ -141,7 +144,7 @@ class Stepping:
         self._asked, self._measured = False, None
         self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.features = None
-        self.previous = {}
+        self.previous, self.seen, self._drew = {}, {}, {}
         for view in self.views.values():
             view.scratch.clear()
 
