@@ -14,8 +14,8 @@ are one λ; the division by d is ours.
 Dropout: other masks on the two sides would move outputs by far more than 5 %, and P would be of
 dropout. So the noisy side has the masks of the training pass, which is the clean side itself: the
 layers up to b return what they did there, and the layers above run once more, on the random state
-that layer b left. Without noise P is exactly 0. A compiled model, or one whose activations are
-computed again by reentrant checkpoints, is not seen in its training pass, and refused.
+that layer b left. Without noise P is exactly 0. A compiled model is refused: its training pass is
+not seen.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class LNSR(Method):
         seen, model, inputs = view.seen, view.bound.models[view.task], view.inputs
         if not seen or inputs is None:
             raise Refused("the training pass was not seen", where="lnsr",
-                          remedy="do not compile the model, checkpoint with use_reentrant=False, "
-                          "and call bound.penalty(batch, outputs)")  # fmt: skip
+                          remedy="do not compile the model, and call "
+                          "bound.penalty(batch, outputs) after it")  # fmt: skip
         blocks = list(view.blocks)
         b = self._at(len(blocks))
         below = [m for m in blocks[:b] if m in seen]
