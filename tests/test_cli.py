@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -25,8 +26,8 @@ from holdfast.errors import Refused
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "compare", "search", "combine", "predict", "export", "check", "runs",
-    "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
+    "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -61,6 +62,9 @@ OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
         --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
+    "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
+        --choose --alpha --phce --student-lr
+        {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"--tasks --recipes --flat --seeds --workers --reference --lm-eval {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
@@ -68,6 +72,7 @@ OPTIONS = {
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --trust-code",
+    "delta": "action",
     "check": "before after --max-forgetting --junit --trust-code",
     "runs": "folder",
     "doctor": "",
@@ -205,7 +210,7 @@ def test_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert tuple(verbs()) == VERBS and all(f"\n    {verb} " in out for verb in VERBS)
+    assert tuple(verbs()) == VERBS and all(re.search(rf"\n    {v}\s", out) for v in VERBS)
 
 
 def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -464,6 +469,12 @@ def test_from_october_to_a_gate(
     assert main(["predict", then, str(rows), "--task", "mood", "--out", f"{tmp_path}/p.csv"]) == 2
     assert "no column 'text'" in capsys.readouterr().err
     assert main([*predict, "--keep", "label", "--out", f"{tmp_path}/p.csv"]) == 2
+    # A run as what changed in the one before serves every task as it does.
+    assert main(["delta", "save", first, then, f"{tmp_path}/d.safetensors"]) == 0
+    assert main(["delta", "apply", first, f"{tmp_path}/d.safetensors", f"{tmp_path}/again"]) == 0
+    again = ["predict", f"{tmp_path}/again", f"{rows}?text=body", "--task", "mood"]
+    assert main([*again, "--keep", "id", "--out", f"{tmp_path}/again.jsonl"]) == 0
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
     export = ["export", then, "--task", "mood", "--out", f"{tmp_path}/m"]
     assert main(export) == 0 and (tmp_path / "m" / "config.json").is_file()
     assert main(export) == 2

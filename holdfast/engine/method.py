@@ -275,6 +275,12 @@ class View:
         return self.bound.loss
 
     @property
+    def again(self) -> Callable[[nn.Module], Tensor] | None:
+        """Computes `loss` once more, with a graph, inside `penalty`; None where the loop did not
+        say how."""
+        return self.bound.again
+
+    @property
     def rows(self) -> Tensor:
         """A hash of each row of the micro-batch by its content: int64 of shape (rows,).
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import Labels, diagonal_fisher, wide
+from holdfast.methods.common.mixing import uniform
 from holdfast.methods.common.subnetwork import (
     Freeze,
     Modules,
@@ -36,7 +37,6 @@ from holdfast.methods.common.subnetwork import (
     fix_,
     hold_frozen_,
     restore_,
-    uniform,
     zero_frozen_,
 )
 from holdfast.ops.blocks import add_squares_

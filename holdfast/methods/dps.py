@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -51,14 +51,21 @@ from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import Labels, diagonal_fisher, wide
+from holdfast.methods.common.mixing import (
+    Noise,
+    draw,
+    drawn,
+    mixed,
+    noise_shape,
+    refuse_unseen,
+    widened,
+)
 from holdfast.methods.common.subnetwork import (
     Freeze,
     Modules,
-    conv1d,
     covered,
     fix_,
     hold_frozen_,
-    uniform,
     zero_frozen_,
 )
 from holdfast.network.parts import HEAD
@@ -110,7 +117,7 @@ class DPS(Method):
     select: Scope = "tensor"
     score: Literal["gradient", "retention"] = "gradient"
     modules: Modules = "linear"
-    noise: Literal["column", "weight"] = "column"
+    noise: Noise = "column"
     frequency_penalty: bool | None = None
     fisher_labels: Labels = "auto"
     fisher_rows: Annotated[int, Field(gt=0)] = 512
@@ -176,13 +183,9 @@ class DPS(Method):
     def before_step(self, view: View) -> None:
         if self._idle(view):
             return
-        if (
-            self.mix
-            and "mixed" not in view.scratch
-            and any(view.grads.get(name) is not None for name in view.state.numbers["covered"])
-        ):
-            raise Refused("Mix draws no noise for a model in evaluation mode", where="dps.mix",
-                          remedy="call model.train() before the forward pass")  # fmt: skip
+        if self.mix:
+            refuse_unseen(view, view.state.numbers["covered"], where="dps.mix",
+                          what="Mix draws no noise")  # fmt: skip
         masking = self.masking(view)
         if not masking or self.score == "retention":
             self._accumulate(view)
@@ -219,7 +222,7 @@ class DPS(Method):
         counts = view.state.slot("count")
         if name not in counts:
             dtype = torch.uint8 if view.state.numbers["stage"] <= 255 else torch.int32
-            shape = self._noise_shape(view, name)
+            shape = noise_shape(view, name, self.noise)
             counts[name] = torch.zeros(shape, dtype=dtype, device=view.weights[name].device)
         return counts[name]
 
@@ -289,24 +292,14 @@ class DPS(Method):
             if self.freeze != "exact":  # "exact": W = W* where M = 0
                 keep = unpack(view.state.tensors["mask"][name], w.shape)
         else:
-            if "noise" not in view.scratch:
-                names = view.state.numbers["covered"]
-                view.scratch["noise"] = {n: self.draw(view, n) for n in names}
-            base, keep = slots["start"][name], view.scratch["noise"][name]
-        mixed: Tensor = _Mix.apply(w, base, keep, self.drop, not self.masking(view))
-        return mixed
+            noise = drawn(view, view.state.numbers["covered"], self.draw)
+            base, keep = slots["start"][name], noise[name]
+        # While masking, `before_step` multiplies the gradient by N.
+        return mixed(w, base, keep, self.drop, gain=None if self.masking(view) else 1.0)
 
-    @torch.inference_mode(False)  # autograd cannot save inference tensors
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""
-        return uniform(view, name, self._noise_shape(view, name)) >= self.drop
-
-    def _noise_shape(self, view: View, name: str) -> list[int]:
-        w = view.weights[name]
-        if self.noise == "weight" or w.ndim < 2:
-            return list(w.shape)
-        axis = 0 if conv1d(view.modules[name]) else 1  # the axis of a layer's inputs
-        return [w.shape[axis] if i == axis else 1 for i in range(w.ndim)]
+        return draw(view, name, self.drop, self.noise)
 
     # --- retention ----------------------------------------------------------------------------
 
@@ -326,34 +319,3 @@ class DPS(Method):
         old = view.state.slot("fisher")
         for name, f in fisher.items():
             old[name] = old[name] + f if name in old else f
-
-
-class _Mix(torch.autograd.Function):
-    """W̃ = W* + N (W − W*) / (1 − drop), whose gradient with respect to W is taken as N g.
-
-    `keep` is N, (rows, columns), (1, columns) or (rows, 1); None if W = W* wherever N = 0. While
-    masking (`draws` False) `before_step` multiplies the gradient by N, once for all micro-batches.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, w: Tensor, base: Tensor, keep: Tensor | None, drop: float, draws: bool
-    ) -> Tensor:
-        ctx.save_for_backward(*[keep] if keep is not None and draws else [])
-        now, scale = w.to(base.dtype), 1 / (1 - drop)
-        if keep is None:
-            return torch.lerp(base, now, scale).to(w.dtype)
-        share = keep.view(torch.uint8).to(base.dtype).mul_(scale)  # of W in W̃; 0 gives W* exactly
-        return torch.lerp(base, now, share).to(w.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad = grads[0]
-        for keep in ctx.saved_tensors:
-            grad = keep.view(torch.uint8).to(grad.dtype) * grad
-        return grad, None, None, None, None
-
-
-def widened(w: Tensor) -> Tensor:
-    """A copy in at least float32, which represents narrower types exactly."""
-    return w.detach().to(wide(w.dtype), copy=True)

@@ -28,6 +28,7 @@ from pydantic import Field
 from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import wide
+from holdfast.methods.common.mixing import uniform
 from holdfast.methods.common.subnetwork import (
     Freeze,
     LeavesOut,
@@ -35,7 +36,6 @@ from holdfast.methods.common.subnetwork import (
     decay_of,
     fix_,
     hold_frozen_,
-    uniform,
     zero_frozen_,
 )
 from holdfast.ops.distributed import beside, local

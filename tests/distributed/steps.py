@@ -38,6 +38,7 @@ RECIPES: dict[str, list[Method]] = {
     "sift": [SIFT(share=0.3, score="random", modules=("a.*",))],
     "child network": [ChildTuning(score="random", share=0.5, modules="all")],
     "bitfit": [BitFit()],
+    "feedback": [Replay(memory=6, share=0.5, every=3, feedback=0.4)],
     "all": [DPS(stage=1, drop=0.5, modules=LINEAR), EWC(strength=0.5, labels="true"),
             L2SP(strength=0.25), Replay(memory=6, share=0.5)],
 }  # fmt: skip

@@ -18,12 +18,13 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
+from holdfast.network.layers import linear
 from holdfast.network.parts import EMBEDDINGS, HEAD
-from holdfast.ops.distributed import local, world
+from holdfast.ops.distributed import world
 from holdfast.ops.masks import hold_, mark_, zero_
 
 Freeze = Literal["exact", "gradient"]
@@ -40,7 +41,7 @@ def covered(view: View, method: Method, modules: Modules, among: Collection[str]
     """
     weights, where = view.weights, method.where("modules")
     kinds: dict[str, Callable[[str], bool]] = {
-        "linear": lambda n: _linear(weights[n], view.modules[n]),
+        "linear": lambda n: linear(weights[n], view.modules[n]),
         "matrices": lambda n: weights[n].ndim > 1,
         "layers": lambda n: in_layer(view, n),
         "all": lambda n: True,
@@ -61,16 +62,6 @@ def covered(view: View, method: Method, modules: Modules, among: Collection[str]
 def in_layer(view: View, name: str) -> bool:
     """Whether a weight is in a layer of the network: not in its embeddings or head."""
     return view.parts[name] not in (EMBEDDINGS, HEAD)
-
-
-def conv1d(owners: tuple[nn.Module, ...]) -> bool:
-    """Whether a module is Hugging Face's Conv1D: a linear layer with its weight transposed."""
-    return any(type(m).__name__ == "Conv1D" for m in owners)
-
-
-def _linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
-    # Excludes a matrix tied to an embedding: published codes never mask embeddings.
-    return w.ndim == 2 and (all(isinstance(m, nn.Linear) for m in owners) or conv1d(owners))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,17 +151,6 @@ def restore_(view: View, name: str, values: Tensor, moves: Tensor) -> None:
     held = values.clone()
     mark_(held, moves)
     hold_({name: view.weights[name]}, {name: held})
-
-
-def uniform(view: View, name: str, shape: Iterable[int]) -> Tensor:
-    """U(0, 1) of `shape` on the device of a weight, equal on all ranks."""
-    shape, device = list(shape), local(view.weights[name]).device
-    if device.type == "cpu":
-        return torch.rand(shape, generator=view.generator)
-    if "draws" not in view.scratch:  # on the device, from this step's seed
-        seed = int(torch.randint(2**62, (), generator=view.generator))
-        view.scratch["draws"] = torch.Generator(device).manual_seed(seed)
-    return torch.rand(shape, generator=view.scratch["draws"], device=device)
 
 
 def decay_of(view: View, name: str) -> float:
