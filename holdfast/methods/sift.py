@@ -11,7 +11,7 @@ the first entries count. `score="random"` is the control: a mask of equal size, 
 step. The rest of the encoder is frozen, and the task's own head trains whole.
 
 Deviations from the published code, which takes one micro-batch (`batches=1`) of attention matrices
-and the classifier (`modules=["*attention*"]`, `head=False`): it adds Δ to W and sets it to 0 every
+and the classifier (globs in `modules`, `head=False`): it adds Δ to W and sets it to 0 every
 step, so that weight decay never reaches W (`decay="none"`). What it saves in memory, gradients and
 moments of the entries that move alone, is not reproduced here: only the update is.
 """
