@@ -3,15 +3,15 @@
 A fixed share of the entries of each covered tensor moves, those with the largest gradients at the
 start of the task:
 
-    G = |Σ_t g_t|   over the first `batches` steps        M = the ⌈share · n⌉ largest entries of G
+    G = |Σ_t g_t|   over its first `batches` gradients     M = the ⌈share · n⌉ largest entries of G
     W = W₀ + M ⊙ Δ
 
-Until M is known no covered weight moves, so that G is the gradient of one larger batch. Of ties
+Until its M is known a tensor does not move, so that G is the gradient of one larger batch. Of ties
 the first entries count. `score="random"` is the control: a mask of equal size, drawn at the same
 step. The rest of the encoder is frozen, and the task's own head trains whole.
 
 Deviations from the published code, which takes one micro-batch (`batches=1`) of attention matrices
-and the classifier (`modules=["*attention*"]`, `head=False`): it adds Δ to W and sets it to 0 every
+and the classifier (globs in `modules`, `head=False`): it adds Δ to W and sets it to 0 every
 step, so that weight decay never reaches W (`decay="none"`). What it saves in memory, gradients and
 moments of the entries that move alone, is not reproduced here: only the update is.
 """
@@ -24,7 +24,6 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
@@ -88,40 +87,37 @@ class SIFT(Subnetwork, LeavesOut):
                 decay_of(view, name)
         rest = [n for n in (view.shared if self.head else weights) if n not in names]
         self.leave_out(view, rest if self.others == "freeze" else [])
-        view.state.weights["sum"] = {
-            n: torch.zeros_like(weights[n].detach(), dtype=wide(weights[n].dtype)) for n in names
-        }
+        view.state.numbers["seen"] = {}  # name -> how many gradients its sum is of
 
     def previous_of(self, view: View) -> Collection[str]:
         return view.state.slot("held") if self.decay == "none" else ()
 
     def before_step(self, view: View) -> None:
         super().before_step(view)
-        if "sum" not in view.state.weights:
-            return zero_frozen_(view)
-        for name, total in view.state.weights["sum"].items():
-            if (grad := view.grads[name]) is not None:
-                local(total).add_(local(grad))
-                view.grads[name] = None
+        zero_frozen_(view)
+        held, sums = view.state.slot("held"), view.state.slot("sum")
+        seen = view.state.numbers["seen"]
+        for name in view.state.numbers["covered"]:
+            grad = view.grads[name]
+            if name in held or grad is None:
+                continue
+            if name not in sums:
+                sums[name] = torch.zeros_like(grad, dtype=wide(grad.dtype))
+            local(sums[name]).add_(local(grad))
+            seen[name] = seen.get(name, 0) + 1
+            view.grads[name] = None
 
     def after_step(self, view: View) -> None:
-        if "sum" in view.state.weights:
-            if view.step + 1 >= self.batches:
-                self._choose(view)
-            return
         for name in self.previous_of(view):  # W + ηλW: what decay took
             if view.grads[name] is not None:
                 w, before = view.weights[name].detach(), view.previous[name]
                 local(w).add_(local(before), alpha=decay_of(view, name))
         if self.freeze == "exact":
             hold_frozen_(view)
-
-    def _choose(self, view: View) -> None:
-        sums: dict[str, Tensor] = view.state.weights.pop("sum")
-        masks: dict[str, Tensor] = {}
+        sums, seen = view.state.slot("sum"), view.state.numbers["seen"]
         for name in view.state.numbers["covered"]:  # in an order that loading does not change
-            total = sums[name]
-            if self.score == "random":
-                total.copy_(beside(uniform(view, name, total.shape), total))
-            masks |= top({name: total.abs_()}, self.share)
-        fix_(view, sums, masks)
+            if name in sums and seen[name] >= self.batches:
+                total = sums.pop(name)
+                if self.score == "random":
+                    total.copy_(beside(uniform(view, name, total.shape), total))
+                fix_(view, {name: total}, top({name: total.abs_()}, self.share))

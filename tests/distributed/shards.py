@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from holdfast.engine.method import Method
 from holdfast.engine.state import State, pack, unpack
 from holdfast.errors import Refused
-from holdfast.methods import DPS, EWC, L2SP, SIFT, BitFit, ChildTuning, DynamicSubset, Replay
+from holdfast.methods import DPS, EWC, L2SP, SIFT, BitFit, ChildTuning, DynamicSubset, MoFO, Replay
 from holdfast.methods.common.anchor import important_rows, pull_
 from holdfast.ops import distributed, selection
 from holdfast.ops.gradients import clip_, total_norm
@@ -191,6 +191,25 @@ def check_methods_over_fsdp() -> Iterator[None]:
                             learn(methods, wrap=fsdp, seen=whole_state))  # fmt: skip
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def check_momentum_is_ranked_over_shards() -> Iterator[None]:
+    """MoFO moves the entries that it moves in one process."""
+
+    def moved(model: nn.Module) -> dict[str, Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+        methods = [MoFO(share=0.3, head=False), Rounded()]
+        bound = Recipe(methods=methods).bind(model, optimizer, total_steps=4)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(**mine(batch("one", step))).loss.backward()
+            optimizer.step()
+        return {n: distributed.full(w.detach()).clone() for n, w in bound.weights.items()}
+
+    alone = moved(Grid())
+    yield
+    for name, w in moved(fsdp(Grid())).items():
+        assert torch.equal(w, alone[name]), name
 
 
 def check_nan_in_one_shard() -> Iterator[None]:

@@ -41,6 +41,29 @@ def test_no_gradient_is_computed_that_is_not_needed_until_the_task_ends() -> Non
         assert [n for n, w in toy.bound.weights.items() if not w.requires_grad] == [frozen]
 
 
+def test_under_activation_checkpointing_every_bias_gets_its_gradient() -> None:
+    """The reentrant kind computes none in a layer whose input needs none."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(config)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Recipe(methods=[BitFit()]).bind(model.train(), optimizer, total_steps=3)
+        torch.manual_seed(1)
+        ids = torch.arange(6).view(2, 3)
+        model(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if n.endswith("bias")})
+    for name, g in found[0].items():
+        torch.testing.assert_close(found[1][name], g, msg=name)
+
+
 def test_gradients_come_back_where_a_task_fails_to_begin() -> None:
     class Late(Method):
         name = "late"

@@ -128,10 +128,10 @@ def fix_(view: View, buffers: Mapping[str, Tensor], masks: Mapping[str, Tensor])
 
     buffers: tensors of the weights' shapes, at least float32, that are used up for slot `held`.
     """
-    held = {n: b.copy_(view.weights[n].detach()) for n, b in buffers.items()}
+    held = view.state.slot("held")
+    held |= {n: b.copy_(view.weights[n].detach()) for n, b in buffers.items()}
     for name, mask in masks.items():
         mark_(held[name], mask)
-    view.state.weights["held"] = held
 
 
 def zero_frozen_(view: View) -> None:
