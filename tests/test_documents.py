@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -80,6 +81,18 @@ def test_every_method_has_a_page_that_names_its_settings(name: str) -> None:
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
     missing = [f.name for f in fields(METHODS[name]) if f.name not in page]
     assert not missing
+
+
+def test_the_costs_that_are_shipped_are_those_of_a_committed_result() -> None:
+    costs = json.loads((ROOT / "holdfast" / "methods" / "costs.json").read_text(encoding="utf-8"))
+    words = costs["command"].split()
+    result = json.loads((ROOT / words[words.index("--json") + 1]).read_text(encoding="utf-8"))
+    assert result["commit"] == costs["commit"]
+    rows = [r for r in result["rows"] if r["length"] == costs["tokens"]]
+    for name, ratio in costs["steps"].items():
+        assert name in METHODS
+        assert ratio in [{k: round(v, 3) for k, v in r["whole"].items()}
+                         for r in rows if r["arm"].startswith(name[:4])]  # fmt: skip
 
 
 def test_readme_lists_every_recipe_that_is_no_method() -> None:
