@@ -281,8 +281,7 @@ class View:
 
     @property
     def again(self) -> Callable[[nn.Module], Tensor] | None:
-        """Computes `loss` once more, with a graph, inside `penalty`; None where the loop did not
-        say how."""
+        """Computes `loss` anew, with a graph, in `penalty`; None where the loop gave no way."""
         return self.bound.again
 
     @property
