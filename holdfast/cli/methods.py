@@ -47,8 +47,8 @@ def every() -> None:
 
     measured = costs()["steps"]
     methods = Table("method", "what it does", "for", "a step costs", "a step", "bytes per weight",
-                    title="methods",
-                    caption="each is a recipe too; holdfast methods NAME shows one whole")  # fmt: skip
+                    title="methods, each a recipe too",
+                    caption="holdfast methods NAME shows one whole")  # fmt: skip
     methods.columns[0].no_wrap = methods.columns[4].no_wrap = True
     for group in GROUPS:
         mine = {name: kind for name, kind in METHODS.items() if kind.group == group}
