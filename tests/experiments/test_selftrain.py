@@ -247,6 +247,7 @@ def test_rows_that_the_task_holds_never_enter(place: Path, tmp_path: Path, caplo
     (tmp_path / "many.txt").write_text(
         "\n".join([*lines, "a new film", "A new  film", "", "a new book"])
     )
+    selftrain.tell_once.cache_clear()  # once a process
     found, truth = selftrain._new_rows(str(tmp_path / "many.txt"), task)
     assert [row.text for row in found] == ["A new  film", "a new book"] and truth == {}
     assert (
@@ -312,7 +313,7 @@ def test_a_model_without_dropout_is_told(place: Path, tmp_path: Path, caplog: An
     models.save_bert(tmp_path / "place" / "bert", dropout=0.0)
     learn(tmp_path / "place", tmp_path / "out", rounds=1, epochs=0.5)
     assert "all passes agree, as without dropout: BALD tells nothing" in caplog.text
-    assert {x["bald"] for x in rows(tmp_path / "out" / "round-1.jsonl")} == {0.0}
+    assert max(x["bald"] for x in rows(tmp_path / "out" / "round-1.jsonl")) < 1e-15
 
 
 def test_the_verb(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
