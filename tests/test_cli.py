@@ -26,8 +26,8 @@ from holdfast.errors import Refused
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "check",
-    "runs", "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
+    "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -72,6 +72,7 @@ OPTIONS = {
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --trust-code",
+    "delta": "action",
     "check": "before after --max-forgetting --junit --trust-code",
     "runs": "folder",
     "doctor": "",
@@ -468,6 +469,12 @@ def test_from_october_to_a_gate(
     assert main(["predict", then, str(rows), "--task", "mood", "--out", f"{tmp_path}/p.csv"]) == 2
     assert "no column 'text'" in capsys.readouterr().err
     assert main([*predict, "--keep", "label", "--out", f"{tmp_path}/p.csv"]) == 2
+    # A run as what changed in the one before serves every task as it does.
+    assert main(["delta", "save", first, then, f"{tmp_path}/d.safetensors"]) == 0
+    assert main(["delta", "apply", first, f"{tmp_path}/d.safetensors", f"{tmp_path}/again"]) == 0
+    again = ["predict", f"{tmp_path}/again", f"{rows}?text=body", "--task", "mood"]
+    assert main([*again, "--keep", "id", "--out", f"{tmp_path}/again.jsonl"]) == 0
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
     export = ["export", then, "--task", "mood", "--out", f"{tmp_path}/m"]
     assert main(export) == 0 and (tmp_path / "m" / "config.json").is_file()
     assert main(export) == 2

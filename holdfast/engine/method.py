@@ -205,6 +205,8 @@ class View:
     bound: Bound
     state: State  # this method's own
     scratch: dict[str, Any] = field(default_factory=dict)  # forgotten after every step
+    # Weights whose gradients the method has switched off; it switches them on in `unbound`.
+    cut: list[nn.Parameter] = field(default_factory=list)
 
     @property
     def task(self) -> str:
@@ -271,6 +273,12 @@ class View:
         """The task's own loss of the micro-batch, to which `penalty` is added, where it is known:
         its mean, or its share of a mean over several micro-batches."""
         return self.bound.loss
+
+    @property
+    def again(self) -> Callable[[nn.Module], Tensor] | None:
+        """Computes `loss` once more, with a graph, inside `penalty`; None where the loop did not
+        say how."""
+        return self.bound.again
 
     @property
     def rows(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Stepping:
     inputs: Mapping[str, Any] | None = None
     outputs: Any = None
     loss: Tensor | None = None
+    again: Callable[[nn.Module], Tensor] | None = None
     features: Any = None
     _held: Held
     _wrapper: Any = None  # an AcceleratedOptimizer around ours
@@ -76,19 +77,21 @@ class Stepping:
         inputs: Mapping[str, Any] | None = None,
         outputs: Any = None,
         loss: Tensor | None = None,
+        again: Callable[[nn.Module], Tensor] | None = None,
     ) -> Tensor:
         """The methods' penalties for a micro-batch: add them to its loss.
 
-        loss: the loss they are added to, if that is not `outputs.loss`.
+        loss: the loss they are added to, if that is not `outputs.loss`; then `again` computes it
+            for this micro-batch on the bare model (without DDP), for methods that need it twice.
         """
-        self._asked, self.inputs, self.outputs = True, inputs, outputs
+        self._asked, self.inputs, self.outputs, self.again = True, inputs, outputs, again
         self.loss = loss if loss is not None else getattr(outputs, "loss", None)
         total = torch.zeros((), device=next(self._model().parameters()).device)
         features = self.features
         for method in self._defining("penalty"):
             self.features = features  # a method's forward pass may replace them
             total = total + method.penalty(self.views[method.name])
-        self.features = self.loss = None  # they hold the graph of this micro-batch
+        self.features = self.loss = self.again = None  # they hold the graph of this micro-batch
         return total
 
     @torch.no_grad()
@@ -140,7 +143,7 @@ class Stepping:
     def _forget_step(self) -> None:
         self._asked, self._measured = False, None
         self._drawn = self.randomness  # restored if the step is left out
-        self.inputs = self.outputs = self.loss = self.features = None
+        self.inputs = self.outputs = self.loss = self.again = self.features = None
         self.previous = {}
         for view in self.views.values():
             view.scratch.clear()

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from holdfast.config import count
-from holdfast.engine.lora import LoRA
+from holdfast.engine.peft import LoRA
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import digest, other_settings
@@ -155,7 +155,7 @@ def _begun(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
 def _student(teacher: Recipe, asked: Recipe | str | None, how: SelfTraining) -> Recipe:
     """The students' recipe: the one asked for, or the teacher's with adapters."""
     if asked is None:
-        made = replace(teacher, lora=teacher.lora or LoRA(), name=f"{teacher.name} with adapters")
+        made = replace(teacher, peft=teacher.peft or LoRA(), name=f"{teacher.name} with adapters")
     else:
         made = asked if isinstance(asked, Recipe) else Recipe.named(asked)
     return made if how.phce is None else replace(made, methods=[*made.methods, PHCE(tau=how.phce)])

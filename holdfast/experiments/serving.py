@@ -26,6 +26,7 @@ from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, program, slug
 from holdfast.tasks.kinds import Kind, kind_named, kind_of
 from holdfast.tasks.kinds.heads import OneHead, answering, with_classes
+from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.pretrained import device, first_line, quiet
 from holdfast.tasks.task import Row
 from holdfast.training.manifest import commit, damage, listed
@@ -240,6 +241,10 @@ class Served:
         folder, model = Path(folder), self.models[self.named(task)]
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Refused("is not empty", where=str(folder), remedy="name a new folder")
+        if isinstance(model.config, LeviConfig):
+            raise Refused("an ensemble (--head levi) is no model of Transformers' own: without "
+                          "holdfast nothing loads it", where=task,
+                          remedy="serve it with holdfast.load")  # fmt: skip
         export = _exporter() if onnx else None
         model.save_pretrained(folder)
         self.processor.save_pretrained(folder)

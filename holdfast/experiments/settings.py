@@ -21,8 +21,9 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt",
 ]  # fmt: skip
-# A head for each task; one over all labels so far; one of class means, which nothing trains.
-Head = Literal["task", "shared", "prototype", "variance_prototype"]
+# A head for each task; one over all labels so far; one of class means, which nothing trains; an
+# ensemble for each task on a frozen encoder.
+Head = Literal["task", "shared", "prototype", "variance_prototype", "levi"]
 HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
@@ -57,7 +58,7 @@ class Settings(Checked):
     warmup: Annotated[float | int, about("steps of warm-up, or a share below 1", ge=0)] = 0.1
     schedule: Annotated[Schedule, about("a learning-rate schedule of Transformers")] = "linear"
     head: Annotated[
-        Head, about("task: one each; shared: one for all; prototype, variance_prototype")
+        Head, about("task: one each; shared: one for all; prototype, variance_prototype; levi")
     ] = "task"
     max_length: Annotated[int, about("tokens a row is cut at", gt=1)] = 128
     selection: Annotated[Share, about("training rows kept for choosing, or a share")] = 0.1

@@ -41,21 +41,38 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import Labels, diagonal_fisher, wide
+from holdfast.methods.common.mixing import (
+    Noise,
+    draw,
+    drawn,
+    mixed,
+    noise_shape,
+    refuse_unseen,
+    widened,
+)
+from holdfast.methods.common.subnetwork import (
+    Freeze,
+    Modules,
+    covered,
+    fix_,
+    hold_frozen_,
+    zero_frozen_,
+)
+from holdfast.network.parts import HEAD
 from holdfast.ops.blocks import add_squares_
 from holdfast.ops.distributed import like, local, mean
-from holdfast.ops.masks import hold_, mark_, pack, unpack, zero_
-from holdfast.ops.selection import select
+from holdfast.ops.masks import pack, unpack
+from holdfast.ops.selection import Scope, select
 
 PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
 
@@ -70,8 +87,8 @@ class DPS(Method):
     freeze: "exact" keeps masked weights bit for bit; "gradient" zeroes their gradient only.
     select: the threshold is found per "tensor" or over all covered tensors ("global").
     score: "gradient" (published) or "retention".
-    modules: "linear" (weights of every linear layer, HF Conv1D included), "all" parameters, or
-        globs of parameter names, each of which must match.
+    modules: what is covered: weights of "linear" layers (HF Conv1D included), all "matrices", the
+        network's "layers" whole, "all", or globs of parameter names, each of which must match.
     noise: Mix draws it per input "column" (published) or per "weight".
     frequency_penalty: whether Mix applies it; null: from stages of 50 steps on, as published.
     fisher_labels, fisher_rows: how retention estimates F; see `holdfast.methods.common.importance`.
@@ -96,11 +113,11 @@ class DPS(Method):
     drop: Annotated[float, Field(gt=0, lt=1)] = 0.3
     stage: Share = 0.05
     mix: bool = False
-    freeze: Literal["exact", "gradient"] = "exact"
-    select: Literal["tensor", "global"] = "tensor"
+    freeze: Freeze = "exact"
+    select: Scope = "tensor"
     score: Literal["gradient", "retention"] = "gradient"
-    modules: Literal["linear", "all"] | tuple[str, ...] = "linear"
-    noise: Literal["column", "weight"] = "column"
+    modules: Modules = "linear"
+    noise: Noise = "column"
     frequency_penalty: bool | None = None
     fisher_labels: Labels = "auto"
     fisher_rows: Annotated[int, Field(gt=0)] = 512
@@ -128,27 +145,17 @@ class DPS(Method):
 
     def covered(self, view: View) -> list[str]:
         """The names that take part, in the model's order."""
-        candidates = view.weights
-        if self.score == "retention":
-            # If tasks have heads of their own, the head part of the shared weights is covered too.
-            own = len(view.weights) > len(view.shared)
-            candidates = {n: w for n, w in view.shared.items() if own or view.parts[n] != "head"}
-        if self.modules == "all":
-            return list(candidates)
-        if self.modules == "linear":
-            return [n for n in candidates if _linear(view.weights[n], view.modules[n])]
-        for glob in self.modules:
-            if not any(fnmatchcase(n, glob) for n in view.weights):
-                raise Refused(f"{glob!r} matches no parameter", where="dps.modules")
-        return [n for n in candidates if any(fnmatchcase(n, glob) for glob in self.modules)]
+        if self.score != "retention":
+            return covered(view, self, self.modules, view.weights)
+        # If tasks have heads of their own, the head part of the shared weights is covered too.
+        own = len(view.weights) > len(view.shared)
+        among = [n for n in view.shared if own or view.parts[n] != HEAD]
+        return covered(view, self, self.modules, among)
 
     # --- stages -------------------------------------------------------------------------------
 
     def begin_task(self, view: View) -> None:
         names, slots = self.covered(view), view.state.weights
-        if not names:
-            raise Refused("nothing to select from", where="dps.modules",
-                          remedy="name parameters that the optimizer holds")  # fmt: skip
         for slot in ("sum", "held", "start", "count"):
             slots.pop(slot, None)
         view.state.tensors.pop("mask", None)
@@ -176,32 +183,26 @@ class DPS(Method):
     def before_step(self, view: View) -> None:
         if self._idle(view):
             return
-        if (
-            self.mix
-            and "mixed" not in view.scratch
-            and any(view.grads.get(name) is not None for name in view.state.numbers["covered"])
-        ):
-            raise Refused("Mix draws no noise for a model in evaluation mode", where="dps.mix",
-                          remedy="call model.train() before the forward pass")  # fmt: skip
+        if self.mix:
+            refuse_unseen(view, view.state.numbers["covered"], where="dps.mix",
+                          what="Mix draws no noise")  # fmt: skip
         masking = self.masking(view)
         if not masking or self.score == "retention":
             self._accumulate(view)
         if masking:
             # Everything is held in retention's first stage: leave the tensors out.
             out = self.score == "retention" and view.step < int(view.state.numbers["stage"])
-            held = view.state.slot("held")
             if out:
-                for name in held:
+                for name in view.state.slot("held"):
                     view.grads[name] = None
             else:
-                grads = {n: g for n in held if (g := view.grads[n]) is not None}
-                zero_(grads, held, view.state.tensors.get("mask"))
+                zero_frozen_(view)
 
     def after_step(self, view: View) -> None:
         if self._idle(view):
             return
         if self.masking(view) and self.freeze == "exact":
-            hold_(view.weights, view.state.slot("held"), view.state.tensors.get("mask"))
+            hold_frozen_(view)
         if (view.step + 1) % int(view.state.numbers["stage"]) == 0:
             self._turn(view)
 
@@ -221,7 +222,7 @@ class DPS(Method):
         counts = view.state.slot("count")
         if name not in counts:
             dtype = torch.uint8 if view.state.numbers["stage"] <= 255 else torch.int32
-            shape = self._noise_shape(view, name)
+            shape = noise_shape(view, name, self.noise)
             counts[name] = torch.zeros(shape, dtype=dtype, device=view.weights[name].device)
         return counts[name]
 
@@ -242,18 +243,14 @@ class DPS(Method):
             for name, mask in masks.items():
                 # Entries without any gradient stay, even if the threshold is zero.
                 mask &= sums[name] > 0
-                mark_(slots["held"][name].copy_(view.weights[name]), mask)
+            fix_(view, slots["held"], masks)
             for total in sums.values():
                 total.zero_()
             return
-        slots["held"] = {n: t.copy_(view.weights[n]) for n, t in sums.items()}
         slots.pop("count", None)
+        fix_(view, sums, {} if self.mix else masks)
         if self.mix:
             view.state.tensors["mask"] = {n: pack(mask) for n, mask in masks.items()}
-        else:
-            # NaN marks a weight that may move: the values to keep are their own mask.
-            for name, mask in masks.items():
-                mark_(slots["held"][name], mask)
 
     def _score(self, view: View, name: str, total: Tensor) -> Tensor:
         slots = view.state.weights
@@ -295,31 +292,14 @@ class DPS(Method):
             if self.freeze != "exact":  # "exact": W = W* where M = 0
                 keep = unpack(view.state.tensors["mask"][name], w.shape)
         else:
-            if "noise" not in view.scratch:
-                names = view.state.numbers["covered"]
-                view.scratch["noise"] = {n: self.draw(view, n) for n in names}
-            base, keep = slots["start"][name], view.scratch["noise"][name]
-        mixed: Tensor = _Mix.apply(w, base, keep, self.drop, not self.masking(view))
-        return mixed
+            noise = drawn(view, view.state.numbers["covered"], self.draw)
+            base, keep = slots["start"][name], noise[name]
+        # While masking, `before_step` multiplies the gradient by N.
+        return mixed(w, base, keep, self.drop, gain=None if self.masking(view) else 1.0)
 
-    @torch.inference_mode(False)  # autograd cannot save inference tensors
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""
-        shape = self._noise_shape(view, name)
-        device = local(view.weights[name]).device
-        if device.type == "cpu":
-            return torch.rand(shape, generator=view.generator) >= self.drop
-        if "draws" not in view.scratch:  # on the device, from this step's seed
-            seed = int(torch.randint(2**62, (), generator=view.generator))
-            view.scratch["draws"] = torch.Generator(device).manual_seed(seed)
-        return torch.rand(shape, generator=view.scratch["draws"], device=device) >= self.drop
-
-    def _noise_shape(self, view: View, name: str) -> list[int]:
-        w = view.weights[name]
-        if self.noise == "weight" or w.ndim < 2:
-            return list(w.shape)
-        axis = 0 if _conv1d(view.modules[name]) else 1  # the axis of a layer's inputs
-        return [w.shape[axis] if i == axis else 1 for i in range(w.ndim)]
+        return draw(view, name, self.drop, self.noise)
 
     # --- retention ----------------------------------------------------------------------------
 
@@ -339,44 +319,3 @@ class DPS(Method):
         old = view.state.slot("fisher")
         for name, f in fisher.items():
             old[name] = old[name] + f if name in old else f
-
-
-class _Mix(torch.autograd.Function):
-    """W̃ = W* + N (W − W*) / (1 − drop), whose gradient with respect to W is taken as N g.
-
-    `keep` is N, (rows, columns), (1, columns) or (rows, 1); None if W = W* wherever N = 0. While
-    masking (`draws` False) `before_step` multiplies the gradient by N, once for all micro-batches.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, w: Tensor, base: Tensor, keep: Tensor | None, drop: float, draws: bool
-    ) -> Tensor:
-        ctx.save_for_backward(*[keep] if keep is not None and draws else [])
-        now, scale = w.to(base.dtype), 1 / (1 - drop)
-        if keep is None:
-            return torch.lerp(base, now, scale).to(w.dtype)
-        share = keep.view(torch.uint8).to(base.dtype).mul_(scale)  # of W in W̃; 0 gives W* exactly
-        return torch.lerp(base, now, share).to(w.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad = grads[0]
-        for keep in ctx.saved_tensors:
-            grad = keep.view(torch.uint8).to(grad.dtype) * grad
-        return grad, None, None, None, None
-
-
-def widened(w: Tensor) -> Tensor:
-    """A copy in at least float32, which represents narrower types exactly."""
-    return w.detach().to(wide(w.dtype), copy=True)
-
-
-def _conv1d(owners: tuple[nn.Module, ...]) -> bool:
-    """Whether a module is Hugging Face's Conv1D: a linear layer with its weight transposed."""
-    return any(type(m).__name__ == "Conv1D" for m in owners)
-
-
-def _linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
-    # Excludes a matrix tied to an embedding: the published code never masks embeddings.
-    return w.ndim == 2 and (all(isinstance(m, nn.Linear) for m in owners) or _conv1d(owners))

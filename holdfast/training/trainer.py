@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode
+from holdfast.engine.peft import check_adapted
 from holdfast.errors import Refused
 from holdfast.network.groups import follows_rates
 from holdfast.network.parts import canonical, named_parameters
@@ -80,10 +81,9 @@ class RecipeMixin(RowsMixin, SavingMixin):
 
     def _prepared(self, model: Any) -> Any:
         if self._continues:
-            if self.recipe.lora is not None:
-                self.recipe.lora.check(model)
+            check_adapted(model, self.recipe.peft)
             return model
-        preparing = self.recipe.lora or any(m.defines("prepare") for m in self.recipe.methods)
+        preparing = self.recipe.peft or any(m.defines("prepare") for m in self.recipe.methods)
         return self.recipe.prepare(model) if preparing else model
 
     def _check_arguments(self) -> None:
@@ -228,13 +228,15 @@ class RecipeMixin(RowsMixin, SavingMixin):
             raise Refused("create_scheduler was not called, so that the recipe is not at work",
                           where=type(self).__name__,
                           remedy="call super().create_scheduler(…) in yours")  # fmt: skip
-        result = super().compute_loss(
-            model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
+        compute = functools.partial(
+            super().compute_loss, num_items_in_batch=num_items_in_batch, **kwargs
         )
+        result = compute(model, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
         if learning and self._at_work and self.bound is not None:
             divides = not self._scaled(num_items_in_batch)
             steps = self.current_gradient_accumulation_steps
+            factor = 1.0
             many = (steps > 1 or self.args.world_size > 1) and self._window is not None
             if many and (divides or self._ignores(model, batch, num_items_in_batch)):
                 # Σ over the window must be the mean over its rows, however they are split, also
@@ -242,10 +244,16 @@ class RecipeMixin(RowsMixin, SavingMixin):
                 assert self._window is not None
                 every = self._window if divides else float(num_items_in_batch)
                 share = weight / every if every else 0.0
-                loss = loss * share * (steps if divides else 1)
+                factor = share * (steps if divides else 1)
+                loss = loss * factor
             if self.bound.has_penalty:
                 part = 1 if divides else 1 / steps  # of each micro-batch
-                penalty = self.bound.penalty(batch, self._outputs, loss / part)
+
+                def again(bare: nn.Module) -> Tensor:
+                    with self._logs_kept():
+                        return cast(Tensor, compute(bare, dict(batch)) * (factor / part))
+
+                penalty = self.bound.penalty(batch, self._outputs, loss / part, again)
                 self._outputs = None
                 loss = loss + penalty * part
         return (loss, outputs) if return_outputs else loss

@@ -52,7 +52,7 @@ def together(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-ADAPTED = Recipe(lora=LoRA(rank=2), methods=[Merge()], name="adapted")
+ADAPTED = Recipe(peft=LoRA(rank=2), methods=[Merge()], name="adapted")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_what_does_not_go_with_one_head_is_refused(place: Path, tmp_path: Path) 
     for head in ("shared", "prototype"):
         with pytest.raises(Refused, match=f"--head {head}: numbers have no classes"):
             sequence(place, out, "mood", Path(f"{numbers}?type=regression"), head=head)
-    for recipe in ("ewc", "bertcl", Recipe(lora=LoRA())):
+    for recipe in ("ewc", "bertcl", Recipe(peft=LoRA())):
         with pytest.raises(Refused, match=r"--head prototype: trains nothing, .* --recipe plain"):
             sequence(place, out, "mood", "colour", head="prototype", recipe=recipe)
     with pytest.raises(Refused, match="--alone: a task alone has other labels than the head"):

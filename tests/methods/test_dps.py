@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
+from holdfast.methods.common.mixing import noise_shape
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
 
@@ -37,7 +38,7 @@ class Scripted(DPS):
     """Mix whose noise is a function of step and name, so that the reference can draw it too."""
 
     def draw(self, view: View, name: str) -> Tensor:
-        return noise_of(view.step, name, self._noise_shape(view, name), self.drop)
+        return noise_of(view.step, name, noise_shape(view, name, self.noise), self.drop)
 
 
 def noise_of(step: int, name: str, shape: list[int], p: float) -> Tensor:
@@ -149,7 +150,7 @@ def test_frequency_penalty_from_fifty_steps_on(us: int, expected: bool) -> None:
 def test_counts_do_not_overflow(us: int, dtype: torch.dtype) -> None:
     class Always(DPS):
         def draw(self, view: View, name: str) -> Tensor:
-            return torch.ones(self._noise_shape(view, name), dtype=torch.bool)
+            return torch.ones(noise_shape(view, name, self.noise), dtype=torch.bool)
 
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -356,8 +357,8 @@ def test_conv1d_of_gpt2_counts_as_linear_and_mixes_inputs() -> None:
     bound = Recipe(methods=[method]).bind(model, optimizer, total_steps=10)
     view = bound.views["dps"]
     # Conv1D stores inputs × outputs; columns of inputs are dropped, so its first axis.
-    assert method._noise_shape(view, "h.0.mlp.c_fc.weight") == [8, 1]
-    assert method._noise_shape(view, "h.0.mlp.c_proj.weight") == [32, 1]
+    assert noise_shape(view, "h.0.mlp.c_fc.weight", "column") == [8, 1]
+    assert noise_shape(view, "h.0.mlp.c_proj.weight", "column") == [32, 1]
     kinds = covered(nn.Linear(4, 3), mix=True)
     assert kinds == ["weight"]
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from holdfast import HeadFirst, LoRA, LwF, Recipe, Refused
 from holdfast.engine.head_first import KNOWN
+from holdfast.engine.peft import adapt
 from holdfast.tasks import Row, Task
 from holdfast.tasks.kinds import evaluate, generation, kind_named
 from holdfast.tasks.kinds.classification import KIND
@@ -103,7 +104,7 @@ def test_what_a_head_has_is_kept_bit_for_bit(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_head_grows_above_adapters() -> None:
-    plain, adapted = bert(seed=3), LoRA(rank=2).prepare(bert(seed=3))
+    plain, adapted = bert(seed=3), adapt(bert(seed=3), LoRA(rank=2))
     before = {name: p for name, p in adapted.named_parameters() if name.startswith("bert.")}
     for model in (plain, adapted):
         KIND.grow(model, ("no", "yes", "maybe"), seed=7)

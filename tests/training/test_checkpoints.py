@@ -33,7 +33,7 @@ RECIPES = {
     "replay": Recipe(methods=[Replay(memory=6)]),
     "together": Recipe(methods=[EWC(), L2SP(), Replay(memory=4), DPS(stage=3)], max_grad_norm=0.5),
     "lora": Recipe(
-        lora=LoRA(rank=2, dropout=0.2), methods=[EWC(strength=100.0), Merge(rows=8), DPS(stage=4)]
+        peft=LoRA(rank=2, dropout=0.2), methods=[EWC(strength=100.0), Merge(rows=8), DPS(stage=4)]
     ),
 }
 DROPOUT = {"hidden_dropout_prob": 0.2}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from holdfast.engine.forwarding import in_mode
-from holdfast.errors import TrainingDiverged
+from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.packed import Packed, alike, lengths, values
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
@@ -28,6 +29,9 @@ class Classification(Headed):
 
     def check(self, source: str, *, max_length: int) -> None:
         """Any encoder or decoder gets a head."""
+        if isinstance(self.load_config(source), LeviConfig):
+            raise Refused("is an ensemble, learned with --head levi", where=source,
+                          remedy="say --head levi, or name the model it began with")  # fmt: skip
         check_length(source, max_length)
 
     def head_config(self, labels: Sequence[str] | None) -> dict[str, Any]:

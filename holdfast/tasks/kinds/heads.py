@@ -1,9 +1,11 @@
-"""One head for all tasks of a sequence, in place of a head for each.
+"""Other heads than a layer of each task's own on the shared encoder.
 
-Its outputs are the labels of all tasks so far, by name and in the order in which they came; one
-model serves every task. `shared`: a task with new labels lets the head grow. What it had stays as
-it is, bit for bit, new outputs are drawn as the model draws a head, and all of it is trained with
-each task. `prototype`: nothing is trained, see `Prototypes`.
+`levi`: each task has an ensemble of its own on the encoder, which is frozen, see `Ensembles`. The
+others are one head for all tasks of a sequence. Its outputs are the labels of all tasks so far, by
+name and in the order in which they came; one model serves every task. `shared`: a task with new
+labels lets the head grow. What it had stays as it is, bit for bit, new outputs are drawn as the
+model draws a head, and all of it is trained with each task. `prototype`: nothing is trained, see
+`Prototypes`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import AutoModelForSequenceClassification
 
 from holdfast.engine.head_first import KNOWN
 from holdfast.errors import Refused, TrainingDiverged
 from holdfast.tasks.kinds import Encoded, Kind, Measured, kind_named
 from holdfast.tasks.kinds.classification import outputs
+from holdfast.tasks.kinds.levi import LeviForSequenceClassification, ensemble
 from holdfast.tasks.kinds.packed import Packed, values
+from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.task import Prediction, Row, Task
 
 # In a model's configuration: the rows that each class's means are of, and whether d has tr Σ_c.
@@ -192,14 +197,39 @@ def _last_layer(model: Any) -> nn.Linear:
     return found[-1]
 
 
+class Ensembles:
+    """A kind whose tasks each have an ensemble on the frozen encoder, see `levi`; all else is as
+    `kind` does it: what lies in a folder is a model of its own class."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind, name)
+
+    def check(self, source: str, *, max_length: int) -> None:
+        """Encoders and decoders, and ensembles on them."""
+        check_length(source, max_length)
+
+    def load_model(self, source: str, task: Task, *, seed: int) -> nn.Module:
+        """A fresh ensemble on the pre-trained encoder; a saved head is dropped."""
+        model: Any = self.kind.load_model(source, task, seed=seed)
+        return model if isinstance(model, LeviForSequenceClassification) else ensemble(model)
+
+
 def headed(kind: Kind, head: str, tasks: Sequence[Task]) -> Kind:
-    """`kind` with a head for each task, or with one for all; `Refused` where it cannot be."""
+    """`kind` with the heads that were asked for; `Refused` where it cannot have them."""
     if head == "task":
         return kind
     where = f"--head {head}"
     if not kind.HEADS:
         raise Refused(f"tasks of kind {tasks[0].kind} have no heads: they share the whole model",
                       where=where, remedy="leave it out")  # fmt: skip
+    if head == "levi":
+        if getattr(kind, "AUTO", None) is not AutoModelForSequenceClassification:
+            raise Refused(f"an ensemble is for classes and numbers of texts, not {tasks[0].kind}",
+                          where=where, remedy="--head task")  # fmt: skip
+        return cast(Kind, Ensembles(kind))
     if not hasattr(kind, "grow"):
         raise Refused(f"the heads of kind {tasks[0].kind} cannot grow", where=where,
                       remedy="--head task")  # fmt: skip
