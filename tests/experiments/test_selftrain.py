@@ -175,7 +175,7 @@ def test_each_round_is_a_run_of_the_task_and_of_rows_that_its_teacher_labelled(
     for k, (record, facts) in enumerate(zip(records, found, strict=True)):
         assert facts["round"] == k and facts["evaluation"] == record.scores[0][0]
         assert facts["selection"] == record.selection_scores[0][0]
-        assert ("lora" in record.recipe) == (k > 0)
+        assert ("peft" in record.recipe) == (k > 0)
         assert load(whole / f"round-{k}").predict("mood", ["a good film"])[0].label
         if k:
             pseudo = rows(whole / f"round-{k}.jsonl")
@@ -304,7 +304,7 @@ def test_students_have_their_own_recipe(place: Path, tmp_path: Path) -> None:
                     student_lr=1e-3, epochs=0.5, choose="confidence")  # fmt: skip
     teacher, student = (r.recipe for r in records)
     assert not teacher["methods"] and student["methods"] == {"phce": {"tau": 2.5}}
-    assert "lora" not in student
+    assert "peft" not in student
     assert [r.settings["lr"] for r in records] == [5e-3, 1e-3]
 
 
