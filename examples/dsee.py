@@ -46,7 +46,8 @@ def main(seeds: int) -> None:
     found = sorted({word for row in task.train for word in row.text.split()})
     words = {word: i for i, word in enumerate(found, start=2)}  # 0: padding, 1: unknown
     train, evaluation = (encoded(rows, words) for rows in (task.train, task.evaluation))
-    print(f"{len(train[1])} training rows, {len(evaluation[1])} evaluation rows, {seeds} seeds, chance .125")
+    print(f"{len(train[1])} training rows, {len(evaluation[1])} evaluation rows, {seeds} seeds; "
+          "chance is 0.125")  # fmt: skip
     scores: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     for seed in range(seeds):
         start = network(len(words) + 2, 4, seed)
