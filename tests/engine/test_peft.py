@@ -17,9 +17,10 @@ from models import arguments, collate, rows, same, weights
 from torch import nn
 
 import holdfast
-from holdfast import PEFT, LoRA, Recipe, RecipeCallback, Refused
+from holdfast import GPM, PEFT, LoRA, Recipe, RecipeCallback, Refused
 from holdfast.engine.forwarding import adapters, without_adapters
 from holdfast.engine.peft import adapt, folded
+from holdfast.errors import tell_once
 from holdfast.training.checkpoints import ADAPTERS, BEFORE, load_adapters, save_adapters
 
 MAKERS: dict[str, Callable[..., Any]] = {
@@ -231,6 +232,17 @@ def test_adapters_of_ones_own_are_left_to_peft(tmp_path: Path) -> None:
     assert (tmp_path / "end" / "adapter_model.safetensors").is_file()
     with pytest.raises(Refused, match="has adapters already"):
         trainer(tmp_path, Recipe(peft=LoRA()), made.model)
+
+
+@pytest.mark.parametrize(("peft", "told"), [(PEFT("ia3"), True), (LoRA(rank=2), False)])
+def test_a_method_that_can_measure_no_layer_says_so(
+    peft: PEFT, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_once.cache_clear()
+    made = trainer(tmp_path, Recipe(peft=peft, methods=[GPM(rows=8)]), max_steps=1)
+    made.train()
+    made.end_task()
+    assert ("gpm: no weight that trains is in a linear layer" in caplog.text) == told
 
 
 # --- refused --------------------------------------------------------------------------------------
