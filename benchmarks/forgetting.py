@@ -13,32 +13,23 @@ reported, on evaluation rows. `--sequences tuning` runs the former.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
-import shlex
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import DATA, need_data
+from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, save, task
+from results import need_data
 from torch import nn
-from tqdm.auto import tqdm
 
-from holdfast import DPS, EWC, HeadFirst, KfacEWC, LwF, Merge, Recipe, Replay
+from holdfast import DPS, EWC, PEFT, HeadFirst, KfacEWC, LwF, Merge, Recipe, Replay
 from holdfast.experiments.learner import unprepare
-from holdfast.experiments.processes import end_with_parent
-from holdfast.experiments.record import commit, versions
 from holdfast.recipe import PRESETS
-from holdfast.tasks import Task, load_task
 
 # Chosen before any run: far and near domains, single sentences and pairs, 2 to 14 classes, one
 # regression. Those in TUNING serve only for tuning.
@@ -53,8 +44,7 @@ TEN = ["trec6>sst2>snli>ag_news>stsb>cola>qqp>dbpedia14>sick>amazon5"]
 ALONE = [
     f"{t}@500" for t in ("trec6", "sst2", "snli", "mrpc", "cola", "stsb", "dbpedia14", "amazon5")
 ]
-SIZES = {"train_size": 800, "selection": 200, "evaluation_size": 500}
-ROWS, STEPS, LENGTH = 16, 100, 48  # rows a step, steps a task, tokens a row
+STEPS = 100  # of a task
 FIRST = 2e-4  # the rate of the shared first task
 
 
@@ -68,6 +58,11 @@ def with_methods(*methods: Any, head_first: bool = True, lr: float = 2e-4) -> tu
 
 def preset(name: str, lr: float = 2e-4) -> tuple[Recipe, float]:
     return PRESETS[name](), lr
+
+
+def adapted(kind: str, lr: float = 1e-3, **settings: Any) -> tuple[Recipe, float]:
+    """One of PEFT's methods, at the larger rate that few weights take."""
+    return Recipe(peft=PEFT(kind, **settings)), lr
 
 
 # Name → recipe and base rate, the most telling first; `joint` trains all tasks at once.
@@ -96,6 +91,13 @@ ARMS: dict[str, Callable[[], tuple[Recipe, float]]] = {
     "gpm": lambda: preset("gpm"),
     "wise": lambda: preset("wise"),
     "kfac_ewc": lambda: preset("kfac_ewc"),
+    "lora": lambda: adapted("lora", r=8, lora_alpha=16, target_modules="all-linear"),
+    "osf": lambda: adapted("osf"),
+    "mofo": lambda: preset("mofo"),
+    "hft": lambda: preset("hft"),
+    "recadam": lambda: preset("recadam"),
+    "mixout": lambda: preset("mixout"),
+    "dynamic_subset": lambda: preset("dynamic_subset", 1e-3),
 }
 MAIN = list(ARMS)[:4]
 # Tried on the tuning pairs only; on request.
@@ -113,76 +115,23 @@ KNOWN = ARMS | TRIED
 # --- one run ----------------------------------------------------------------------------------
 
 
-@cache
-def task(name: str, seed: int) -> Task:
-    """The task of a name, or of NAME@ROWS with so many training rows."""
-    folder, _, rows = name.partition("@")
-    sizes = SIZES | ({"train_size": int(rows)} if rows else {})
-    return load_task(DATA / folder, seed=seed, **sizes)
+class Forgetting(Bench):
+    """Runs of a sequence; those of one first task begin with one checkpoint of it."""
 
-
-class Bench:
-    """What the runs of one process share: the tokenizer, encoded rows, the first tasks."""
-
-    def __init__(self, model: str, home: Path, bf16: bool) -> None:
-        from transformers import DataCollatorWithPadding
-
-        from holdfast.tasks.kinds import classification, evaluate, pretrained
-
-        torch.set_num_threads(1)
-        pretrained.quiet()
-        self.heads, self.home, self.bf16 = classification.KIND, home, bf16
-        self.evaluate, self.hash = evaluate, pretrained.source_hash
-        self.source = pretrained.locate(model)
-        self.tokenizer = pretrained.load_tokenizer(self.source)
-        self.collate = DataCollatorWithPadding(self.tokenizer)
-        self.commit = commit(Path(__file__).parent)
-        self._rows: dict[tuple[str, int, str], Any] = {}
-
-    def rows(self, name: str, seed: int, split: str) -> Any:
-        key = name, seed, split
-        if key not in self._rows:
-            found = task(name, seed)
-            self._rows[key] = self.heads.encode(
-                getattr(found, split), found, self.tokenizer, max_length=LENGTH
-            )
-        return self._rows[key]
-
-    def scores(self, models: dict[str, Any], seed: int, split: str) -> list[float]:
-        with self._precision():
-            return [
-                self.evaluate(m, self.rows(n, seed, split), task(n, seed), self.collate)
-                for n, m in models.items()
-            ]
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
-
-    def train(self, name: str, model: Any, seed: int, recipe: Recipe, lr: float, **how: Any) -> Any:
-        from transformers import PrinterCallback, TrainingArguments
-
-        from holdfast import Trainer
-
-        arguments = TrainingArguments(
-            output_dir=str(self.home / "unused"), max_steps=STEPS, per_device_train_batch_size=ROWS,
-            per_device_eval_batch_size=32, learning_rate=lr, weight_decay=0.01, warmup_steps=0.1,
-            bf16=self.bf16, optim="adamw_torch_fused", seed=seed, data_seed=seed, use_cpu=True,
-            save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=self.rows(name, seed, "train"),
-            data_collator=self.collate, processing_class=self.tokenizer, recipe=recipe, task=name,
-            shared=model.base_model, **how,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+    def work(self, job: Sequence[Any]) -> Run | None:
+        names, seed, arm = job
+        if arm is None:
+            self.first(names[0], seed)
+            return None
+        return self.run(names, seed, arm)
 
     def first(self, name: str, seed: int) -> Path:
         """The checkpoint of a first task, trained plainly once for all arms."""
         folder = self.home / "first" / f"{name}-{seed}"
         if not folder.exists():
             model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
-            self.train(name, model, 1000 * seed, Recipe(name="plain"), FIRST).train()
+            self.train(name, model, 1000 * seed, Recipe(name="plain"), FIRST,
+                       steps=STEPS).train()  # fmt: skip
             unfinished = folder.with_name(f".{folder.name}-{os.getpid()}")
             unprepare(model)
             model.save_pretrained(unfinished)
@@ -197,7 +146,7 @@ class Bench:
         began = time.monotonic()
         recipe, lr = KNOWN[arm]()
         if len(names) == 1:
-            found = self._alone(names[0], seed, recipe, lr)
+            _, found = self.alone(names[0], seed, recipe, lr, steps=STEPS)
         elif arm == "joint":
             found = self._joint(names, seed, lr)
         else:
@@ -210,18 +159,20 @@ class Bench:
 
         begun = self.first(names[0], seed)
         one = AutoModelForSequenceClassification.from_pretrained(begun)
-        models, bound = {names[0]: one}, recipe.unbound(seed=seed)
+        torch.manual_seed(1000 * seed)
+        models, bound = {names[0]: recipe.prepare(one)}, recipe.unbound(seed=seed)
         start = json.loads((begun / "scores.json").read_text())
         # Checkpoints differ in their last bits between machines: compare arms from the same one.
         found: dict[str, Any] = {"first": self.hash(str(begun)),
                                  "fit_seconds": [], "end_seconds": [],
                                  "scores": [start["evaluation"]],
                                  "selection": [start["selection"]]}  # fmt: skip
-        bound.remember(names[0], one, self._batches(names[0], seed), shared=one.base_model)
+        bound.remember(names[0], one, self.batches(names[0], seed), shared=one.base_model)
         for i, name in enumerate(names[1:], 1):
             model = self.heads.add_head(one, task(name, seed), seed=1000 * seed + i)
             models[name] = model
-            trainer = self.train(name, model, 1000 * seed + i, recipe, lr, bound=bound)
+            trainer = self.train(name, model, 1000 * seed + i, recipe, lr, steps=STEPS,
+                                 bound=bound)  # fmt: skip
             for old in models.values():
                 trainer.accelerator.prepare_model(old, evaluation_mode=True)
             trainer.train()
@@ -235,24 +186,6 @@ class Bench:
             if ">".join(names) in TUNING:
                 found["selection"].append(self.scores(models, seed, "selection"))
         return found
-
-    def _alone(self, name: str, seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
-        """A single task, from the pre-trained weights."""
-        model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
-        self.train(name, model, 1000 * seed, recipe, lr).train()
-        unprepare(model)
-        splits = {s: [self.scores({name: model}, seed, s)] for s in ("evaluation", "selection")}
-        return {"scores": splits["evaluation"], "selection": splits["selection"]}
-
-    def _batches(self, name: str, seed: int) -> Callable[[], Iterator[Any]]:
-        rows = self.rows(name, seed, "train")
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-
-        def batches() -> Iterator[Any]:
-            for start in range(0, len(order), 32):
-                yield self.collate([rows[i] for i in order[start : start + 32]])
-
-        return batches
 
     def _joint(self, names: list[str], seed: int, lr: float) -> dict[str, Any]:
         """All tasks' rows trained together, in as many steps as all tasks take one by one."""
@@ -295,39 +228,15 @@ def mixed(names: list[str], total: int, seed: int) -> Iterator[tuple[str, list[i
 
 # --- all runs -----------------------------------------------------------------------------------
 
-BENCH: Bench | None = None
-
-
-def begin(model: str, home: Path, bf16: bool) -> None:
-    global BENCH
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    BENCH = Bench(model, home, bf16)
-
-
-def work(names: list[str], seed: int, arm: str | None) -> dict[str, Any] | None:
-    assert BENCH is not None
-    if arm is None:
-        BENCH.first(names[0], seed)
-        return None
-    return BENCH.run(names, seed, arm)
-
 
 def main() -> int:
     """Run or resume the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, required=True)
+    parser = options(__doc__.split("\n")[0], "runs/forgetting")
     parser.add_argument("--pairs", type=int, default=10, help="how many of the reported pairs")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sequences", nargs="+", help="tuning, chains, ten, alone, or task>task…")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="main, or names")
     parser.add_argument("--quick", action="store_true", help="2 tuning pairs, main arms, 1 seed")
-    parser.add_argument("--model", default="minilm")
-    parser.add_argument("--no-bf16", action="store_true")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--runs", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument(
-        "--draw", action="store_true", help="only tables and picture of what is done"
-    )
     chosen = parser.parse_args()
     need_data()
     known = {"tuning": TUNING, "chains": CHAINS, "ten": TEN, "alone": ALONE}
@@ -340,27 +249,25 @@ def main() -> int:
     if wrong := [a for a in arms if a not in KNOWN]:
         parser.error(f"no arm {wrong[0]!r}; there are {', '.join(KNOWN)}")
 
-    body = json.loads(chosen.json.read_text()) if chosen.json.exists() else {"runs": []}
-    done = {(r["sequence"], r["seed"], r["arm"]) for r in body["runs"]}
+    body = done(chosen.json)
+    have = {(r["sequence"], r["seed"], r["arm"]) for r in body["runs"]}
     jobs = [(s.split(">"), seed, arm) for group in (arms[:4], arms[4:]) for seed in seeds
-            for s in sequences for arm in group if (s, seed, arm) not in done]  # fmt: skip
+            for s in sequences for arm in group if (s, seed, arm) not in have]  # fmt: skip
     firsts = dict.fromkeys((n[0], seed) for n, seed, arm in jobs if len(n) > 1 and arm != "joint")
     steps = STEPS * (len(firsts) + sum(len(n) - (a != "joint" and len(n) > 1) for n, _, a in jobs))
     print(f"{len(jobs)} runs of {steps:,} training steps to go, about "
           f"{steps * 0.3 / chosen.workers / 3600:.1f} hours", flush=True)  # fmt: skip
+    settings = {**SIZES, "rows a step": ROWS, "steps": STEPS, "tokens": LENGTH,
+                "rate of the first task": FIRST}  # fmt: skip
+
+    def write(run: Run | None = None) -> None:
+        body["runs"] += [run] if run else []
+        save(chosen.json, body, _order, settings)
+
     if jobs and not chosen.draw:
-        with ProcessPoolExecutor(
-            chosen.workers, get_context("spawn"), initializer=begin,
-            initargs=(chosen.model, chosen.runs, not chosen.no_bf16),
-        ) as pool:  # fmt: skip
-            before = [pool.submit(work, [name], seed, None) for name, seed in firsts]
-            after = [pool.submit(work, *job) for job in jobs]
-            for future in before:
-                future.result()
-            for future in tqdm(as_completed(after), total=len(after), unit="run"):
-                body["runs"].append(future.result())
-                save(chosen.json, body)
-    save(chosen.json, body)
+        carry_out(Forgetting, chosen, jobs, keep=write,
+                  first=[([name], seed, None) for name, seed in firsts])  # fmt: skip
+    write()
 
     from forgetting_page import draw, tables
 
@@ -371,21 +278,8 @@ def main() -> int:
     return 0
 
 
-def save(path: Path, body: dict[str, Any]) -> None:
-    """Write what is done so far: one line a run."""
-    words = shlex.join(word for word in sys.argv if word != "--draw")
-    body |= {"command": f"python {words}", "versions": versions(),
-             "settings": {**SIZES, "rows a step": ROWS, "steps": STEPS, "tokens": LENGTH,
-                          "rate of the first task": FIRST}}  # fmt: skip
-    runs = sorted(
-        body["runs"], key=lambda r: (r["sequence"], r["seed"], list(KNOWN).index(r["arm"]))
-    )
-    lines = ",\n".join(json.dumps(r) for r in runs)
-    rest = json.dumps({k: v for k, v in body.items() if k != "runs"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(f'{rest[:-1]},\n"runs": [\n{lines}\n]}}\n')
-    unfinished.replace(path)
+def _order(run: Run) -> tuple[str, int, int]:
+    return run["sequence"], run["seed"], list(KNOWN).index(run["arm"])
 
 
 if __name__ == "__main__":

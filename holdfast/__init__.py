@@ -21,7 +21,8 @@ _HOMES = {
     "View": "holdfast.engine.method",
     "Range": "holdfast.engine.method",
     "HeadFirst": "holdfast.engine.head_first",
-    "LoRA": "holdfast.engine.lora",
+    "LoRA": "holdfast.engine.peft",
+    "PEFT": "holdfast.engine.peft",
     "Refused": "holdfast.errors",
     "with_recipe": "holdfast.training.trainer",
     "Trainer": "holdfast.training.trainer",
@@ -59,10 +60,11 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from holdfast.engine.bound import Bound as Bound
     from holdfast.engine.head_first import HeadFirst as HeadFirst
-    from holdfast.engine.lora import LoRA as LoRA
     from holdfast.engine.method import Method as Method
     from holdfast.engine.method import Range as Range
     from holdfast.engine.method import View as View
+    from holdfast.engine.peft import PEFT as PEFT
+    from holdfast.engine.peft import LoRA as LoRA
     from holdfast.errors import Refused as Refused
     from holdfast.experiments.compare import compare as compare
     from holdfast.experiments.record import Record as Record

@@ -37,7 +37,7 @@ def count(amount: float | int, total: int, *, what: str = "amount", least: int =
     return max(least, math.floor(exactly(amount, total)))
 
 
-def exactly(share: float, total: int) -> Fraction:
+def exactly(share: float | Fraction, total: int) -> Fraction:
     """share · total, with the share as it is written in decimal: .29 of 100 is 29, not 28.999…"""
     return Fraction(str(share)) * total
 

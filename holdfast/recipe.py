@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ from torch import nn
 from holdfast.engine.batches import Data
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
-from holdfast.engine.lora import LoRA
 from holdfast.engine.method import Method
+from holdfast.engine.peft import PEFT, LoRA, adapt, check_adapted
 from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
 from holdfast.methods import METHODS, method_named
@@ -31,8 +31,6 @@ from holdfast.network.groups import param_groups
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
 
-_Setting = TypeVar("_Setting", HeadFirst, LoRA)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,9 +38,9 @@ class Recipe:
 
     `max_grad_norm=None` clips nothing in a plain loop and inherits
     `TrainingArguments.max_grad_norm` in a Trainer. `name` names the recipe in tables.
-    `head_first` fits a task's fresh head before its first step. `lora` trains adapters in place of
-    what tasks share. `parts` are {glob on parameter names: part}, for weights that
-    `holdfast.parts` misplaces.
+    `head_first` fits a task's fresh head before its first step. `peft` trains adapters in place of
+    what tasks share; of several the later lie around the earlier. `parts` are {glob on parameter
+    names: part}, for weights that `holdfast.parts` misplaces.
     """
 
     rates: Rates = field(default_factory=Rates.flat)
@@ -50,11 +48,13 @@ class Recipe:
     max_grad_norm: float | None = None
     name: str = "custom"
     head_first: HeadFirst | None = None
-    lora: LoRA | None = None
+    peft: PEFT | Sequence[PEFT] = ()
     parts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "methods", tuple(self.methods))
+        given = (self.peft,) if isinstance(self.peft, PEFT) else tuple(self.peft or ())
+        object.__setattr__(self, "peft", given)
         _check_parts(self.parts)
         names = [m.name for m in self.methods if isinstance(m, Method)]
         for m in self.methods:
@@ -68,9 +68,10 @@ class Recipe:
         if not isinstance(self.head_first, HeadFirst | None):
             raise Refused(f"must be a HeadFirst, not {self.head_first!r}",
                           where="recipe.head_first", remedy="HeadFirst()")  # fmt: skip
-        if not isinstance(self.lora, LoRA | None):
-            raise Refused(f"must be a LoRA, not {self.lora!r}", where="recipe.lora",
-                          remedy="LoRA()")  # fmt: skip
+        for setting in given:
+            if not isinstance(setting, PEFT):
+                raise Refused(f"must be a PEFT, not {setting!r}", where="recipe.peft",
+                              remedy="PEFT('lora', r=8)")  # fmt: skip
         norm = self.max_grad_norm
         number = isinstance(norm, int | float) and not isinstance(norm, bool)
         if norm is not None and not (number and 0 < norm < math.inf):
@@ -88,7 +89,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         """The recipe in plain values; unknown keys are refused, naming the nearest known one."""
-        only_keys(values, [*(f.name for f in fields(cls)), "kind", "schema"], where=where)
+        only_keys(values, [*(f.name for f in fields(cls)), "kind", "schema", *{"lora"} & {*values}],
+                  where=where)  # fmt: skip
         if values.get("kind", "recipe") != "recipe" or values.get("schema", 1) != 1:
             raise Refused("is not a recipe of schema 1", where=where)
         methods = values.get("methods") or {}
@@ -100,8 +102,8 @@ class Recipe:
                 methods=[_method(name, settings) for name, settings in methods.items()],
                 max_grad_norm=values.get("max_grad_norm"),
                 name=str(values.get("name") or "custom"),
-                head_first=_setting("head_first", HeadFirst, values.get("head_first")),
-                lora=_setting("lora", LoRA, values.get("lora")),
+                head_first=_head_first(values.get("head_first")),
+                peft=_peft(values),
                 parts=_check_parts(values.get("parts") or {}),
             )
         except Refused as error:
@@ -120,8 +122,9 @@ class Recipe:
         # Left out when unset, so that recipes written before they existed keep their hash.
         if self.head_first is not None:
             body["head_first"] = self.head_first.to_dict()
-        if self.lora is not None:
-            body["lora"] = self.lora.to_dict()
+        if self.peft:
+            each = [p.to_dict() for p in cast(Sequence[PEFT], self.peft)]
+            body["peft"] = each if len(each) > 1 else each[0]
         if self.parts:
             body["parts"] = dict(self.parts)
         return body
@@ -143,9 +146,9 @@ class Recipe:
     # --- at work ------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Let methods and `lora` change the network: once, before the optimizer is built."""
+        """Let methods and `peft` change the network: once, before the optimizer is built."""
         model = functools.reduce(lambda net, method: method.prepare(net), self.methods, model)
-        return model if self.lora is None else self.lora.prepare(model)
+        return adapt(model, self.peft)
 
     def param_groups(
         self,
@@ -174,8 +177,7 @@ class Recipe:
         seed: int = 0,
     ) -> Bound:
         """Attach to a model and an optimizer and begin the first task; see `Bound.begin_task`."""
-        if self.lora is not None:
-            self.lora.check(model)
+        check_adapted(model, self.peft)
         bound = self.unbound(seed=seed)
         bound.begin_task(task, optimizer, total_steps, model=model, shared=shared, data=data,
                          resuming=resuming)  # fmt: skip
@@ -217,14 +219,26 @@ def _rates(values: Any) -> Rates:
     raise Refused("rates must be a name or a mapping")
 
 
-def _setting(name: str, kind: type[_Setting], values: Any) -> _Setting | None:
-    """A setting that is `true`, for its defaults, or a mapping."""
+def _head_first(values: Any) -> HeadFirst | None:
+    """`true`, for its defaults, or a mapping."""
     if values is None or values is False:
         return None
     if values is not True and not isinstance(values, Mapping):
-        example = {"head_first": "{fit: logistic}", "lora": "{rank: 8}"}[name]
-        raise Refused(f"{name} must be true or a mapping", remedy=f"{name}: {example}")
-    return kind() if values is True else kind.from_dict(values)
+        raise Refused("head_first must be true or a mapping",
+                      remedy="head_first: {fit: logistic}")  # fmt: skip
+    return HeadFirst() if values is True else HeadFirst.from_dict(values)
+
+
+def _peft(values: Mapping[str, Any]) -> list[PEFT]:
+    """One of PEFT's methods or a list of them; also what recipes called `lora` before."""
+    given, before = values.get("peft") or [], values.get("lora") or None
+    if before is not None:
+        before = {} if before is True else before
+        if given or not isinstance(before, Mapping):
+            raise Refused("lora is peft now", where="lora", remedy="peft: {type: lora, r: 8}")
+        only_keys(before, ["rank", "alpha", "dropout", "targets"], called=lambda k: f"lora.{k}")
+        return [LoRA(**before)]
+    return [PEFT.from_dict(each) for each in (given if isinstance(given, list) else [given])]
 
 
 def _check_parts(values: Any) -> Mapping[str, str]:

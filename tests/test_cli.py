@@ -6,6 +6,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -26,8 +27,8 @@ from holdfast.errors import Refused
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "compare", "search", "combine", "predict", "export", "check", "runs",
-    "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
+    "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -62,6 +63,9 @@ OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
         --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
+    "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
+        --choose --alpha --phce --student-lr
+        {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"--tasks --recipes --flat --seeds --workers --reference --lm-eval {TRAINING}",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
@@ -69,12 +73,13 @@ OPTIONS = {
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --trust-code",
+    "delta": "action",
     "check": "before after --max-forgetting --junit --trust-code",
     "runs": "folder",
     "doctor": "",
     "report": "paths --out",
     "verify": "paths",
-    "methods": "",
+    "methods": "name",
     "demo": "--out --workers",
 }
 
@@ -206,7 +211,7 @@ def test_all_verbs_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    assert tuple(verbs()) == VERBS and all(f"\n    {verb} " in out for verb in VERBS)
+    assert tuple(verbs()) == VERBS and all(re.search(rf"\n    {v}\s", out) for v in VERBS)
 
 
 def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +222,61 @@ def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str
     out, errors = capsys.readouterr()
     rows = {line.split("│")[1].strip() for line in out.splitlines() if line.count("│") > 2}
     assert rows >= {*METHODS, *PRESETS} and errors == ""
+
+
+def test_methods_stand_in_groups_with_what_a_step_was_measured_to_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the table is whole in a hundred columns."""
+    from holdfast.cli import methods as verb
+    from holdfast.methods import METHODS
+
+    monkeypatch.setattr("holdfast.cli.options.sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(verb, "costs", lambda: {"steps": {"ewc": {"mean": 1.0549}}})
+    verb.every()
+    plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    lines = plain.partition("recipes")[0].splitlines()
+    assert max(map(len, lines)) == 100
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in lines if line.count("│") > 2]
+    found, group = {}, ""
+    for first, *rest in cells:
+        group = first if first and not any(rest) else group
+        if first in METHODS:
+            found[first] = group
+            assert rest[3] == ("× 1.05" if first == "ewc" else "–")
+    assert found == {name: kind.group for name, kind in METHODS.items()}
+
+
+@pytest.mark.parametrize("name", ["dps", "ewc", "merge"])
+def test_a_method_is_shown_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import fields
+
+    from holdfast.methods import METHODS
+
+    assert main(["methods", name]) == 0
+    out, kind = capsys.readouterr().out, METHODS[name]
+    rows = [[c.strip() for c in r.split("│")[1:-1]] for r in out.splitlines() if r.startswith("│")]
+    assert [row[:2] for row in rows] == [
+        [f.name, json.dumps(getattr(kind(), f.name))] for f in fields(kind)
+    ]
+    for text in (kind.summary, kind.group, kind.cost, kind.use, kind.bytes_per_weight, kind.paper,
+                 str(sys.modules[kind.__module__].__doc__).strip()):  # fmt: skip
+        assert text in out
+    takes = {row[0]: row[2:] for row in rows}
+    if name == "ewc":
+        assert takes["strength"] == ["number ≥ 0", "10 … 100000, log"]
+        assert takes["decay"] == ["number ≥ 0, ≤ 1", "0.5 … 1"]
+        assert takes["labels"] == ["auto, true, sampled, expected", "–"]
+    if name == "dps":
+        assert takes["stage"] == ["share below 1, or whole number > 0", "0.01 … 0.25, log"]
+        assert takes["frequency_penalty"][0] == "true, false or null"
+        assert takes["modules"][0].endswith(" or list of text")
+
+
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "ewk"]) == 2
+    assert "did you mean 'ewc'?" in capsys.readouterr().err
 
 
 # --- refused --------------------------------------------------------------------------------------
@@ -484,6 +544,12 @@ def test_from_october_to_a_gate(
     assert main(["predict", then, str(rows), "--task", "mood", "--out", f"{tmp_path}/p.csv"]) == 2
     assert "no column 'text'" in capsys.readouterr().err
     assert main([*predict, "--keep", "label", "--out", f"{tmp_path}/p.csv"]) == 2
+    # A run as what changed in the one before serves every task as it does.
+    assert main(["delta", "save", first, then, f"{tmp_path}/d.safetensors"]) == 0
+    assert main(["delta", "apply", first, f"{tmp_path}/d.safetensors", f"{tmp_path}/again"]) == 0
+    again = ["predict", f"{tmp_path}/again", f"{rows}?text=body", "--task", "mood"]
+    assert main([*again, "--keep", "id", "--out", f"{tmp_path}/again.jsonl"]) == 0
+    assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "p.jsonl").read_text()
     export = ["export", then, "--task", "mood", "--out", f"{tmp_path}/m"]
     assert main(export) == 0 and (tmp_path / "m" / "config.json").is_file()
     assert main(export) == 2

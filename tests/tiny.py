@@ -9,7 +9,7 @@ from torch import nn
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
-from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods import DPS, EWC, L2SP, SIFT, ChildTuning, DynamicSubset, Replay
 from holdfast.recipe import Recipe
 
 # One of each kind, with stages as short as can be.
@@ -20,6 +20,9 @@ METHODS: list[Method] = [
     EWC(strength=10.0),
     L2SP(strength=0.5),
     Replay(memory=8, share=0.5),
+    SIFT(share=0.3, batches=2),
+    ChildTuning(score="random", share=0.5),
+    DynamicSubset(share=0.3),
 ]
 
 

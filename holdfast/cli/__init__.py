@@ -29,8 +29,8 @@ from holdfast.plugins import plugin
 from holdfast.training import stopping
 
 VERBS = (
-    "train", "sequence", "compare", "search", "combine", "predict", "export", "check", "runs",
-    "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
+    "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 GROUP = "holdfast.verbs"
 # What other trainers call our options.

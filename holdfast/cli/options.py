@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from holdfast.config import Checked
 
 RECIPE_HELP = "a name that `holdfast methods` lists, or a YAML file"
 ROWS = ("train_size", "evaluation_size", "selection", "max_length", "mix")  # settings about rows
@@ -100,8 +103,21 @@ def add_settings(
     group(parser, "where").add_argument(
         "--out", type=Path, required=out is None, help=out or "the folder"
     )
-    hints = get_type_hints(Settings, include_extras=True)
-    for field in fields(Settings):
+    add_fields(
+        parser,
+        Settings,
+        lambda name: "which rows" if name in ROWS else "how it is trained",
+        without=without,
+    )
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, cls: type[Checked], title: Callable[[str], str], *,
+    without: Collection[str] = (),
+) -> None:  # fmt: skip
+    """One option for each field of a configuration, in the group that `title` says."""
+    hints = get_type_hints(cls, include_extras=True)
+    for field in fields(cls):
         if field.name in without:
             continue
         about, kind = _described(hints[field.name])
@@ -109,15 +125,14 @@ def add_settings(
             about += f" ({field.default})"
         how: dict[str, Any] = {"help": about, "default": None}
         how |= {"action": "store_true"} if kind is bool else {"type": kind}
-        title = "which rows" if field.name in ROWS else "how it is trained"
-        group(parser, title).add_argument(Settings.where(field.name), **how)
+        group(parser, title(field.name)).add_argument(cls.where(field.name), **how)
 
 
-def given(chosen: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given; the rest keeps its default."""
+def given(chosen: argparse.Namespace, cls: type[Checked] | None = None) -> dict[str, Any]:
+    """The settings (or fields of `cls`) that were given; the rest keeps its default."""
     from holdfast.experiments.settings import Settings
 
-    values = {field.name: getattr(chosen, field.name, None) for field in fields(Settings)}
+    values = {field.name: getattr(chosen, field.name, None) for field in fields(cls or Settings)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -55,7 +55,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.from_run is None:
         chosen.model = chosen.model or "minilm"
         chosen.recipe = chosen.recipe or (
-            "plain" if "prototype" in (chosen.head or "") else "default"
+            "default" if chosen.head in (None, "task", "shared") else "plain"
         )
     asked = ("from_run", "old_task", "without_old_rows", "reference", "lm_eval")
     more = {name: getattr(chosen, name) for name in asked}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.lora import folded
+from holdfast.engine.peft import adapt, folded
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, History, drawn
 from holdfast.experiments.loaded import Loaded
@@ -165,8 +165,8 @@ class Learner:
         if not finished:
             return
         _, self.models = models_in(self.home(finished - 1))
-        if self.recipe.lora is not None:
-            self.recipe.lora.prepare(self.models[-1])
+        if self.recipe.peft:
+            adapt(self.models[-1], self.recipe.peft)
             load_adapters(self.models[-1], self.home(finished - 1), base=True)
         self.bound = self.recipe.unbound(seed=self.seed)
         load_state(self.bound, self.home(finished - 1))
@@ -179,8 +179,7 @@ class Learner:
         Methods read these tasks' training rows; nothing is trained.
         """
         self.models, self.bound = list(models), self.recipe.unbound(seed=self.seed)
-        if self.recipe.lora is not None:
-            self.recipe.lora.prepare(self.models[-1])
+        adapt(self.models[-1], self.recipe.peft)
         for index, model in enumerate(models):
             task, rows = self.tasks[index], self.rows(index, "train")
             if not rows and any(m.needs_data for m in self.recipe.methods):
@@ -263,7 +262,7 @@ class Learner:
         """A loader of the weights that the task begins with, so that no method need copy them."""
         before = self.home(index - 1)
         # With adapters the start weights are few, and the folder has them folded in.
-        kept = index > 0 and self.recipe.lora is None and (before / "config.json").is_file()
+        kept = index > 0 and not self.recipe.peft and (before / "config.json").is_file()
         shared = self.kind.shared(model)
         return functools.partial(shared_weights, before, model, shared) if kept else None
 

@@ -72,7 +72,8 @@ class FromRun:
         from holdfast.experiments import serving
         from holdfast.training.checkpoints import saved_with
 
-        other = self.recipe.get("lora") != learner.recipe.to_dict().get("lora")
+        before = {k: v for k, v in self.recipe.items() if k in ("peft", "lora")}
+        other = Recipe.from_dict(before).peft != learner.recipe.peft
         if other or not saved_with(self.last, learner.recipe.methods):
             learner.remember(serving.models_in(self.last)[1])
             learner.keep(self.size - 1)

@@ -80,13 +80,18 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         write_text_atomic(path, json.dumps(config, indent=1))
         return
     if begun and before is not None:
-        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-        told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
-        raise Refused(f"holds a run with other settings ({told})", where=str(folder),
-                      remedy="choose another --out")  # fmt: skip
+        raise other_settings(folder, before, now)
     # Nothing is lost: a setting that kept the run from its first checkpoint may be corrected.
     (folder / RECORD).unlink(missing_ok=True)
     write_text_atomic(path, json.dumps(config, indent=1))
+
+
+def other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Refused:
+    """The refusal of a folder whose work was begun as `before`, naming what differs."""
+    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+    told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
+    return Refused(f"holds a run with other settings ({told})", where=str(folder),
+                   remedy="choose another --out")  # fmt: skip
 
 
 def _goes_on(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import FINAL, RECORD, check_disk, check_held, digest, open_run
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
+from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import kind_of, one_kind
@@ -202,6 +203,8 @@ class Job:
         if "prototype" in plan.head:
             record.warn("No step was taken: the head is made of class means of the encoder as it "
                         "was.")  # fmt: skip
+        if plan.head == "levi":
+            record.warn("The encoder was not trained: each task has an ensemble of its own on it.")
         return record
 
     def _learn(
@@ -232,6 +235,14 @@ def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: 
     if "prototype" in plan.head and recipe.to_dict() != Recipe(name=recipe.name).to_dict():
         raise Refused(f"trains nothing, and the recipe {recipe.name} would not be at work",
                       where=where, remedy="--recipe plain")  # fmt: skip
+    moving = [m.name for m in recipe.methods
+              if m.needs_old_task or m.changes_weights or m.defines("prepare")]  # fmt: skip
+    moving += [name for name in ("peft", "head_first") if getattr(recipe, name)]
+    moving += ["rates"] * (recipe.rates != Rates.flat())
+    if plan.head == "levi" and moving:
+        raise Refused(f"leaves the encoder as it is, and {', '.join(moving)} of the recipe "
+                      f"{recipe.name} are for one that learns", where=where,
+                      remedy="--recipe plain")  # fmt: skip
     if plan.alone and scenario == "class-incremental":
         raise Refused("a task alone has other labels than the head: its score is no measure",
                       where="--alone", remedy="leave it out")  # fmt: skip
@@ -239,8 +250,8 @@ def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: 
         return
     was = origin.settings.get("head", "task")
     size = len(origin.record.tasks) if origin.record is not None else 1
-    # A single task's head is the same either way; prototypes are no head that was trained.
-    if plan.head != was and (size > 1 or "prototype" in plan.head + was):
+    # A single task's head is the same, shared or not; prototypes and ensembles are other models.
+    if plan.head != was and (size > 1 or not {plan.head, was} <= {"task", "shared"}):
         raise Refused(f"what it goes on from was learned with --head {was}", where=where,
                       remedy=f"--head {was}, or begin anew")  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from holdfast.config import Checked, Share
+from holdfast.errors import Refused
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -20,8 +21,9 @@ Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt",
 ]  # fmt: skip
-# A head for each task; one over all labels so far; one of class means, which nothing trains.
-Head = Literal["task", "shared", "prototype", "variance_prototype"]
+# A head for each task; one over all labels so far; one of class means, which nothing trains; an
+# ensemble for each task on a frozen encoder.
+Head = Literal["task", "shared", "prototype", "variance_prototype", "levi"]
 HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
@@ -56,7 +58,7 @@ class Settings(Checked):
     warmup: Annotated[float | int, about("steps of warm-up, or a share below 1", ge=0)] = 0.1
     schedule: Annotated[Schedule, about("a learning-rate schedule of Transformers")] = "linear"
     head: Annotated[
-        Head, about("task: one each; shared: one for all; prototype, variance_prototype")
+        Head, about("task: one each; shared: one for all; prototype, variance_prototype; levi")
     ] = "task"
     max_length: Annotated[int, about("tokens a row is cut at", gt=1)] = 128
     selection: Annotated[Share, about("training rows kept for choosing, or a share")] = 0.1
@@ -107,6 +109,39 @@ class Settings(Checked):
             per_device_eval_batch_size=32,
             remove_unused_columns=False,  # collators keep what models take
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTraining(Checked):
+    """How rows without a label are used; checked when it is made."""
+
+    shares: ClassVar[tuple[str, ...]] = ("pseudo",)
+
+    rounds: Annotated[int, about("students; 0: the labelled rows only", ge=0, le=15)] = 3
+    rows: Annotated[int, about("at most so many rows are answered a round", gt=0)] = 4096
+    passes: Annotated[int, about("passes with dropout over them", gt=1)] = 20
+    pseudo: Annotated[Share, about("rows to learn from, or a share of those answered")] = 0.25
+    choose: Annotated[
+        Literal["bald", "confidence", "random"],
+        about("bald: drawn where passes agree; controls: confidence (the surest), random"),
+    ] = "bald"
+    alpha: Annotated[float, about("of bald: how much the mean probability counts", ge=0, le=1)] = (
+        0.0
+    )
+    phce: Annotated[float, about("students take the loss PHCE with this tau", gt=1)] | None = None
+    student_lr: (
+        Annotated[float, about("learning rate of students (that of the teacher)", gt=0)] | None
+    ) = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha and self.choose != "bald":
+            raise Refused(f"is of bald, not of {self.choose}", where="--alpha",
+                          remedy="leave it out")  # fmt: skip
+
+    @classmethod
+    def where(cls, name: str) -> str:
+        return Settings.where(name)
 
 
 @functools.cache

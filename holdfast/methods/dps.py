@@ -41,7 +41,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -56,16 +55,24 @@ from holdfast.methods.common.mixing import (
     Noise,
     draw,
     drawn,
-    linear,
     mixed,
     noise_shape,
     refuse_unseen,
     widened,
 )
+from holdfast.methods.common.subnetwork import (
+    Freeze,
+    Modules,
+    covered,
+    fix_,
+    hold_frozen_,
+    zero_frozen_,
+)
+from holdfast.network.parts import HEAD
 from holdfast.ops.blocks import add_squares_
 from holdfast.ops.distributed import like, local, mean
-from holdfast.ops.masks import hold_, mark_, pack, unpack, zero_
-from holdfast.ops.selection import select
+from holdfast.ops.masks import pack, unpack
+from holdfast.ops.selection import Scope, select
 
 PENALTY_FROM = 50  # the published code applies the frequency penalty from this stage length on
 
@@ -80,8 +87,8 @@ class DPS(Method):
     freeze: "exact" keeps masked weights bit for bit; "gradient" zeroes their gradient only.
     select: the threshold is found per "tensor" or over all covered tensors ("global").
     score: "gradient" (published) or "retention".
-    modules: "linear" (weights of every linear layer, HF Conv1D included), "all" parameters, or
-        globs of parameter names, each of which must match.
+    modules: what is covered: weights of "linear" layers (HF Conv1D included), all "matrices", the
+        network's "layers" whole, "all", or globs of parameter names, each of which must match.
     noise: Mix draws it per input "column" (published) or per "weight".
     frequency_penalty: whether Mix applies it; null: from stages of 50 steps on, as published.
     fisher_labels, fisher_rows: how retention estimates F; see `holdfast.methods.common.importance`.
@@ -106,10 +113,10 @@ class DPS(Method):
     drop: Annotated[float, Field(gt=0, lt=1)] = 0.3
     stage: Share = 0.05
     mix: bool = False
-    freeze: Literal["exact", "gradient"] = "exact"
-    select: Literal["tensor", "global"] = "tensor"
+    freeze: Freeze = "exact"
+    select: Scope = "tensor"
     score: Literal["gradient", "retention"] = "gradient"
-    modules: Literal["linear", "all"] | tuple[str, ...] = "linear"
+    modules: Modules = "linear"
     noise: Noise = "column"
     frequency_penalty: bool | None = None
     fisher_labels: Labels = "auto"
@@ -138,27 +145,17 @@ class DPS(Method):
 
     def covered(self, view: View) -> list[str]:
         """The names that take part, in the model's order."""
-        candidates = view.weights
-        if self.score == "retention":
-            # If tasks have heads of their own, the head part of the shared weights is covered too.
-            own = len(view.weights) > len(view.shared)
-            candidates = {n: w for n, w in view.shared.items() if own or view.parts[n] != "head"}
-        if self.modules == "all":
-            return list(candidates)
-        if self.modules == "linear":
-            return [n for n in candidates if linear(view.weights[n], view.modules[n])]
-        for glob in self.modules:
-            if not any(fnmatchcase(n, glob) for n in view.weights):
-                raise Refused(f"{glob!r} matches no parameter", where="dps.modules")
-        return [n for n in candidates if any(fnmatchcase(n, glob) for glob in self.modules)]
+        if self.score != "retention":
+            return covered(view, self, self.modules, view.weights)
+        # If tasks have heads of their own, the head part of the shared weights is covered too.
+        own = len(view.weights) > len(view.shared)
+        among = [n for n in view.shared if own or view.parts[n] != HEAD]
+        return covered(view, self, self.modules, among)
 
     # --- stages -------------------------------------------------------------------------------
 
     def begin_task(self, view: View) -> None:
         names, slots = self.covered(view), view.state.weights
-        if not names:
-            raise Refused("nothing to select from", where="dps.modules",
-                          remedy="name parameters that the optimizer holds")  # fmt: skip
         for slot in ("sum", "held", "start", "count"):
             slots.pop(slot, None)
         view.state.tensors.pop("mask", None)
@@ -195,19 +192,17 @@ class DPS(Method):
         if masking:
             # Everything is held in retention's first stage: leave the tensors out.
             out = self.score == "retention" and view.step < int(view.state.numbers["stage"])
-            held = view.state.slot("held")
             if out:
-                for name in held:
+                for name in view.state.slot("held"):
                     view.grads[name] = None
             else:
-                grads = {n: g for n in held if (g := view.grads[n]) is not None}
-                zero_(grads, held, view.state.tensors.get("mask"))
+                zero_frozen_(view)
 
     def after_step(self, view: View) -> None:
         if self._idle(view):
             return
         if self.masking(view) and self.freeze == "exact":
-            hold_(view.weights, view.state.slot("held"), view.state.tensors.get("mask"))
+            hold_frozen_(view)
         if (view.step + 1) % int(view.state.numbers["stage"]) == 0:
             self._turn(view)
 
@@ -248,18 +243,14 @@ class DPS(Method):
             for name, mask in masks.items():
                 # Entries without any gradient stay, even if the threshold is zero.
                 mask &= sums[name] > 0
-                mark_(slots["held"][name].copy_(view.weights[name]), mask)
+            fix_(view, slots["held"], masks)
             for total in sums.values():
                 total.zero_()
             return
-        slots["held"] = {n: t.copy_(view.weights[n]) for n, t in sums.items()}
         slots.pop("count", None)
+        fix_(view, sums, {} if self.mix else masks)
         if self.mix:
             view.state.tensors["mask"] = {n: pack(mask) for n, mask in masks.items()}
-        else:
-            # NaN marks a weight that may move: the values to keep are their own mask.
-            for name, mask in masks.items():
-                mark_(slots["held"][name], mask)
 
     def _score(self, view: View, name: str, total: Tensor) -> Tensor:
         slots = view.state.weights

@@ -165,7 +165,7 @@ class _Merger:
         if share > TOLD:
             tell_once(
                 f"merge: {share:.0%} of the weights are in layers whose inputs it cannot measure "
-                f"(recurrent ones): they keep {how.others:g} of their change"
+                f"(recurrent ones, adapters but LoRA): they keep {how.others:g} of their change"
             )
 
     def merge_(self, strength: float) -> None:

@@ -26,11 +26,11 @@ from holdfast.methods.common.mixing import (
     Noise,
     draw,
     drawn,
-    linear,
     mixed,
     refuse_unseen,
     widened,
 )
+from holdfast.network.layers import linear
 
 
 @dataclass(frozen=True, kw_only=True)

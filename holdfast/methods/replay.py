@@ -9,6 +9,16 @@ in the replayed forward pass draws from the method's own generator.
 
 With several ranks each holds the same rows, sampled from all rows of the task, and replays its own
 part of one draw for the whole batch.
+
+With `feedback` the losses say when: after a step that replayed, with the means ℓ of its replayed
+and of its new rows over all micro-batches and ranks,
+
+    share = ℓ_old / (ℓ_old + ℓ_new);   the next step replays if share > feedback
+
+and every n-th step does anyway, to look again: a share that nothing measures would stay as it is.
+The idea is that of dynamic scale training (Chen et al. 2020, arXiv 2004.12432), which chooses the
+next batch by a share of losses; applied to old rows it is ours. What it is worth shows only beside
+`every` and `share` alone at as many rows: the state counts them (`rehearsed`, by learned task).
 """
 
 from __future__ import annotations
@@ -37,6 +47,8 @@ class Replay(Method):
     share: rows replayed per row of the micro-batch, 0 < share ≤ 1 (rounded up to whole rows).
     every: replay in every n-th optimizer step only.
     weight: weight of the replayed loss, ≥ 0.
+    feedback: replay in the steps between too while the old rows' share of the loss is above this,
+        0 < feedback < 1; needs `every` above 1, and losses that are not negative. None: do not.
     """
 
     name: ClassVar[str] = "replay"
@@ -48,7 +60,7 @@ class Replay(Method):
     bytes_per_weight: ClassVar[str] = "0 (the kept rows: 8 bytes a token and field)"
     shares: ClassVar[tuple[str, ...]] = ("memory",)
     needs_old_task: ClassVar[bool] = True
-    tunable: ClassVar[tuple[str, ...]] = ("share", "every", "weight")
+    tunable: ClassVar[tuple[str, ...]] = ("share", "every", "weight", "feedback")
     ranges: ClassVar[Mapping[str, Range]] = {
         "share": Range(0.05, 1.0, log=True),
         "weight": Range(0.1, 10.0, log=True),
@@ -58,6 +70,13 @@ class Replay(Method):
     share: Annotated[float, Field(gt=0, le=1)] = 0.25
     every: Annotated[int, Field(gt=0)] = 1
     weight: Annotated[float, Field(ge=0)] = 1.0
+    feedback: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.feedback is not None and self.every == 1:
+            raise Refused("every step replays, so that there is nothing to decide",
+                          where="replay.feedback", remedy="every=10, say")  # fmt: skip
 
     @property
     def needs_data(self) -> bool:
@@ -66,7 +85,7 @@ class Replay(Method):
     def penalty(self, view: View) -> Tensor:
         sizes: dict[str, int] = view.state.numbers.get("rows", {})
         first = next(iter(view.weights.values()))
-        if not sizes or view.step % self.every:
+        if not sizes or (view.step % self.every and not self._above(view)):
             return torch.zeros((), device=first.device)
         if view.inputs is None:
             raise Refused("replay counts the rows of the micro-batch", where="bound.penalty",
@@ -86,7 +105,31 @@ class Replay(Method):
                 batch = _trim({k: t[mine] for k, t in view.state.tensors[task].items()})
                 batch = {k: t.to(first.device) for k, t in batch.items()}
                 total = total + view.forward(batch, task=task).loss * (len(mine) / wanted)
+        if self.feedback is not None:
+            self._note(view, total, sum(ranks))
         return self.weight * total
+
+    def _above(self, view: View) -> bool:
+        share: float = view.state.numbers.get("share", 0.0)
+        return self.feedback is not None and share > self.feedback
+
+    def _note(self, view: View, old: Tensor, rows: int) -> None:
+        """A micro-batch's losses and rows, forgotten if its step is left out."""
+        if view.loss is None:
+            raise Refused("feedback compares with the loss of the new rows", where="bound.penalty",
+                          remedy="call bound.penalty(batch, outputs, loss)")  # fmt: skip
+        losses = torch.stack([old.detach().float(), view.loss.detach().float()])
+        view.scratch["losses"] = view.scratch.get("losses", 0.0) + losses
+        view.scratch["rows"] = view.scratch.get("rows", 0) + rows
+
+    def after_step(self, view: View) -> None:
+        if "losses" not in view.scratch:
+            return
+        distributed.reduce_([view.scratch["losses"]])  # all ranks decide alike
+        old, new = view.scratch["losses"].tolist()
+        view.state.numbers["share"] = old / (old + new) if old + new > 0 else 0.0
+        counts = view.state.numbers.setdefault("rehearsed", {})
+        counts[view.task] = counts.get(view.task, 0) + view.scratch["rows"]
 
     def end_task(self, view: View) -> None:
         kept: list[dict[str, Tensor]] = []

@@ -33,10 +33,7 @@ class Layer:
 
     @property
     def transposed(self) -> bool:
-        """Transformers' Conv1D keeps its weight as (inputs, outputs)."""
-        return type(self.module).__name__.removeprefix("Mixed") == "Conv1D" and not isinstance(
-            self.module, nn.Conv1d
-        )
+        return conv1d(self.module)
 
     @property
     def convolution(self) -> bool:
@@ -215,6 +212,14 @@ def _bias(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> str | None:
 def _linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1
-    return isinstance(module, nn.Linear) or any(
-        k.__name__ == "Conv1D" for k in type(module).__mro__
-    )
+    return isinstance(module, nn.Linear) or conv1d(module)
+
+
+def conv1d(module: nn.Module) -> bool:
+    """Whether a module is Transformers' Conv1D, which keeps its weight as (inputs, outputs)."""
+    return any(k.__name__ == "Conv1D" for k in type(module).__mro__)
+
+
+def linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
+    """Whether a parameter is the matrix of linear layers, and of no embedding tied to them."""
+    return w.ndim == 2 and all(isinstance(m, nn.Linear) or conv1d(m) for m in owners)

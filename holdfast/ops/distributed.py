@@ -105,6 +105,19 @@ def sum_(t: Tensor, over: Placement) -> Tensor:
     return t
 
 
+def before(count: Tensor, over: Placement) -> tuple[int, int]:
+    """Of what the shards of a tensor hold `count` (0-dim) each: how many lie before this rank's
+    shard, and how many in all."""
+    first, total = 0, int(count)
+    for group in reversed(over):
+        mine = torch.tensor(total, device=count.device)
+        every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(every, mine, group=group)
+        counts = [int(t) for t in every]
+        first, total = first + sum(counts[: dist.get_rank(group)]), sum(counts)
+    return first, total
+
+
 def mean(t: Tensor) -> Tensor:
     """The mean of all entries of a tensor, sharded or not: 0-dim, equal on all ranks."""
     if not sharded(t):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -24,10 +25,11 @@ CHUNK = 1 << 20  # entries read at a time: it bounds the extra memory
 COPIED = 1 << 22  # up to this, numpy's vectorised partition of a copy is faster
 SMALL = 1 << 15  # the same for `kthvalue` of a copy on an accelerator
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+Scope = Literal["tensor", "global"]
 
 
 def select(
-    scores: Mapping[str, Tensor], drop: float, scope: Literal["tensor", "global"] = "tensor"
+    scores: Mapping[str, Tensor], drop: float | Fraction, scope: Scope = "tensor"
 ) -> dict[str, Tensor]:
     """True where an entry's score is at least that of rank ⌈n (1 − drop)⌉, counted from the top.
 
@@ -35,25 +37,55 @@ def select(
     tensors (`DTensor`) n counts the whole tensor, and the mask is sharded alike; then every rank
     must call this, with the same names.
     """
-    if not scores:
-        return {}
-    every = list(scores.values())
-    if scope == "global":
-        taus = thresholds([every], drop) * len(every)
-    else:
-        taus = thresholds([[s] for s in every], drop)
     return {
-        n: distributed.like(distributed.local(s) >= tau, s)
-        for (n, s), tau in zip(scores.items(), taus, strict=True)
+        name: distributed.like(distributed.local(scores[name]) >= tau, scores[name])
+        for names, tau in _groups(scores, drop, scope)
+        for name in names
     }
 
 
-def threshold(scores: Tensor, drop: float) -> Tensor:
+def top(scores: Mapping[str, Tensor], share: float, scope: Scope = "tensor") -> dict[str, Tensor]:
+    """True for exactly ⌈n · share⌉ entries, those of highest score; 0 < share ≤ 1.
+
+    As `select`, but of the entries that tie with the threshold the last ones are left out, in the
+    order of `scores` and of each tensor's rows, whole tensors and shards alike.
+    """
+    masks: dict[str, Tensor] = {}
+    drop = 1 - Fraction(str(share))
+    for names, tau in _groups(scores, drop, scope):
+        found = {n: distributed.local(scores[n]) >= tau for n in names}
+        kept = [distributed.sum_(found[n].sum(), distributed.placement(scores[n])) for n in names]
+        whole = sum(scores[n].numel() for n in names)
+        surplus = int(torch.stack(kept).sum()) - math.ceil(exactly(share, whole))
+        for name in reversed(names):
+            if surplus <= 0:
+                break
+            ties = (torch.atleast_1d(distributed.local(scores[name])) == tau).nonzero()
+            over = distributed.placement(scores[name])
+            first, total = distributed.before(torch.tensor(len(ties), device=ties.device), over)
+            left_out = min(surplus, total)
+            last = ties[max(0, min(len(ties), total - left_out - first)) :]
+            torch.atleast_1d(found[name])[last.unbind(1)] = False
+            surplus -= left_out
+        masks |= {n: distributed.like(found[n], scores[n]) for n in names}
+    return masks
+
+
+def _groups(
+    scores: Mapping[str, Tensor], drop: float | Fraction, scope: Scope
+) -> list[tuple[list[str], Tensor]]:
+    """The names that are ranked together, with their threshold."""
+    groups = ([list(scores)] if scores else []) if scope == "global" else [[n] for n in scores]
+    taus = thresholds([[scores[n] for n in names] for names in groups], drop)
+    return list(zip(groups, taus, strict=True))
+
+
+def threshold(scores: Tensor, drop: float | Fraction) -> Tensor:
     """The score of rank ⌈n (1 − drop)⌉ from the top, of n ≥ 1 scores; none may be NaN."""
     return thresholds([[scores]], drop)[0]
 
 
-def thresholds(groups: Sequence[Sequence[Tensor]], drop: float) -> list[Tensor]:
+def thresholds(groups: Sequence[Sequence[Tensor]], drop: float | Fraction) -> list[Tensor]:
     """The `threshold` of each group of tensors, whose entries are ranked together."""
     wanted = []  # ranks from the bottom, 1 for the smallest
     for group in groups:

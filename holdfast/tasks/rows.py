@@ -167,12 +167,17 @@ def _generation(
 
 
 def unlabelled(
-    spec: str, keep: Sequence[str] = (), *, pairs: bool, kind: str = "classification"
+    spec: str,
+    keep: Sequence[str] = (),
+    *,
+    pairs: bool,
+    kind: str = "classification",
+    beside: str | None = None,
 ) -> tuple[list[str], list[str] | None, list[dict[str, Any]], int]:
     """Texts of a file, their second texts if `pairs`, the cells to keep, how many texts were cut.
 
     spec: a file, and after a `?` the names of its columns: `rows.csv?text=body&pair=reply`.
-    kind: of the task that they are for.
+    kind: of the task that they are for. beside: a column to keep too, if the file has it.
     """
     asked = parse(spec)
     if asked.kind != "file":
@@ -183,7 +188,8 @@ def unlabelled(
     if options.bad_rows is not None:
         raise Refused("bad_rows is for rows to learn from", where=spec,
                       remedy="leave them out of the file")  # fmt: skip
-    path, wanted = files.must_exist(Path(asked.place)), columns.wanted | set(keep)
+    path = files.must_exist(Path(asked.place))
+    wanted = columns.wanted | {*keep, *([beside] if beside else [])}
     table = files.read(path, wanted, **options.written, collect=True)
     if kind == "chat" or columns.prompt is not None:
         table, columns = prompted(table, columns, answered=False)
@@ -191,6 +197,7 @@ def unlabelled(
     if lacking := [name for name in keep if name not in table.columns]:
         raise Refused(f"no column {shown(lacking[0])}", where=table.name,
                       remedy=nearest(lacking[0], table.columns))  # fmt: skip
+    keep = [*keep, beside] if beside in table.columns else keep
     for note in table.notes:
         tell_once(f"{table.name}: {note}")
     read = [name for name in (columns.text, columns.pair) if name is not None]

@@ -84,7 +84,7 @@ def parse(text: str) -> Spec:
     return Spec(kind, place.removeprefix(f"{kind}:") if prefixed else place, options)
 
 
-def with_options(text: str, **given: str) -> str:
+def with_options(text: str, /, **given: str) -> str:
     """`text` with options added that it lacks, if its kind of source has them."""
     asked = parse(text)
     known = [key for key in _ALLOWED[asked.kind] if getattr(asked.options, key) is None]

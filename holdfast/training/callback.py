@@ -54,8 +54,8 @@ class RecipeCallback(TrainerCallback):
             if asking := ", ".join(m.name for m in recipe.methods if m.defines(hook)):
                 raise Refused(f"a callback cannot {what}: {asking}", where="recipe",
                               remedy="use with_recipe")  # fmt: skip
-        if recipe.lora is not None:
-            raise Refused("a callback cannot put adapters on a model", where="recipe.lora",
+        if recipe.peft:
+            raise Refused("a callback cannot put adapters on a model", where="recipe.peft",
                           remedy="use with_recipe")  # fmt: skip
         self.recipe, self.task, self.data = recipe, task, data
         self._shared, self._start, self._seeded = shared, start, bound is not None

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound, saved_by
-from holdfast.engine.lora import adapter_weights
 from holdfast.engine.method import Method
+from holdfast.engine.peft import adapter_weights
 from holdfast.engine.state import check_fit, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
@@ -32,7 +32,8 @@ from holdfast.training.manifest import listed
 from holdfast.training.tensors import write_tensors
 
 TENSORS, META = "holdfast.safetensors", "holdfast.json"
-ADAPTERS = "holdfast_lora.safetensors"  # beside weights that adapters are folded into
+ADAPTERS = "holdfast_adapters.safetensors"  # beside weights that they are folded into
+BEFORE = "holdfast_lora.safetensors"  # its name when there was only LoRA
 KEPT = "holdfast-{:02d}.safetensors"  # one slot each; its keys say which
 OURS = re.compile(r"holdfast(-\d+)?\.safetensors")
 KEPT_FROM = 1 << 16  # bytes from which a slot gets a file of its own
@@ -177,9 +178,9 @@ def save_adapters(model: nn.Module, folder: str | Path, *, base: bool = False) -
 
 def load_adapters(model: nn.Module, folder: str | Path, *, base: bool = False) -> None:
     """Put into a prepared model what `save_adapters` wrote of one like it."""
-    file, held = Path(folder) / ADAPTERS, adapter_weights(model, base=base)
+    held, older = adapter_weights(model, base=base), Path(folder) / BEFORE
     try:
-        saved = load_file(file)
+        saved = load_file(older if older.is_file() else Path(folder) / ADAPTERS)
     except (OSError, SafetensorError) as error:
         raise Refused(f"{ADAPTERS} cannot be read ({error})", where=str(folder),
                       remedy="go on with the recipe it was saved with") from None  # fmt: skip

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.lora import folded
+from holdfast.engine.peft import folded
 from holdfast.errors import Refused
 from holdfast.recipe import Recipe
 from holdfast.training import stopping
@@ -144,7 +144,7 @@ class SavingMixin(_Base):
 
     def _without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """Within the block the recipe's adapters are folded into the model's weights."""
-        return contextlib.nullcontext() if self.recipe.lora is None else folded(self.model)
+        return folded(self.model) if self.recipe.peft else contextlib.nullcontext()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As Trainer's: an ordinary model, with the recipe's adapters folded in."""
@@ -154,13 +154,13 @@ class SavingMixin(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with self._without_adapters():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.recipe.lora is not None:
+        if self.recipe.peft:
             load_adapters(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         with self._without_adapters():
             super()._load_best_model()
-        if self.recipe.lora is not None:
+        if self.recipe.peft:
             load_adapters(self.model, cast(str, self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -172,7 +172,7 @@ class SavingMixin(_Base):
             state = self.bound.state_dict()  # called on every rank: it gathers shards
             if self.args.should_save:
                 self._ours = save_state(self.bound, output_dir, plan=self._plan(), state=state)
-                if self.recipe.lora is not None:
+                if self.recipe.peft:
                     self._ours |= save_adapters(self.model, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

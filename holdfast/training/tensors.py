@@ -7,9 +7,11 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +26,27 @@ NAMES = {
 }  # fmt: skip
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    read: Callable[[str], Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[int, str]:
     """Write a safetensors file and return its size in bytes and its SHA-256 in hexadecimal.
 
     The library's own writer refuses tensors that share memory and copies all others; this one
     copies one tensor at a time, and no contiguous tensor on the CPU. Temporary file and rename: a
     hard link to an older file of this name keeps its content. Not yet durable: `manifest.commit`.
+
+    read: gives each tensor by its name when it is written; of `tensors`, which may be on the device
+        meta, only dtypes and shapes are used then. metadata: for the file's header.
     """
+    read = read or tensors.__getitem__
     # As the library does: the widest dtypes first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, end = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for key in order:
         tensor = tensors[key]
         if tensor.dtype not in NAMES:
@@ -48,7 +61,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     try:
         with temporary.open("xb", buffering=0) as file:
             head = len(text).to_bytes(8, "little") + text
-            for piece in (memoryview(head), *(_bytes(tensors[key]) for key in order)):
+            for piece in chain([memoryview(head)], (bytes_of(read(key)) for key in order)):
                 digest.update(piece)
                 while len(piece):  # one call writes 2 GiB at most
                     piece = piece[file.write(piece) :]
@@ -60,7 +73,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's content as the format has it: row by row, little-endian."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     if sys.byteorder == "big":  # the format is little-endian
         width = tensor.element_size()

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode
+from holdfast.engine.peft import check_adapted
 from holdfast.errors import Refused
 from holdfast.network.groups import follows_rates
 from holdfast.network.parts import canonical, named_parameters
@@ -80,10 +81,9 @@ class RecipeMixin(RowsMixin, SavingMixin):
 
     def _prepared(self, model: Any) -> Any:
         if self._continues:
-            if self.recipe.lora is not None:
-                self.recipe.lora.check(model)
+            check_adapted(model, self.recipe.peft)
             return model
-        preparing = self.recipe.lora or any(m.defines("prepare") for m in self.recipe.methods)
+        preparing = self.recipe.peft or any(m.defines("prepare") for m in self.recipe.methods)
         return self.recipe.prepare(model) if preparing else model
 
     def _check_arguments(self) -> None:

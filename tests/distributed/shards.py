@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from holdfast.engine.method import Method
 from holdfast.engine.state import State, pack, unpack
 from holdfast.errors import Refused
-from holdfast.methods import DPS, EWC, L2SP, Replay
+from holdfast.methods import DPS, EWC, L2SP, SIFT, BitFit, ChildTuning, DynamicSubset, MoFO, Replay
 from holdfast.methods.common.anchor import important_rows, pull_
 from holdfast.ops import distributed, selection
 from holdfast.ops.gradients import clip_, total_norm
-from holdfast.ops.selection import select, threshold
+from holdfast.ops.selection import select, threshold, top
 from holdfast.recipe import Recipe
 
 LINEAR = ("a.weight", "b.weight")
@@ -38,6 +38,11 @@ SHARDED: dict[str, list[Method]] = {
     "retention": [
         DPS(stage=1, drop=0.5, modules=LINEAR, score="retention", fisher_labels="true")
     ],
+    "sift": [SIFT(share=0.3, batches=2, modules=("a.*",))],
+    "sift at random": [SIFT(share=0.3, score="random", modules="all")],
+    "child network": [ChildTuning(score="random", share=0.5, modules="all")],
+    "bitfit": [BitFit()],
+    "dynamic subset": [DynamicSubset(share=0.3)],
 }  # fmt: skip
 
 
@@ -91,6 +96,25 @@ def check_selection_is_global() -> Iterator[None]:
         masks = select(mixed, drop, "global")
         found = torch.cat([distributed.full(m).flatten() for m in masks.values()])
         assert torch.equal(found, joined >= by_sort(joined, drop))
+
+
+def check_exact_selection_breaks_ties_as_one_process() -> Iterator[None]:
+    """The first of equal entries, in the order of the whole tensor, over one axis of shards or two;
+    a tensor on every rank counts once."""
+    yield
+    whole, line = awkward(), init_device_mesh("cpu", (2,))
+    for share in (0.01, 0.3, 0.5, 0.999):
+        for scope in ("tensor", "global"):
+            expected = top(whole, share, scope)
+            for mesh, laid in (
+                (line, [Shard(0)]),
+                (line, [Replicate()]),
+                (init_device_mesh("cpu", (1, 2)), [Shard(0), Shard(0)]),
+            ):
+                parts = {n: distribute_tensor(t, mesh, laid) for n, t in whole.items()}
+                found = top(parts, share, scope)
+                for name, mask in expected.items():
+                    assert torch.equal(distributed.full(found[name]), mask), (name, share, scope)
 
 
 def check_selection_tells_little() -> Iterator[None]:
@@ -167,6 +191,25 @@ def check_methods_over_fsdp() -> Iterator[None]:
                             learn(methods, wrap=fsdp, seen=whole_state))  # fmt: skip
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def check_momentum_is_ranked_over_shards() -> Iterator[None]:
+    """MoFO moves the entries that it moves in one process."""
+
+    def moved(model: nn.Module) -> dict[str, Tensor]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
+        methods = [MoFO(share=0.3, head=False), Rounded()]
+        bound = Recipe(methods=methods).bind(model, optimizer, total_steps=4)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(**mine(batch("one", step))).loss.backward()
+            optimizer.step()
+        return {n: distributed.full(w.detach()).clone() for n, w in bound.weights.items()}
+
+    alone = moved(Grid())
+    yield
+    for name, w in moved(fsdp(Grid())).items():
+        assert torch.equal(w, alone[name]), name
 
 
 def check_nan_in_one_shard() -> Iterator[None]:

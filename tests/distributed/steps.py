@@ -15,7 +15,20 @@ from torch import nn
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods import DPS, EWC, L2SP, SAM, Extrapolation, LwF, Mixout, RecAdam, Replay
+from holdfast.methods import (
+    DPS,
+    EWC,
+    L2SP,
+    SAM,
+    SIFT,
+    BitFit,
+    ChildTuning,
+    Extrapolation,
+    LwF,
+    Mixout,
+    RecAdam,
+    Replay,
+)
 from holdfast.methods.common.importance import diagonal_fisher
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
@@ -35,6 +48,10 @@ RECIPES: dict[str, list[Method]] = {
     "ewc": [EWC(strength=0.5, labels="true", rows=24)],
     "l2sp": [L2SP(strength=0.25)],
     "replay": [Replay(memory=6, share=0.5, weight=0.5)],
+    "sift": [SIFT(share=0.3, score="random", modules=("a.*",))],
+    "child network": [ChildTuning(score="random", share=0.5, modules="all")],
+    "bitfit": [BitFit()],
+    "feedback": [Replay(memory=6, share=0.5, every=3, feedback=0.4)],
     "mixout": [Mixout(drop=0.5)],
     "recadam": [RecAdam(strength=0.5, slope=0.5, middle=2)],
     "extrapolation": [Extrapolation(rate=0.25)],
@@ -300,6 +317,28 @@ def check_a_head_fitted_first_is_that_of_one_process() -> Iterator[None]:
         assert torch.equal(fitted(how, rows), head)
         with pytest.raises(Refused, match="the rows"):
             fitted(how, rows[rank() : rank() + 2])
+
+
+def check_a_child_network_is_that_of_one_process() -> Iterator[None]:
+    """Of Fisher information by rows, which ranks divide, and by batches, which they do not."""
+    rows = [make_batch("one", step) for step in range(3)]
+
+    def held(estimate: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(rank())
+        net = ddp(Classifier())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        method = ChildTuning.from_dict({"estimate": estimate, "labels": "true"})
+        bound = Recipe(methods=[method]).bind(net, optimizer, total_steps=20, data=rows)
+        return {
+            n: t.nan_to_num(nan=7.0) for n, t in bound.states["child_tuning"].slot("held").items()
+        }
+
+    alone = {estimate: held(estimate) for estimate in ("rows", "batches")}
+    yield
+    for estimate, expected in alone.items():
+        found = held(estimate)
+        assert found.keys() == expected.keys() and len(found) > 4
+        assert all(torch.equal(found[n], t) for n, t in expected.items()), estimate
 
 
 def check_near_rows_are_those_of_one_process() -> Iterator[None]:

@@ -16,7 +16,7 @@ from test_recovery import stop_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from holdfast import EWC, HeadFirst, KLAnchor, LoRA, LwF, Merge, Recipe, load, load_task
-from holdfast.engine.lora import adapter_weights
+from holdfast.engine.peft import adapt, adapter_weights
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
 from holdfast.methods import GPM, L2SP, KfacEWC, Replay, WiSE
@@ -25,13 +25,13 @@ from holdfast.training.checkpoints import ADAPTERS
 SETTING = LoRA(rank=2, alpha=6.0, dropout=0.1)
 RECIPES = {
     "head first, lwf, merge": Recipe(
-        head_first=HeadFirst(), lora=SETTING, methods=[LwF(), Merge(rows=8)]
+        head_first=HeadFirst(), peft=SETTING, methods=[LwF(), Merge(rows=8)]
     ),
     "ewc, replay, l2sp": Recipe(
-        lora=SETTING, methods=[EWC(rows=8), Replay(memory=4), L2SP(strength=0.01)]
+        peft=SETTING, methods=[EWC(rows=8), Replay(memory=4), L2SP(strength=0.01)]
     ),
-    "gpm, kl_anchor": Recipe(lora=SETTING, methods=[GPM(rows=8), KLAnchor(anchor="base")]),
-    "kfac_ewc, wise": Recipe(lora=SETTING, methods=[KfacEWC(rows=8, every=2), WiSE()]),
+    "gpm, kl_anchor": Recipe(peft=SETTING, methods=[GPM(rows=8), KLAnchor(anchor="base")]),
+    "kfac_ewc, wise": Recipe(peft=SETTING, methods=[KfacEWC(rows=8, every=2), WiSE()]),
 }
 FAST: dict[str, Any] = {"seed": 3, "epochs": 1.0, "lr": 2e-2}
 
@@ -53,7 +53,7 @@ def untimed(folder: Path) -> dict[str, Any]:
 
 def product(held: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
     a, b = (held[f"{layer}.lora_{x}.default.weight"] for x in "AB")
-    return SETTING.alpha / SETTING.rank * b @ a
+    return 3.0 * b @ a
 
 
 def test_the_base_stays_and_every_folder_is_an_ordinary_model(place: Path, adapted: Path) -> None:
@@ -97,7 +97,7 @@ def test_final_serves_what_was_scored(place: Path, adapted: Path, tmp_path: Path
 
 def test_state_is_that_of_what_is_trained(place: Path, tmp_path: Path) -> None:
     """EWC holds 8 bytes an adapter weight, not 8 a weight of the encoder."""
-    record = run(place, tmp_path, TOPICS[:1], recipe=Recipe(lora=SETTING, methods=[EWC(rows=8)]),
+    record = run(place, tmp_path, TOPICS[:1], recipe=Recipe(peft=SETTING, methods=[EWC(rows=8)]),
                  **FAST)  # fmt: skip
     held = load_file(next((tmp_path / "tasks").iterdir()) / ADAPTERS)
     factors = sum(t.numel() for name, t in held.items() if ".lora_" in name)
@@ -132,20 +132,20 @@ def test_stopped_between_checkpoints_it_goes_on_bit_for_bit(
     assert last_home(tmp_path) == last_home(adapted) and untimed(tmp_path) == untimed(adapted)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=4, targets=("query", "value"))])
+@pytest.mark.parametrize("peft", [(), LoRA(rank=4, targets=("query", "value"))])
 def test_another_setting_begins_on_the_folded_model(
-    lora: LoRA | None, place: Path, adapted: Path, tmp_path: Path
+    peft: Any, place: Path, adapted: Path, tmp_path: Path
 ) -> None:
     """Nothing is lost: the old tasks are tested as they were, and methods remember them anew."""
     models.write_task(tmp_path, "mood", seed=7)
     (tmp_path / "mood.jsonl").rename(tmp_path / "new.jsonl")
-    recipe = Recipe(lora=lora, methods=[EWC(rows=8)])
+    recipe = Recipe(peft=peft, methods=[EWC(rows=8)])
     record = go_on(adapted, "new", tmp_path / "b", place=tmp_path, recipe=recipe, lr=1e-9)
     before, after = Record.load(adapted).scores[-1], record.scores[-1]
     assert after[:3] == pytest.approx(before)
     home = tmp_path / "b" / "tasks" / "4-new"
-    assert (home / ADAPTERS).exists() == (lora is not None)
-    if lora is not None:
+    assert (home / ADAPTERS).exists() == bool(peft)
+    if peft:
         held = load_file(home / ADAPTERS)
         assert {n.split(".")[-4] for n in held if ".lora_" in n} == {"query", "value"}
         base = load_file(adapted / "final" / "model.safetensors")
@@ -154,6 +154,6 @@ def test_another_setting_begins_on_the_folded_model(
 
 
 def test_adapters_are_found_by_name() -> None:
-    model = SETTING.prepare(models.bert())
+    model = adapt(models.bert(), SETTING)
     assert all(".lora_" in n for n in adapter_weights(model))
     assert len(adapter_weights(model, base=True)) == 2 * len(adapter_weights(model))

@@ -18,6 +18,7 @@ from holdfast.errors import Refused
 from holdfast.methods.common.mixing import noise_shape
 from holdfast.methods.dps import DPS
 from holdfast.recipe import Recipe
+from holdfast.testing.toy import Encoder
 
 # What the contract suite runs: configurations, and the bytes a weight each may remember.
 CONTRACT: list[tuple[Method, float]] = [
@@ -339,6 +340,12 @@ def covered(model: nn.Module, **settings: Any) -> list[str]:
 def test_globs_choose_parameters_and_each_must_match() -> None:
     assert covered(net(), modules=("0.*", "*.bias")) == ["0.weight", "0.bias", "2.bias"]
     assert covered(net(), modules="all") == [n for n, _ in net().named_parameters()]
+    encoder = Encoder()
+    norm = "layers.0.norm.weight"
+    assert covered(encoder, modules="matrices")[:2] == ["embeddings.weight", "layers.0.up.weight"]
+    assert norm not in covered(encoder, modules="matrices")
+    layers = [n for n, _ in encoder.named_parameters() if n.startswith("layers.")]
+    assert norm in layers and covered(encoder, modules="layers") == layers
     with pytest.raises(Refused, match=r"dps\.modules: 'x\.\*' matches no parameter"):
         covered(net(), modules=("0.*", "x.*"))
     with pytest.raises(Refused, match="nothing to select from"):

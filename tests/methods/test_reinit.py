@@ -10,8 +10,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from holdfast.engine.lora import LoRA
 from holdfast.engine.method import Method
+from holdfast.engine.peft import LoRA
 from holdfast.errors import Refused
 from holdfast.methods import ReInit
 from holdfast.recipe import Recipe
@@ -115,7 +115,7 @@ def test_what_cannot_begin_anew_is_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(Refused, match=r"not prepared.*recipe\.prepare"):
         Recipe(methods=[ReInit()]).bind(model, optimizer, total_steps=3)
-    recipe = Recipe(methods=[ReInit()], lora=LoRA(targets=("up",)))
+    recipe = Recipe(methods=[ReInit()], peft=LoRA(targets=("up",)))
     model = recipe.prepare(Classifier())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(Refused, match="adapters would leave the new layers"):

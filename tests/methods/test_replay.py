@@ -23,6 +23,7 @@ from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 CONTRACT: list[tuple[Method, float]] = [
     (Replay(memory=4), 0),
     (Replay(memory=0.3, share=1.0, every=2, weight=2.0), 0),
+    (Replay(memory=4, every=3, feedback=0.48), 0),
 ]
 ACCUMULATES = False  # it draws other rows for each micro-batch
 
@@ -155,6 +156,61 @@ def test_every_counts_optimizer_steps() -> None:
         bound.optimizer.step()
         steps.append(len(replayed) - before)
     assert steps == [2, 0, 0, 2, 0, 0, 2]
+
+
+def scripted(method: Replay, losses: list[list[tuple[float, float]]]) -> tuple[Bound, list[int]]:
+    """Steps whose micro-batches have these losses (old, new); in which of them rows came again."""
+    bound, _ = second_task(method)
+    replayed: list[int] = []
+    say = SimpleNamespace(loss=torch.tensor(0.0))
+
+    def forward(*_: Any, **__: Any) -> Any:
+        replayed.append(step)
+        return say
+
+    bound.forward = forward  # type: ignore[method-assign]
+    for step, pieces in enumerate(losses):
+        for old, new in pieces:
+            say.loss = torch.tensor(old)
+            bound.penalty(make_batch("two", step), None, torch.tensor(new))
+        bound.optimizer.step()
+    return bound, replayed
+
+
+def test_feedback_replays_while_the_old_share_is_above_it_and_looks_again() -> None:
+    """Shares .8 and .5 go on; .3 stops; step 4 looks, and .4 is not above .4; step 8 looks."""
+    old = [0.8, 0.5, 0.3, 9.0, 0.4, 9.0, 9.0, 9.0, 0.8, 0.1, 9.0]
+    losses = [[(x, 1 - x if x < 1 else 9.0)] for x in old]
+    # The weight of the replayed loss does not count.
+    method = Replay(memory=9, every=4, feedback=0.4, weight=7.0)
+    bound, replayed = scripted(method, losses)
+    assert replayed == [0, 1, 2, 4, 8, 9]
+    numbers = bound.states["replay"].numbers
+    assert numbers["share"] == pytest.approx(0.1)
+    assert numbers["rehearsed"] == {"two": 6 * 2}  # a quarter of eight rows
+
+
+def test_feedback_is_of_all_micro_batches_of_a_step() -> None:
+    """Shares .1 and .9 of losses 3 and 2: (.3 + 1.8)/5 = .42, neither their mean nor the last."""
+    step = [(0.3, 2.7), (1.8, 0.2)]
+    for threshold, again in ((0.41, 4), (0.43, 2)):
+        bound, replayed = scripted(Replay(memory=9, every=5, feedback=threshold), [step] * 2)
+        assert len(replayed) == again
+        assert bound.states["replay"].numbers["rehearsed"] == {"two": 2 * again}
+
+
+def test_without_feedback_nothing_is_counted() -> None:
+    bound, replayed = scripted(Replay(memory=9, every=2), [[(9.0, 0.1)]] * 4)
+    assert replayed == [0, 2]
+    assert bound.states["replay"].numbers.keys() == {"rows"}
+
+
+def test_feedback_needs_steps_to_decide_on_and_losses_to_decide_by() -> None:
+    with pytest.raises(Refused, match=r"replay\.feedback.*every=10"):
+        Replay(feedback=0.5)
+    bound, _ = second_task(Replay(memory=9, every=2, feedback=0.5))
+    with pytest.raises(Refused, match="loss of the new rows"):
+        bound.penalty(make_batch("two", 0))
 
 
 def test_several_old_tasks_are_drawn_by_their_rows() -> None:

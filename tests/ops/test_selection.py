@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from holdfast.ops import selection
-from holdfast.ops.selection import select, threshold
+from holdfast.ops.selection import select, threshold, top
 
 
 def test_threshold_is_of_rank_n_times_one_minus_p_rounded_up() -> None:
@@ -82,6 +82,41 @@ def test_thresholds_are_those_of_a_sort(draw: Any) -> None:
     masks = select(parts, drop, "global")
     joined = torch.cat([masks["a"], masks["b"]])
     assert torch.equal(joined, scores >= by_sort(scores, drop))
+
+
+def firsts(scores: list[Tensor], share: float) -> list[Tensor]:
+    """The first ⌈n · share⌉ entries of a stable sort from the largest, as one mask per tensor."""
+    values = torch.cat([s.flatten() for s in scores]).tolist()
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    mask = torch.zeros(len(values), dtype=torch.bool)
+    mask[order[: math.ceil(len(values) * Fraction(str(share)))]] = True
+    pieces = mask.split([s.numel() for s in scores])
+    return [m.view(s.shape) for m, s in zip(pieces, scores, strict=True)]
+
+
+@pytest.mark.usefixtures("way")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+@given(data())
+def test_the_top_is_exactly_the_share_of_a_stable_sort(draw: Any) -> None:
+    """⌈n · share⌉ of them, whatever ties; in one tensor, and in several ranked together."""
+    number = one_of(sampled_from(SPECIAL), floats(allow_nan=False, width=32))
+    values = draw.draw(lists(number, min_size=2, max_size=40))
+    share = draw.draw(one_of(sampled_from([0.1, 0.29, 0.5, 0.9, 1.0]),
+                             floats(0.001, 1.0)))  # fmt: skip
+    cut = draw.draw(integers(1, len(values) - 1))
+    parts = {"a": torch.tensor(values[:cut]), "b": torch.tensor(values[cut:])[:, None]}
+    for name, mask in top(parts, share).items():
+        assert torch.equal(mask, firsts([parts[name]], share)[0])
+    together = top(parts, share, "global").values()
+    expected = firsts([*parts.values()], share)
+    assert all(torch.equal(m, e) for m, e in zip(together, expected, strict=True))
+
+
+def test_the_top_of_a_scalar_and_of_a_transposed_tensor() -> None:
+    scalar = {"a": torch.tensor(2.0), "b": torch.tensor(2.0)}
+    assert [m.item() for m in top(scalar, 0.5, "global").values()] == [True, False]
+    ones = torch.ones(2, 3).T
+    assert top({"a": ones}, 0.5)["a"].tolist() == [[True, True], [True, False], [False, False]]
 
 
 @pytest.mark.usefixtures("way")

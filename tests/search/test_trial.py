@@ -60,7 +60,7 @@ class Told:
         return rung == self.stop
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, lora=LoRA(rank=2))])
+@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, peft=LoRA(rank=2))])
 def test_a_trial_is_the_run_of_its_recipe(
     recipe: Recipe, place: Path, plan: Plan, tmp_path: Path
 ) -> None:

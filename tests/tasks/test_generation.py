@@ -228,12 +228,12 @@ SHORT: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "lr": 3e-3, "max_length
                          "progress": False}  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+@pytest.mark.parametrize("peft", [(), LoRA(rank=2)])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])  # llama's output layer is its own
 def test_a_sequence_is_learned_gone_on_with_served_and_judged(
-    name: str, lora: LoRA | None, place: Path, tmp_path: Path
+    name: str, peft: Any, place: Path, tmp_path: Path
 ) -> None:
-    recipe = Recipe(lora=lora, methods=[EWC(rows=8), Merge(rows=8)])
+    recipe = Recipe(peft=peft, methods=[EWC(rows=8), Merge(rows=8)])
     tasks = [place / "day.jsonl", place / "night.jsonl"]
     whole = run_sequence(str(place / name), tasks, recipe, out=tmp_path / "w", **SHORT)
     assert whole.scores[0][0] and whole.tasks[0]["kind"] == "generation"
@@ -244,7 +244,7 @@ def test_a_sequence_is_learned_gone_on_with_served_and_judged(
     assert Record.load(tmp_path / "b").scores == whole.scores
     assert one.models["day"] is one.models["night"]  # one model writes all
     embedded = one.models["day"].get_input_embeddings().weight.cpu()
-    assert torch.equal(embedded, model(name).get_input_embeddings().weight) == bool(lora)
+    assert torch.equal(embedded, model(name).get_input_embeddings().weight) == bool(peft)
     assert isinstance(one.predict("day", ["the red film"])[0].label, str)
     (found,) = gate.judge_run(tmp_path / "w", max_forgetting=0.02)
     assert (found.before, found.after) == pytest.approx((whole.scores[0][0], whole.scores[1][0]))

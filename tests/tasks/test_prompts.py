@@ -254,7 +254,7 @@ def test_words_are_learned_with_adapters_by_an_encoder_decoder(tmp_path: Path) -
     models.t5().save_pretrained(tmp_path / "t5")
     models.tokenizer().save_pretrained(tmp_path / "t5")
     spec = f"{sentiment(tmp_path)}?prompt=the {{text}} is"
-    record = run_sequence(str(tmp_path / "t5"), [spec], Recipe(lora=LoRA(rank=2)),
+    record = run_sequence(str(tmp_path / "t5"), [spec], Recipe(peft=LoRA(rank=2)),
                           out=tmp_path / "run", **FEW)  # fmt: skip
     assert record.tasks[0]["metric"] == "exact_match" and record.scores[0][0] is not None
     assert load(tmp_path / "run").predict("film", ["the film 1 is"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.testing import MethodContract
+from holdfast.testing.__main__ import main
 
 CAUGHT = (AssertionError, pytest.fail.Exception, Refused)
 
@@ -206,3 +209,57 @@ def test_saved_numbers_that_change_later() -> None:
 
     # The engine copies them: a method cannot break this one.
     MethodContract().test_saved_state_does_not_change_afterwards(broken(end_task=end))
+
+
+# --- from the command line ------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+OWN = "examples/own_method.py:HoldHead"
+
+
+def suite(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "holdfast.testing", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_tests_defaults_and_every_settings() -> None:
+    done = suite(OWN, "--settings", "{strength: 3.0}", "--settings", '{"strength": 0.25}',
+                 "-k", "survives or accumulation", "-rA", "--accumulates", "no")  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "3 passed, 3 skipped" in done.stdout
+    assert all(f"HoldHead(strength={value})" in done.stdout for value in (1.0, 3.0, 0.25))
+
+
+def test_the_command_finds_what_is_wrong(tmp_path: Path) -> None:
+    """In a file that shares its name with a module of Python's."""
+    text = (ROOT / "examples" / "own_method.py").read_text(encoding="utf-8")
+    file = tmp_path / "json.py"
+    file.write_text(text.replace("strength: λ ≥ 0.", ""), encoding="utf-8")
+    done = suite(f"{file}:HoldHead", "-k", "declares or survives")
+    assert done.returncode == 1
+    assert "strength is not in the docstring" in done.stdout and "1 passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([OWN.replace("HoldHead", "HoldHeat")], "did you mean 'HoldHead'?"),
+        ([OWN.partition(":")[0]], "say MODULE:CLASS or FILE.py:CLASS"),
+        (["nowhere.py:Mine"], "nowhere.py: no such file"),
+        (["nowhere.mine:Mine"], "No module named 'nowhere'"),
+        ([OWN, "--settings", "{strenth: 1.0}"], "did you mean 'strength'?"),
+        ([OWN, "--settings", "{strength: -1.0}"], "hold_head.strength"),
+    ],
+)
+def test_the_command_refuses_in_one_line(words: list[str], says: str) -> None:
+    done = suite(*words)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_command_says_that_pytest_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["holdfast.methods.ewc:EWC"]) == 2
+    assert "needs pytest; pip install" in capsys.readouterr().err

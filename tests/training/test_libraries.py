@@ -77,7 +77,7 @@ def test_rows_that_an_evaluation_could_not_read_are_refused(tmp_path: Path) -> N
 
 def test_sft_trains_the_adapters_of_a_recipe(tmp_path: Path) -> None:
     """Under activation checkpointing too, which SFTConfig turns on; and what it saves is plain."""
-    trainer = trl("SFT", Recipe(lora=LoRA(rank=2), methods=[EWC(), Merge(rows=6)]), tmp_path)
+    trainer = trl("SFT", Recipe(peft=LoRA(rank=2), methods=[EWC(), Merge(rows=6)]), tmp_path)
     assert trainer.args.gradient_checkpointing
     before = weights(trainer.model)
     trainer.train()

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.engine.method import View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import wide
+from holdfast.network.layers import conv1d
 from holdfast.ops.distributed import local
 
 Noise = Literal["column", "weight"]
@@ -61,9 +62,13 @@ class _Mix(torch.autograd.Function):
 @torch.inference_mode(False)  # autograd cannot save inference tensors
 def draw(view: View, name: str, drop: float, noise: Noise) -> Tensor:
     """N ~ Bernoulli(1 − drop) for a weight, True where the trained one is used."""
+    return uniform(view, name, noise_shape(view, name, noise)) >= drop
+
+
+def uniform(view: View, name: str, shape: Iterable[int]) -> Tensor:
+    """U(0, 1) of `shape` on the device of a weight, equal on all ranks."""
     device = local(view.weights[name]).device
-    shape = noise_shape(view, name, noise)
-    return torch.rand(shape, generator=generator_on(view, device), device=device) >= drop
+    return torch.rand([*shape], generator=generator_on(view, device), device=device)
 
 
 def generator_on(view: View, device: torch.device) -> torch.Generator:
@@ -82,7 +87,7 @@ def noise_shape(view: View, name: str, noise: Noise) -> list[int]:
     w = view.weights[name]
     if noise == "weight" or w.ndim < 2:
         return list(w.shape)
-    axis = 0 if _conv1d(view.modules[name]) else 1  # the axis of a layer's inputs
+    axis = 0 if all(map(conv1d, view.modules[name])) else 1  # the axis of a layer's inputs
     return [w.shape[axis] if i == axis else 1 for i in range(w.ndim)]
 
 
@@ -108,16 +113,3 @@ def refuse_unseen(view: View, names: Iterable[str], *, where: str, what: str) ->
 def widened(w: Tensor) -> Tensor:
     """A copy in at least float32, which represents narrower types exactly."""
     return w.detach().to(wide(w.dtype), copy=True)
-
-
-def linear(w: Tensor, owners: tuple[nn.Module, ...]) -> bool:
-    """Whether a parameter is the matrix of linear layers, Hugging Face's Conv1D included.
-
-    A matrix that is tied to an embedding is not: the published code never masks embeddings.
-    """
-    return w.ndim == 2 and (all(isinstance(m, nn.Linear) for m in owners) or _conv1d(owners))
-
-
-def _conv1d(owners: tuple[nn.Module, ...]) -> bool:
-    """Whether a module is Hugging Face's Conv1D: a linear layer with its weight transposed."""
-    return any(type(m).__name__ == "Conv1D" for m in owners)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from holdfast.engine.forwarding import in_mode
-from holdfast.errors import TrainingDiverged
+from holdfast.errors import Refused, TrainingDiverged
+from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.packed import Packed, alike, lengths, values
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
@@ -28,6 +29,9 @@ class Classification(Headed):
 
     def check(self, source: str, *, max_length: int) -> None:
         """Any encoder or decoder gets a head."""
+        if isinstance(self.load_config(source), LeviConfig):
+            raise Refused("is an ensemble, learned with --head levi", where=source,
+                          remedy="say --head levi, or name the model it began with")  # fmt: skip
         check_length(source, max_length)
 
     def head_config(self, labels: Sequence[str] | None) -> dict[str, Any]:
@@ -147,15 +151,16 @@ def _tokens(rows: Sequence[Row], task: Task, tokenizer: Any, **limit: Any) -> An
 
 
 def outputs(
-    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Any, *, batch: int = 64
-) -> Iterator[tuple[list[int], Tensor]]:
+    model: nn.Module, rows: Sequence[dict[str, Any]], collate: Any, *, batch: int = 64,
+    dropout: bool = False,
+) -> Iterator[tuple[list[int], Tensor]]:  # fmt: skip
     """Places of rows, and their logits in float32, (rows, classes), in evaluation mode.
 
-    Draws no random numbers. Rows of similar length are batched together to save padding; the
-    order changes no prediction.
+    Draws no random numbers, but with `dropout`. Rows of similar length are batched together to
+    save padding; the order changes no prediction.
     """
     device = next(model.parameters()).device
-    with in_mode(model.modules(), training=False):
+    with in_mode(model.modules(), training=dropout):
         for chosen in alike(lengths(rows), batch):
             inputs = collate([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
             # Not inference_mode: a model may cache tensors, and then fail to train.
