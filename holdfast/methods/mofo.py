@@ -55,7 +55,7 @@ class MoFO(Subnetwork):
     def begin_task(self, view: View) -> None:
         super().begin_task(view)
         for group in () if view.resuming else view.bound.optimizer.param_groups:
-            if not (group.get("momentum") or (group.get("betas") or [0])[0]):
+            if not (group.get("momentum") or (group.get("betas") or [group.get("beta1")])[0]):
                 raise Refused(f"{type(view.bound.optimizer).__name__} has no momentum",
                               where="mofo", remedy="use AdamW")  # fmt: skip
         for name in view.state.numbers["covered"] if self.decay == "all" else ():
