@@ -140,12 +140,13 @@ def perturbed(
     A module's output (its first tensor) becomes a function of it; for the name of an input, that
     input if it is of floats, and for tokens what the embedding table says of them, when it is first
     asked. Running statistics of norms stay as they were. `Refused` after a pass that did not come
-    by one of these places.
+    by one of these places, and for one within what is computed again (an activation checkpoint):
+    there the backward pass would not see the change.
     """
     if isinstance(batch, Whole):
         raise Refused("only the trainer's loss takes this batch", where="view.forward",
                       remedy="take a method that changes no forward pass")  # fmt: skip
-    batch, left = dict(batch), dict(by)
+    batch, left, outside = dict(batch), dict(by), _checkpoint()
     with contextlib.ExitStack() as stack:
         for module in model.modules():
             if module.training and getattr(module, "track_running_stats", False):
@@ -161,7 +162,7 @@ def perturbed(
         for module in model.modules():
             tokens = module is table or (isinstance(module, nn.Embedding) and module not in inside)
             if tokens or module in by:
-                see = _changing(module, left, by, batch, first=module is table)
+                see = _changing(module, left, by, batch, outside, first=module is table)
                 stack.callback(module.register_forward_hook(see, with_kwargs=True).remove)
         yield batch
     for where in left:
@@ -176,6 +177,7 @@ def _changing(
     left: dict[nn.Module | str, Callable[[Tensor], Tensor]],
     by: Mapping[nn.Module | str, Callable[[Tensor], Tensor]],
     batch: Batch,
+    outside: Any,
     *,
     first: bool,
 ) -> Callable[..., Any]:
@@ -185,13 +187,28 @@ def _changing(
         for name in [each for each in left if isinstance(each, str)]:
             asked = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             if first or (asked is not None and _equal(asked, batch[name])):
-                outputs = change_first(outputs, left.pop(name))
+                outputs = changed(outputs, left.pop(name))
         if module in by:
             left.pop(module, None)
-            outputs = change_first(outputs, by[module])
+            outputs = changed(outputs, by[module])
         return outputs
 
+    def changed(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        if _checkpoint() != outside:
+            what = f"a {type(module).__name__}"
+            raise Refused(f"{what} lies within an activation checkpoint, or runs without gradients",
+                          where="view.forward", remedy="checkpoint by layers")  # fmt: skip
+        now = change(first_tensor(outputs))
+        return now if isinstance(outputs, Tensor) else type(outputs)([now, *outputs[1:]])
+
     return see
+
+
+def _checkpoint() -> tuple[bool, Any]:
+    """Tells passes within an activation checkpoint from those outside: a reentrant one runs
+    without gradients, another packs what is saved."""
+    packing = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return torch.is_grad_enabled(), packing(True) if packing else None
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
@@ -204,12 +221,6 @@ def first_tensor(outputs: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise Refused(f"a module returned {type(found).__name__}, no tensor", where="view.forward")
     return found
-
-
-def change_first(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a module returns with its first tensor changed."""
-    now = change(first_tensor(outputs))
-    return now if isinstance(outputs, Tensor) else type(outputs)([now, *outputs[1:]])
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -359,9 +359,9 @@ class View:
         Dropout draws from `generator`, so that a method never changes what the training forward
         draws; `same`: what the training pass drew (see `watched`). `weights` replaces parameters by
         name; only without gradients. `training=False` runs it in evaluation mode, whatever the
-        model's mode is. `perturb` changes a module's output, or what an input enters as (see
-        `entrance`), by a function that adds constants (activations that are computed again lack
-        it). Modules in `returns` return what is given there, and do not run.
+        model's mode is. `perturb` changes a module's output, or what an input enters as, by a
+        function (see `forwarding.perturbed`). Modules in `returns` return what is given there, and
+        do not run.
         """
         return self.bound.forward(inputs, weights=weights, task=task, training=training,
                                   perturb=perturb, returns=returns, dropout=dropout,

@@ -117,16 +117,18 @@ class Passes(Stepping):
             return stack
 
         def enter(*_: Any) -> None:
-            learning = model.training and torch.is_grad_enabled() and not self._aside
-            if learning and not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or self._aside:
+                return
+            if model.training and torch.is_grad_enabled():
                 self.seen, self._drew, self._at_work = {}, {model: random_state()}, True
 
         def see(module: nn.Module, _: Any, outputs: Any) -> None:
-            if self._at_work and torch.is_grad_enabled():
+            if not torch.compiler.is_compiling() and self._at_work and torch.is_grad_enabled():
                 self.seen[module], self._drew[module] = outputs, random_state()
 
         def leave(*_: Any) -> None:
-            self._at_work = False
+            if not torch.compiler.is_compiling():
+                self._at_work = False
 
         stack.callback(model.register_forward_pre_hook(enter).remove)
         for module in watched:

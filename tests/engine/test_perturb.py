@@ -10,6 +10,7 @@ import models
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from holdfast.engine.batches import Whole
 from holdfast.engine.bound import Bound
@@ -139,6 +140,38 @@ def test_what_a_pass_does_not_come_by_is_refused() -> None:
         bound.forward(whole, perturb={"tokens": lambda x: x})
     with pytest.raises(Refused, match="a batch holds no inputs"):
         entrance(model, {"labels": batch["labels"]})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_place_within_a_checkpoint_is_refused_and_one_outside_served(reentrant: bool) -> None:
+    """Computed again, what follows the change within the checkpoint would go without it."""
+
+    class Again(Classifier):
+        def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Any:
+            x = self.encoder.embeddings(tokens)  # type: ignore[operator]
+            for layer in self.encoder.layers:  # type: ignore[union-attr]
+                x = checkpoint(lambda y, layer=layer: layer.norm(layer.up(y)[..., :6]), x,
+                               use_reentrant=reentrant)  # fmt: skip
+            return SimpleNamespace(logits=self.classifier(x.mean(1)))
+
+    model, batch = Again(), make_batch("one", 0)
+    bound, delta = bind(model), torch.randn(8, 5, 6)
+    inner: Any = model.encoder.layers[1]  # type: ignore[index]
+    with pytest.raises(Refused, match="a Linear lies within an activation checkpoint"):
+        bound.forward(batch, perturb={inner.up: lambda x: x * 2})
+    found = bound.forward(batch, perturb={"tokens": lambda x: x + delta}).logits
+    x = model.encoder.embeddings(batch["tokens"]) + delta  # type: ignore[operator]
+    for layer in model.encoder.layers:  # type: ignore[union-attr]
+        x = layer.norm(layer.up(x)[..., :6])
+    expected = model.classifier(x.mean(1))
+    grads = []
+    for logits in (found, expected):
+        model.zero_grad()
+        logits.square().sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grads[0][name], grad, msg=name)
 
 
 # --- the training pass ----------------------------------------------------------------------------

@@ -219,3 +219,16 @@ def test_what_cannot_be_served_is_refused() -> None:
     bound = bind(model, LNSR())
     with pytest.raises(Refused, match=r"^lnsr: the training pass was not seen"):
         bound.penalty(batch, model.eval()(**batch))
+
+    class Traced(Stack):  # the tracer knows no namespaces
+        def forward(self, tokens: Tensor, *_: Any, **__: Any) -> Any:
+            x = self.embed(tokens)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    traced = Traced()
+    bound, compiled = bind(traced, LNSR()), torch.compile(traced, backend="eager", fullgraph=True)
+    with pytest.raises(Refused, match=r"do not compile the model"):
+        bound.penalty(batch, compiled(batch["tokens"]))
+    assert bound.penalty(batch, traced(batch["tokens"])) > 0
