@@ -208,3 +208,13 @@ def save(path: Path, body: dict[str, Any], order: Callable[[Run], Any], settings
     unfinished = path.with_suffix(".part")
     unfinished.write_text(f'{rest[:-1]},\n"runs": [\n{lines}\n]}}\n')
     unfinished.replace(path)
+
+
+def show(
+    path: Path, body: dict[str, Any], tables: Callable[..., str], draw: Callable[..., None]
+) -> None:
+    """Write the tables (.md) and the picture (.svg) beside the JSON, and print the tables."""
+    told = tables(body["runs"])
+    path.with_suffix(".md").write_text(f"`{body['command']}`\n\n{told}\n")
+    draw(body["runs"], path.with_suffix(".svg"))
+    print(told)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, save, task
+from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, save, show, task
 from results import need_data
 from torch import nn
 
@@ -177,10 +177,7 @@ def main() -> int:
 
     from low_resource_page import draw, tables
 
-    told = tables(body["runs"])
-    chosen.json.with_suffix(".md").write_text(f"`{body['command']}`\n\n{told}\n")
-    draw(body["runs"], chosen.json.with_suffix(".svg"))
-    print(told)
+    show(chosen.json, body, tables, draw)
     return 0
 
 
