@@ -40,7 +40,7 @@ ELSEWHERE: Mapping[str, Mapping[int, int]] = {
 }
 FLAT = (1e-4, 2e-4, 5e-5, 4e-4, 2e-5)
 FEW = (1e-4, 2e-4)  # of methods that train most weights
-SMALL = (1e-3, 2e-3, 5e-4)  # of methods that train few: a rate of their own
+SMALL = (1e-3, 2e-3)  # of methods that train few: a rate of their own
 
 
 @dataclass(frozen=True)
