@@ -27,7 +27,7 @@ from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, sav
 from results import need_data
 from torch import nn
 
-from holdfast import DPS, EWC, HeadFirst, KfacEWC, LwF, Merge, Recipe, Replay
+from holdfast import DPS, EWC, PEFT, HeadFirst, KfacEWC, LwF, Merge, Recipe, Replay
 from holdfast.experiments.learner import unprepare
 from holdfast.recipe import PRESETS
 
@@ -60,6 +60,11 @@ def preset(name: str, lr: float = 2e-4) -> tuple[Recipe, float]:
     return PRESETS[name](), lr
 
 
+def adapted(kind: str, lr: float = 1e-3, **settings: Any) -> tuple[Recipe, float]:
+    """One of PEFT's methods, at the larger rate that few weights take."""
+    return Recipe(peft=PEFT(kind, **settings)), lr
+
+
 # Name → recipe and base rate, the most telling first; `joint` trains all tasks at once.
 ARMS: dict[str, Callable[[], tuple[Recipe, float]]] = {
     "default": lambda: preset("default"),
@@ -86,6 +91,13 @@ ARMS: dict[str, Callable[[], tuple[Recipe, float]]] = {
     "gpm": lambda: preset("gpm"),
     "wise": lambda: preset("wise"),
     "kfac_ewc": lambda: preset("kfac_ewc"),
+    "lora": lambda: adapted("lora", r=8, lora_alpha=16, target_modules="all-linear"),
+    "osf": lambda: adapted("osf"),
+    "mofo": lambda: preset("mofo"),
+    "hft": lambda: preset("hft"),
+    "recadam": lambda: preset("recadam"),
+    "mixout": lambda: preset("mixout"),
+    "dynamic_subset": lambda: preset("dynamic_subset", 1e-3),
 }
 MAIN = list(ARMS)[:4]
 # Tried on the tuning pairs only; on request.
@@ -147,7 +159,8 @@ class Forgetting(Bench):
 
         begun = self.first(names[0], seed)
         one = AutoModelForSequenceClassification.from_pretrained(begun)
-        models, bound = {names[0]: one}, recipe.unbound(seed=seed)
+        torch.manual_seed(1000 * seed)
+        models, bound = {names[0]: recipe.prepare(one)}, recipe.unbound(seed=seed)
         start = json.loads((begun / "scores.json").read_text())
         # Checkpoints differ in their last bits between machines: compare arms from the same one.
         found: dict[str, Any] = {"first": self.hash(str(begun)),

@@ -25,7 +25,7 @@ from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, sav
 from results import need_data
 from torch import nn
 
-from holdfast import Recipe
+from holdfast import PEFT, Recipe
 from holdfast.methods import METHODS
 
 GLUE = ("mrpc", "rte", "cola", "stsb", "trec6", "sst2")
@@ -52,16 +52,12 @@ class Arm:
     dropout: bool = True
 
 
-def _method(name: str, *, head_first: bool | None = None, **settings: Any) -> Callable[[], Recipe]:
-    from holdfast import HeadFirst
+def _method(name: str, **settings: Any) -> Callable[[], Recipe]:
+    return lambda: Recipe(methods=[METHODS[name](**settings)])
 
-    def made() -> Recipe:
-        first = METHODS[name].head_first if head_first is None else head_first
-        return Recipe(
-            methods=[METHODS[name](**settings)], head_first=HeadFirst() if first else None
-        )
 
-    return made
+def _peft(kind: str, **settings: Any) -> Callable[[], Recipe]:
+    return lambda: Recipe(peft=PEFT(kind, **settings))
 
 
 # The most telling first.
@@ -72,6 +68,25 @@ ARMS: dict[str, Arm] = {
     "dps": Arm(_method("dps")),
     "dps mix": Arm(_method("dps", mix=True)),
     "l2sp": Arm(_method("l2sp")),
+    "mixout": Arm(_method("mixout")),
+    "r3f": Arm(_method("r3f")),
+    "bitfit": Arm(_method("bitfit"), SMALL),
+    "sift": Arm(_method("sift", share=0.05), SMALL),
+    "sift, random mask": Arm(_method("sift", share=0.05, score="random"), SMALL),
+    "child_tuning D": Arm(_method("child_tuning")),
+    "child_tuning F": Arm(_method("child_tuning", score="random")),
+    "recadam": Arm(_method("recadam")),
+    "reinit": Arm(_method("reinit")),
+    "lora": Arm(_peft("lora", r=8, lora_alpha=16, target_modules="all-linear"), SMALL),
+    "ia3": Arm(_peft("ia3"), SMALL),
+    "mofo": Arm(_method("mofo")),
+    "lisa": Arm(_method("lisa")),
+    "hft": Arm(_method("hft")),
+    "dynamic_subset": Arm(_method("dynamic_subset", share=0.05), SMALL),
+    "lnsr": Arm(_method("lnsr")),
+    "smart": Arm(_method("smart")),
+    "sam": Arm(_method("sam")),
+    "extrapolation": Arm(_method("extrapolation")),
     "head first, no dropout": Arm(lambda: Recipe.named("head_first"), dropout=False),
 }
 

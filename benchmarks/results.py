@@ -26,8 +26,11 @@ def need_data(*places: str | Path) -> None:
                      "the repository; docs/results/README.md says what they are")  # fmt: skip
 
 
-def save(path: Path, found: dict[str, Any], told: str) -> None:
-    """Write what was found as JSON, with the command that found it, and `told` beside it as .md."""
+def save(path: Path, found: dict[str, Any], told: str) -> dict[str, Any]:
+    """Write what was found as JSON, with the command that found it, and `told` beside it as .md.
+
+    Returns the JSON's body.
+    """
     command = f"python {shlex.join(sys.argv)}"
     body = {
         "command": command,
@@ -41,6 +44,7 @@ def save(path: Path, found: dict[str, Any], told: str) -> None:
     path.write_text(text + "\n")
     path.with_suffix(".md").write_text(f"`{command}`\n\n{told}\n")
     print(told)
+    return body
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -9,7 +9,11 @@ backward and the end of `optimizer.step()`. Cycles of DPS that are longer than t
 by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle; so are
 the steps in which K-FAC EWC pulls. EWC's importance comes from 512 rows of --rows: its cost depends
 on the words they use. The Gram matrices of GPM, K-FAC EWC and Merge are of the same rows.
-Writes the JSON, and beside it the table (.md) and a picture (.png).
+Writes the JSON, and beside it the table (.md) and a picture (.png). `--costs` writes what
+`holdfast methods` shows: the ratio of each method's whole step to plain's at the longest length.
+
+    python benchmarks/step_overhead.py --lengths 128 --json docs/results/step-overhead.json \\
+        --costs holdfast/methods/costs.json
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import os
 import random
 import statistics
@@ -33,7 +38,7 @@ from tqdm import tqdm
 from transformers import DataCollatorWithPadding
 
 from holdfast.engine.method import Method
-from holdfast.methods import DPS, EWC, GPM, L2SP, KfacEWC, LwF, Merge, Replay
+from holdfast.methods import DPS, EWC, GPM, L2SP, METHODS, KfacEWC, LwF, Merge, Replay
 from holdfast.recipe import Recipe
 from holdfast.tasks import load_task
 from holdfast.tasks.kinds.classification import KIND
@@ -58,6 +63,8 @@ ARMS: dict[str, Method | None] = {
     "lwf": LwF(),
     "merge": Merge(),
 }
+NAMED = {"dps": "dps-dense-50", "kfac_ewc": "kfac-10"}  # a method's arm, where called otherwise
+ARMS |= {name: kind() for name, kind in METHODS.items() if name not in (*ARMS, *NAMED)}
 TARGETS = {"dps-dense-50": 1.05, "dps-dense-5": 1.05, "dps-mix-50": 1.15, "dps-mix-5": 1.15,
            "ewc": 1.03, "l2sp": 1.03}  # fmt: skip
 SIZES = {
@@ -70,10 +77,16 @@ SIZES = {
 
 
 class Arm:
-    """A model, its fused AdamW, and a recipe at work on it (None: plain); `rows` of its task."""
+    """A model, its fused AdamW, and a recipe at work on it (None: plain); `rows` of its task.
 
-    def __init__(self, chosen: argparse.Namespace, recipe: Recipe | None, *rows: Any) -> None:
-        self.chosen, self.model, self.rows = chosen, make_model(chosen), rows
+    second: whether a task was learned before.
+    """
+
+    def __init__(
+        self, chosen: argparse.Namespace, recipe: Recipe | None, *rows: Any, second: bool = False
+    ) -> None:
+        self.chosen, self.rows, self.second = chosen, rows, second
+        self.model = make_model(chosen) if recipe is None else recipe.prepare(make_model(chosen))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         self.scaler = torch.amp.GradScaler(chosen.device, enabled=chosen.dtype == "fp16")
         self.bound = recipe.unbound() if recipe else None
@@ -89,7 +102,7 @@ class Arm:
         begin("one")
         for method in self.bound.methods:
             slots = self.bound.states[method.name].weights
-            if isinstance(method, EWC | GPM | KfacEWC | LwF | Merge):
+            if self.second:
                 self.bound.end_task(partial(read_rows, self.chosen))
                 begin("two")
             elif isinstance(method, DPS) and method.score == "retention":
@@ -236,7 +249,8 @@ def measure(
     method = ARMS[label]
     methods = [method] if method else []
     recipe = Recipe(methods=methods, max_grad_norm=chosen.clip or None)
-    ours = Arm(chosen, None if label == "plain again" else recipe, batch)
+    second = method is not None and method.needs_old_task and label != "replay-off"
+    ours = Arm(chosen, None if label == "plain again" else recipe, batch, second=second)
     pairs, held, order = list[Pair](), 0, random.Random(label)
     gc.collect()
     gc.disable()
@@ -325,6 +339,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(heads, lines)
 
 
+def costs(body: dict[str, Any]) -> dict[str, Any]:
+    """What `holdfast methods` shows of a run: a method's ratios at the longest length."""
+    named = {arm: name for name, arm in NAMED.items()}
+    length = max(body["settings"]["lengths"])
+    steps = {}
+    for r in body["rows"]:
+        name = named.get(r["arm"], r["arm"])
+        if name in METHODS and r["length"] == length:
+            steps[name] = {key: round(value, 3) for key, value in r["whole"].items()}
+    return {
+        "command": body["command"],
+        "commit": body["commit"],
+        "machine": f"{body['device']}, {body['threads']} threads",
+        "model": body["settings"]["model"],
+        "batch": body["settings"]["batch"],
+        "tokens": length,
+        "steps": steps,
+    }
+
+
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
     """Whole-step ratios with their intervals, one panel a length."""
     import matplotlib
@@ -355,6 +389,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="40 pairs an arm and length")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--costs", type=Path, help="write what `holdfast methods` shows there too")
     parser.add_argument("--model", default="minilm", help=f"{', '.join(SIZES)}, a folder, minilm")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
@@ -391,7 +426,9 @@ def main() -> int:
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(chosen).items()},
         "rows": rows,
     }
-    save(chosen.json, found, told)
+    body = save(chosen.json, found, told)
+    if chosen.costs:
+        chosen.costs.write_text(json.dumps(costs(body), indent=1) + "\n")
     picture(rows, chosen.json.with_suffix(".png"))
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any
 import models
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from holdfast import __version__
 from holdfast.cli import build_parser, main
@@ -78,7 +79,7 @@ OPTIONS = {
     "doctor": "",
     "report": "paths --out",
     "verify": "paths",
-    "methods": "",
+    "methods": "name",
     "demo": "--out --workers",
 }
 
@@ -221,6 +222,61 @@ def test_methods_lists_every_method_and_recipe(capsys: pytest.CaptureFixture[str
     out, errors = capsys.readouterr()
     rows = {line.split("│")[1].strip() for line in out.splitlines() if line.count("│") > 2}
     assert rows >= {*METHODS, *PRESETS} and errors == ""
+
+
+def test_methods_stand_in_groups_with_what_a_step_was_measured_to_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the table is whole in a hundred columns."""
+    from holdfast.cli import methods as verb
+    from holdfast.methods import METHODS
+
+    monkeypatch.setattr("holdfast.cli.options.sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(verb, "costs", lambda: {"steps": {"ewc": {"mean": 1.0549}}})
+    verb.every()
+    plain = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    lines = plain.partition("recipes")[0].splitlines()
+    assert max(map(len, lines)) == 100
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in lines if line.count("│") > 2]
+    found, group = {}, ""
+    for first, *rest in cells:
+        group = first if first and not any(rest) else group
+        if first in METHODS:
+            found[first] = group
+            assert rest[3] == ("× 1.05" if first == "ewc" else "–")
+    assert found == {name: kind.group for name, kind in METHODS.items()}
+
+
+@pytest.mark.parametrize("name", ["dps", "ewc", "merge"])
+def test_a_method_is_shown_whole(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from dataclasses import fields
+
+    from holdfast.methods import METHODS
+
+    assert main(["methods", name]) == 0
+    out, kind = capsys.readouterr().out, METHODS[name]
+    rows = [[c.strip() for c in r.split("│")[1:-1]] for r in out.splitlines() if r.startswith("│")]
+    assert [row[:2] for row in rows] == [
+        [f.name, json.dumps(getattr(kind(), f.name))] for f in fields(kind)
+    ]
+    for text in (kind.summary, kind.group, kind.cost, kind.use, kind.bytes_per_weight, kind.paper,
+                 str(sys.modules[kind.__module__].__doc__).strip()):  # fmt: skip
+        assert text in out
+    takes = {row[0]: row[2:] for row in rows}
+    if name == "ewc":
+        assert takes["strength"] == ["number ≥ 0", "10 … 100000, log"]
+        assert takes["decay"] == ["number ≥ 0, ≤ 1", "0.5 … 1"]
+        assert takes["labels"] == ["auto, true, sampled, expected", "–"]
+    if name == "dps":
+        assert takes["stage"] == ["share below 1, or whole number > 0", "0.01 … 0.25, log"]
+        assert takes["frequency_penalty"][0] == "true, false or null"
+        assert takes["modules"][0].endswith(" or list of text")
+
+
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "ewk"]) == 2
+    assert "did you mean 'ewc'?" in capsys.readouterr().err
 
 
 # --- refused --------------------------------------------------------------------------------------
@@ -388,6 +444,25 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     page = tmp_path / "page.html"
     assert main(["report", f"{tmp_path}/a", f"{tmp_path}/c", "--out", str(page)]) == 0
     assert "l2sp" in page.read_text()
+
+
+def test_a_large_batch_by_accumulation_looks_ahead_as_a_whole_one_does(
+    place: Path, tmp_path: Path
+) -> None:
+    """`--recipe extrapolation --accumulation N`: the same steps, and others than plain ones."""
+    found = {}
+    model = models.save_bert(tmp_path / "bert", dropout=0.0)
+    for recipe, size, times in (("extrapolation", 4, 2), ("extrapolation", 8, 1), ("plain", 8, 1)):
+        out = tmp_path / f"{recipe}-{times}"
+        line = ["train", "--task", f"{place}/mood.jsonl", "--recipe", recipe, *SHORT]
+        line += ["--model", f"{model}", "--out", f"{out}"]
+        line += ["--batch-size", f"{size}", "--accumulation", f"{times}", "--epochs", "3"]
+        assert main(line) == 0
+        learned = load_file(out / "final" / "model.safetensors")
+        # The gradient of keys' biases is 0 but for rounding, of which Adam makes steps.
+        found[recipe, times] = {n: w for n, w in learned.items() if "key.bias" not in n}
+    split, whole, plain = found.values()
+    assert models.distance(split, whole) < 1e-5 < 1e-4 < models.distance(plain, whole)
 
 
 def test_what_was_skipped_and_mended_is_known_to_the_record_and_to_going_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from holdfast.experiments.record import Record
 from holdfast.methods import METHODS
@@ -46,11 +49,50 @@ def test_aspects_of_real_rows_are_written_learned_and_answered(
     assert re.search(asked + r".*\n  \(by rule: \w+ (posi|nega)tive", found)
 
 
+def test_pictures_are_stitched_when_small_objects_have_little_of_the_loss() -> None:
+    made = runpy.run_path(str(ROOT / "examples" / "dynamic_scale.py"))
+    x = torch.randn(8, 1, 16, 16)
+    one = made["stitched"](x)[1, 0]
+    for i, (y0, x0) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
+        for y, z in ((0, 0), (3, 7)):
+            block = x[4 + i, 0, 2 * y : 2 * y + 2, 2 * z : 2 * z + 2]
+            torch.testing.assert_close(one[y0 + y, x0 + z], block.mean())
+    net = nn.Sequential(nn.Flatten(), nn.Linear(256, 3))
+    kind, size = torch.tensor([0, 1, 1, 2, 2, 2, 0, 1]), torch.tensor([4.0, 8, 8, 12, 8, 4, 12, 8])
+    each, small = made["losses"](net, (x, kind, size), stitch=True)
+    target = nn.functional.one_hot(kind, 3).float().unflatten(0, (2, 4)).mean(1)
+    wanted = nn.functional.cross_entropy(net(made["stitched"](x)), target)
+    torch.testing.assert_close(each.mean(), wanted)
+    assert small.tolist() == [True, True, True, False, True, True, False, True]  # of half the size
+    _, small = made["losses"](net, (x, kind, size), stitch=False)
+    assert small.nonzero().flatten().tolist() == [0, 5]
+    r = made["share"](torch.tensor([3.0, 1, 0.5, 0.5]), torch.tensor([False, True, False, True]))
+    assert r == pytest.approx(1.5 / 5)
+    # The network of a step is judged by the share of the step before; at first there is none.
+    asked: list[tuple[int, float]] = []
+    made["trained"].__globals__["STEPS"] = 4
+    _, count = made["trained"](lambda t, r: bool(asked.append((t, r))) or t == 1)
+    assert count == 1 and [t for t, _ in asked] == [0, 1, 2, 3] and asked[0][1] == 1.0
+    assert asked[2][1] == 1.0 and 0 <= asked[3][1] < 1  # all is small once it was stitched
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_page_that_names_its_settings(name: str) -> None:
     page = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
     missing = [f.name for f in fields(METHODS[name]) if f.name not in page]
     assert not missing
+
+
+def test_the_costs_that_are_shipped_are_those_of_a_committed_result() -> None:
+    costs = json.loads((ROOT / "holdfast" / "methods" / "costs.json").read_text(encoding="utf-8"))
+    words = costs["command"].split()
+    result = json.loads((ROOT / words[words.index("--json") + 1]).read_text(encoding="utf-8"))
+    assert result["commit"] == costs["commit"]
+    rows = [r for r in result["rows"] if r["length"] == costs["tokens"]]
+    for name, ratio in costs["steps"].items():
+        assert name in METHODS
+        assert ratio in [{k: round(v, 3) for k, v in r["whole"].items()}
+                         for r in rows if r["arm"].startswith(name[:4])]  # fmt: skip
 
 
 def test_readme_lists_every_recipe_that_is_no_method() -> None:

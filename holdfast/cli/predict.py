@@ -12,6 +12,7 @@ from holdfast.cli.options import add_trust
 ABOUT = "label the rows of a file with one of a run's tasks"
 EXAMPLE = "holdfast predict runs/a --task trec6 'questions.csv?text=question' --out labels.jsonl"
 RESUMES = False
+FAR = "out_of_domain"  # of a head of prototypes: how far a row is from all classes
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.out.suffix not in (".jsonl", ".csv"):
         raise Refused("neither .jsonl nor .csv", where=str(chosen.out), remedy="name such a file")
     shares = "probabilities" if chosen.out.suffix == ".jsonl" else "probability"
-    if taken := {"label", shares} & {*chosen.keep}:
+    if taken := {"label", shares, FAR} & {*chosen.keep}:
         raise Refused(f"{taken.pop()!r} is what is written", where="--keep",
                       remedy="rename that column in the file")  # fmt: skip
     served = load(chosen.run_folder)
@@ -64,10 +65,12 @@ def run(chosen: argparse.Namespace) -> None:
                 row[shares] = each.probabilities
             elif each.label in each.probabilities:
                 row[shares] = each.probabilities[each.label]
+            if each.out_of_domain is not None:
+                row[FAR] = each.out_of_domain
             rows.append(row)
             bar.update()
     if chosen.out.suffix == ".csv":
-        told = [shares] if any(shares in row for row in rows) else []
+        told = [name for name in (shares, FAR) if any(name in row for row in rows)]
         write_csv(rows, chosen.out, [*chosen.keep, "label", *told])
     else:
         write_jsonl(rows, chosen.out)

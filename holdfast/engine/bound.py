@@ -119,7 +119,7 @@ class Bound(Passes):
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
         self.resuming, self.start, self.fitted = resuming, start, None
-        self.core = shared or default_shared(model)
+        self.core, self._blocks = shared or default_shared(model), None
         self._forget_step()
         try:
             self._adopt(Attachment.of(task, model, optimizer, shared, self.parts))
@@ -139,6 +139,8 @@ class Bound(Passes):
             self._install_mixing()
             if any(m.needs_features for m in self.methods):
                 self._undo.enter_context(self._seeing_features())
+            asked = [m.watched(self.views[m.name]) for m in self.methods]
+            self._undo.enter_context(self._watching({m for each in asked for m in each}))
             self._drawn = self.randomness
         except BaseException:
             self.unbind()

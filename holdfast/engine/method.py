@@ -147,6 +147,11 @@ class Method(Checked):
         """The weight that the forward pass sees while training, in place of `w`."""
         return w
 
+    def watched(self, view: View) -> Collection[nn.Module]:
+        """Modules whose outputs in the training pass `penalty` finds in `view.seen`, asked once a
+        task; the model itself for `view.forward(dropout="same")` alone. Default none."""
+        return ()
+
     def penalty(self, view: View) -> Tensor:
         """A scalar added to the loss of one micro-batch."""
         raise NotImplementedError
@@ -276,8 +281,7 @@ class View:
 
     @property
     def again(self) -> Callable[[nn.Module], Tensor] | None:
-        """Computes `loss` once more, with a graph, inside `penalty`; None where the loop did not
-        say how."""
+        """Computes `loss` anew, with a graph, in `penalty`; None where the loop gave no way."""
         return self.bound.again
 
     @property
@@ -297,6 +301,18 @@ class View:
         """What the shared module returned for the micro-batch, with its graph, for methods that
         declare `needs_features`; None where it was not seen (a compiled model)."""
         return self.bound.features
+
+    @property
+    def seen(self) -> Mapping[nn.Module, Any]:
+        """What each `watched` module returned in the training pass, with its graph; without those
+        that it did not come by, and empty for a compiled model."""
+        return self.bound.seen
+
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """The repeated blocks of the task's model from input to output, with the role of their
+        stack: `encoder`, `decoder` or ``""``."""
+        return self.bound.blocks
 
     @property
     def data(self) -> Callable[[], Iterable[Mapping[str, Any]]]:
@@ -334,14 +350,21 @@ class View:
         weights: Mapping[str, Tensor] | None = None,
         task: str | None = None,
         training: bool | None = None,
+        perturb: Mapping[nn.Module | str, Callable[[Tensor], Tensor]] | None = None,
+        returns: Mapping[nn.Module, Any] | None = None,
+        dropout: Literal["own", "same"] = "own",
     ) -> Any:
         """Run a task's model (default: this one) on a batch (default: this micro-batch).
 
-        Dropout draws from `generator`, so that a method never changes what the training
-        forward draws. `weights` replaces parameters by name; only without gradients.
-        `training=False` runs it in evaluation mode, whatever the model's mode is.
+        Dropout draws from `generator`, so that a method never changes what the training forward
+        draws; `same`: what the training pass drew (see `watched`). `weights` replaces parameters by
+        name; only without gradients. `training=False` runs it in evaluation mode, whatever the
+        model's mode is. `perturb` changes a module's output, or what an input enters as, by a
+        function (see `forwarding.perturbed`). Modules in `returns` return what is given there, and
+        do not run.
         """
         return self.bound.forward(inputs, weights=weights, task=task, training=training,
+                                  perturb=perturb, returns=returns, dropout=dropout,
                                   generator=self.generator)  # fmt: skip
 
     def old_outputs(self, inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from holdfast.engine.batches import Batches, Data, Seen, Whole, without_labels
 from holdfast.engine.forwarding import (
+    draw_on,
     in_mode,
     own_randomness,
+    perturbed,
+    random_state,
     replaced,
     returning,
     uncompiled,
@@ -23,6 +26,7 @@ from holdfast.engine.grams import Grams
 from holdfast.engine.head_first import HeadFirst, known_outputs
 from holdfast.engine.stepping import Stepping
 from holdfast.errors import Refused
+from holdfast.network.stacks import blocks
 
 
 class Passes(Stepping):
@@ -35,6 +39,9 @@ class Passes(Stepping):
     _grams: dict[str, Grams]  # measured on `data`, by settings
     fitted: dict[str, Any] | None = None  # how this task's head was fitted
     core: nn.Module | None = None  # what tasks share, if that is a part of the model
+    _blocks: Mapping[nn.Module, str] | None = None
+    _aside = False  # within `forward`
+    _at_work = False  # within a training pass that is watched
 
     @contextlib.contextmanager
     def _offering(self, data: Data | None) -> Iterator[None]:
@@ -100,6 +107,43 @@ class Passes(Stepping):
 
         return self.core.register_forward_hook(see) if self.core else contextlib.nullcontext()
 
+    def _watching(self, watched: Collection[nn.Module]) -> contextlib.AbstractContextManager[Any]:
+        """Keep what some modules return in the training pass, and the random states there.
+
+        Not in passes of `forward`, nor where activations are computed again.
+        """
+        stack, model = contextlib.ExitStack(), self._model()
+        if not watched:
+            return stack
+
+        def enter(*_: Any) -> None:
+            if torch.compiler.is_compiling() or self._aside:
+                return
+            if model.training and torch.is_grad_enabled():
+                self.seen, self._drew, self._at_work = {}, {model: random_state()}, True
+
+        def see(module: nn.Module, _: Any, outputs: Any) -> None:
+            if not torch.compiler.is_compiling() and self._at_work and torch.is_grad_enabled():
+                self.seen[module], self._drew[module] = outputs, random_state()
+
+        def leave(*_: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._at_work = False
+
+        stack.callback(model.register_forward_pre_hook(enter).remove)
+        for module in watched:
+            if module is not model:
+                stack.callback(module.register_forward_hook(see).remove)
+        stack.callback(model.register_forward_hook(leave).remove)
+        return stack
+
+    @property
+    def blocks(self) -> Mapping[nn.Module, str]:
+        """See `View.blocks`."""
+        if self._blocks is None:
+            self._blocks = blocks(self._model())
+        return self._blocks
+
     def forward(
         self,
         inputs: Mapping[str, Any] | None,
@@ -107,11 +151,12 @@ class Passes(Stepping):
         weights: Mapping[str, Tensor] | None = None,
         task: str | None = None,
         training: bool | None = None,
-        features: Any = None,
+        perturb: Mapping[nn.Module | str, Callable[[Tensor], Tensor]] | None = None,
+        returns: Mapping[nn.Module, Any] | None = None,
+        dropout: Literal["own", "same"] = "own",
         generator: torch.Generator | None = None,
     ) -> Any:
-        """See `View.forward`. With `features` the shared module returns these without running;
-        dropout draws from `generator` (default: the bound's own)."""
+        """See `View.forward`; dropout draws from `generator` (default: the bound's own)."""
         task = task or self.task
         if task not in self.models:
             raise Refused(f"no model of task {task!r}", where="view.forward",
@@ -121,14 +166,23 @@ class Passes(Stepping):
         if batch is None:
             raise Refused("no batch here", where="view.forward", remedy="pass inputs=")
         with contextlib.ExitStack() as stack:
+            aside, self._aside = self._aside, True
+            stack.callback(setattr, self, "_aside", aside)
             stack.enter_context(own_randomness(generator or self.generator))
             stack.enter_context(replaced(self.weights, weights or {}))
             stack.enter_context(untrained(model, self.weights))
             stack.enter_context(uncompiled())
-            concerned = {*model.modules()}
-            if features is not None and self.core is not None:
-                stack.enter_context(returning(self.core, features))
-                concerned -= {*self.core.modules()}
+            concerned, drew = {*model.modules()}, self._drew if dropout == "same" else {}
+            for module, outputs in (returns or {}).items():
+                stack.enter_context(returning(module, outputs, drew.get(module)))
+                concerned -= {*module.modules()}
+            if perturb:
+                batch = stack.enter_context(perturbed(model, batch, perturb))
+            if dropout == "same":
+                if model not in drew:
+                    raise Refused("the training pass was not seen", where="view.forward",
+                                  remedy="train a model that is not compiled")  # fmt: skip
+                draw_on(drew[model])
             if training is not None:
                 stack.enter_context(in_mode(concerned, training))
             elif model.training != ours.training:  # another task's: match this model's mode
@@ -143,11 +197,13 @@ class Passes(Stepping):
     ) -> dict[str, Any]:
         """See `View.old_outputs`."""
         batch = without_labels(inputs if inputs is not None else self.inputs or {})
-        features = self.features if inputs is None else None
+        returns = {}
+        if self.core is not None and self.features is not None and inputs is None:
+            returns = {self.core: self.features}
         tasks, known = list(dict.fromkeys(self.finished)), known_outputs(self._model())
         found = {
             task: self.forward(
-                batch, task=task, training=False, features=features, generator=generator
+                batch, task=task, training=False, returns=returns, generator=generator
             )
             for task in (tasks if known is None else tasks[-1:])
         }

@@ -38,6 +38,8 @@ class Stepping:
     loss: Tensor | None = None
     again: Callable[[nn.Module], Tensor] | None = None
     features: Any = None
+    seen: dict[nn.Module, Any]  # what watched modules returned in the training pass
+    _drew: dict[nn.Module, tuple[Tensor, ...]]  # and the random states there
     _held: Held
     _wrapper: Any = None  # an AcceleratedOptimizer around ours
     _asked = _skip = False
@@ -91,7 +93,9 @@ class Stepping:
         for method in self._defining("penalty"):
             self.features = features  # a method's forward pass may replace them
             total = total + method.penalty(self.views[method.name])
-        self.features = self.loss = self.again = None  # they hold the graph of this micro-batch
+        # They hold the graph of this micro-batch.
+        self.features = self.loss = self.again = None
+        self.seen, self._drew = {}, {}
         return total
 
     @torch.no_grad()
@@ -144,7 +148,7 @@ class Stepping:
         self._asked, self._measured = False, None
         self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.again = self.features = None
-        self.previous = {}
+        self.previous, self.seen, self._drew = {}, {}, {}
         for view in self.views.values():
             view.scratch.clear()
 

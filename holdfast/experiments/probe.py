@@ -49,7 +49,7 @@ from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.embed import pooled
 from holdfast.experiments.record import Record
-from holdfast.methods.kl_anchor import shifts
+from holdfast.methods.common.answers import shifts
 from holdfast.tasks import Row, Task, files
 from holdfast.tasks.kinds import Kind, generation
 from holdfast.tasks.kinds.pretrained import device, load_config, load_saved, quiet

@@ -235,12 +235,13 @@ def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: 
     if "prototype" in plan.head and recipe.to_dict() != Recipe(name=recipe.name).to_dict():
         raise Refused(f"trains nothing, and the recipe {recipe.name} would not be at work",
                       where=where, remedy="--recipe plain")  # fmt: skip
-    idle = [m.name for m in recipe.methods if m.needs_old_task or m.changes_weights]
-    idle += [name for name in ("peft", "head_first") if getattr(recipe, name)]
-    idle += ["rates"] * (recipe.rates != Rates.flat())
-    if plan.head == "levi" and idle:
-        raise Refused(f"leaves the encoder as it is, and {', '.join(idle)} of the recipe "
-                      f"{recipe.name} would not be at work", where=where,
+    moving = [m.name for m in recipe.methods
+              if m.needs_old_task or m.changes_weights or m.defines("prepare")]  # fmt: skip
+    moving += [name for name in ("peft", "head_first") if getattr(recipe, name)]
+    moving += ["rates"] * (recipe.rates != Rates.flat())
+    if plan.head == "levi" and moving:
+        raise Refused(f"leaves the encoder as it is, and {', '.join(moving)} of the recipe "
+                      f"{recipe.name} are for one that learns", where=where,
                       remedy="--recipe plain")  # fmt: skip
     if plan.alone and scenario == "class-incremental":
         raise Refused("a task alone has other labels than the head: its score is no measure",

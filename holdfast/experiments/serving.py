@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from holdfast.files import write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, program, slug
 from holdfast.tasks.kinds import Kind, kind_named, kind_of
-from holdfast.tasks.kinds.heads import OneHead
+from holdfast.tasks.kinds.heads import OneHead, answering, with_classes
 from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.pretrained import device, first_line, quiet
+from holdfast.tasks.task import Row
 from holdfast.training.manifest import commit, damage, listed
 
 TASKS, HEAD = "tasks.json", "head-{}.safetensors"
@@ -194,9 +195,36 @@ class Served:
         for at in range(0, len(texts), 16 * batch):
             few = slice(at, at + 16 * batch)
             second = None if pairs is None else list(pairs[few])
-            yield from kind.predict(self.models[task], about, list(texts[few]), second,
-                                    self.processor, max_length=self.max_length,
-                                    batch=batch)  # fmt: skip
+            with answering(kind, self.models[task]) as asked:
+                found = asked.predict(self.models[task], about, list(texts[few]), second,
+                                      self.processor, max_length=self.max_length,
+                                      batch=batch)  # fmt: skip
+            yield from found
+
+    def add_classes(self, rows: Mapping[str, Sequence[Any]]) -> Served:
+        """This with further classes, of a run with a head of prototypes; nothing is trained.
+
+        rows: label -> texts of that class; of tasks about two texts, pairs of texts. The encoder is
+        shared with what this is, all prototypes that there were are the same bit for bit, and the
+        files of the run stay as they are: `save` writes the model that was made. Raises `Refused`
+        for another head, a class that there is, one without rows.
+        """
+        name = list(self.tasks)[-1]  # its labels are those of all tasks
+        about = self.tasks[name]
+        if about["kind"] != "classification":
+            raise Refused(f"is a {about['kind']}: classes are added to tasks of text", where=name)
+        size = 2 if about["pairs"] else 1
+        made: dict[str, list[Row]] = {}
+        for label, few in rows.items():
+            each = [(one,) if isinstance(one, str) else tuple(one) for one in few]
+            if isinstance(few, str) or any(len(texts) != size for texts in each):
+                raise Refused(f"takes a list of {'texts' if size == 1 else 'pairs of texts'}",
+                              where=label)  # fmt: skip
+            made[label] = [Row(t[0], t[1] if size == 2 else None, None) for t in each]
+        model, labels = with_classes(self.models[name], about, made, self.processor,
+                                     max_length=self.max_length)  # fmt: skip
+        tasks = {key: {**task, "labels": labels} for key, task in self.tasks.items()}
+        return replace(self, models=dict.fromkeys(self.models, model), tasks=tasks)
 
     def named(self, task: str) -> str:
         """`task` itself, or `Refused` with the nearest that there is."""

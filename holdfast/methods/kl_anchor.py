@@ -38,14 +38,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from holdfast.engine.batches import LABELS, Batch, Seen, identities
+from holdfast.engine.batches import Batch, Seen, identities
 from holdfast.engine.forwarding import adapters, without_adapters
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
@@ -109,7 +109,7 @@ class KLAnchor(Method):
                 kept.setdefault(name, w.detach().clone())
 
     def penalty(self, view: View) -> Tensor:
-        logits, counted, labels = _counted(view)
+        logits, counted, labels = answers.aligned(view, answers.of_step(view, "kl_anchor"))
         now = exact(logits[counted])
         kind = kind_of(_model(view), now)
         total = torch.zeros((), dtype=now.dtype, device=now.device)
@@ -145,7 +145,7 @@ class KLAnchor(Method):
             )
             return found["anchor"][counted]
         assert view.inputs is not None
-        logits, *_ = _aligned(view, self._anchored(view, view.inputs))
+        logits, *_ = answers.aligned(view, self._anchored(view, view.inputs))
         return exact(logits[counted])
 
     @torch.no_grad()
@@ -156,7 +156,8 @@ class KLAnchor(Method):
             off = without_adapters(_model(view))
         with off:
             kept = view.state.weights.get("anchor", {})
-            return _logits(view.forward(batch, weights=kept, training=False))
+            outputs = view.forward(batch, weights=kept, training=False)
+        return answers.logits_of(outputs, "kl_anchor")
 
     def _answer(self, view: View) -> bool:
         """Keep the anchor's logits of every row; False unless they are (rows, classes)."""
@@ -191,55 +192,3 @@ def _switched_off(view: View) -> set[str]:
         for p in getattr(layer, held).parameters()
     }
     return {name for name, w in view.weights.items() if id(w) in off}
-
-
-def _counted(view: View) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits, which of their positions count, and the labels there if known."""
-    if view.outputs is None or view.inputs is None:
-        raise Refused("no outputs here", where="kl_anchor",
-                      remedy="call bound.penalty(batch, outputs)")  # fmt: skip
-    outputs = view.outputs
-    if getattr(outputs, "logits", None) is None:  # a loss that is fused with the last layer
-        outputs = view.forward()
-    return _aligned(view, _logits(outputs))
-
-
-def _aligned(view: View, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Logits and labels aligned by position, and which positions count."""
-    inputs = view.inputs or {}
-    labels = next((v for k, v in inputs.items() if k in LABELS and isinstance(v, Tensor)), None)
-    if labels is not None and labels.is_floating_point():
-        labels = None  # a regression, or several labels per row: all rows count
-    # Without labels every position counts that is not padding.
-    mask = inputs.get("attention_mask") if logits.ndim == 3 else None
-    counted = logits.new_ones(logits.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
-    if labels is not None:
-        labels = labels.reshape(labels.shape[: logits.ndim - 1])  # also for classes of (rows, 1)
-        counted = labels != -100
-    if counted.shape != logits.shape[:-1]:
-        raise Refused(f"labels of shape {tuple(counted.shape)} do not fit logits of "
-                      f"{tuple(logits.shape)}", where="kl_anchor")  # fmt: skip
-    if logits.ndim == 3 and shifts(_model(view)):
-        # The logits at t predict the token at t + 1.
-        logits, counted = logits[:, :-1], counted[:, 1:]
-        labels = None if labels is None else labels[:, 1:]
-    return logits, counted, labels
-
-
-def shifts(model: Any) -> bool:
-    """Whether a model's logits predict the label one position later.
-
-    Hugging Face models declare this by `loss_type`; one that does not is taken to be causal.
-    """
-    joint = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    kind = getattr(model, "loss_type", None)
-    # Image-and-text models are ForConditionalGeneration, as translators are.
-    return not joint and kind in (None, "ForCausalLM", "ForConditionalGeneration")
-
-
-def _logits(outputs: Any) -> Tensor:
-    logits = getattr(outputs, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
-        raise Refused("the model returns no logits of (rows, classes) or (rows, tokens, classes)",
-                      where="kl_anchor", remedy="use lwf, or hold weights")  # fmt: skip
-    return logits

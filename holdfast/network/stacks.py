@@ -62,6 +62,18 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     return sorted(stacks, key=lambda s: s.role == "decoder")
 
 
+def blocks(model: nn.Module) -> dict[nn.Module, str]:
+    """The blocks that are modules, in the order of `find_stacks`, with the roles of their stacks.
+
+    Of a block that owns several modules the first stands for it; layers of a recurrent module are
+    none.
+    """
+    modules = dict(model.named_modules())
+    found = ((next((modules[p] for p in block if p in modules), None), stack.role)
+             for stack in find_stacks(model) for block in stack.blocks)  # fmt: skip
+    return {module: role for module, role in found if module is not None}
+
+
 def _block_lists(model: nn.Module) -> list[Stack]:
     """Every list of repeated blocks that is not inside another list's block."""
     found: list[Stack] = []

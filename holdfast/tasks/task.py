@@ -24,10 +24,13 @@ class Prediction(NamedTuple):
     label: its most probable label, the number that a regression gives, the text it generates, a
         tuple of labels (multilabel) or of `Span`s (tokens).
     probabilities: of each label, summing to 1 but for multilabel; else empty.
+    out_of_domain: of a head of prototypes min_c d(z, c), the distance to the nearest class, from 0
+        on: large for a row that is like none of them; else None.
     """
 
     label: Any
     probabilities: Mapping[str, float]
+    out_of_domain: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

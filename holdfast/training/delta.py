@@ -221,6 +221,8 @@ def _write(file: Path, change: Change, base: Weights) -> Size:
         raise Refused("is a folder" if file.is_dir() else "no such folder",
                       where=str(file if file.is_dir() else file.parent),
                       remedy="name a file in a folder that is there")  # fmt: skip
+    if file.exists():
+        open_delta(file)  # nothing else is written over, such as a model
     specs: dict[str, Tensor] = {}
     moved = 0
     for name in change.moved:
@@ -262,7 +264,7 @@ def open_delta(file: Path) -> Change:
             raise Refused(f"format {about['schema']}, this holdfast reads {SCHEMA}",
                           where=str(file), remedy="install a later one")  # fmt: skip
         for side in (about["base"], about["tuned"]):
-            texts = [side[key] for key in ("name", "sha256", "prefix")]
+            texts = [side["name"], side["sha256"], side["prefix"], *side["files"].values()]
             # Names of files become paths.
             if not all(isinstance(text, str) for text in texts) or not all(
                 belongs(Path(name)) and Path(name).name == name for name in side["files"]
@@ -277,7 +279,8 @@ def open_delta(file: Path) -> Change:
         d = held.read(f"xor:{name}")
         kind = BITS[spec.element_size()]
         if f"gaps:{name}" in held.specs:
-            gaps = held.read(f"gaps:{name}")
+            if (gaps := held.read(f"gaps:{name}")).is_floating_point():
+                raise damaged
             at = torch.from_numpy(gaps.numpy().astype(np.int64).cumsum())
             within = not len(at) or 0 <= int(at.min()) <= int(at.max()) < spec.numel()
             if d.dtype != kind or d.shape != at.shape or not within:

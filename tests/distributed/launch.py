@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("steps", "shards", "merging", "trainers")
+MODULES = ("steps", "shards", "merging", "noises", "trainers")
 
 
 def torchrun(script: Path, *words: str, limit: float) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,20 @@ from torch import nn
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods import DPS, EWC, L2SP, SIFT, BitFit, ChildTuning, LwF, Replay
+from holdfast.methods import (
+    DPS,
+    EWC,
+    L2SP,
+    SAM,
+    SIFT,
+    BitFit,
+    ChildTuning,
+    Extrapolation,
+    LwF,
+    Mixout,
+    RecAdam,
+    Replay,
+)
 from holdfast.methods.common.importance import diagonal_fisher
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
@@ -39,6 +52,10 @@ RECIPES: dict[str, list[Method]] = {
     "child network": [ChildTuning(score="random", share=0.5, modules="all")],
     "bitfit": [BitFit()],
     "feedback": [Replay(memory=6, share=0.5, every=3, feedback=0.4)],
+    "mixout": [Mixout(drop=0.5)],
+    "recadam": [RecAdam(strength=0.5, slope=0.5, middle=2)],
+    "extrapolation": [Extrapolation(rate=0.25)],
+    "sam": [SAM(radius=0.25)],  # its last bits depend on the order of sums; the grid hides them
     "all": [DPS(stage=1, drop=0.5, modules=LINEAR), EWC(strength=0.5, labels="true"),
             L2SP(strength=0.25), Replay(memory=6, share=0.5)],
 }  # fmt: skip

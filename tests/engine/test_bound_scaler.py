@@ -14,12 +14,13 @@ from torch import nn
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods import DPS, L2SP
+from holdfast.methods import DPS, L2SP, LNSR, SMART
 from holdfast.ops.gradients import total_norm
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
 from holdfast.testing.toy import TASKS, ToyTraining, make_batch
 
+NOISY: list[Method] = [SMART(epsilon=0.1, start=0.1, rate=0.1, proximal=1.0), LNSR()]
 Ask = Callable[[Any, torch.optim.Optimizer, Bound], Any]
 # What a loop may do between the backward pass and scaler.step().
 ASKS: dict[str, Ask] = {
@@ -73,7 +74,7 @@ def learn(
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", [*METHODS, *NOISY], ids=repr)
 def test_states_do_not_depend_on_the_loss_scale(method: Method, ask: Ask, fused: bool) -> None:
     """Masks, sums, Fisher information, weights: bit for bit, for powers of two scale exactly."""
     plain, _ = learn(method, None, fused=fused)
@@ -84,7 +85,7 @@ def test_states_do_not_depend_on_the_loss_scale(method: Method, ask: Ask, fused:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", [*METHODS, *NOISY], ids=repr)
 def test_overflows_are_counted_and_leave_no_trace(method: Method, fused: bool) -> None:
     """As if they had not been, noise and replayed rows included, whoever would skip the step."""
     plain, _ = learn(method, None, fused=fused)

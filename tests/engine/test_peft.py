@@ -1,4 +1,4 @@
-"""PEFT's methods on a model: what learns, what is folded in and out again, what is refused."""
+"""PEFT's methods on a model: what learns, what is folded in and taken out, what is refused."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from models import arguments, collate, rows, same, weights
 from torch import nn
 
 import holdfast
-from holdfast import PEFT, LoRA, Recipe, RecipeCallback, Refused
-from holdfast.engine.forwarding import without_adapters
+from holdfast import GPM, PEFT, LoRA, Recipe, RecipeCallback, Refused
+from holdfast.engine.forwarding import adapters, without_adapters
 from holdfast.engine.peft import adapt, folded
-from holdfast.training.checkpoints import ADAPTERS
+from holdfast.errors import tell_once
+from holdfast.training.checkpoints import ADAPTERS, BEFORE, load_adapters, save_adapters
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "bert": models.bert, "gpt2": models.gpt2, "llama": models.llama, "t5": models.t5,
@@ -153,6 +154,26 @@ def test_bfloat16_is_folded_in_its_own_type(method: str) -> None:
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("method", [*METHODS, "ln_tuning"])
+def test_what_is_saved_of_adapters_is_all_of_them(method: str, tmp_path: Path) -> None:
+    """Also what was drawn: masks and what OSF began with."""
+    setting = norms("bert") if method == "ln_tuning" else METHODS[method][0]
+    model = shaken(adapt(models.bert(), setting))
+    for name, buffer in model.named_buffers():
+        if "shira_indices" in name:  # another mask, as another version of torch might draw it
+            buffer.copy_(buffer.flip(0))
+    save_adapters(model, tmp_path, base=True)
+    within = tuple(path for path, layer in model.named_modules() if layer in adapters(model))
+    for file in (ADAPTERS, BEFORE):  # the latter as runs with `lora` wrote it
+        if file == BEFORE:
+            (tmp_path / ADAPTERS).rename(tmp_path / BEFORE)
+        other = adapt(models.bert(seed=4), setting)
+        load_adapters(other, tmp_path, base=True)
+        mine, theirs = (m.state_dict() for m in (model, other))
+        inside = [n for n in mine if n.startswith(within)]
+        assert inside and all(torch.equal(mine[n], theirs[n]) for n in inside)
+
+
 # --- in a Trainer ---------------------------------------------------------------------------------
 
 
@@ -211,6 +232,17 @@ def test_adapters_of_ones_own_are_left_to_peft(tmp_path: Path) -> None:
     assert (tmp_path / "end" / "adapter_model.safetensors").is_file()
     with pytest.raises(Refused, match="has adapters already"):
         trainer(tmp_path, Recipe(peft=LoRA()), made.model)
+
+
+@pytest.mark.parametrize(("peft", "told"), [(PEFT("ia3"), True), (LoRA(rank=2), False)])
+def test_a_method_that_can_measure_no_layer_says_so(
+    peft: PEFT, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_once.cache_clear()
+    made = trainer(tmp_path, Recipe(peft=peft, methods=[GPM(rows=8)]), max_steps=1)
+    made.train()
+    made.end_task()
+    assert ("gpm: no weight that trains is in a linear layer" in caplog.text) == told
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""LoRA in a sequence: what is trained, what lies in the folders, going on as if never stopped."""
+"""Adapters in a sequence: what trains, what lies in the folders, going on as if never stopped."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from test_going_on import TOPICS, go_on, last_home, without_history
 from test_recovery import stop_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from holdfast import EWC, HeadFirst, KLAnchor, LoRA, LwF, Merge, Recipe, load, load_task
+from holdfast import EWC, PEFT, HeadFirst, KLAnchor, LoRA, LwF, Merge, Recipe, cli, load, load_task
+from holdfast.engine.forwarding import without_adapters
 from holdfast.engine.peft import adapt, adapter_weights
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import CONFIG
 from holdfast.methods import GPM, L2SP, KfacEWC, Replay, WiSE
-from holdfast.training.checkpoints import ADAPTERS
+from holdfast.training.checkpoints import ADAPTERS, BEFORE, load_adapters
+from holdfast.training.manifest import commit
 
 SETTING = LoRA(rank=2, alpha=6.0, dropout=0.1)
 RECIPES = {
@@ -31,6 +35,12 @@ RECIPES = {
         peft=SETTING, methods=[EWC(rows=8), Replay(memory=4), L2SP(strength=0.01)]
     ),
     "gpm, kl_anchor": Recipe(peft=SETTING, methods=[GPM(rows=8), KLAnchor(anchor="base")]),
+    "ia3: ewc, kl_anchor": Recipe(
+        head_first=HeadFirst(), peft=PEFT("ia3"), methods=[EWC(rows=8), KLAnchor(anchor="base")]
+    ),
+    "shira and lora: lwf, merge": Recipe(
+        peft=[PEFT("shira", r=2), PEFT("lora", r=2)], methods=[LwF(), Merge(rows=8)]
+    ),
     "kfac_ewc, wise": Recipe(peft=SETTING, methods=[KfacEWC(rows=8, every=2), WiSE()]),
 }
 FAST: dict[str, Any] = {"seed": 3, "epochs": 1.0, "lr": 2e-2}
@@ -93,6 +103,56 @@ def test_final_serves_what_was_scored(place: Path, adapted: Path, tmp_path: Path
     inputs = AutoTokenizer.from_pretrained(tmp_path / "m")("a good film", return_tensors="pt")
     given = served.predict(TOPICS[0], ["a good film"])[0].probabilities
     assert list(given.values()) == pytest.approx(model(**inputs).logits.softmax(1)[0].tolist())
+
+
+@pytest.mark.parametrize("peft", [
+    PEFT("ia3"), PEFT("ln_tuning", target_modules=["LayerNorm"]), PEFT("osf", effective_rank=8),
+    [PEFT("shira", r=2), PEFT("lora", r=2)],
+], ids=lambda p: getattr(p, "type", "two"))  # fmt: skip
+def test_what_is_exported_answers_as_the_adapted_model(
+    peft: Any, place: Path, tmp_path: Path
+) -> None:
+    run(place, tmp_path / "run", TOPICS[:1], recipe=Recipe(peft=peft), **FAST)
+    home = next((tmp_path / "run" / "tasks").iterdir())
+    assert cli.main(["export", str(tmp_path / "run"), "--task", TOPICS[0],
+                     "--out", str(tmp_path / "m")]) == 0  # fmt: skip
+    model, told = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    assert not any(told.values()), told
+    base, _ = AutoModelForSequenceClassification.from_pretrained(
+        place / "bert", num_labels=model.num_labels, output_loading_info=True
+    )
+    base.classifier.load_state_dict(model.classifier.state_dict())
+    adapted = adapt(base, peft)
+    below = {n: w.clone() for n, w in adapter_weights(adapted, base=True).items()
+             if n not in adapter_weights(adapted)}  # fmt: skip
+    load_adapters(adapted, home, base=True)
+    assert below and models.same(below, {n: adapter_weights(adapted, base=True)[n] for n in below})
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "m")("a good film", return_tensors="pt")
+    with torch.no_grad():
+        said, says = (m.eval()(**inputs).logits for m in (model, adapted))
+        with without_adapters(adapted):
+            before = adapted(**inputs).logits
+    torch.testing.assert_close(said, says, atol=1e-5, rtol=0)
+    assert (said - before).abs().max() > 1e-3
+
+
+def test_a_run_of_the_older_key_is_gone_on_with(place: Path, tmp_path: Path) -> None:
+    """`lora: {rank: …}` in its configuration, and its adapters in a file of the older name."""
+    recipe = Recipe(peft=LoRA(rank=2, alpha=6.0), methods=[EWC(rows=8)])
+    run(place, tmp_path / "a", TOPICS[:1], recipe=recipe, **FAST)
+    go_on(tmp_path / "a", TOPICS[1], tmp_path / "b", place=place)
+    config = tmp_path / "a" / CONFIG
+    said = json.loads(config.read_text())
+    del said["recipe"]["peft"]
+    said["recipe"]["lora"] = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
+    config.write_text(json.dumps(said))
+    home = next((tmp_path / "a" / "tasks").iterdir())
+    (home / ADAPTERS).rename(home / BEFORE)
+    commit(home)
+    go_on(tmp_path / "a", TOPICS[1], tmp_path / "c", place=place)
+    assert last_home(tmp_path / "b") == last_home(tmp_path / "c")
 
 
 def test_state_is_that_of_what_is_trained(place: Path, tmp_path: Path) -> None:

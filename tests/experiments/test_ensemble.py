@@ -12,7 +12,18 @@ from test_going_on import TOPICS, go_on, last_home
 from test_recovery import stop_at
 from transformers import AutoModel
 
-from holdfast import EWC, HeadFirst, LoRA, Rates, Recipe, Refused, load, load_task, run_sequence
+from holdfast import (
+    EWC,
+    HeadFirst,
+    LoRA,
+    Rates,
+    Recipe,
+    Refused,
+    ReInit,
+    load,
+    load_task,
+    run_sequence,
+)
 from holdfast.cli import main
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
@@ -91,6 +102,7 @@ def test_a_run_is_gone_on_with(place: Path, learned: Path, tmp_path: Path) -> No
         ("default", "merge, lwf, head_first"),
         (Recipe(methods=[EWC()]), "ewc"),
         (Recipe(peft=LoRA(rank=2)), "peft"),
+        (Recipe(methods=[ReInit()]), "reinit"),
         (Recipe(head_first=HeadFirst()), "head_first"),
         (Recipe(rates=Rates.bertcl()), "rates"),
     ],

@@ -16,11 +16,11 @@ from sequences import SETTINGS, files, run, told
 from test_recovery import stop_at
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from holdfast import EWC, Recipe, Refused, cli, load, load_task, run_sequence
+from holdfast import EWC, Recipe, Refused, ReInit, cli, load, load_task, run_sequence
 from holdfast.experiments import gate, learner, origin, serving
 from holdfast.experiments.record import Record
 from holdfast.methods import METHODS
-from holdfast.training import checkpoints
+from holdfast.training import checkpoints, saving
 
 TOPICS = tuple(models.TOPICS)
 TINY = {"ewc": {"rows": 8}, "replay": {"memory": 4}, "dps": {"stage": 4}, "merge": {"rows": 8},
@@ -63,6 +63,30 @@ def test_three_commands_on_three_days_are_one_command(
     go_on(tmp_path / "november", TOPICS[2], tmp_path / "december", place=place)
     assert last_home(tmp_path / "december") == last_home(tmp_path / "whole")
     assert without_history(tmp_path / "december") == without_history(tmp_path / "whole")
+
+
+def test_only_a_fresh_network_begins_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in a second task, and a restart within the first goes on from its checkpoint."""
+    anew: list[int] = []
+    prepare = ReInit.prepare
+
+    def counted(method: ReInit, model: Any) -> Any:
+        anew.append(1)
+        return prepare(method, model)
+
+    monkeypatch.setattr(ReInit, "prepare", counted)
+    one = {"recipe": Recipe(methods=[ReInit(layers=1)]), "seed": 3}
+    run(place, tmp_path / "whole", TOPICS[:2], **one)
+    assert len(anew) == 1
+    stop_at(monkeypatch, place, tmp_path / "b", module=saving, name="rotate", call=3,
+            topics=TOPICS[:2], **one)  # fmt: skip
+    run(place, tmp_path / "b", TOPICS[:2], **one)
+    assert len(anew) == 3
+    assert files(tmp_path / "b") == files(tmp_path / "whole")
+    go_on(tmp_path / "b", TOPICS[2], tmp_path / "c", place=place)
+    assert len(anew) == 3
 
 
 def test_tasks_added_in_the_same_folder(place: Path, whole: Path, tmp_path: Path) -> None:

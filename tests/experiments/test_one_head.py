@@ -206,6 +206,42 @@ def test_prototypes_take_no_step(place: Path, tmp_path: Path) -> None:
         go_on(tmp_path / "a", TOPICS[1], tmp_path / "d", place=place, head="shared")
 
 
+def test_prototypes_tell_what_is_far_and_take_further_classes(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "a", TOPICS[:2], recipe="plain", head="prototype", seed=5)
+    rows = [json.loads(line)["text"] for line in (place / "colour.jsonl").open()]
+    (tmp_path / "rows.csv").write_text(
+        "id,text\n" + "".join(f"{i},{t}\n" for i, t in enumerate(rows))
+    )
+    words = f"predict {tmp_path / 'a'} {tmp_path / 'rows.csv'} --task mood --keep id --out".split()
+    for name in ("said.csv", "said.jsonl"):
+        assert main([*words, str(tmp_path / name)]) == 0
+    served = load(tmp_path / "a")
+    far = [each.out_of_domain for each in served.predict("mood", rows)]
+    assert min(far) > 0  # type: ignore[type-var]
+    head, *lines = (tmp_path / "said.csv").read_text().splitlines()
+    assert head == "id,label,probability,out_of_domain"
+    assert [float(line.split(",")[3]) for line in lines] == pytest.approx(far)
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").open()]
+    assert [row["out_of_domain"] for row in said] == pytest.approx(far)
+    colours = {c: [t for t in rows if c in t.split()][:6] for c in ("red", "blue")}
+    more = served.add_classes(colours)
+    before, after = (s.models["mood"].classifier.weight for s in (served, more))
+    assert torch.equal(after[: len(before)], before) and len(after) == len(before) + 2
+    new = [each.out_of_domain for each in more.predict("question", rows)]
+    assert all(n <= f for n, f in zip(new, far, strict=True))  # type: ignore[operator]
+    (lone,) = served.add_classes({"lone": rows[:1]}).predict("mood", rows[:1])
+    assert lone.label == "lone" and lone.out_of_domain == pytest.approx(0, abs=1e-4)
+    assert {each.label for each in served.predict("mood", rows)} <= set(EVERY[:5])
+    more.save("mood", tmp_path / "model")
+    again: Any = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(again.classifier.weight, after.cpu())
+    assert list(again.config.id2label.values()) == [*EVERY[:5], "red", "blue"]
+    listed = "takes a list of texts"
+    for wrong, why in [("red film", listed), ([("a", "b")], listed), ([], "no rows of 'x'")]:
+        with pytest.raises(Refused, match=why):
+            served.add_classes({"x": wrong})
+
+
 def test_what_does_not_go_with_one_head_is_refused(place: Path, tmp_path: Path) -> None:
     """Before anything is made."""
     numbers = tmp_path / "n.jsonl"

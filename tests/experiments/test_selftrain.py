@@ -175,7 +175,7 @@ def test_each_round_is_a_run_of_the_task_and_of_rows_that_its_teacher_labelled(
     for k, (record, facts) in enumerate(zip(records, found, strict=True)):
         assert facts["round"] == k and facts["evaluation"] == record.scores[0][0]
         assert facts["selection"] == record.selection_scores[0][0]
-        assert ("lora" in record.recipe) == (k > 0)
+        assert ("peft" in record.recipe) == (k > 0)
         assert load(whole / f"round-{k}").predict("mood", ["a good film"])[0].label
         if k:
             pseudo = rows(whole / f"round-{k}.jsonl")
@@ -247,6 +247,7 @@ def test_rows_that_the_task_holds_never_enter(place: Path, tmp_path: Path, caplo
     (tmp_path / "many.txt").write_text(
         "\n".join([*lines, "a new film", "A new  film", "", "a new book"])
     )
+    selftrain.tell_once.cache_clear()  # once a process
     found, truth = selftrain._new_rows(str(tmp_path / "many.txt"), task)
     assert [row.text for row in found] == ["A new  film", "a new book"] and truth == {}
     assert (
@@ -303,7 +304,7 @@ def test_students_have_their_own_recipe(place: Path, tmp_path: Path) -> None:
                     student_lr=1e-3, epochs=0.5, choose="confidence")  # fmt: skip
     teacher, student = (r.recipe for r in records)
     assert not teacher["methods"] and student["methods"] == {"phce": {"tau": 2.5}}
-    assert "lora" not in student
+    assert "peft" not in student
     assert [r.settings["lr"] for r in records] == [5e-3, 1e-3]
 
 
@@ -312,7 +313,7 @@ def test_a_model_without_dropout_is_told(place: Path, tmp_path: Path, caplog: An
     models.save_bert(tmp_path / "place" / "bert", dropout=0.0)
     learn(tmp_path / "place", tmp_path / "out", rounds=1, epochs=0.5)
     assert "all passes agree, as without dropout: BALD tells nothing" in caplog.text
-    assert {x["bald"] for x in rows(tmp_path / "out" / "round-1.jsonl")} == {0.0}
+    assert max(x["bald"] for x in rows(tmp_path / "out" / "round-1.jsonl")) < 1e-15
 
 
 def test_the_verb(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

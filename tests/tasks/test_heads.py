@@ -27,7 +27,7 @@ from holdfast.engine.peft import adapt
 from holdfast.tasks import Row, Task
 from holdfast.tasks.kinds import evaluate, generation, kind_named
 from holdfast.tasks.kinds.classification import KIND
-from holdfast.tasks.kinds.heads import OneHead, Prototypes, headed
+from holdfast.tasks.kinds.heads import OneHead, Prototypes, answering, headed, with_classes
 from holdfast.tasks.scores import score
 
 WORDS = ["the film was good", "a plot", "who is not cold ?", "red " * 8, "blue book", "dull cast"]
@@ -282,7 +282,7 @@ def fitted(kind: Any, model: Any, *asked: Task) -> Any:
 
 
 def slowly(model: Any, by_class: dict[int, list[str]], texts: list[str], spread: bool) -> Tensor:
-    """softmax(−d) of each text, from the features themselves: (texts, classes)."""
+    """d of each text, from the features themselves: (texts, classes)."""
 
     def z(text: str) -> Tensor:
         with torch.no_grad():
@@ -297,7 +297,7 @@ def slowly(model: Any, by_class: dict[int, list[str]], texts: list[str], spread:
             mean = members.mean(0)
             variance = (members - mean).square().mean(0).sum() if spread else 0.0
             d.append((z(text) - mean).square().sum() + variance)
-        found.append((-torch.stack(d)).softmax(0))
+        found.append(torch.stack(d))
     return torch.stack(found)
 
 
@@ -319,10 +319,20 @@ def test_prototypes_are_class_means(spread: bool) -> None:
     inputs = TOKENS(WORDS, padding=True, return_tensors="pt")
     with torch.no_grad():
         got = model(**inputs).logits.double().softmax(-1)
-    torch.testing.assert_close(got, slowly(model, of, WORDS, spread), rtol=1e-4, atol=1e-6)
+    d = slowly(model, of, WORDS, spread)
+    torch.testing.assert_close(got, (-d).softmax(-1), rtol=1e-4, atol=1e-6)
     about = {"labels": ("no", "yes", "maybe", "often")}
     said = KIND.predict(model, about, WORDS, None, TOKENS, max_length=16, batch=4)
     assert list(said[0].probabilities.values()) == pytest.approx(got[0].tolist(), abs=1e-6)
+    assert said[0].out_of_domain is None
+    for _ in range(2):  # and the model is as it was
+        with answering(KIND, model) as asked:
+            told = asked.predict(model, about, WORDS, None, TOKENS, max_length=16, batch=4)
+        least = d.min(-1).values.tolist()
+        assert [each.out_of_domain for each in told] == pytest.approx(least, rel=1e-4, abs=1e-5)
+        assert [each.label for each in told] == [about["labels"][int(i)] for i in d.argmin(-1)]
+        assert list(told[0].probabilities.values()) == pytest.approx(got[0].tolist(), abs=1e-6)
+    assert KIND.predict(model, about, WORDS, None, TOKENS, max_length=16, batch=4) == said
 
 
 @pytest.mark.parametrize("head", ["prototype", "variance_prototype"])
@@ -353,6 +363,49 @@ def test_a_class_without_rows_is_never_said() -> None:
         shares = model(**TOKENS(WORDS, padding=True, return_tensors="pt")).logits.softmax(-1)
     assert float(shares[:, 2].max()) == 0.0
     torch.testing.assert_close(shares.sum(-1), torch.ones(len(WORDS)))
+
+
+def test_the_distance_to_a_lone_row_is_0_and_never_below() -> None:
+    kind: Any = headed(KIND, "prototype", [ONE])
+    lone = replace(ONE, train=(replace(ONE.train[0], label=0), replace(ONE.train[1], label=1)))
+    model = fitted(kind, bert(seed=2), lone)
+    with answering(KIND, model) as asked:
+        said = asked.predict(model, {"labels": ("no", "yes")}, WORDS, None, TOKENS, max_length=16,
+                             batch=4)  # fmt: skip
+    far: list[Any] = [each.out_of_domain for each in said]
+    assert min(far) >= 0 and far[:2] == pytest.approx([0, 0], abs=1e-5) and min(far[2:]) > 1e-3
+    assert [each.label for each in said[:2]] == ["no", "yes"]
+
+
+@pytest.mark.parametrize("head", ["prototype", "variance_prototype"])
+def test_further_classes_need_no_training_and_move_none(head: str) -> None:
+    """As if their rows had come as a task; the model that there was is left alone."""
+    more = task("more", ("maybe", "often"), "moommo")
+    both = fitted(headed(KIND, head, [ONE, more]), bert(seed=2), ONE, more)
+    model = fitted(headed(KIND, head, [ONE]), bert(seed=2), ONE)
+    before, state = models.weights(model), torch.get_rng_state()
+    rows = {name: [replace(r, label=None) for r in more.train if r.label == i]
+            for i, name in enumerate(more.labels or ())}  # fmt: skip
+    about = {"name": "one", "labels": ["no", "yes"], "metric": "accuracy", "pairs": False,
+             "kind": "classification"}  # fmt: skip
+    made, labels = with_classes(model, about, rows, TOKENS, max_length=16)
+    assert labels == ["no", "yes", "maybe", "often"] == list(made.config.id2label.values())
+    assert models.same(models.weights(model), before) and len(model.config.id2label) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert made.base_model is model.base_model
+    for name in ("weight", "bias"):
+        new = getattr(made.classifier, name)
+        assert torch.equal(new[:2], before[f"classifier.{name}"])
+        torch.testing.assert_close(new, getattr(both.classifier, name), rtol=1e-6, atol=1e-7)
+    assert made.config.prototype_rows == [3, 3, 3, 3]
+    for wrong, why in [
+        ({"yes": rows["often"]}, "'yes' is a class already"),
+        ({"x": []}, "no rows"),
+    ]:
+        with pytest.raises(Refused, match=why):
+            with_classes(model, about, wrong, TOKENS, max_length=16)
+    with pytest.raises(Refused, match="its head is not of prototypes: new classes need training"):
+        with_classes(bert(), about, rows, TOKENS, max_length=16)
 
 
 # --- what cannot be -------------------------------------------------------------------------------

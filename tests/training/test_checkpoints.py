@@ -20,7 +20,20 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 import holdfast
-from holdfast import DPS, EWC, L2SP, HeadFirst, LoRA, Merge, Rates, Recipe, Refused, Replay
+from holdfast import (
+    DPS,
+    EWC,
+    L2SP,
+    PEFT,
+    HeadFirst,
+    KLAnchor,
+    LoRA,
+    Merge,
+    Rates,
+    Recipe,
+    Refused,
+    Replay,
+)
 from holdfast.training.checkpoints import META, TENSORS, load_state, save_state
 from holdfast.training.manifest import newest_complete
 
@@ -32,6 +45,17 @@ RECIPES = {
     "ewc": Recipe(methods=[EWC(strength=100.0)]),
     "replay": Recipe(methods=[Replay(memory=6)]),
     "together": Recipe(methods=[EWC(), L2SP(), Replay(memory=4), DPS(stage=3)], max_grad_norm=0.5),
+    "ia3": Recipe(peft=PEFT("ia3"), methods=[EWC(), L2SP(), Merge(rows=8)]),
+    "ln_tuning": Recipe(
+        peft=PEFT("ln_tuning", target_modules=["LayerNorm"]),
+        methods=[Merge(rows=8, norms="solve"), DPS(stage=4, modules=("*LayerNorm*",))],
+    ),
+    "osf": Recipe(peft=PEFT("osf", effective_rank=8), methods=[EWC(strength=100.0)]),
+    "shira, lora": Recipe(
+        peft=[PEFT("shira", r=2), PEFT("lora", r=2, lora_dropout=0.2)],
+        methods=[KLAnchor(anchor="base"), Merge(rows=8)],
+        rates=Rates.bertcl(),
+    ),
     "lora": Recipe(
         peft=LoRA(rank=2, dropout=0.2), methods=[EWC(strength=100.0), Merge(rows=8), DPS(stage=4)]
     ),

@@ -244,7 +244,9 @@ def test_what_lies_beside_the_base_must_be_what_it_was(saved: dict[str, Path]) -
         (lambda t, _: t["gaps:w"].add_(195), "is damaged"),  # beyond the end
         (lambda t, _: t.update({"xor:w": t["xor:w"][:1].clone()}), "is damaged"),
         (lambda t, _: t.update({"xor:w": t["xor:w"].short()}), "is damaged"),
+        (lambda t, _: t.update({"gaps:w": t["gaps:w"].bfloat16()}), "is damaged"),
         (lambda t, _: t.pop("xor:w"), "is damaged"),
+        (lambda _, a: a["tuned"].update(files=["config.json"]), "no delta file"),
         (lambda _, a: a["tuned"]["files"].update({"../x.json": "0"}), "no delta file"),
         (lambda _, a: a["tuned"]["files"].update({"/tmp/x": "0"}), "no delta file"),
         (lambda _, a: a["tuned"]["files"].update({"model.safetensors": "0"}), "no delta file"),
@@ -274,6 +276,8 @@ def test_what_is_no_model_and_no_delta_is_refused(tmp_path: Path) -> None:
         delta.save(tmp_path, base, tmp_path / "d")
     with pytest.raises(Refused, match="no such folder"):
         delta.save(base, base, tmp_path / "none" / "d")
+    with pytest.raises(Refused, match="is no delta file"):
+        delta.save(base, base, base / "model.safetensors")  # a model is not written over
     with pytest.raises(Refused, match="is no delta file"):
         delta.apply(base, base / "model.safetensors", tmp_path / "out")
     with pytest.raises(Refused, match="is no safetensors file"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
 import holdfast
-from holdfast import DPS, EWC, Rates, Recipe, Refused, Replay, with_recipe
+from holdfast import DPS, EWC, SAM, Rates, Recipe, Refused, Replay, with_recipe
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method, View
 from holdfast.network.groups import param_groups
@@ -630,6 +630,27 @@ def test_a_penalty_weighs_the_same_however_rows_are_split(head: str, tmp_path: P
         tmp_path, make(), rows(22, **labels), args=args | {"per_device_train_batch_size": 8}
     )
     assert distance(weights(plain.model), weights(whole.model)) > 0.029  # 3 steps of 0.01 · 1
+
+
+@pytest.mark.parametrize("more", [{}, {"label_smoothing_factor": 0.3}])
+@pytest.mark.parametrize("head", ["classification", "causal LM"])
+def test_what_runs_a_batch_twice_takes_the_trainers_own_loss(
+    head: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """SAM's second pass: however rows are split, and without an excursion it is plain."""
+    make, labels = HEADS[head]
+    args = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, **more}
+
+    def ran(size: dict[str, int], radius: float | None) -> dict[str, Tensor]:
+        recipe = Recipe(methods=[] if radius is None else [SAM(radius=radius)])
+        data = rows(22, **labels)
+        return weights(trained(tmp_path, make(), data, recipe=recipe, args=args | size).model)
+
+    split, whole = {"gradient_accumulation_steps": 2}, {"per_device_train_batch_size": 8}
+    assert distance(ran(split, 0.5), ran(whole, 0.5)) < 1e-6
+    for size in (split, whole):
+        assert distance(ran(size, 1e-6), ran(size, None)) < 1e-6
+    assert distance(ran(whole, 0.5), ran(whole, None)) > 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A model's outputs kept by row, and their divergence from its current outputs.
+"""A model's outputs: which of them count, kept by row, and how far they have moved.
 
 Methods that hold outputs (lwf, kl_anchor) run the model once on each row before the task. Rows are
 identified by content (`view.rows`), so that neither the order of batches nor padding matters.
@@ -7,11 +7,14 @@ identified by content (`view.rows`), so that neither the order of batches nor pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from holdfast.engine.batches import LABELS
+from holdfast.engine.method import View
 from holdfast.engine.state import State
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import Kind, wide
@@ -91,3 +94,79 @@ def divergence(
     p, q = (q, p) if reverse else (p, q)
     each = functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1)
     return temperature**2 * (each * shares).mean()
+
+
+def symmetric(
+    before: Tensor,
+    now: Tensor,
+    kind: Kind = "classes",
+    *,
+    stop: Literal["none", "before", "targets"] = "none",
+) -> Tensor:
+    """`divergence` in both directions: KL(before ‖ now) + KL(now ‖ before); of numbers the squared
+    distance Σ (before − now)².
+
+    stop: what is held constant: nothing, `before`, or in each divergence the distribution that the
+    mean is over (the first).
+    """
+    if stop == "before":
+        before = before.detach()
+    one, two = (before.detach(), now.detach()) if stop == "targets" else (before, now)
+    return divergence(one, now, kind) + divergence(two, before, kind)
+
+
+# --- which outputs count --------------------------------------------------------------------------
+
+
+def of_step(view: View, where: str, **how: Any) -> Tensor:
+    """Logits of the training pass. If it returned none, because its loss is fused with the last
+    layer, the model is run once more, with gradients; `how`: as `view.forward` takes it."""
+    if view.outputs is None or view.inputs is None:
+        raise Refused("no outputs here", where=where, remedy="call bound.penalty(batch, outputs)")
+    outputs = view.outputs
+    if getattr(outputs, "logits", None) is None:
+        outputs = view.forward(**how)
+    return logits_of(outputs, where)
+
+
+def logits_of(outputs: Any, where: str) -> Tensor:
+    """Logits of (rows, classes) or (rows, tokens, classes)."""
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
+        raise Refused("the model returns no logits of (rows, classes) or (rows, tokens, classes)",
+                      where=where, remedy="use lwf, or hold weights")  # fmt: skip
+    return logits
+
+
+def aligned(view: View, logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits and labels aligned by position, and which positions count: those with a label that is
+    not −100, or without labels all but padding; every row of a regression or of several labels."""
+    inputs = view.inputs or {}
+    labels = next((v for k, v in inputs.items() if k in LABELS and isinstance(v, Tensor)), None)
+    if labels is not None and labels.is_floating_point():
+        labels = None  # a regression, or several labels per row: all rows count
+    # Without labels every position counts that is not padding.
+    mask = inputs.get("attention_mask") if logits.ndim == 3 else None
+    counted = logits.new_ones(logits.shape[:-1], dtype=torch.bool) if mask is None else mask != 0
+    if labels is not None:
+        labels = labels.reshape(labels.shape[: logits.ndim - 1])  # also for classes of (rows, 1)
+        counted = labels != -100
+    if counted.shape != logits.shape[:-1]:
+        raise Refused(f"labels of shape {tuple(counted.shape)} do not fit logits of "
+                      f"{tuple(logits.shape)}", where="labels")  # fmt: skip
+    if logits.ndim == 3 and shifts(view.bound.models[view.task]):
+        # The logits at t predict the token at t + 1.
+        logits, counted = logits[:, :-1], counted[:, 1:]
+        labels = None if labels is None else labels[:, 1:]
+    return logits, counted, labels
+
+
+def shifts(model: Any) -> bool:
+    """Whether a model's logits predict the label one position later.
+
+    Hugging Face models declare this by `loss_type`; one that does not is taken to be causal.
+    """
+    joint = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    kind = getattr(model, "loss_type", None)
+    # Image-and-text models are ForConditionalGeneration, as translators are.
+    return not joint and kind in (None, "ForCausalLM", "ForConditionalGeneration")

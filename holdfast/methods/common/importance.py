@@ -212,11 +212,8 @@ def kind_of(model: Any, logits: Tensor) -> Kind:
     return "numbers" if logits.shape[-1] == 1 or declared == "regression" else "classes"
 
 
-def _drawable(output: Any, batch: Batch, model: nn.Module | None) -> Kind | None:
-    """The kind of a row's logits if labels can be drawn from them, else None."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.ndim != 2:
-        return None
+def told_kind(model: Any, logits: Tensor, batch: Batch) -> Kind:
+    """`kind_of`; `Refused` where labels are numbers and nothing says what they stand for."""
     kind = kind_of(model, logits)
     told = getattr(getattr(model, "config", None), "problem_type", None) is not None
     given = (v for k, v in batch.items() if k in LABELS and isinstance(v, Tensor))
@@ -224,6 +221,15 @@ def _drawable(output: Any, batch: Batch, model: nn.Module | None) -> Kind | None
         raise Refused("numbers for labels: of a regression, or of several labels a row?",
                       where="config.problem_type",
                       remedy='say "regression" or "multi_label_classification"')  # fmt: skip
+    return kind
+
+
+def _drawable(output: Any, batch: Batch, model: nn.Module | None) -> Kind | None:
+    """The kind of a row's logits if labels can be drawn from them, else None."""
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.ndim != 2:
+        return None
+    kind = told_kind(model, logits, batch)
     return None if kind == "numbers" else kind
 
 

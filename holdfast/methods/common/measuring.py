@@ -9,6 +9,7 @@ from pydantic import Field
 
 from holdfast.engine.grams import Grams, Structure
 from holdfast.engine.method import Method, View
+from holdfast.errors import tell_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,13 @@ class Measuring(Method):
 
     def measured(self, view: View, **more: Any) -> Grams:
         """The Grams of this task, in `end_task`; methods with the same settings share one pass."""
-        return view.grams(
+        found = view.grams(
             rows=self.rows, structure=self.structure, width=self.width, rank=self.rank, **more
         )
+        if view.shared and not found.moments and not found.counts:
+            tell_once(f"{self.name}: no weight that trains is in a linear layer or an embedding, "
+                      "whose inputs could be measured")  # fmt: skip
+        return found
 
     def remembered(self, view: View) -> Grams | None:
         """The Grams of earlier tasks, as `Grams.save` left them; None before the first."""

@@ -10,7 +10,9 @@ model draws a head, and all of it is trained with each task. `prototype`: nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -21,14 +23,15 @@ from transformers import AutoModelForSequenceClassification
 
 from holdfast.engine.head_first import KNOWN
 from holdfast.errors import Refused, TrainingDiverged
-from holdfast.tasks.kinds import Encoded, Kind, Measured
+from holdfast.tasks.kinds import Encoded, Kind, Measured, kind_named
 from holdfast.tasks.kinds.classification import outputs
 from holdfast.tasks.kinds.levi import LeviForSequenceClassification, ensemble
 from holdfast.tasks.kinds.packed import Packed, values
 from holdfast.tasks.kinds.pretrained import check_length
-from holdfast.tasks.task import Row, Task
+from holdfast.tasks.task import Prediction, Row, Task
 
-ROWS = "prototype_rows"  # in a model's configuration: the rows that each class's means are of
+# In a model's configuration: the rows that each class's means are of, and whether d has tr Σ_c.
+ROWS, SPREAD = "prototype_rows", "prototype_spread"
 NEVER = -1e30  # the logit of a class without rows
 
 
@@ -100,7 +103,7 @@ class Prototypes(OneHead):
 
     def fit(self, model: Any, rows: Sequence[Encoded], task: Task, collate: Any) -> None:
         """Add a task's rows to the means of their classes, in place."""
-        layer, given = _last_layer(model, task), list[torch.Tensor]()
+        layer, given = _last_layer(model), list[torch.Tensor]()
         handle = layer.register_forward_pre_hook(lambda _, z: given.append(z[0].cpu().double()))
         truth, size = torch.as_tensor(values(rows, "labels")).long(), layer.out_features
         sums = torch.zeros(size, layer.in_features + 2, dtype=torch.float64)  # of z, ‖z‖² and 1
@@ -117,22 +120,80 @@ class Prototypes(OneHead):
         count = torch.tensor([*before, *[0] * (size - len(before))], dtype=torch.float64)
         weight, bias = (p.detach().cpu().double() for p in (layer.weight, layer.bias))
         sums += torch.cat([weight / 2, -bias[:, None], torch.ones(size, 1)], 1) * count[:, None]
-        means, count = sums / sums[:, -1:].clamp(min=1), sums[:, -1]
+        means, count, before = sums / sums[:, -1:].clamp(min=1), sums[:, -1], count
         with torch.no_grad():
-            layer.weight.copy_(2 * means[:, :-2])
-            squares = means[:, -2] if self.spread else (layer.weight.cpu() / 2).square().sum(1)
-            layer.bias.copy_(torch.where(count > 0, -squares, NEVER))
+            weight = (2 * means[:, :-2]).to(layer.weight)
+            squares = means[:, -2] if self.spread else (weight.cpu() / 2).square().sum(1)
+            bias = torch.where(count > 0, -squares, NEVER).to(layer.bias)
+            # What a class without new rows has stays as it is, bit for bit.
+            still = ((count == before) & (count > 0)).to(weight.device)
+            layer.weight.copy_(torch.where(still[:, None], layer.weight, weight))
+            layer.bias.copy_(torch.where(still, layer.bias, bias))
         setattr(model.config, ROWS, count.long().tolist())
+        setattr(model.config, SPREAD, self.spread)
 
 
-def _last_layer(model: Any, task: Task) -> nn.Linear:
+def with_classes(
+    model: Any, about: Mapping[str, Any], rows: Mapping[str, Sequence[Row]], processor: Any, *,
+    max_length: int,
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """A model of prototypes with further classes, on the same encoder, and the labels of all.
+
+    about: its task. rows: of each new class. What there was stays as it is, bit for bit.
+    """
+    where, known = str(about["name"]), list(about["labels"] or ())
+    if (spread := getattr(getattr(model, "config", None), SPREAD, None)) is None:
+        raise Refused("its head is not of prototypes: new classes need training", where=where,
+                      remedy="learn them by holdfast sequence --from")  # fmt: skip
+    if wrong := [name for name in rows if name in known or not rows[name]]:
+        raise Refused(f"{wrong[0]!r} is a class already" if wrong[0] in known else
+                      f"no rows of {wrong[0]!r}", where=where)  # fmt: skip
+    labels = (*known, *rows)
+    told = [replace(row, label=labels.index(name)) for name, few in rows.items() for row in few]
+    task = Task(where, labels, about["metric"], tuple(told), (), (), source="", kind=about["kind"])
+    kind = Prototypes(kind_named(task.kind), [task], spread=spread)
+    encoder = model.base_model
+    made = copy.deepcopy(model, {id(encoder): encoder})
+    with torch.random.fork_rng():
+        kind.add_head(made, task, seed=0)
+    given = kind.encode(told, task, processor, max_length=max_length, config=made.config)
+    kind.fit(made, given, task, kind.kind.collator(processor))
+    return made, list(labels)
+
+
+@contextlib.contextmanager
+def answering(kind: Kind, model: Any) -> Iterator[Kind]:
+    """What to predict with: `kind`; of prototypes it tells how far each row is from all classes.
+
+    Within the block such a model's logits are −d(z, c), ‖z‖² below what they were.
+    """
+    if not hasattr(getattr(model, "config", None), ROWS):
+        yield kind
+        return
+
+    def prediction(logits: torch.Tensor, labels: Sequence[str] | None) -> Prediction:
+        far = max(0.0, -float(logits.max()))  # rounding may take it below
+        return usual(logits, labels)._replace(out_of_domain=far)
+
+    made: Any = copy.copy(kind)
+    usual, made.prediction = made.prediction, prediction
+    handle = _last_layer(model).register_forward_hook(
+        lambda _, z, logits: logits - z[0].square().sum(-1, keepdim=True)
+    )
+    try:
+        yield cast(Kind, made)
+    finally:
+        handle.remove()
+
+
+def _last_layer(model: Any) -> nn.Linear:
     """The linear layer whose outputs are the logits of a row."""
     below = {*model.base_model.modules()}
     found = [m for m in model.modules() if m not in below and isinstance(m, nn.Linear)]
     if not found or found[-1].out_features != model.config.num_labels or found[-1].bias is None:
         raise Refused(f"the head of {type(model).__name__} does not end in a linear layer with a "
                       "bias, which prototypes need", where="--head",
-                      remedy=f"take another model, or --head shared ({task.name})")  # fmt: skip
+                      remedy="take another model, or --head shared")  # fmt: skip
     return found[-1]
 
 
