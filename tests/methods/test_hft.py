@@ -12,6 +12,7 @@ from torch import nn
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
+from holdfast.methods.ewc import EWC
 from holdfast.methods.hft import HFT
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import ToyTraining
@@ -73,6 +74,18 @@ def test_the_frozen_half_stays_bit_for_bit_and_another_rests_in_the_next_task() 
                 assert (w != seen[0][name]).any()
         halves.append(out)
     assert halves[0] != halves[1]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_it_left_out_is_measured_by_others(first: bool) -> None:
+    """The next task may train it: EWC must know how much the old one needs it."""
+    toy = ToyTraining(None)
+    toy.recipe = Recipe(methods=[HFT(), EWC()] if first else [EWC(), HFT()])
+    toy.bound = toy.recipe.unbound()
+    toy.begin("one")
+    toy.learn(0, 3)
+    toy.end()
+    assert toy.bound.states["ewc"].weights["fisher"].keys() == toy.bound.shared.keys()
 
 
 def test_another_seed_draws_another_half() -> None:
