@@ -212,6 +212,9 @@ class Bound(Passes):
                           where="end_task", remedy="pass data=")  # fmt: skip
         steps = self.step, self.skipped
         distributed.require_aligned(self.randomness, self.weights, steps)
+        for view in self.views.values():  # other methods measure all, and so does the next task
+            while view.cut:
+                view.cut.pop().requires_grad_()
         with self._offering(data), in_mode(model.modules(), training=False):
             for method in self._defining("end_task"):
                 with own_randomness(self.views[method.name].generator):

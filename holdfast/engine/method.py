@@ -210,7 +210,7 @@ class View:
     bound: Bound
     state: State  # this method's own
     scratch: dict[str, Any] = field(default_factory=dict)  # forgotten after every step
-    # Weights whose gradients the method has switched off; it switches them on in `unbound`.
+    # Weights whose gradients the method has switched off, until `end_task` or its `unbound`.
     cut: list[nn.Parameter] = field(default_factory=list)
 
     @property

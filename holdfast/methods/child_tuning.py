@@ -97,6 +97,7 @@ class ChildTuning(Subnetwork):
                           where="child_tuning.estimate", remedy="take rows")  # fmt: skip
         weights = {n: w for n, w in weights.items() if w.requires_grad}
         total = {n: torch.zeros_like(w, dtype=wide(w.dtype)) for n, w in weights.items()}
+        read = False
         for batch in view.data():
             loss = getattr(forward(batch), "loss", None)
             if loss is None:
@@ -106,6 +107,9 @@ class ChildTuning(Subnetwork):
             for g in grads.values() if self.clip else ():
                 g.mul_((self.clip / (g.norm() + 1e-6)).clamp(max=1.0))
             add_squares_([total[n] for n in grads], list(grads.values()))
+            read = True
+        if not read:
+            raise Refused("no rows to estimate the Fisher information from", remedy="pass data")
         return total
 
     def previous_of(self, view: View) -> Collection[str]:

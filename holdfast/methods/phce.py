@@ -9,7 +9,8 @@ without bound on a label that the model finds absurd; here it is at most τ, so 
 min(1, τ p) times what it would.
 
 Written as a penalty, P = mean (ℓ(p) + log p), added to the model's own loss, the mean of −log p.
-That loss must weight all labels alike, without label smoothing.
+That loss must weight all labels alike, without label smoothing; one of the model that does not is
+refused in the first step.
 """
 
 from __future__ import annotations
@@ -54,7 +55,13 @@ class PHCE(Method):
         if logits is None or logits.ndim != 2 or labels is None or labels.is_floating_point():
             raise Refused("is for rows of one class each", where="phce", remedy="leave it out")
         usual = functional.cross_entropy(logits.float(), labels.view(-1), reduction="none")
-        own = usual.mean() if view.loss is None else view.loss
+        own, told = view.loss, getattr(view.outputs, "loss", None)
+        own = usual.mean() if own is None else own
+        if told is not None and view.step == 0:
+            mean = usual.detach().sum() / (labels != -100).sum()
+            if not torch.isclose(told.detach().float(), mean, rtol=0.05, atol=0.01, equal_nan=True):
+                raise Refused("the model's loss is not the cross-entropy of its logits, rows "
+                              "weighted alike", where="phce", remedy="leave it out")  # fmt: skip
         share = own.detach() / usual.detach().sum().clamp(min=1e-30)  # 1/n of the model's own loss
         return share * (partial(usual, self.tau) - usual).sum()
 

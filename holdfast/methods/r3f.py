@@ -71,7 +71,8 @@ class R3F(Method):
 
     def begin_task(self, view: View) -> None:
         _no_numbers(noise.tried(view, "r3f"))
-        self._normalise_(view)
+        if not view.resuming:  # what was saved is normalised, and again is not bit for bit the same
+            self._normalise_(view)
 
     def watched(self, view: View) -> Collection[nn.Module]:
         return [view.bound.models[view.task]] if self.dropout == "same" else []

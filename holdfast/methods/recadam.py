@@ -28,7 +28,10 @@ from torch import Tensor
 
 from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
+from holdfast.errors import Refused
 from holdfast.methods.common.anchor import pull_, remember
+from holdfast.methods.common.subnetwork import Subnetwork
+from holdfast.methods.dps import DPS
 from holdfast.ops.blocks import blocks
 from holdfast.ops.distributed import local
 
@@ -74,6 +77,11 @@ class RecAdam(Method):
         return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
     def begin_task(self, view: View) -> None:
+        methods = view.bound.methods
+        before = methods[: methods.index(self)] if self.pull == "decoupled" else ()
+        if holding := [m.name for m in before if isinstance(m, Subnetwork | DPS)]:
+            raise Refused(f"it would move what {', '.join(holding)} held still", where="recadam",
+                          remedy="list recadam before it")  # fmt: skip
         view.state.weights["start"] = remember(view.shared)
 
     def _moved(self, view: View) -> list[str]:

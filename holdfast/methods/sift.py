@@ -67,6 +67,9 @@ class SIFT(Subnetwork, LeavesOut):
     bytes_per_weight: ClassVar[str] = "4 (the sum of gradients turns into the values to keep)"
     needs_previous: ClassVar[bool] = True  # of decay="none" alone
     ranges: ClassVar[Mapping[str, Range]] = {"share": Range(0.001, 0.2, log=True)}
+    excludes: ClassVar[Mapping[str, str]] = {
+        "bitfit": "each freezes what the other one trains",
+    }
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     batches: Annotated[int, Field(gt=0)] = 1

@@ -157,9 +157,20 @@ class SMART(Method):
                 found = answers.symmetric(clean, now, kind)
             (slope,) = torch.autograd.grad(noise.mean_of(found, now), leaf)
             size = slope.abs().amax().clamp(min=1e-30)
-            (g,) = torch.autograd.grad(logits, delta.value, (slope / size).to(logits.dtype))
-            delta.step_(g * size, self)
+            delta.step_(_slope(logits, delta.value, slope / size) * size, self)
         return delta
+
+
+def _slope(logits: Tensor, delta: Tensor, weights: Tensor) -> Tensor:
+    """∂ Σ weights · logits / ∂δ."""
+    try:
+        (g,) = torch.autograd.grad(logits, delta, weights.to(logits.dtype))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise Refused("a reentrant activation checkpoint gives no gradient of an embedding alone",
+                      where="smart", remedy="use_reentrant=False") from None  # fmt: skip
+    return g
 
 
 class _Delta:

@@ -198,14 +198,17 @@ RMS = ("RMSNorm", "T5LayerNorm")
 
 
 def _by_weight(weights: Mapping[str, nn.Parameter], owners: Owners) -> dict[str, list[nn.Module]]:
-    """For each name the modules that hold it as their `weight`."""
-    found = {n: [m for m in owners[n] if getattr(m, "weight", None) is w]
+    """For each name the modules that hold it as their `weight`.
+
+    Not by the attribute: while weights are mixed, it is a stand-in.
+    """
+    found = {n: [m for m in owners[n] if m._parameters.get("weight") is w]
              for n, w in weights.items()}  # fmt: skip
     return {name: modules for name, modules in found.items() if modules}
 
 
 def _bias(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> str | None:
-    own = getattr(module, "bias", None)
+    own = module._parameters.get("bias")
     return next((n for n, p in weights.items() if p is own), None)
 
 

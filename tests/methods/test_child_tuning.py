@@ -147,8 +147,9 @@ def test_with_gradients_alone_decay_moves_the_rest() -> None:
     assert (first[-1][name] != first[0][name]).all()
 
 
-def test_without_rows_it_is_refused_before_the_first_step() -> None:
-    toy = ToyTraining(ChildTuning())
+@pytest.mark.parametrize("estimate", ["rows", "batches"])
+def test_without_rows_it_is_refused_before_the_first_step(estimate: str) -> None:
+    toy = ToyTraining(ChildTuning.from_dict({"estimate": estimate}))
     model = toy.add_model("one")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(Refused, match="no rows to estimate"):

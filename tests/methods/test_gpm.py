@@ -15,7 +15,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.grams import Structure
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods import GPM
+from holdfast.methods import GPM, Mixout
 from holdfast.methods.gpm import widened
 from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import Recipe
@@ -244,6 +244,22 @@ def test_after_twenty_steps_of_adamw_old_outputs_are_what_they_were() -> None:
 def test_as_published_or_with_other_weights_free_they_are_not(settings: dict[str, Any]) -> None:
     """Momentum of the first steps and weight decay, or norms and embeddings, move them."""
     assert max(drifts(**settings)) > 1e-2
+
+
+def test_weights_that_are_mixed_are_projected_too() -> None:
+    """Layers are found while their `weight` is a stand-in."""
+    found, bound = {}, Recipe(methods=[Mixout(), GPM(threshold=1.0)]).unbound()
+    torch.manual_seed(0)
+    encoder = Classifier().encoder
+    for i, batches in enumerate(TASKS[:2]):
+        model = Classifier(encoder=encoder)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
+        bound.begin_task(f"task{i}", optimizer, 20, model=model)
+        learn(model, bound, optimizer, batches, 20)
+        bound.end_task(batches)
+        found[i] = encoder.train(False)(TASKS[0][0]["tokens"]).detach()
+        encoder.train()
+    assert (found[1] - found[0]).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("others", ["train", "freeze"])

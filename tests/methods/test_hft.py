@@ -12,6 +12,7 @@ from torch import nn
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
+from holdfast.methods.ewc import EWC
 from holdfast.methods.hft import HFT
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import ToyTraining
@@ -59,8 +60,7 @@ def test_each_layer_trains_its_share_of_each_category(
         assert counts.total() == -int(-whole[kind] * share // 1), kind
 
 
-def test_the_frozen_half_stays_bit_for_bit_and_another_rests_in_the_next_task() -> None:
-    halves = []
+def test_the_frozen_half_stays_bit_for_bit() -> None:
     for toy, seen in both_tasks(HFT()):
         out = set(toy.bound.states["hft"].numbers["out"])
         assert out < {*toy.bound.shared}
@@ -71,13 +71,26 @@ def test_the_frozen_half_stays_bit_for_bit_and_another_rests_in_the_next_task() 
                 assert toy.bound.weights[name].grad is None, "and was computed"
             else:
                 assert (w != seen[0][name]).any()
-        halves.append(out)
-    assert halves[0] != halves[1]
 
 
-def test_another_seed_draws_another_half() -> None:
+@pytest.mark.parametrize("first", [True, False])
+def test_what_it_left_out_is_measured_by_others(first: bool) -> None:
+    """The next task may train it: EWC must know how much the old one needs it."""
+    toy = ToyTraining(None)
+    toy.recipe = Recipe(methods=[HFT(), EWC()] if first else [EWC(), HFT()])
+    toy.bound = toy.recipe.unbound()
+    toy.begin("one")
+    toy.learn(0, 3)
+    toy.end()
+    assert toy.bound.states["ewc"].weights["fisher"].keys() == toy.bound.shared.keys()
+
+
+def test_another_seed_or_task_draws_another_half() -> None:
     outs = [bound_bert(HFT(), seed=s).states["hft"].numbers["out"] for s in (0, 0, 1)]
     assert outs[0] == outs[1] != outs[2]
+    bound = bound_bert(HFT())
+    bound.begin_task("two", torch.optim.SGD(bound.models["task"].parameters(), lr=0.1), 9)
+    assert bound.states["hft"].numbers["out"] != outs[0]
 
 
 def test_others_can_rest_too() -> None:

@@ -66,3 +66,21 @@ def test_other_rows_are_refused() -> None:
     ):
         with pytest.raises(Refused, match="phce: is for rows of one class each"):
             PHCE().penalty(view(logits, labels, None))
+
+
+@pytest.mark.parametrize("of", ["weighted labels", "several members"])
+def test_another_loss_of_the_model_is_refused(of: str) -> None:
+    """-100 is no row, and does not count in the mean."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(9, 4), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, -100])
+    seen = view(logits, labels, None)
+    seen.step, seen.outputs.loss = 0, functional.cross_entropy(logits, labels)
+    PHCE().penalty(seen)
+    weights = torch.tensor([4.0, 1, 1, 1])
+    seen.outputs.loss = (
+        3 * seen.outputs.loss
+        if of == "several members"
+        else functional.cross_entropy(logits, labels, weight=weights)
+    )
+    with pytest.raises(Refused, match="phce: the model's loss is not the cross-entropy"):
+        PHCE().penalty(seen)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method, View
-from holdfast.methods import RecAdam
+from holdfast.errors import Refused
+from holdfast.methods import DynamicSubset, RecAdam
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
 from holdfast.testing.toy import Classifier, ToyTraining
@@ -132,3 +133,19 @@ def test_a_tensor_without_a_gradient_is_left_alone() -> None:
     bound.optimizer.step()
     for name, w in bound.weights.items():
         assert torch.equal(w.detach(), before[name]) == (name == out)
+
+
+def test_what_others_hold_still_is_held_after_the_pull() -> None:
+    """A pull after them would move all entries; before them it moves those of the subnetwork."""
+    subset, toy = DynamicSubset(share=0.2), ToyTraining(None)
+    toy.bound = Recipe(methods=[subset, RecAdam()]).unbound()
+    with pytest.raises(Refused, match="recadam: it would move what dynamic_subset held still"):
+        toy.begin("one")
+    toy.bound = Recipe(methods=[RecAdam(strength=1.0, middle=2), subset]).unbound()
+    toy.begin("two")
+    start = snapshot(toy.bound)
+    for step in range(5):
+        toy.learn(step, step + 1)
+        for name in toy.bound.shared:
+            moved = int((toy.bound.weights[name] != start[name]).sum())
+            assert moved == math.ceil(0.2 * start[name].numel()), name

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
+from holdfast.methods.bitfit import BitFit
 from holdfast.methods.sift import SIFT
+from holdfast.recipe import Recipe
 
 CONTRACT: list[tuple[Method, float]] = [
     (SIFT(), 4),
@@ -105,3 +107,8 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(Refused, match="the weight decay of SGD is in its gradient"):
         scripted(SIFT(decay="none"), 3, **sgd, weight_decay=0.1)  # type: ignore[arg-type]
     scripted(SIFT(decay="none"), 3, **sgd)  # type: ignore[arg-type]
+
+
+def test_beside_bitfit_nothing_of_the_encoder_would_train() -> None:
+    with pytest.raises(Refused, match="sift cannot stand beside bitfit: each freezes"):
+        Recipe(methods=[BitFit(), SIFT()])

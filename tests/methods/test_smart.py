@@ -217,6 +217,14 @@ def test_the_masks_of_the_training_pass_leave_delta_alone(monkeypatch: pytest.Mo
     assert found["same"] == 0.0 and found["own"] > 1e-3
 
 
+def test_a_reentrant_activation_checkpoint_is_refused() -> None:
+    model = models.bert().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    bound, batch = bind(model, SMART(epsilon=0.1)), text("class")
+    with pytest.raises(Refused, match="smart: a reentrant activation checkpoint"):
+        bound.penalty(batch, model(**batch))
+
+
 def test_what_enters_no_table_is_refused_before_a_step() -> None:
     class Functional(Classifier):
         def forward(self, tokens: Tensor, labels: Tensor | None = None) -> SimpleNamespace:

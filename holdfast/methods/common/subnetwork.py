@@ -116,9 +116,6 @@ class LeavesOut(Method):
         while view.cut:
             view.cut.pop().requires_grad_()
 
-    def end_task(self, view: View) -> None:
-        self.unbound(view)  # the next optimizer is made of what requires a gradient
-
 
 # --- some entries of a tensor ---------------------------------------------------------------------
 
