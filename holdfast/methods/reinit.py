@@ -89,7 +89,7 @@ class ReInit(Method):
             return
         if adapters(model):
             raise Refused("adapters would leave the new layers as they were drawn", where="reinit",
-                          remedy="leave out lora, or reinit")  # fmt: skip
+                          remedy="leave out peft, or reinit")  # fmt: skip
         if not hasattr(default_shared(model) or model, MARK):
             raise Refused("the model was not prepared", where="reinit", remedy="model = "
                           "recipe.prepare(model), before its optimizer is built")  # fmt: skip
