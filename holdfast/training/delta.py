@@ -101,9 +101,8 @@ class Change:
             known = name if to == "base" else origin[name]
             if known not in self.moved:
                 return tensor
-            return (
-                (bits(tensor) ^ self.difference(known, tensor)).view(tensor.dtype).view_as(tensor)
-            )
+            made = bits(tensor) ^ self.difference(known, tensor)
+            return made.view(tensor.dtype).view_as(tensor)
 
         specs = {name: source.specs[before] for name, before in origin.items()}
         return Weights({**specs, **self.whole[to].specs}, read)
@@ -179,11 +178,8 @@ def merge(base: Path, files: Sequence[Path], out: Path, *, on_conflict: Rule = "
     for change, file in zip(changes, files, strict=True):
         mine = change.whole["tuned"]
         for name in mine.specs:
-            if (
-                name in heads
-                and on_conflict != "last"
-                and print_of(heads[name], name) != print_of(mine, name)
-            ):
+            twice = name in heads and on_conflict != "last"
+            if twice and print_of(heads[name], name) != print_of(mine, name):
                 raise Refused(f"{name} is another than in a file before", where=str(file),
                               remedy="say --on-conflict last to take this one")  # fmt: skip
             heads[name] = mine
@@ -228,8 +224,7 @@ def _write(file: Path, change: Change, base: Weights) -> Size:
                       remedy="name a file in a folder that is there")  # fmt: skip
     if file.exists():
         open_delta(file)  # nothing else is written over, such as a model
-    specs: dict[str, Tensor] = {}
-    moved = 0
+    specs, moved = dict[str, Tensor](), 0
     for name in change.moved:
         d = change.difference(name, base.specs[name])
         moved += int(d.count_nonzero())
