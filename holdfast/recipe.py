@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -140,8 +141,12 @@ class Recipe:
             return PRESETS[str(spec)]()
         if Path(spec).suffix in {".yaml", ".yml"} or os.path.exists(spec):
             return cls.load(spec)
-        remedy = nearest(str(spec), list(PRESETS)) + ", or name a .yaml file"
-        raise Refused(f"no recipe called {str(spec)!r}", where="--recipe", remedy=remedy)
+        remedy = nearest(str(spec), list(PRESETS))
+        with suppress(Refused):
+            PEFT(str(spec))
+            remedy = f"write one with peft: {{type: {spec}}}"
+        raise Refused(f"no recipe called {str(spec)!r}, nor a .yaml file", where="--recipe",
+                      remedy=remedy)  # fmt: skip
 
     # --- at work ------------------------------------------------------------------------------
 

@@ -274,6 +274,14 @@ def test_a_method_is_shown_whole(name: str, capsys: pytest.CaptureFixture[str]) 
         assert takes["modules"][0].endswith(" or list of text")
 
 
+def test_a_recipe_is_shown_as_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from holdfast.recipe import PRESETS, Recipe
+
+    assert main(["methods", "default"]) == 0
+    (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
+    assert Recipe.load(tmp_path / "r.yaml") == PRESETS["default"]()
+
+
 def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "ewk"]) == 2
     assert "did you mean 'ewc'?" in capsys.readouterr().err

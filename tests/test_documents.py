@@ -95,9 +95,10 @@ def test_the_costs_that_are_shipped_are_those_of_a_committed_result() -> None:
                          for r in rows if r["arm"].startswith(name[:4])]  # fmt: skip
 
 
-def test_readme_lists_every_recipe_that_is_no_method() -> None:
+def test_readme_lists_every_method_and_every_recipe_that_is_none() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [name for name in PRESETS.keys() - METHODS if f"`{name}`" not in readme]
+    assert not [name for name in METHODS if f"[`{name}`](docs/methods/{name}.md)" not in readme]
 
 
 def test_the_page_of_tasks_names_every_option_and_metric() -> None:

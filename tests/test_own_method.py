@@ -69,6 +69,22 @@ def test_it_holds_the_head_at_its_first_fit() -> None:
     assert held < 0.5 * free
 
 
+def test_the_class_on_the_page_is_that_of_the_example() -> None:
+    """With the imports that stand there."""
+    page = (ROOT / "docs" / "own_method.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S)
+    assert code is not None
+    named: dict[str, Any] = {"__name__": "own_method"}
+    exec(code[1], named)
+    theirs, ours = named["HoldHead"], HoldHead
+    for attribute in ("name", "summary", "paper", "bytes_per_weight"):
+        assert getattr(theirs, attribute) == getattr(ours, attribute)
+    first = HeadFirst()
+    assert example.moved(named["recipe"], steps=9) == example.moved(
+        Recipe(head_first=first, methods=[HoldHead(strength=0.3)]), steps=9
+    )
+
+
 def test_the_page_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entry point as it stands there leads to a method, and every hook is named."""
     page = (ROOT / "docs" / "own_method.md").read_text(encoding="utf-8")

@@ -97,10 +97,16 @@ def test_a_method_stands_once_and_is_a_method() -> None:
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    with pytest.raises(Refused, match=r"no recipe called 'bertlc'.*'bertcl'.*\.yaml"):
+    with pytest.raises(Refused, match=r"called 'bertlc', nor a \.yaml file; .*'bertcl'"):
         Recipe.named("bertlc")
     with pytest.raises(Refused, match="missing"):
         Recipe.named("missing.yaml")
+
+
+def test_the_name_of_an_adapter_is_told_how_to_write_it() -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(Refused, match=r"called 'ia3', nor .*; write one with peft: \{type: ia3\}"):
+        Recipe.named("ia3")
 
 
 def test_equal_recipes_do_not_share_state() -> None:

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from holdfast.training.delta import Size
 
 ABOUT = "keep a fine-tuned model as what changed in its base: one file that serves both ways"
-EXAMPLE = "holdfast delta save minilm runs/a trec6.safetensors"
+EXAMPLES = {
+    "save": "minilm runs/a trec6.safetensors",
+    "apply": "minilm trec6.safetensors models/trec6",
+    "revert": "models/trec6 trec6.safetensors models/base",
+    "merge": "minilm trec6.safetensors sst2.safetensors both.safetensors",
+}
+EXAMPLE = f"holdfast delta save {EXAMPLES['save']}"
 RESUMES = False
 RULES = ("refuse", "sum", "mean", "last")
 MODEL = "a saved model's folder, a run's, or minilm"
@@ -21,8 +27,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, about: str, *words: tuple[str, str]) -> argparse.ArgumentParser:
         made = actions.add_parser(
-            name, allow_abbrev=False, help=about, description=about[0].upper() + about[1:] + "."
-        )
+            name, allow_abbrev=False, help=about, description=about[0].upper() + about[1:] + ".",
+            epilog=f"example:\n  holdfast delta {name} {EXAMPLES[name]}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         for word, help in words:
             made.add_argument(word.lower(), metavar=word, help=help)
         return made
@@ -37,7 +45,7 @@ def options(parser: argparse.ArgumentParser) -> None:
            out)  # fmt: skip
     merge = action("merge", "make one delta of several of one base", ("BASE", MODEL))
     merge.add_argument("files", nargs="+", type=Path, metavar="FILE", help="delta files")
-    merge.add_argument("out", type=Path, metavar="OUT", help="the delta file to write")
+    merge.add_argument("out", type=Path, metavar="OUT", help="a new file")
     merge.add_argument("--on-conflict", choices=RULES, default="refuse",
                        help="where files move an entry to different values (refuse)")  # fmt: skip
 

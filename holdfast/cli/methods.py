@@ -16,7 +16,7 @@ from holdfast.cli.options import show
 if TYPE_CHECKING:
     from holdfast.engine.method import Method
 
-ABOUT = "list methods and recipes, or show one method with its settings"
+ABOUT = "list methods and recipes, or show one with its settings"
 EXAMPLE = "holdfast methods ewc"
 RESUMES = False
 SHARE = "share below 1, or whole number > 0"
@@ -25,16 +25,23 @@ TYPES = {"boolean": "true, false", "integer": "whole number", "string": "text", 
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a method, to show it whole")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="a method, to show it whole, or a recipe, as a file"
+    )
 
 
 def run(chosen: argparse.Namespace) -> None:
     if chosen.name is None:
         every()
     else:
-        from holdfast.methods import method_named
+        from holdfast.files import dump_yaml
+        from holdfast.methods import METHODS, method_named
+        from holdfast.recipe import PRESETS
 
-        one(method_named(chosen.name))
+        if chosen.name in PRESETS.keys() - METHODS:
+            print(dump_yaml(PRESETS[chosen.name]().to_dict()), end="")
+        else:
+            one(method_named(chosen.name))
 
 
 def every() -> None:

@@ -49,6 +49,9 @@ class PEFT:
         object.__setattr__(self, "settings", settings)
         kind = _kind(type)
         known = [f.name for f in fields(kind) if f.name not in _OURS]
+        if own := sorted(_OURS & settings.keys()):
+            raise Refused("is not for a recipe to say", where=f"peft.{own[0]}",
+                          remedy="leave it out")  # fmt: skip
         only_keys(settings, known, called=lambda name: f"peft.{name}")
         for name, value in settings.items():
             if problem := _problem(get_type_hints(kind)[name], value):

@@ -88,10 +88,18 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 def other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Refused:
     """The refusal of a folder whose work was begun as `before`, naming what differs."""
-    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-    told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
+    told = ", ".join(_differences(before, now))
     return Refused(f"holds a run with other settings ({told})", where=str(folder),
                    remedy="choose another --out")  # fmt: skip
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{at}{key}.")
+        elif old != new:
+            yield f"{at}{key}: {_short(old)} → {_short(new)}"
 
 
 def _goes_on(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:

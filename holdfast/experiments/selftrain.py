@@ -39,7 +39,7 @@ from holdfast.config import count
 from holdfast.engine.peft import LoRA
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import digest, other_settings
+from holdfast.experiments.runs import CONFIG, digest, other_settings
 from holdfast.experiments.sequence import Job, load_tasks
 from holdfast.experiments.settings import SelfTraining, Settings
 from holdfast.files import only_keys, read_text, write_text_atomic
@@ -94,7 +94,8 @@ def selftrain(
     (labelled,) = load_tasks([task], seed=seed, plan=plan)
     if labelled.kind != "classification" or labelled.labels is None:
         kind = "regression" if labelled.regression else labelled.kind
-        raise Refused(f"is a {kind}: self-training needs one class a row", where=labelled.name)
+        raise Refused(f"is of kind {kind}; self-training needs one class a row",
+                      where=labelled.name)  # fmt: skip
     rows, truth = _new_rows(str(unlabelled), labelled)
     teacher = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
     learner = _student(teacher, student, how)
@@ -141,6 +142,8 @@ def rounds_in(folder: Path) -> list[dict[str, Any]]:
 def _begun(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The rounds that are done; `Refused` if they are of another configuration."""
     if not (folder / STATE).is_file():
+        if (folder / CONFIG).exists():
+            raise Refused("holds a run", where=str(folder), remedy="choose another --out")
         return []
     try:
         before, found = json.loads(read_text(folder / STATE))["config"], rounds_in(folder)

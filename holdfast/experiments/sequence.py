@@ -236,12 +236,13 @@ def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: 
         raise Refused(f"trains nothing, and the recipe {recipe.name} would not be at work",
                       where=where, remedy="--recipe plain")  # fmt: skip
     moving = [m.name for m in recipe.methods
-              if m.needs_old_task or m.changes_weights or m.defines("prepare")]  # fmt: skip
+              if m.needs_old_task or m.changes_weights or m.defines("prepare")
+              or m.group == "subnetwork"]  # fmt: skip
     moving += [name for name in ("peft", "head_first") if getattr(recipe, name)]
     moving += ["rates"] * (recipe.rates != Rates.flat())
     if plan.head == "levi" and moving:
-        raise Refused(f"leaves the encoder as it is, and {', '.join(moving)} of the recipe "
-                      f"{recipe.name} are for one that learns", where=where,
+        raise Refused(f"leaves the encoder as it is, and recipe {recipe.name} has parts for one "
+                      f"that learns ({', '.join(moving)})", where=where,
                       remedy="--recipe plain")  # fmt: skip
     if plan.alone and scenario == "class-incremental":
         raise Refused("a task alone has other labels than the head: its score is no measure",

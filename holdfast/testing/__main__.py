@@ -65,6 +65,10 @@ def found(place: str) -> type[Method]:
                  if isinstance(k, type) and issubclass(k, Method) and k is not Method]  # fmt: skip
         remedy = nearest(name, named) if named else "derive it from holdfast.Method"
         raise Refused(f"no method {name!r}", where=home, remedy=remedy)
+    needed = ("name", "summary", "paper", "bytes_per_weight")
+    if lacking := [attribute for attribute in needed if not hasattr(kind, attribute)]:
+        raise Refused(f"declares no {', '.join(lacking)}", where=name,
+                      remedy="each is one line of text, a ClassVar[str]")  # fmt: skip
     return kind
 
 

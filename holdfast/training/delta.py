@@ -101,9 +101,8 @@ class Change:
             known = name if to == "base" else origin[name]
             if known not in self.moved:
                 return tensor
-            return (
-                (bits(tensor) ^ self.difference(known, tensor)).view(tensor.dtype).view_as(tensor)
-            )
+            made = bits(tensor) ^ self.difference(known, tensor)
+            return made.view(tensor.dtype).view_as(tensor)
 
         specs = {name: source.specs[before] for name, before in origin.items()}
         return Weights({**specs, **self.whole[to].specs}, read)
@@ -116,7 +115,7 @@ def save(base: Path, tuned: Path, file: Path) -> Size:
     """Write to `file` what changed between the models in two folders.
 
     Names need not agree: where one model calls `bert.x` what the other calls `x`, that prefix is
-    found and noted. `Refused` where a folder holds no safetensors.
+    found and noted. `Refused` where a folder holds no safetensors, or the models share no tensor.
     """
     one, two = open_model(base), open_model(tuned)
     before, after = _prefixes(one.specs, two.specs)
@@ -124,6 +123,9 @@ def save(base: Path, tuned: Path, file: Path) -> Size:
              if n.startswith(before) and (m := after + n.removeprefix(before)) in two.specs
              and alike(one.specs[n], two.specs[m])}  # fmt: skip
     beside = {"base": beside_in(base), "tuned": beside_in(tuned)}
+    if not pairs:
+        raise Refused(f"has no tensor that {base} has", where=str(tuned),
+                      remedy="name the model that it was fine-tuned of as BASE")  # fmt: skip
     about: dict[Side, dict[str, Any]] = {
         "base": _about(base, one, before, beside["base"]),
         "tuned": _about(tuned, two, after, beside["tuned"]),
@@ -154,7 +156,7 @@ def revert(tuned: Path, file: Path, out: Path) -> None:
 
 
 def merge(base: Path, files: Sequence[Path], out: Path, *, on_conflict: Rule = "refuse") -> Size:
-    """Write one delta of several of the same base, whose folder is `base`.
+    """Write one delta of several of the same base, whose folder is `base`, to a new file.
 
     An entry that one file moved, or several to the same bits, is moved there. Where files differ,
     on_conflict: `refuse`; `sum`: the base plus the sum of their differences to it, also where they
@@ -162,6 +164,8 @@ def merge(base: Path, files: Sequence[Path], out: Path, *, on_conflict: Rule = "
     taken in float64 and rounded once. Tensors that several hold whole must agree, or the `last` is
     taken; a tensor goes if all drop it; files beside the weights are the last one's.
     """
+    if out.exists():  # one of the deltas, where OUT was forgotten
+        raise Refused("is there already", where=str(out), remedy="name a new file, the last one")
     one = open_model(base)
     changes = [open_delta(file) for file in files]
     for change in changes:
@@ -174,11 +178,8 @@ def merge(base: Path, files: Sequence[Path], out: Path, *, on_conflict: Rule = "
     for change, file in zip(changes, files, strict=True):
         mine = change.whole["tuned"]
         for name in mine.specs:
-            if (
-                name in heads
-                and on_conflict != "last"
-                and print_of(heads[name], name) != print_of(mine, name)
-            ):
+            twice = name in heads and on_conflict != "last"
+            if twice and print_of(heads[name], name) != print_of(mine, name):
                 raise Refused(f"{name} is another than in a file before", where=str(file),
                               remedy="say --on-conflict last to take this one")  # fmt: skip
             heads[name] = mine
@@ -223,8 +224,7 @@ def _write(file: Path, change: Change, base: Weights) -> Size:
                       remedy="name a file in a folder that is there")  # fmt: skip
     if file.exists():
         open_delta(file)  # nothing else is written over, such as a model
-    specs: dict[str, Tensor] = {}
-    moved = 0
+    specs, moved = dict[str, Tensor](), 0
     for name in change.moved:
         d = change.difference(name, base.specs[name])
         moved += int(d.count_nonzero())

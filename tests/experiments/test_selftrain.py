@@ -200,7 +200,7 @@ def test_0_rounds_are_the_labelled_rows_and_more_are_added(
     for k in range(3):
         assert files(tmp_path / f"round-{k}") == files(whole / f"round-{k}")
     assert rounds_in(tmp_path) == rounds_in(whole)
-    with pytest.raises(Refused, match=r"holds a run with other settings \(how: .*random"):
+    with pytest.raises(Refused, match=r'other settings \(how\.choose: "bald" → "random"\)'):
         learn(place, tmp_path, choose="random")
 
 
@@ -287,7 +287,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
         "".join(f'{{"text": "a film {i}", "label": {i / 7}}}\n' for i in range(20))
     )
     for more, why in [
-        ({"task": f"{tmp_path}/numbers.jsonl?type=regression"}, "is a regression"),
+        ({"task": f"{tmp_path}/numbers.jsonl?type=regression"}, "is of kind regression"),
         ({"unlabelled": "none.csv"}, "no such file"),
         ({"choose": "entropy"}, "--choose"),
         ({"choose": "random", "alpha": 0.5}, "--alpha: is of bald, not of random"),
@@ -297,6 +297,9 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
         with pytest.raises(Refused, match=why):
             learn(place, tmp_path / "out", **more)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(Refused, match="holds a run; choose another --out"):
+        (tmp_path / "run.json").touch()
+        learn(place, tmp_path)
 
 
 def test_students_have_their_own_recipe(place: Path, tmp_path: Path) -> None:

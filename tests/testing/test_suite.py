@@ -246,6 +246,7 @@ def test_the_command_finds_what_is_wrong(tmp_path: Path) -> None:
         ([OWN.replace("HoldHead", "HoldHeat")], "did you mean 'HoldHead'?"),
         ([OWN.partition(":")[0]], "say MODULE:CLASS or FILE.py:CLASS"),
         (["nowhere.py:Mine"], "nowhere.py: no such file"),
+        (["holdfast.methods.common.subnetwork:LeavesOut"], "declares no name, summary, paper, by"),
         (["nowhere.mine:Mine"], "No module named 'nowhere'"),
         ([OWN, "--settings", "{strenth: 1.0}"], "did you mean 'strength'?"),
         ([OWN, "--settings", "{strength: -1.0}"], "hold_head.strength"),

@@ -81,8 +81,8 @@ tensors = st.tuples(
 @given(st.lists(tensors, min_size=1, max_size=6), st.sampled_from(["", "bert.", "a.b."]),
        st.booleans(), st.integers(0, 2**31))  # fmt: skip
 def test_there_and_back_is_exact(drawn: Any, prefix: str, swapped: bool, seed: int) -> None:
-    one: State = {}
-    two: State = {}
+    one: State = {"both.weight": torch.ones(2)}  # without a tensor in both it is no base
+    two: State = {f"{prefix}both.weight": torch.ones(2)}
     for i, (dtype, shape, share, fate) in enumerate(drawn):
         tensor, name = noise(dtype, shape, seed + 2 * i), f"t{i}.weight"
         if fate != "added":
@@ -274,6 +274,8 @@ def test_what_is_no_model_and_no_delta_is_refused(tmp_path: Path) -> None:
     base = write(tmp_path / "base", {"w": torch.zeros(3)})
     with pytest.raises(Refused, match=r"no model\.safetensors"):
         delta.save(tmp_path, base, tmp_path / "d")
+    with pytest.raises(Refused, match=r"has no tensor that .*base has; .* as BASE"):
+        delta.save(base, write(tmp_path / "other", {"w": torch.zeros(4)}), tmp_path / "d")
     with pytest.raises(Refused, match="no such folder"):
         delta.save(base, base, tmp_path / "none" / "d")
     with pytest.raises(Refused, match="is no delta file"):
@@ -366,6 +368,10 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         delta.merge(base, files[2:4], out, on_conflict="mean")
     with pytest.raises(Refused, match="changed by one file and replaced by another"):
         delta.merge(base, [files[2], files[4]], out, on_conflict="last")
+    held = files[1].read_bytes()
+    with pytest.raises(Refused, match=r"1\.safetensors: is there already"):
+        delta.merge(base, files[:1], files[1])  # as where OUT was forgotten
+    assert files[1].read_bytes() == held
     delta.merge(base, files[2:4], out, on_conflict="last")
     assert digest(delta.open_delta(out).made(open_model(base), "tuned")) == digest(
         open_model(tmp_path / "tuned3")
@@ -373,7 +379,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(base)
     write(base, {**one, "w": torch.ones(50)})
     with pytest.raises(Refused, match="other weights than those of 'base'"):
-        delta.merge(base, files[:1], out)
+        delta.merge(base, files[:1], tmp_path / "n.safetensors")
 
 
 def test_the_command_says_how_small_the_file_is(
