@@ -188,6 +188,9 @@ def _refusals() -> Iterator[None]:
         yield
     except (ValueError, TypeError, NotImplementedError) as error:
         said = str(error).splitlines() or ["this cannot be folded into the model's weights"]
+        if "specify `target_modules`" in said[0]:
+            raise Refused("PEFT knows no layers for a model of this class", remedy="name them",
+                          where="peft.target_modules") from None  # fmt: skip
         raise Refused(said[0].rstrip("."), where="peft") from None
 
 

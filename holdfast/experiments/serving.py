@@ -214,6 +214,9 @@ class Served:
         if about["kind"] != "classification":
             raise Refused(f"is a {about['kind']}: classes are added to tasks of text", where=name)
         size = 2 if about["pairs"] else 1
+        if not isinstance(rows, Mapping) or not rows:
+            raise Refused("needs labels, each with its texts", where="add_classes",
+                          remedy='{"refund": ["where is my money?"]}')  # fmt: skip
         made: dict[str, list[Row]] = {}
         for label, few in rows.items():
             each = [(one,) if isinstance(one, str) else tuple(one) for one in few]

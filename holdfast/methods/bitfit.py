@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.engine.forwarding import adapters
 from holdfast.engine.method import View
 from holdfast.errors import Refused
 from holdfast.methods.common.subnetwork import LeavesOut
@@ -30,6 +31,7 @@ class BitFit(LeavesOut):
     def begin_task(self, view: View) -> None:
         biases = [n for n in view.shared if "bias" in n.rpartition(".")[2]]
         if not biases:
+            adapted = adapters(view.bound.models[view.task])
             raise Refused("no bias of the shared network trains", where="bitfit",
-                          remedy="take sift or lisa")  # fmt: skip
+                          remedy="leave out peft" if adapted else "take sift or lisa")  # fmt: skip
         self.leave_out(view, [n for n in view.shared if n not in biases])

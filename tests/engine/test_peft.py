@@ -254,7 +254,7 @@ def test_a_method_that_can_measure_no_layer_says_so(
     ("gpt2", {"type": "lora", "target_modules": ["lm_head"]}, "shares its weight"),
     ("gpt2", {"type": "osf"}, "osf fits no layer of the model"),
     ("gpt2", {"type": "shira"}, "Conv1D.* is not supported"),
-    ("bert", {"type": "ln_tuning"}, "specify `target_modules`"),
+    ("bert", {"type": "ln_tuning"}, r"target_modules: PEFT knows no .*; name them"),
     ("bert", {"type": "lora", "init_lora_weights": "olora"}, "change the weights below"),
     ("bert", {"type": "poly"}, "cannot be folded"),
     ("bert", {"type": "lora", "r": 0}, "positive integer"),

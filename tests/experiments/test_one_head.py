@@ -240,6 +240,9 @@ def test_prototypes_tell_what_is_far_and_take_further_classes(place: Path, tmp_p
     for wrong, why in [("red film", listed), ([("a", "b")], listed), ([], "no rows of 'x'")]:
         with pytest.raises(Refused, match=why):
             served.add_classes({"x": wrong})
+    for none in ({}, [("red film", "x")]):
+        with pytest.raises(Refused, match="needs labels, each with its texts"):
+            served.add_classes(none)
 
 
 def test_what_does_not_go_with_one_head_is_refused(place: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import models
 import pytest
 import torch
 from subnetworks import both_tasks
 from torch import nn
 
 from holdfast.engine.method import Method
+from holdfast.engine.peft import LoRA
 from holdfast.errors import Refused
 from holdfast.methods.bitfit import BitFit
 from holdfast.recipe import Recipe
@@ -84,7 +86,16 @@ def test_every_recurrent_bias_counts_and_none_is_refused() -> None:
     bound = Recipe(methods=[BitFit()]).bind(gru, optimizer, total_steps=3)
     assert bound.states["bitfit"].numbers["out"] == ["weight_ih_l0", "weight_hh_l0"]
     plain = nn.Linear(3, 4, bias=False)
-    with pytest.raises(Refused, match="bitfit: no bias of the shared network trains"):
+    with pytest.raises(Refused, match="no bias of the shared network trains; take sift"):
         Recipe(methods=[BitFit()]).bind(
             plain, torch.optim.SGD(plain.parameters(), lr=0.1), total_steps=3
         )
+
+
+def test_beside_adapters_no_bias_trains() -> None:
+    pytest.importorskip("peft")
+    recipe = Recipe(methods=[BitFit()], peft=LoRA(rank=2))
+    model = recipe.prepare(models.bert())
+    optimizer = torch.optim.SGD(recipe.param_groups(model, lr=0.1))
+    with pytest.raises(Refused, match="no bias of the shared network trains; leave out peft"):
+        recipe.bind(model, optimizer, total_steps=3)
