@@ -28,6 +28,15 @@ def test_biases_and_head_train_and_nothing_else_has_moments() -> None:
                 assert toy.bound.weights[name] not in toy.optimizer.state
 
 
+def test_a_table_that_is_called_bias_is_none() -> None:
+    """T5's relative_attention_bias.weight."""
+    model = nn.Module()
+    model.relative_attention_bias, model.out = nn.Embedding(4, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound = Recipe(methods=[BitFit()]).bind(model, optimizer, total_steps=3)
+    assert bound.states["bitfit"].numbers["out"] == ["relative_attention_bias.weight", "out.weight"]
+
+
 def test_no_gradient_is_computed_that_is_not_needed_until_the_task_ends() -> None:
     frozen = "encoder.layers.0.up.weight"  # by the user: it stays so
     toy = ToyTraining(BitFit(), frozen={frozen})

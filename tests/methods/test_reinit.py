@@ -106,6 +106,13 @@ def test_torchs_random_state_stays_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_after_a_task_that_was_learned_elsewhere_nothing_is_asked_to_begin_anew() -> None:
+    bound, model = Recipe(methods=[ReInit()]).unbound(), Classifier()
+    bound.remember("one", model, [])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bound.begin_task("two", optimizer, 3, model=model)
+
+
 def test_what_cannot_begin_anew_is_refused() -> None:
     with pytest.raises(Refused, match=r"reinit\.layers: the model has 2 layers, not 3"):
         ReInit(layers=3).prepare(Classifier())
