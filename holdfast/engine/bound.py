@@ -219,6 +219,9 @@ class Bound(Passes):
             for method in self._defining("end_task"):
                 with own_randomness(self.views[method.name].generator):
                     method.end_task(self.views[method.name])
+        for method in self.methods:
+            if method.per_task:
+                self.states[method.name].weights.clear()
         self.finished.append(self.task)
 
     def remember(

@@ -68,6 +68,7 @@ class ChildTuning(Subnetwork):
     use: ClassVar[str] = "few rows"
     bytes_per_weight: ClassVar[str] = "D 4 (the values to keep); F 0, and 5 within a step"
     needs_previous: ClassVar[bool] = True  # of F alone
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {"share": Range(0.05, 0.9)}
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.3

@@ -47,6 +47,7 @@ class DynamicSubset(Subnetwork):
     cost: ClassVar[str] = "a selection and two passes over the covered weights"
     use: ClassVar[str] = "many tasks from one start, each saved as a sparse difference"
     bytes_per_weight: ClassVar[str] = "4 (the start, in the weight's own type)"
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {"share": Range(0.001, 0.2, log=True)}
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.01

@@ -48,6 +48,7 @@ class Extrapolation(Method):
     group: ClassVar[str] = "sharpness"
     cost: ClassVar[str] = "one pass over the weights, and a copy of the gradients"
     use: ClassVar[str] = "large batches"
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {"rate": Range(1e-6, 1.0, log=True)}
 
     rate: Annotated[float, Field(ge=0)] = 0.01

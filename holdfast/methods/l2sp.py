@@ -35,6 +35,7 @@ class L2SP(Method):
     cost: ClassVar[str] = "one pass over weights and anchor"
     use: ClassVar[str] = "few rows"
     bytes_per_weight: ClassVar[str] = "4 (the anchor, in the weight's own type)"
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {
         "strength": Range(1e-4, 1.0, log=True),
         "head_strength": Range(1e-4, 1.0, log=True),

@@ -51,6 +51,7 @@ class Mixout(Method):
     group: ClassVar[str] = "regulariser"
     cost: ClassVar[str] = "one pass over the covered weights, forward and backward"
     use: ClassVar[str] = "few rows"
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {"drop": Range(0.1, 0.9)}
 
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.5

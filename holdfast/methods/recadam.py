@@ -57,6 +57,7 @@ class RecAdam(Method):
     use: ClassVar[str] = "few rows"
     shares: ClassVar[tuple[str, ...]] = ("middle",)
     needs_previous: ClassVar[bool] = True
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {
         "strength": Range(100.0, 10_000.0, log=True),
         "slope": Range(0.05, 1.0, log=True),

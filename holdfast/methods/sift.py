@@ -66,6 +66,7 @@ class SIFT(Subnetwork, LeavesOut):
     use: ClassVar[str] = "a small change to a large model, saved as few entries"
     bytes_per_weight: ClassVar[str] = "4 (the sum of gradients turns into the values to keep)"
     needs_previous: ClassVar[bool] = True  # of decay="none" alone
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {"share": Range(0.001, 0.2, log=True)}
     excludes: ClassVar[Mapping[str, str]] = {
         "bitfit": "each freezes what the other one trains",

@@ -75,6 +75,7 @@ class SMART(Method):
     tunable: ClassVar[tuple[str, ...]] = (
         "strength", "delta", "epsilon", "rate", "start", "ascents", "dropout",
     )  # fmt: skip
+    per_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {
         "strength": Range(0.1, 10.0, log=True),
         "epsilon": Range(1e-6, 0.1, log=True),
@@ -130,9 +131,6 @@ class SMART(Method):
         follow = FOLLOWS[view.step >= EARLY * view.total_steps]
         for name, mean in view.state.weights.get("mean", {}).items():
             mean.lerp_(view.weights[name].detach().to(mean.dtype), 1 - follow)
-
-    def end_task(self, view: View) -> None:
-        view.state.weights.pop("mean", None)
 
     def _kind(self, view: View, logits: Tensor) -> Kind:
         assert view.inputs is not None

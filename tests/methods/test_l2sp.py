@@ -45,3 +45,10 @@ def test_no_penalty_in_a_step_touches_tensors_without_gradient() -> None:
         w.grad = None if w is left_out else torch.zeros_like(w)
     bound.optimizer.step()
     assert torch.equal(left_out, before)
+
+
+def test_what_is_of_one_task_is_not_saved_after_it() -> None:
+    bound = bind(L2SP())
+    assert any(key.startswith("l2sp/") for key in bound.state_dict()["tensors"])
+    bound.end_task()
+    assert not any(key.startswith("l2sp/") for key in bound.state_dict()["tensors"])
