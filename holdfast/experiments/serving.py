@@ -244,7 +244,7 @@ class Served:
         folder, model = Path(folder), self.models[self.named(task)]
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise Refused("is not empty", where=str(folder), remedy="name a new folder")
-        if isinstance(model.config, LeviConfig):
+        if isinstance(getattr(model, "config", None), LeviConfig):
             raise Refused("an ensemble (--head levi) is no model of Transformers' own: without "
                           "holdfast nothing loads it", where=task,
                           remedy="serve it with holdfast.load")  # fmt: skip
