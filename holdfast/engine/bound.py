@@ -41,6 +41,7 @@ from holdfast.network.groups import regroup_
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
+from holdfast.ops.gradients import switch_on_
 
 
 class Bound(Passes):
@@ -128,6 +129,8 @@ class Bound(Passes):
             self.randomness = distributed.align_(self.randomness, self.weights, plan)
             self._held = Held(self.optimizer)
             self._undo.callback(Hooks(self.optimizer, self._before_step, self._after_step).remove)
+            for view in self.views.values():
+                self._undo.callback(switch_on_, view.cut)
             for method in self._defining("unbound"):
                 self._undo.callback(method.unbound, self.views[method.name])
             with self._offering(data):
@@ -213,8 +216,7 @@ class Bound(Passes):
         steps = self.step, self.skipped
         distributed.require_aligned(self.randomness, self.weights, steps)
         for view in self.views.values():  # other methods measure all, and so does the next task
-            while view.cut:
-                view.cut.pop().requires_grad_()
+            switch_on_(view.cut)
         with self._offering(data), in_mode(model.modules(), training=False):
             for method in self._defining("end_task"):
                 with own_randomness(self.views[method.name].generator):

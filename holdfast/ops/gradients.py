@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.ops import distributed
 from holdfast.ops.blocks import bunched
@@ -64,3 +64,9 @@ def clip_(grads: list[Tensor], norm: Tensor, limit: float) -> None:
         torch._foreach_mul_(here, (limit / (norm + 1e-6)).clamp(max=1.0))
     elif norm > limit:
         torch._foreach_mul_(here, limit / (norm + 1e-6))
+
+
+def switch_on_(weights: list[nn.Parameter]) -> None:
+    """Let weights train again whose gradients were switched off; empties the list."""
+    while weights:
+        weights.pop().requires_grad_()

@@ -25,6 +25,7 @@ from holdfast.errors import Refused
 from holdfast.network.layers import linear
 from holdfast.network.parts import EMBEDDINGS, HEAD
 from holdfast.ops.distributed import world
+from holdfast.ops.gradients import switch_on_
 from holdfast.ops.masks import hold_, mark_, zero_
 
 Freeze = Literal["exact", "gradient"]
@@ -101,7 +102,7 @@ class LeavesOut(Method):
         self.loaded(view)
 
     def loaded(self, view: View) -> None:
-        self.unbound(view)
+        switch_on_(view.cut)
         for name in view.state.numbers.get("out", ()) if world() == 1 else ():
             w = view.weights.get(name)  # None: a state between two tasks
             if w is not None and w.requires_grad and view.parts[name] != EMBEDDINGS:
@@ -111,10 +112,6 @@ class LeavesOut(Method):
     def before_step(self, view: View) -> None:
         for name in view.state.numbers["out"]:
             view.grads[name] = None
-
-    def unbound(self, view: View) -> None:
-        while view.cut:
-            view.cut.pop().requires_grad_()
 
 
 # --- some entries of a tensor ---------------------------------------------------------------------
