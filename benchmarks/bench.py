@@ -123,7 +123,7 @@ class Bench:
         model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
         if change is not None:
             change(model)
-        self.train(name, recipe.prepare(model), 1000 * seed, recipe, lr, steps=steps).train()
+        self.train(name, model, 1000 * seed, recipe, lr, steps=steps).train()
         unprepare(model)
         of = {s: self.scores({name: model}, seed, s) for s in ("evaluation", "selection")}
         return model, {"scores": [of["evaluation"]], "selection": [of["selection"]]}
