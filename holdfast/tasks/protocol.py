@@ -44,7 +44,7 @@ class Place(_Strict):
     """Where the rows of a task are."""
 
     spec: Line | None = None  # as `holdfast.load_task` takes it; most are ids on the Hub
-    folder: Line | None = None  # its folder under --data, with options after a `?`
+    folder: Line | None = None  # its folder (or file) in --data, with options after a `?`
     stand_in: StandIn | None = None  # where that folder is not there
 
 
@@ -200,7 +200,7 @@ def _served(place: Place, data: Path | None) -> tuple[str | None, str | None]:
         return (place.spec if place.spec and available(place.spec) else None), None
     for found, differs in ((place.folder, None),
                            *((s.folder, s.differs) for s in [place.stand_in] if s)):  # fmt: skip
-        if found is not None and (data / found.partition("?")[0]).is_dir():
+        if found is not None and (data / found.partition("?")[0]).exists():
             return str(data / found), differs
     return None, None
 
