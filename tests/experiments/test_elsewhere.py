@@ -83,7 +83,7 @@ def test_a_run_that_was_killed_has_the_same_scores_elsewhere(place: Path, tmp_pa
     ("answers", "more", "says"),
     [
         ({"good": "person", "bad": "place"}, {}, "colour, tested on question: no answer"),
-        ({"good": "person", "bad": "place", "rde": "count"}, {}, "no task has the label 'rde'"),
+        ({"good": "person", "bad": "palce"}, {}, "mood, tested on question: no answer for .*'bad'"),
         ({"good": "person"}, {"head": "shared"}, "need a head for each task"),
     ],
 )
