@@ -198,6 +198,7 @@ class Job:
             record.command, record.commit = self.command, commit(Path(__file__).parent)
             record.seed, record.versions, record.created = self.seed, versions(), now()
             record.rates = None  # they are this recipe's
+            record.extra.pop("protocol", None)  # it had other tasks
         else:
             record = Record(
                 tasks=[describe(t) for t in tasks],

@@ -99,7 +99,7 @@ def render(records: Sequence[Record], title: str | None = None) -> str:
             synthetic=[task.name for task in study.tasks if task.synthetic],
             general={g.label: found for g in study.groups if (found := general(g.runs))},
             protocol=protocol_of(study),
-            elsewhere={g.label: found for g in study.groups if (found := elsewhere(g.runs))},
+            elsewhere={g.label: away for g in study.groups if (away := elsewhere(g.runs))},
         )
         for study in comparisons(records)
     ]

@@ -46,13 +46,15 @@ def protocol_of(study: Comparison) -> ProtocolFacts | None:
     names = {str(each.get("name")) if isinstance(each, dict) else None for each in told}
     if len(names) > 1 or not isinstance(told[0], dict):
         return None
-    lines = {key: list(dict.fromkeys(line for each in told for line in _texts(each, key)))
-             for key in ("differs", "left_out", "caveats")}  # fmt: skip
     control = next((group for group in study.groups if group.control), None)
     ends = [run.metrics["average"] for run in control.runs] if control else []
     return ProtocolFacts(
-        **{key: clean(told[0].get(key) or "") for key in ("name", "about", "source")},
-        **lines,
+        name=clean(told[0].get("name") or ""),
+        about=clean(told[0].get("about") or ""),
+        source=clean(told[0].get("source") or ""),
+        differs=_texts(told, "differs"),
+        left_out=_texts(told, "left_out"),
+        caveats=_texts(told, "caveats"),
         figures=_figures(told[0].get("cited")),
         plain=mean_spread(ends),
         control=study.control,
@@ -80,9 +82,11 @@ def elsewhere_lines(runs: Sequence[RunFacts]) -> list[str]:
     ]
 
 
-def _texts(told: Any, key: str) -> list[str]:
-    lines = told.get(key) if isinstance(told, dict) else None
-    return [clean(line) for line in lines] if isinstance(lines, list) else []
+def _texts(told: Sequence[Any], key: str) -> list[str]:
+    """The lines of all runs, each once."""
+    found = [each[key] for each in told if isinstance(each, dict) and key in each]
+    return list(dict.fromkeys(clean(line) for lines in found if isinstance(lines, list)
+                              for line in lines))  # fmt: skip
 
 
 def _number(value: object) -> bool:

@@ -118,10 +118,12 @@ class Protocol(_Strict):
             raise Refused("no such folder", where=f"--data {data}")
         every = dict.fromkeys([*(t for o in self.sequences.values() for t in o), *self.tests])
         specs, differs, missing = dict[str, str](), [*self.differs], list[str]()
+        why: Refused | None = None  # of the first that is missing
         for task in every:
-            spec, other = _served(self._place(task), data)
-            if spec is None:
-                missing.append(task)
+            try:
+                spec, other = _served(self._place(task), data)
+            except Refused as refusal:
+                missing, why = [*missing, task], why or refusal
                 continue
             differs += [f"{task}: {other}"] if other else []
             metric = self.metric.get(task) if isinstance(self.metric, dict) else self.metric
@@ -134,7 +136,8 @@ class Protocol(_Strict):
         if missing and not (only_served and sequences):
             remedies = [] if data else ["name a folder that holds their folders by --data"]
             remedies += ["--only-served runs the rest"] if sequences else []
-            raise Refused(f"not to be had: {', '.join(map(self._folder, missing))}",
+            said = f" ({why.what})" if why and data is None else ""
+            raise Refused(f"not to be had: {', '.join(map(self._folder, missing))}{said}",
                           where=f"--data {data}" if data else f"--protocol {name}",
                           remedy=", or ".join(remedies) or None)  # fmt: skip
         usual = dict(self.settings)
@@ -194,28 +197,27 @@ def places() -> dict[str, Place]:
             for name, told in read_yaml(KNOWN).items()}  # fmt: skip
 
 
-def _served(place: Place, data: Path | None) -> tuple[str | None, str | None]:
-    """The spec of rows that are there, and what differs in them."""
+def _served(place: Place, data: Path | None) -> tuple[str, str | None]:
+    """The spec of rows that are there, and what differs in them; `Refused` if there are none."""
     if data is None:
-        return (place.spec if place.spec and available(place.spec) else None), None
+        if place.spec is None:
+            raise Refused("only in folders")
+        _check_there(place.spec)
+        return place.spec, None
     for found, differs in ((place.folder, None),
                            *((s.folder, s.differs) for s in [place.stand_in] if s)):  # fmt: skip
         if found is not None and (data / found.partition("?")[0]).exists():
             return str(data / found), differs
-    return None, None
+    raise Refused("no such folder")
 
 
-def available(spec: str) -> bool:
-    """Whether there are rows: a path that exists, or what the Hub gives."""
+def _check_there(spec: str) -> None:
+    """Refuse a path that does not exist, and an id for which the Hub gives nothing."""
     asked = parse(spec)
-    if asked.kind in ("folder", "file", "text"):
-        return Path(asked.place).exists()
     if asked.kind == "hub":
-        try:
-            hub.load(asked.place, asked.options)
-        except Refused:
-            return False
-    return True
+        hub.load(asked.place, asked.options)
+    elif asked.kind in ("folder", "file", "text") and not Path(asked.place).exists():
+        raise Refused("no such file", where=spec)
 
 
 def _read(cls: Any, values: Any, where: str) -> Any:

@@ -182,7 +182,9 @@ def test_without_data_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         return {}
 
     monkeypatch.setattr(hub, "load", load)
-    with pytest.raises(Refused, match=r"--protocol idbr: not to be had: yelp; .*--data"):
+    with pytest.raises(
+        Refused, match=r"idbr: not to be had: yelp \(the Hub gave no dataset\); .*--data"
+    ):
         Protocol.named("idbr").plan("idbr", {})
     assert sorted(asked) == sorted({parse(str(places()[t].spec)).place
                                     for t in PUBLISHED["idbr"][1].split()})  # fmt: skip
