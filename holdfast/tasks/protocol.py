@@ -23,7 +23,6 @@ HOME = Path(__file__).parent / "protocols"
 KNOWN = Path(__file__).parent / "tasks.yaml"
 # What was published -> our setting of it.
 HEADS = {"task-incremental": "task", "domain-incremental": "shared", "class-incremental": "shared"}
-OTHERS = {"per_class": ("train_size",)}  # settings of a user's that replace what is no setting
 
 Word = Annotated[str, Field(pattern=r"^[a-z0-9_][a-z0-9_-]{0,40}$")]  # part of paths
 Line = Annotated[str, Field(min_length=1)]
@@ -78,8 +77,8 @@ class Protocol(_Strict):
     @classmethod
     def named(cls, word: str) -> Protocol:
         """The protocol of a name, or in a YAML file; `Refused` if it is none."""
-        path = Path(word) if Path(word).suffix in (".yaml", ".yml") else HOME / f"{word}.yaml"
-        if path.parent == HOME and word not in names():
+        path = HOME / f"{word}.yaml" if word in names() else Path(word)
+        if path.suffix not in (".yaml", ".yml"):
             raise Refused(f"no protocol {word!r}", where="--protocol",
                           remedy=f"{nearest(word, names())} (or a YAML file)")  # fmt: skip
         found: Protocol = _read(cls, read_yaml(path), str(path))
@@ -127,9 +126,8 @@ class Protocol(_Strict):
                 continue
             differs += [f"{task}: {other}"] if other else []
             metric = self.metric.get(task) if isinstance(self.metric, dict) else self.metric
-            more = {"metric": metric, "per_class": self.per_class, "name": task}
-            if any(given.get(key) is not None for key in OTHERS["per_class"]):
-                del more["per_class"]
+            most = None if "train_size" in given else self.per_class
+            more = {"metric": metric, "per_class": most, "name": task}
             specs[task] = with_options(spec, **{k: str(v) for k, v in more.items() if v})
         sequences = {s: [specs[t] for t in o if t in specs] for s, o in self.sequences.items()}
         sequences = {name: order for name, order in sequences.items() if order}
@@ -143,12 +141,11 @@ class Protocol(_Strict):
         usual = dict(self.settings)
         if self.scenario is not None and max(map(len, sequences.values())) > 1:
             usual["head"] = HEADS[self.scenario]
-        ours = usual | ({} if self.per_class is None else {"per_class": self.per_class})
-        for key, value in given.items():
-            asked = next((k for k, other in OTHERS.items() if key in other and k in ours), key)
-            if asked in ours and (asked != key or ours[asked] != value):
-                differs.append(f"{key} {value} was asked for; the protocol has {asked} "
-                               f"{ours[asked]}")  # fmt: skip
+        if self.per_class is not None and "train_size" in given:
+            differs.append(f"train_size {given['train_size']} was asked for; the protocol has "
+                           f"per_class {self.per_class}")  # fmt: skip
+        differs += [f"{key} {value} was asked for; the protocol has {key} {usual[key]}"
+                    for key, value in given.items() if usual.get(key, value) != value]  # fmt: skip
         told = {"name": name, "about": self.about, "source": self.source, "differs": differs,
                 "left_out": missing, "caveats": self.caveats}  # fmt: skip
         tests = {specs[t]: answers for t, answers in self.tests.items() if t in specs}

@@ -317,9 +317,10 @@ def test_scores_of_tasks_that_are_only_tested_on_have_a_table() -> None:
 @pytest.mark.parametrize(
     "extra",
     [
-        {"protocol": 3}, {"protocol": {"name": None, "cited": {"a": 1}, "differs": "x"}},
-        {"protocol": {"cited": [{"averages": {"a": "b", "c": True}}, 4]}}, {"elsewhere": [1]},
-        {"elsewhere": {"snli": {"hans": "high", "rte": None}}}, {"elsewhere": {"snli": 1}},
+        {"protocol": 3, "elsewhere": [1]},
+        {"protocol": {"name": None, "cited": {"a": 1}, "differs": "x"}, "elsewhere": {"snli": 1}},
+        {"protocol": {"cited": [{"averages": {"a": "b", "c": True}}, 4]},
+         "elsewhere": {"snli": {"hans": "high", "rte": None}}},
     ],
 )  # fmt: skip
 def test_a_damaged_protocol_leaves_the_page_standing(extra: dict[str, Any]) -> None:

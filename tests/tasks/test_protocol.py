@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_there_are_no_other_protocols_and_all_are_in_the_wheel() -> None:
     for file in files:
         path = file.relative_to(protocol.HOME.parents[1]).as_posix()
         assert any(fnmatch(path, pattern) for pattern in patterns), path
+
+
+def test_the_page_of_protocols_has_every_name_and_order() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "protocols.md").read_text()
+    for name, orders in PUBLISHED.items():
+        (line,) = [row for row in page.splitlines() if row.startswith(f"| `{name}` |")]
+        if name != "out-of-domain":
+            said = re.findall(r"[a-z0-9]+(?:, [a-z0-9]+)+", line)
+            assert said[: len(orders)] == (
+                [", ".join(order.split()) for order in orders] if " " in orders[0]
+                else [", ".join(orders) + ", each"]
+            )  # fmt: skip
 
 
 def test_cited_averages_are_those_that_were_published() -> None:
