@@ -9,7 +9,8 @@ from fakes import curve, plan
 
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import describe
-from holdfast.search.final import DIVERGED, jobs
+from holdfast.experiments.runs import DIVERGED
+from holdfast.search.final import jobs
 from holdfast.search.rows import rows
 from holdfast.search.run import Line
 from holdfast.search.study import Study
