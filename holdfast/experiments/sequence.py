@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,20 @@ if TYPE_CHECKING:
     from holdfast.experiments.probe import Probe
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What a comparison asks of one of its runs.
+
+    first: the run of the first task alone, trained once for all recipes that do nothing in it, from
+    which a run that is not begun goes on; its scores are those of one that is trained by itself.
+    scored: the rows that scores are of. notes: further keys of the record.
+    """
+
+    first: Path | None = None
+    scored: Sequence[str] = ("evaluation", "selection")
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
 def run_sequence(
     model: str | None,
     tasks: Sequence[str | Path],
@@ -40,6 +55,7 @@ def run_sequence(
     label: str | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
+    arm: Arm | None = None,
     **settings: Any,
 ) -> Record:
     """Learn `tasks` in order and test every task learned so far after each.
@@ -58,6 +74,7 @@ def run_sequence(
 
     reference: running text by which general ability is measured before the first task and after
     each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
+    arm: what `compare` asks of its runs.
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
@@ -88,7 +105,8 @@ def run_sequence(
         tell_once(idle)
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
-              bar=(label or "") if progress else None, origin=origin, probe=asked)  # fmt: skip
+              bar=(label or "") if progress else None, origin=origin, probe=asked,
+              arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -104,6 +122,7 @@ class Job:
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks
     probe: Mapping[str, Any] = field(default_factory=dict)  # what is measured of general ability
+    arm: Arm = Arm()
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
@@ -127,6 +146,8 @@ class Job:
             config["place"] = self.place
         if self.origin is not None:
             config["from"] = self.origin.mark
+        if self.arm.scored != Arm.scored:
+            config["scored"] = list(self.arm.scored)  # so that no other run goes on from it
         source = locate(self.model) if self.origin is None else self.origin.source
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
@@ -149,7 +170,8 @@ class Job:
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
-            record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
+            first = FromRun(self.arm.first) if self.arm.first and not path.is_file() else None
+            record = Record.load(path) if path.is_file() else self._fresh(tasks, plan, first)
             record.set_tasks(told)
             record.scenario = scenario
             record.settings["out"] = str(folder)  # it may have been moved
@@ -158,9 +180,10 @@ class Job:
                 probe.begin(record)
             record.recipe = self.recipe.to_dict()  # which may have been renamed
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
+            record.extra.update(self.arm.notes)
             last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
             if record.status != "done":
-                self._learn(source, tasks, plan, folder, record, probe)
+                self._learn(source, tasks, plan, folder, record, probe, first or self.origin)
             elif last.is_dir() and not (folder / FINAL).is_dir():
                 from holdfast.experiments.serving import finish
 
@@ -168,7 +191,7 @@ class Job:
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
-                    alone = replace(self, place=place, origin=None, probe={})
+                    alone = replace(self, place=place, origin=None, probe={}, arm=Arm())
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -176,15 +199,20 @@ class Job:
                 record.save(path)
             return record
 
-    def _fresh(self, tasks: list[Task], plan: Settings) -> Record:
+    def _fresh(self, tasks: list[Task], plan: Settings, first: FromRun | None) -> Record:
         from holdfast.tasks.kinds.pretrained import MINILM
 
-        if isinstance(self.origin, FromRun):
-            record = self.origin.record
+        if began := first or (self.origin if isinstance(self.origin, FromRun) else None):
+            record = began.record
             record.settings = {**record.settings, **plan.to_dict()}
             record.command, record.commit = self.command, commit(Path(__file__).parent)
-            record.seed, record.versions, record.created = self.seed, versions(), now()
-            record.rates = None  # they are this recipe's
+            record.seed, record.created = self.seed, now()
+            if first is None:
+                record.versions, record.rates = versions(), None  # they are this recipe's
+            else:
+                record.tasks = [describe(tasks[0])]
+                told = {"folder": str(first.folder), "seconds": record.seconds[0]}
+                record.extra = {"first": told}
         else:
             record = Record(
                 tasks=[describe(t) for t in tasks],
@@ -209,13 +237,21 @@ class Job:
 
     def _learn(
         self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record,
-        probe: Probe | None,
+        probe: Probe | None, begun: Origin | None,
     ) -> None:  # fmt: skip
         from holdfast.experiments.learner import Learner
 
+        def begin(learner: Learner) -> None:
+            assert begun is not None
+            started = time.monotonic()
+            begun.begin(learner)
+            if begun is not self.origin:  # methods read the first task, as they do at its end
+                spent = time.monotonic() - started
+                record.seconds[0] = round((record.seconds[0] or 0.0) + spent, 3)
+
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place, probe=probe,
-                          begin=None if self.origin is None else self.origin.begin)  # fmt: skip
+                          place=self.place, probe=probe, scored=self.arm.scored,
+                          begin=None if begun is None else begin)  # fmt: skip
         for index in range(len(record.seconds), len(tasks)):
             try:
                 learner.learn(index)
