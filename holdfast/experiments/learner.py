@@ -174,7 +174,7 @@ class Learner:
             self.bound.models[task.name] = model
 
     def remember(self, models: Sequence[Any]) -> None:
-        """Take up the first tasks' models, learned elsewhere around one encoder; nothing is trained.
+        """Take up the first tasks' models, learned elsewhere around one encoder, untrained here.
 
         Methods read these tasks' training rows, with the draws of a run that learned them.
         """
