@@ -67,8 +67,8 @@ OPTIONS = {
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
-    "compare": f"""--tasks --protocol --data --only-served --recipes --flat --seeds --workers
-        --reference --lm-eval {TRAINING}""",
+    "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
+        --workers --reference --lm-eval {TRAINING}""",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
@@ -403,7 +403,9 @@ def test_two_recipes_of_one_name_are_refused(capsys: pytest.CaptureFixture[str])
     assert "one name" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flat", ["2e-4", "1e-4 1e-4", "0.0001 1e-4", "-1", "nan"])
+@pytest.mark.parametrize(
+    "flat", ["2e-4", "1e-4 1e-4", "0.0001 1e-4", "-1", "nan", "1e-3 --budget 2"]
+)
 def test_flat_rates_that_cannot_serve_are_refused(
     flat: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from holdfast import files
 from holdfast.errors import Refused
-from holdfast.files import dump_yaml, only_keys, read_yaml, write_text_atomic, write_yaml
+from holdfast.files import (
+    differences,
+    dump_yaml,
+    only_keys,
+    read_yaml,
+    write_text_atomic,
+    write_yaml,
+)
 
 
 def test_scalars_are_those_of_the_core_schema() -> None:
@@ -136,3 +143,20 @@ def test_atomic_write_refuses_and_replaces_links(tmp_path: Path) -> None:
     write_text_atomic(link, "2\né")
     assert not link.is_symlink() and real.read_text() == "1"
     assert link.read_text(encoding="utf-8") == "2\né"
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    before = {"lr": 1e-4, "recipe": {"methods": {"ewc": {"strength": 1.0, "rows": 8}}}, "same": [1]}
+    now = {"lr": 5e-5, "recipe": {"methods": {"ewc": {"strength": 2.0, "rows": 8}, "lwf": {}}},
+           "same": [1], "mix": "a.txt:0.1"}  # fmt: skip
+    assert list(differences(before, now)) == [
+        "lr: 0.0001 → 5e-05", 'mix: null → "a.txt:0.1"',
+        "recipe.methods.ewc.strength: 1.0 → 2.0", "recipe.methods.lwf is new",
+    ]  # fmt: skip
+    assert "recipe.methods.lwf is gone" in differences(now, before)
+    assert not list(differences(now, now))
+
+
+def test_what_differs_shows_behind_a_long_common_beginning() -> None:
+    (told,) = differences({"x": "a" * 200 + "old"}, {"x": "a" * 200 + "new"})
+    assert 'old" → …' in told and 'new"' in told and len(told) < 60

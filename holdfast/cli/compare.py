@@ -32,6 +32,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--flat", nargs="+", type=float, default=[], metavar="LR",
         help="controls: plain at these learning rates too; the best of all plain runs is what "
         "recipes are measured against")  # fmt: skip
+    add("--budget", type=int, metavar="N",
+        help="tuning runs for each recipe, plain among them, over rates and the ranges its methods "
+        "declare; the best on selection rows is trained anew with --seeds")  # fmt: skip
+    add("--rates", nargs=2, type=float, metavar=("LOW", "HIGH"),
+        help="the rates that tuning runs try (a tenth of --lr to 2.5 times it)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--workers", type=int, default=1, help="processes of one thread each")
     add_settings(parser, without=["alone"])
@@ -57,6 +62,9 @@ def run(chosen: argparse.Namespace) -> None:
     }
     if len(recipes) != len(chosen.recipes):
         raise Refused("two recipes have one name", where="--recipes")
+    if chosen.flat and chosen.budget is not None:
+        raise Refused("the control's rate is chosen by --budget", where="--flat",
+                      remedy="leave out one of them")  # fmt: skip
     usual = settings.get("lr", Settings().lr)
     for rate in chosen.flat:
         label = f"plain@{rate}"
@@ -67,7 +75,8 @@ def run(chosen: argparse.Namespace) -> None:
     for tasks, out, more in sequences:
         records += compare(
             chosen.model, tasks, recipes, seeds=chosen.seeds, out=out, workers=chosen.workers,
-            reference=chosen.reference, lm_eval=chosen.lm_eval, **more, **settings,
+            reference=chosen.reference, lm_eval=chosen.lm_eval, budget=chosen.budget,
+            rates=chosen.rates, **more, **settings,
         )  # fmt: skip
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)

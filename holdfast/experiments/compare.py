@@ -1,28 +1,49 @@
-"""Recipes side by side on the same tasks and seeds: each run is a sequence of its own."""
+"""Recipes side by side on the same tasks and seeds, on equal terms.
+
+Each run is a sequence of its own. Of one seed all begin with the same weights, heads and rows in
+the same order. A first task in which several recipes do nothing is trained once for all of them,
+and with a budget every recipe, plain fine-tuning among them, has the same number of tuning runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Refused
+from holdfast.errors import Refused, TrainingDiverged, tell_once
+from holdfast.experiments import tuning
 from holdfast.experiments.processes import check_workers, spread
 from holdfast.experiments.record import Record
-from holdfast.experiments.sequence import run_sequence
+from holdfast.experiments.runs import DIVERGED, RECORD, digest, drop_weights
+from holdfast.experiments.sequence import Arm, run_sequence
 from holdfast.experiments.settings import Settings
+from holdfast.files import write_text_atomic
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
+
+FIRST, TUNING = "first", "tuning"  # folders beside those of the recipes
+CONTROL = "plain"
+BESIDE: dict[str, Any] = {
+    "reference": None,
+    "lm_eval": (),
+    "tests": None,
+}  # no measuring beside the tasks
+
+Job = dict[str, Any]  # the arguments of `run_sequence`
+Recipes = Mapping[str, tuple[Recipe, Mapping[str, Any]]]
 
 
 def compare(
     model: str,
     tasks: Sequence[str | Path],
-    recipes: Mapping[str, tuple[Recipe, Mapping[str, Any]]],
+    recipes: Recipes,
     *,
     seeds: Sequence[int],
     out: str | Path,
@@ -32,6 +53,8 @@ def compare(
     lm_eval: Sequence[str] = (),
     tests: Mapping[str, Mapping[str, str]] | None = None,
     protocol: Mapping[str, Any] | None = None,
+    budget: int | None = None,
+    rates: Sequence[float] | None = None,
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
@@ -40,41 +63,167 @@ def compare(
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
     reference, lm_eval, tests, protocol: as of `run_sequence`. Returns the records by label, then by
     seed.
+
+    budget: tuning runs for each recipe, and for plain fine-tuning, which joins them: over the rate
+    and the ranges that the recipe's methods declare, see `holdfast.experiments.tuning`. The best on
+    selection rows is trained anew with `seeds`. rates: the lowest and the highest rate to try
+    (a tenth of `lr`, 2.5 times `lr`).
     """
     check_workers(workers)
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")
-    folders = {label: Path(out) / slug(label) for label in recipes}
+    out, recipes = Path(out), dict(recipes)
+    if budget is not None:
+        tuning.check_budget(budget, seeds)
+        recipes = {CONTROL: (Recipe.named(CONTROL), {}), **recipes}
+        if replace(recipes[CONTROL][0], name=CONTROL) != Recipe.named(CONTROL):
+            raise Refused(f"{CONTROL} is the control, and this one is not plain", where="--recipes",
+                          remedy="give the recipe another name")  # fmt: skip
+    elif rates is not None:
+        raise Refused("are those of tuning runs", where="--rates", remedy="add --budget N")
+    folders = {label: out / slug(label) for label in recipes}
     if len(set(folders.values())) != len(folders):
         raise Refused(f"labels that name one folder: {sorted(recipes)}", where="--recipes")
-    jobs = [
-        {
-            "model": model,
-            "tasks": list(tasks),
-            "recipe": recipe,
-            "seed": seed,
-            "out": folders[label] / f"seed-{seed}",
-            "label": f"{label} · seed {seed}",
-            "progress": progress,
-            "reference": reference,
-            "lm_eval": lm_eval,
-            "tests": tests,
-            "protocol": protocol,
-            **settings,
-            **own,
-        }
+    if taken := {FIRST, TUNING} & {folder.name for folder in folders.values()}:
+        raise Refused(f"{min(taken)} is a folder of the comparison's own", where="--recipes",
+                      remedy="give the recipe another name")  # fmt: skip
+    for _, own in recipes.values():  # refuse bad settings before any run, not after some
+        Settings.from_dict({**settings, **own})
+
+    def job(label: str, recipe: Recipe, own: Mapping[str, Any], seed: int) -> Job:
+        return {"model": model, "tasks": list(tasks), "recipe": recipe, "seed": seed,
+                "out": folders[label] / f"seed-{seed}", "label": f"{label} · seed {seed}",
+                "progress": progress, "reference": reference, "lm_eval": lm_eval,
+                "tests": tests, "protocol": protocol, **settings, **own}  # fmt: skip
+
+    do = partial(_done, workers=workers, progress=progress)
+    arms: dict[str, Arm] = {}
+    if budget is not None:
+        usual, below = Settings.from_dict(settings).lr, out / TUNING
+        around, trials = tuning.rates_around(usual, rates), list[Job]()
+        plans = {
+            label: tuning.Tuning.of(recipe, label, rate=own.get("lr", usual), rates=around,
+                                    budget=budget)
+            for label, (recipe, own) in recipes.items()
+        }  # fmt: skip
+        for label, plan in plans.items():
+            for i, values in enumerate(plan.values):
+                own = {**recipes[label][1], "lr": values[tuning.RATE], "alone": False}
+                place = {"out": below / slug(label) / str(i),
+                         "label": f"{label} · tuning {i + 1} of {budget}",
+                         "arm": Arm(scored=("selection",), notes={"serves": TUNING})}  # fmt: skip
+                trials.append(job(label, plan.at(i), own, tuning.SEED) | BESIDE | place)
+        found = iter(do(_tried, trials, below))
+        shutil.rmtree(below / FIRST, ignore_errors=True)
+        for label, plan in plans.items():
+            told = plan.told([next(found) for _ in plan.values])
+            best, own = told["chosen"], recipes[label][1]
+            recipes[label] = plan.at(best), {**own, "lr": plan.values[best][tuning.RATE]}
+            arms[label] = Arm(notes={"tuned": told})
+    for line in _same(recipes, settings):
+        tell_once(line)
+    finals = [
+        job(label, recipe, own, seed) | {"arm": arms.get(label, Arm())}
         for label, (recipe, own) in recipes.items()
         for seed in seeds
     ]
-    for _, own in recipes.values():  # refuse bad settings before any run, not after some
-        Settings.from_dict({**settings, **own})
-    if workers == 1:
-        return [run_sequence(**job) for job in jobs]
-    records: dict[int, Record] = {}
-    made = spread([partial(run_sequence, **job) for job in jobs], workers, where=str(out))
-    with closing(made), tqdm(total=len(jobs), unit="run", disable=not progress) as bar:
-        for number, record in made:
-            records[number] = record
-            bar.set_postfix_str(jobs[number]["label"], refresh=False)
-            bar.update()
-    return [records[i] for i in range(len(jobs))]
+    records: list[Record] = do(run_sequence, finals, out)
+    return records
+
+
+def _same(recipes: Recipes, settings: Mapping[str, Any]) -> list[str]:
+    """A line for each set of labels that stand for one configuration."""
+    alike: dict[str, list[str]] = {}
+    for label, (recipe, own) in recipes.items():
+        plan = Settings.from_dict({**settings, **own})
+        key = digest({"recipe": recipe.to_dict(), "settings": plan.to_dict()})
+        alike.setdefault(key, []).append(label)
+    return [f"{' and '.join(labels)} are one configuration: their runs are the same"
+            for labels in alike.values() if len(labels) > 1]  # fmt: skip
+
+
+# --- carrying out ---------------------------------------------------------------------------------
+
+
+def _done(
+    what: Callable[..., Any], jobs: list[Job], folder: Path, *, workers: int, progress: bool
+) -> list[Any]:
+    """`what` of each job, after the first tasks that several of them share, kept in `folder`."""
+    firsts, jobs = _shared(jobs, folder / FIRST)
+    results: dict[int, Any] = {}
+    for few in (firsts, jobs):
+        if workers == 1 or not few:
+            results = {i: what(**job) for i, job in enumerate(few)}
+            continue
+        made = spread([partial(what, **job) for job in few], workers, where=str(folder))
+        with closing(made), tqdm(total=len(few), unit="run", disable=not progress) as bar:
+            for number, result in made:
+                results[number] = result
+                bar.set_postfix_str(few[number]["label"], refresh=False)
+                bar.update()
+    return [results[i] for i in range(len(jobs))]
+
+
+def _tried(**job: Any) -> float | None:
+    """A tuning run's score on selection rows, its weights deleted; None if it diverged."""
+    folder, first = Path(job["out"]), job["arm"].first
+    gone = [at / DIVERGED for at in (folder, first) if at is not None]
+    try:
+        if (said := next((path for path in gone if path.is_file()), None)) is not None:
+            raise TrainingDiverged(said.read_text(encoding="utf-8"))
+        score = tuning.quality(run_sequence(**job))
+    except TrainingDiverged as refusal:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(folder / DIVERGED, str(refusal))
+        score = None
+    if folder.parent.parent.name != FIRST:
+        drop_weights(folder)
+    return score
+
+
+# --- first tasks that are shared ------------------------------------------------------------------
+
+
+def _shared(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Job]]:
+    """The first tasks that several jobs, not begun, would train alike, and the jobs that go on
+    from them."""
+    firsts = [_first(job, folder) for job in jobs]
+    wanted = [first["out"] for first in firsts if first is not None]
+    kept: dict[Path, Job] = {}
+    made = []
+    for job, first in zip(jobs, firsts, strict=True):
+        if first is None or (wanted.count(first["out"]) == 1 and not _ended(first["out"])):
+            made.append(job)
+            continue
+        kept[first["out"]] = first
+        made.append(job | {"arm": replace(job["arm"], first=first["out"])})
+    return list(kept.values()), made
+
+
+def _first(job: Job, folder: Path) -> Job | None:
+    """The job of its first task alone; None where its recipe acts in it, or it is begun.
+
+    Nor where more is measured beside it, other rows are mixed in or the head is not the task's own:
+    what goes on is then not the same by construction.
+    """
+    recipe: Recipe = job["recipe"]
+    known = {f.name for f in fields(Settings)}
+    plan = Settings.from_dict({k: v for k, v in job.items() if k in known})
+    idle = all(m.idle_at_first and not m.defines("prepare") for m in recipe.methods)
+    other = recipe.peft or plan.mix or plan.head != "task" or any(job[name] for name in BESIDE)
+    begun = any((Path(job["out"]) / name).is_file() for name in (RECORD, DIVERGED))
+    if len(job["tasks"]) < 2 or not idle or other or begun:
+        return None
+    plain = replace(recipe, methods=(), name="first task")
+    key = digest({"recipe": plain.to_dict(), "settings": plan.to_dict()})
+    return job | {"tasks": job["tasks"][:1], "recipe": plain, "alone": False,
+                  "out": folder / key / f"seed-{job['seed']}",
+                  "label": f"first task · seed {job['seed']}",
+                  "arm": Arm(scored=job["arm"].scored, notes={"serves": FIRST})}  # fmt: skip
+
+
+def _ended(folder: Path) -> bool:
+    try:
+        return Record.load(folder / RECORD).status == "done"
+    except Refused:
+        return False

@@ -174,19 +174,23 @@ class Learner:
             self.bound.models[task.name] = model
 
     def remember(self, models: Sequence[Any]) -> None:
-        """Take up the first tasks' models, which share an encoder and were learned elsewhere.
+        """Take up the first tasks' models, learned elsewhere around one encoder, untrained here.
 
-        Methods read these tasks' training rows; nothing is trained.
+        Methods read these tasks' training rows, with the draws of a run that learned them.
         """
-        self.models, self.bound = list(models), self.recipe.unbound(seed=self.seed)
+        seed = 1000 * self.seed + self.place
+        self.models, self.bound = list(models), self.recipe.unbound(seed=seed)
+        self.bound.skipped = sum(n or 0 for n in self.record.skipped_steps)
         adapt(self.models[-1], self.recipe.peft)
         for index, model in enumerate(models):
             task, rows = self.tasks[index], self.rows(index, "train")
             if not rows and any(m.needs_data for m in self.recipe.methods):
                 raise Refused("its rows are gone, and the recipe reads them", where=task.name,
                               remedy="take the recipe it was learned with")  # fmt: skip
+            if task.name in self.record.head_first:
+                torch.randint(2**62, (), generator=self.bound.generator)  # fitting it drew once
             # In a random order: a file sorted by label would show a method only one class.
-            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed))
+            order = torch.randperm(len(rows), generator=self.bound.generator)
             batches: Any = DataLoader(
                 Subset(rows, order.tolist()), 32,  # type: ignore[arg-type]
                 collate_fn=lambda few: self.collate(few).to(device()),

@@ -22,10 +22,11 @@ from typing import IO, Any
 from holdfast.errors import Busy, Refused
 from holdfast.experiments.record import Record
 from holdfast.experiments.settings import defaults
-from holdfast.files import write_text_atomic
+from holdfast.files import differences, write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, LEASE, RECORD, FINAL = "run.json", "lease", "record.json", "final"
+DIVERGED = "diverged"  # a file in a run's folder that says how it ended
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -88,18 +89,16 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 def other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Refused:
     """The refusal of a folder whose work was begun as `before`, naming what differs."""
-    told = ", ".join(_differences(before, now))
+    told = ", ".join(differences(_whole(before), _whole(now)))
     return Refused(f"holds a run with other settings ({told})", where=str(folder),
                    remedy="choose another --out")  # fmt: skip
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[str]:
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{at}{key}.")
-        elif old != new:
-            yield f"{at}{key}: {_short(old)} → {_short(new)}"
+def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the settings that `_training` left out: they have their defaults."""
+    if not isinstance(settings := config.get("settings"), Mapping):
+        return dict(config)
+    return {**config, "settings": {**defaults(), **settings}}
 
 
 def _goes_on(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -141,18 +140,6 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
             k: v for k, v in settings.items() if k != "alone" and (k not in usual or v != usual[k])
         }
     return kept
-
-
-def _short(value: Any) -> str:
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(v, list) and len(v) == 2 for v in value)
-    ):
-        text = ", ".join(f"{name} ({str(digest)[:6]})" for name, digest in value)  # tasks
-    else:
-        text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
@@ -221,6 +208,12 @@ def check_held(folder: Path) -> None:
             return
     raise Refused("was deleted while it was worked on", where=str(folder),
                   remedy="remove what is left of it and start again")  # fmt: skip
+
+
+def drop_weights(folder: Path) -> None:
+    """Delete what a run learned; its record stays."""
+    for name in ("tasks", FINAL):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def check_disk(folder: Path, needed: int) -> None:

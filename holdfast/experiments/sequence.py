@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,20 @@ if TYPE_CHECKING:
     from holdfast.experiments.probe import Probe
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What a comparison asks of one of its runs.
+
+    first: the run of the first task alone, trained once for all recipes that do nothing in it, from
+    which a run that is not begun goes on; its scores are those of one that is trained by itself.
+    scored: the rows that scores are of. notes: further keys of the record.
+    """
+
+    first: Path | None = None
+    scored: Sequence[str] = ("evaluation", "selection")
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
 def run_sequence(
     model: str | None,
     tasks: Sequence[str | Path],
@@ -43,6 +58,7 @@ def run_sequence(
     label: str | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
+    arm: Arm | None = None,
     **settings: Any,
 ) -> Record:
     """Learn `tasks` in order and test every task learned so far after each.
@@ -61,6 +77,7 @@ def run_sequence(
 
     reference: running text by which general ability is measured before the first task and after
     each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
+    arm: what `compare` asks of its runs.
 
     tests: tasks that are only tested on after each task, see `holdfast.experiments.elsewhere`.
     protocol: what the record keeps of the protocol that the run is part of.
@@ -97,7 +114,7 @@ def run_sequence(
                      ) if tests else None  # fmt: skip
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
               bar=(label or "") if progress else None, origin=origin, probe=asked,
-              elsewhere=away, protocol=protocol)  # fmt: skip
+              elsewhere=away, protocol=protocol, arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -115,6 +132,7 @@ class Job:
     probe: Mapping[str, Any] = field(default_factory=dict)  # what is measured of general ability
     elsewhere: Elsewhere | None = None  # what it is tested on too
     protocol: Mapping[str, Any] | None = None
+    arm: Arm = Arm()
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
@@ -138,6 +156,8 @@ class Job:
             config["place"] = self.place
         if self.origin is not None:
             config["from"] = self.origin.mark
+        if self.arm.scored != Arm.scored:
+            config["scored"] = list(self.arm.scored)  # so that no other run goes on from it
         source = locate(self.model) if self.origin is None else self.origin.source
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
@@ -160,7 +180,8 @@ class Job:
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
-            record = Record.load(path) if path.is_file() else self._fresh(tasks, plan)
+            first = FromRun(self.arm.first) if self.arm.first and not path.is_file() else None
+            record = Record.load(path) if path.is_file() else self._fresh(tasks, plan, first)
             record.set_tasks(told)
             record.scenario = scenario
             record.settings["out"] = str(folder)  # it may have been moved
@@ -171,9 +192,10 @@ class Job:
                 record.extra["protocol"] = dict(self.protocol)
             record.recipe = self.recipe.to_dict()  # which may have been renamed
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
+            record.extra.update(self.arm.notes)
             last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
             if record.status != "done":
-                self._learn(source, tasks, plan, folder, record, probe)
+                self._learn(source, tasks, plan, folder, record, probe, first or self.origin)
             elif last.is_dir() and not (folder / FINAL).is_dir():
                 from holdfast.experiments.serving import finish
 
@@ -181,7 +203,8 @@ class Job:
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
-                    alone = replace(self, place=place, origin=None, probe={}, elsewhere=None)
+                    alone = replace(self, place=place, origin=None, probe={}, elsewhere=None,
+                                    arm=Arm())  # fmt: skip
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -189,16 +212,21 @@ class Job:
                 record.save(path)
             return record
 
-    def _fresh(self, tasks: list[Task], plan: Settings) -> Record:
+    def _fresh(self, tasks: list[Task], plan: Settings, first: FromRun | None) -> Record:
         from holdfast.tasks.kinds.pretrained import MINILM
 
-        if isinstance(self.origin, FromRun):
-            record = self.origin.record
+        if began := first or (self.origin if isinstance(self.origin, FromRun) else None):
+            record = began.record
             record.settings = {**record.settings, **plan.to_dict()}
             record.command, record.commit = self.command, commit(Path(__file__).parent)
-            record.seed, record.versions, record.created = self.seed, versions(), now()
-            record.rates = None  # they are this recipe's
+            record.seed, record.created = self.seed, now()
             record.extra.pop("protocol", None)  # it had other tasks
+            if first is None:
+                record.versions, record.rates = versions(), None  # they are this recipe's
+            else:
+                record.tasks = [describe(tasks[0])]
+                told = {"folder": str(first.folder), "seconds": record.seconds[0]}
+                record.extra = {"first": told}
         else:
             record = Record(
                 tasks=[describe(t) for t in tasks],
@@ -223,13 +251,22 @@ class Job:
 
     def _learn(
         self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record,
-        probe: Probe | None,
+        probe: Probe | None, begun: Origin | None,
     ) -> None:  # fmt: skip
         from holdfast.experiments.learner import Learner
 
+        def begin(learner: Learner) -> None:
+            assert begun is not None
+            started = time.monotonic()
+            begun.begin(learner)
+            if begun is not self.origin:  # methods read the first task, as they do at its end
+                spent = time.monotonic() - started
+                record.seconds[0] = round((record.seconds[0] or 0.0) + spent, 3)
+
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place, probes=[p for p in (probe, self.elsewhere) if p],
-                          begin=None if self.origin is None else self.origin.begin)  # fmt: skip
+                          place=self.place, scored=self.arm.scored,
+                          probes=[p for p in (probe, self.elsewhere) if p],
+                          begin=None if begun is None else begin)  # fmt: skip
         for index in range(len(record.seconds), len(tasks)):
             try:
                 learner.learn(index)

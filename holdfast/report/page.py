@@ -18,6 +18,7 @@ from holdfast.report.facts import Comparison, comparisons
 from holdfast.report.general import general, meaning
 from holdfast.report.protocol import ProtocolFacts, elsewhere, protocol_of
 from holdfast.report.sentences import noise_note, scenario_sentence, study_sentences
+from holdfast.report.terms import terms
 from holdfast.report.words import DASH, clean, number, points, short, spread_text
 
 # every metric a record stores, with its sign, for a reader who knows none of them
@@ -47,7 +48,8 @@ class Section:
 def find_records(paths: Iterable[str | Path]) -> list[Record]:
     """Records from files, and from every `record.json` below folders; links are not followed.
 
-    Skips records of tasks trained alone for a sequence, as its own record has their scores.
+    Skips records of tasks trained alone for a sequence, as its own record has their scores, and
+    those of a comparison's tuning runs and shared first tasks, unless only these are asked for.
     """
     found: list[Path] = []
     for path in map(Path, paths):
@@ -62,7 +64,8 @@ def find_records(paths: Iterable[str | Path]) -> list[Record]:
         else:
             found.append(path)
     unique = {path.resolve(): path for path in found}
-    return [Record.load(path) for path in unique.values()]
+    records = [Record.load(path) for path in unique.values()]
+    return [record for record in records if "serves" not in record.extra] or records
 
 
 def _of_a_sequence(record: Path, asked: Path) -> bool:
@@ -143,7 +146,7 @@ def environment() -> Any:
         short=short,
         noise_note=noise_note,
         meaning=meaning,
-        sentences=study_sentences,
+        sentences=lambda study: [*study_sentences(study), *terms(study)],
         scenario=scenario_sentence,
         rows=_layout,
         command=_command,

@@ -10,6 +10,7 @@ from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, 
 from holdfast.report.general import general_lines
 from holdfast.report.protocol import elsewhere_lines
 from holdfast.report.sentences import noise_note
+from holdfast.report.terms import terms
 from holdfast.report.words import DASH, clean, number, spread_text
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _comparison(study: Comparison) -> Table:
     for group in study.groups:
         mark = " (control)" if group.control else ""
         table.add_row(Text(clean(group.label, width=40) + mark), *_cells(group, single))
-    lines = ["± is the standard deviation over seeds", *study.warnings]
+    lines = ["± is the standard deviation over seeds", *terms(study), *study.warnings]
     lines += [f"{clean(g.label)}, {line}" for g in study.groups for line in elsewhere_lines(g.runs)]
     if not single:
         lines.insert(1, "forgetting: positive is worse; vs control: new + old, paired by seed")

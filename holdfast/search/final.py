@@ -9,7 +9,6 @@ a search: each takes runs that no other is working on.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any
 
 from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import FINAL, RECORD
+from holdfast.experiments.runs import DIVERGED, RECORD, drop_weights
 from holdfast.experiments.sequence import Job
 from holdfast.files import write_text_atomic
 from holdfast.search.plan import Plan
@@ -29,7 +28,6 @@ from holdfast.tasks.task import slug
 from holdfast.training import stopping
 
 FOLDER = "final"
-DIVERGED = "diverged"  # a file in a run's folder that says how
 POLL = 0.5
 
 
@@ -167,14 +165,9 @@ class Evaluation:
             )
         except TrainingDiverged as refusal:
             write_text_atomic(gone, str(refusal))
-            _drop_weights(job.folder)
+            drop_weights(job.folder)
             return Result(None, None, None, 0, str(refusal))
-        _drop_weights(job.folder)
+        drop_weights(job.folder)
         scores = record.scores
         steps = sum(n or 0 for n in record.steps)
         return Result(scores[1][1], scores[0][0], scores[1][0], steps)
-
-
-def _drop_weights(folder: Path) -> None:
-    for name in ("tasks", FINAL):
-        shutil.rmtree(folder / name, ignore_errors=True)

@@ -19,7 +19,7 @@ from holdfast.config import count
 from holdfast.errors import Refused
 from holdfast.experiments.sequence import load_tasks
 from holdfast.experiments.settings import Settings
-from holdfast.files import write_text_atomic
+from holdfast.files import differences, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly
@@ -301,19 +301,5 @@ def keep(folder: Path, plan: Plan, storage: str) -> str:
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Refuse another configuration, naming what differs."""
-    changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
-    if not changed:
-        return
-    for key in changed:  # say which setting, not that settings differ
-        one, two = before.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(two, dict):
-            inner = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k)]
-            before = {**before, key: {k: one.get(k) for k in inner}}
-            now = {**now, key: {k: two.get(k) for k in inner}}
-    told = ", ".join(f"{k}: {_short(before.get(k))} → {_short(now.get(k))}" for k in changed)
-    raise Refused(f"holds another search ({told})", where=where, remedy="choose another --out")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "…"
+    if told := ", ".join(differences(before, now)):
+        raise Refused(f"holds another search ({told})", where=where, remedy="choose another --out")

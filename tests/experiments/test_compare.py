@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sequences import files, told
 from tqdm.auto import tqdm
 
-from holdfast import Recipe, Refused, compare
+from holdfast import EWC, L2SP, LwF, Merge, Recipe, Refused, Replay, compare, run_sequence
+from holdfast.errors import TrainingDiverged
+from holdfast.experiments import compare as comparing
+from holdfast.experiments import learner, tuning
+from holdfast.experiments.metrics import new_plus_old
 from holdfast.experiments.processes import spread
+from holdfast.experiments.record import Record
+from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
+from holdfast.report import find_records
 from holdfast.tasks.kinds import classification
 from holdfast.training.stopping import Stopped
 
@@ -119,6 +127,236 @@ def test_a_refusal_in_another_process_is_a_refusal_here(place: Path, tmp_path: P
     with pytest.raises(Refused, match="cannot be written") as refusal:
         compared(place, tmp_path / "out", {"plain": RECIPES["plain"]}, seeds=[0], workers=2)
     assert "--out" in str(refusal.value)
+
+
+# --- equal terms ----------------------------------------------------------------------------------
+
+QUICK = {"epochs": 1.0, "batch_size": 4, "lr": 5e-3}  # 8 steps a task, long ones: all would show
+SMALL = {"ewc": {"rows": 8}, "replay": {"memory": 4}, "merge": {"rows": 8},
+         "kfac_ewc": {"rows": 8, "every": 2}, "dps": {"score": "retention", "stage": 2},
+         "wise": {"first": False}}  # fmt: skip
+IDLE = {"plain": Recipe(name="plain"), "ewc": Recipe(methods=[EWC(rows=8)]),
+        "lwf": Recipe(methods=[LwF()]), "replay": Recipe(methods=[Replay(memory=4)]),
+        "merge": Recipe(methods=[Merge(rows=8)]),
+        "default": PRESETS["default"](), "lwf_merge": PRESETS["lwf_merge"]()}  # fmt: skip
+
+
+def without_seconds(folder: Path) -> dict[str, Any]:
+    """What a record says but for times, and from where its first task is."""
+    record = told(folder)
+    for fitted in record["head_first"].values():
+        fitted.pop("seconds")
+    return {key: value for key, value in record.items() if key != "first"}
+
+
+def by_itself(place: Path, recipe: Recipe, out: Path, **more: Any) -> None:
+    tasks = [place / "mood.jsonl", place / "colour.jsonl"]
+    run_sequence(str(place / "bert"), tasks, recipe, out=out, progress=False,
+                 **{**SETTINGS, **QUICK, "seed": 3, **more})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shared")
+    compared(place, out, {n: (r, {}) for n, r in IDLE.items()}, seeds=[3], **QUICK)
+    return out
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_first_task_that_is_shared_gives_the_run_by_itself(
+    name: str, place: Path, shared: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: all scores, all weights, all that methods remember, after each task."""
+    by_itself(place, IDLE[name], tmp_path)
+    mine = shared / name / "seed-3"
+    assert files(mine) == files(tmp_path)
+    assert without_seconds(mine) == without_seconds(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n, m in METHODS.items() if m.from_dict(SMALL.get(n, {})).idle_at_first]
+)
+def test_every_method_that_waits_may_share_its_first_task(
+    name: str, place: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(methods=[METHODS[name].from_dict(SMALL.get(name, {}))])
+    compared(place, tmp_path / "c", {"plain": RECIPES["plain"], "it": (recipe, {})}, seeds=[3],
+             **QUICK)  # fmt: skip
+    by_itself(place, recipe, tmp_path / "alone")
+    assert "first" in told(tmp_path / "c" / "it" / "seed-3")
+    assert files(tmp_path / "c" / "it" / "seed-3") == files(tmp_path / "alone")
+
+
+def test_a_first_task_is_trained_once_and_its_seconds_stand_with_each(shared: Path) -> None:
+    """Two of them: one with the head fitted first."""
+    firsts = {str(p.parent): Record.load(p) for p in (shared / "first").rglob("record.json")}
+    assert len(firsts) == 2
+    for name in IDLE:
+        record = Record.load(shared / name / "seed-3")
+        first = firsts[record.extra["first"]["folder"]]
+        assert first.names == record.names[:1] and first.steps == record.steps[:1]
+        assert record.extra["first"]["seconds"] == first.seconds[0] <= (record.seconds[0] or 0)
+    assert {r.recipe["name"] for r in find_records([shared])} == {
+        "plain", "custom", "default", "lwf_merge"
+    }  # fmt: skip
+    assert len(find_records([shared / "first"])) == 2  # asked for by themselves
+
+
+def test_what_acts_on_the_first_task_has_its_own(place: Path, tmp_path: Path) -> None:
+    recipes = {"plain": RECIPES["plain"], "slow": RECIPES["Plain, slow"],
+               "l2sp": (Recipe(methods=[L2SP(strength=0.0, head_strength=0.0)]), {}),
+               "ewc": (Recipe(methods=[EWC(strength=0.0, rows=8)]), {})}  # fmt: skip
+    compared(place, tmp_path, recipes, seeds=[3], **QUICK)
+    runs = {name: told(tmp_path / name / "seed-3") for name in recipes}
+    assert {name for name, run in runs.items() if "first" in run} == {"plain", "ewc"}
+    # Two more that do nothing differ from plain in nothing: weights, rows, their order, steps.
+    weights = {
+        name: {k: v for k, v in files(tmp_path / name / "seed-3").items() if "holdfast" not in k}
+        for name in recipes
+    }
+    assert weights["plain"] == weights["l2sp"] == weights["ewc"] != weights["slow"]
+    for key in ("scores", "selection_scores", "steps", "history"):
+        assert runs["plain"][key] == runs["l2sp"][key] == runs["ewc"][key], key
+
+
+def test_one_that_was_killed_goes_on_with_the_first_task_that_is_there(
+    place: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second task of ewc, which is then alone to need the first."""
+    recipes = {n: (IDLE[n], {}) for n in ("plain", "ewc")}
+    original, calls = learner.Learner.learn, []
+
+    def third(self: Any, index: int) -> None:
+        calls.append(index)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        original(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learner.Learner, "learn", third)
+        compared(place, tmp_path, recipes, seeds=[3], **QUICK)
+    assert calls == [0, 1, 1]
+    calls.clear()
+    calls.extend([0, 0, 0])  # from here on only counted
+    monkeypatch.setattr(learner.Learner, "learn", third)
+    compared(place, tmp_path, recipes, seeds=[3], **QUICK)
+    assert calls[3:] == [1]
+    for name in recipes:
+        assert files(tmp_path / name / "seed-3") == files(shared / name / "seed-3")
+
+
+def test_equal_configurations_are_told() -> None:
+    recipes = {"a": (Recipe(methods=[EWC()], name="x"), {}), "b": (PRESETS["ewc"](), {"lr": 2e-4}),
+               "c": (PRESETS["ewc"](), {"lr": 1e-4})}  # fmt: skip
+    (line,) = comparing._same(recipes, {})
+    assert line.startswith("a and b are one configuration")
+
+
+# --- a budget -------------------------------------------------------------------------------------
+
+EWC_ONLY = {"ewc": (Recipe(methods=[EWC(rows=8)], name="ewc"), {})}
+
+
+def test_a_budget_chooses_on_selection_rows_and_trains_anew(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"budget": 3, "seeds": [0, 3], "lr": 2e-3, "rates": [1e-3, 2e-2]}
+    records = compared(place, tmp_path, EWC_ONLY, **given)
+    assert [r.recipe["name"] for r in records] == ["plain", "plain", "ewc", "ewc"]
+    for label, record in (("plain", records[0]), ("ewc", records[3])):
+        tried = [Record.load(tmp_path / "tuning" / label / str(i)) for i in range(3)]
+        assert {r.seed for r in tried} == {tuning.SEED}
+        assert all(c is None for r in tried for row in r.scores for c in row)  # on evaluation rows
+        assert not list((tmp_path / "tuning").rglob("*.safetensors"))
+        best, most = -1, -1.0  # a twin: read what was tried, one after another
+        for i, run in enumerate(tried):
+            score = new_plus_old(run.selection_scores or [])
+            if score is not None and score > most:
+                best, most = i, score
+        assert record.settings["lr"] == tried[best].settings["lr"]
+        assert record.recipe["methods"] == tried[best].recipe["methods"]
+        said = record.extra["tuned"]
+        assert (said["runs"], said["chosen"], said["score"]) == (3, best, most)
+        assert said["values"]["rate"] == record.settings["lr"]
+        assert None not in record.scores[-1] and tried[0].settings["lr"] == 2e-3
+    rates = [[Record.load(tmp_path / "tuning" / n / str(i)).settings["lr"] for i in range(3)]
+             for n in ("plain", "ewc")]  # fmt: skip
+    assert rates[0] == rates[1]
+    assert len(find_records([tmp_path])) == 4
+
+    def called(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    before = {p: p.read_bytes() for p in tmp_path.rglob("record.json")}
+    monkeypatch.setattr(classification.KIND, "load_model", called)
+    compared(place, tmp_path, EWC_ONLY, **given)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("record.json")} == before
+
+
+def pretended(asked: list[dict[str, Any]], diverge: float) -> Any:
+    """Runs that are not trained: the score on selection rows is highest at 1e-4."""
+
+    def run(model: str, tasks: Any, recipe: Recipe, **job: Any) -> Record:
+        asked.append({"recipe": recipe, **job})
+        if job["lr"] > diverge:
+            raise TrainingDiverged("diverged")
+        score = 1.0 - abs(job["lr"] - 1e-4)
+        return Record(tasks=[{"name": "a"}], scores=[[None]], selection_scores=[[score]],
+                      recipe=recipe.to_dict(), extra=dict(job["arm"].notes))  # fmt: skip
+
+    return run
+
+
+def test_a_run_that_diverges_is_not_chosen_nor_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(comparing, "run_sequence", pretended(asked, diverge=1e-4))
+    for expected in (8, 8 - 5):  # the second time but for those that diverged
+        records = compare("m", ["a"], {}, seeds=[0], out=tmp_path, budget=8)
+        tried = [job["lr"] for job in asked if job["seed"] == tuning.SEED]
+        assert len(tried) == expected and all(job["arm"].scored == ("selection",)
+                                              for job in asked[: len(tried)])  # fmt: skip
+        below = [lr for lr in tried if lr <= 1e-4]
+        assert len(below) == 3 and asked[-1]["lr"] == max(below)  # of 2e-5 to 5e-4, and 2e-4 itself
+        assert records[0].extra["tuned"]["diverged"] == 5
+        asked.clear()
+
+
+def test_settings_of_a_recipes_own_are_tuned_like_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(comparing, "run_sequence", pretended(asked, diverge=1.0))
+    recipes = {"own": (Recipe(name="own"), {"lr": 3e-4, "epochs": 1.0})}
+    compare("m", ["a"], recipes, seeds=[0, 1], out=tmp_path, budget=4)
+    by_label = {name: [j for j in asked if f"tuning/{name}/" in str(j["out"])]
+                for name in ("plain", "own")}  # fmt: skip
+    assert [len(each) for each in by_label.values()] == [4, 4]
+    own, plain = ([j["lr"] for j in by_label[n]] for n in ("own", "plain"))
+    assert own[0] == 3e-4 and plain[0] == 2e-4 and own[1:] == plain[1:]
+    assert all(j["epochs"] == 1.0 for j in by_label["own"])
+    assert len(asked) == 8 + 4
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"budget": 0}, "--budget"), ({"budget": True}, "--budget"), ({"budget": 1.5}, "--budget"),
+        ({"budget": 2, "rates": [1e-3, 1e-4]}, "--rates"), ({"rates": [1e-4, 1e-3]}, "--budget N"),
+        ({"budget": 2, "seeds": [0, tuning.SEED]}, "seed of tuning"),
+        ({"budget": 2, "recipes": {"plain": (PRESETS["ewc"](), {})}}, "plain is the control"),
+        ({"recipes": {"Tuning": RECIPES["plain"]}}, "tuning is a folder"),
+    ],
+)  # fmt: skip
+def test_budgets_that_are_refused(more: Any, says: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=says):
+        compared(place, tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
+
+
+# --- processes ------------------------------------------------------------------------------------
 
 
 def killed_once(mark: Path, number: int) -> tuple[int, int]:

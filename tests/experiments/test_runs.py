@@ -82,6 +82,15 @@ def test_other_settings_are_refused_with_what_differs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / CONFIG).read_text())["seed"] == 0
 
 
+def test_a_setting_that_was_left_at_its_default_shows_it(tmp_path: Path) -> None:
+    """Configurations are compared without defaults: `lr: null → 0.001` would tell nothing."""
+    with open_run(tmp_path, {"settings": {"lr": 2e-4}}):
+        (tmp_path / RECORD).write_text("{}")
+    said = pytest.raises(Refused, match=r"\(settings\.lr: 0\.0002 → 0\.001\)")
+    with said, open_run(tmp_path, {"settings": {"lr": 1e-3}}):
+        pass
+
+
 def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
     """Such as one whose model could not be loaded."""
     with pytest.raises(OSError), open_run(tmp_path, {"model": "wrong"}):

@@ -8,8 +8,9 @@ import pytest
 from fakes import curve, plan
 
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import DIVERGED
 from holdfast.experiments.sequence import describe
-from holdfast.search.final import DIVERGED, jobs
+from holdfast.search.final import jobs
 from holdfast.search.rows import rows
 from holdfast.search.run import Line
 from holdfast.search.study import Study

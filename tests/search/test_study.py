@@ -188,7 +188,7 @@ def test_the_other_studies_of_a_database_stay_apart(place: Path, tmp_path: Path)
     [
         ({"sampler": "tpe"}, 'sampler: "random" → "tpe"'),
         ({"seed": 1}, "seed: 0 → 1"),
-        ({"epochs": 2.0}, 'settings: {"epochs": 1.0} → {"epochs": 2.0}'),
+        ({"epochs": 2.0}, "settings.epochs: 1.0 → 2.0"),
         ({"tune": ["dps.drop"]}, "tune"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from holdfast import EWC, LoRA, Merge, Recipe, Refused, load, run_sequence
+from holdfast import EWC, LoRA, Merge, Recipe, Refused, compare, load, run_sequence
 from holdfast.errors import tell_once
 from holdfast.experiments import gate
 from holdfast.experiments.record import Record
@@ -226,6 +226,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SHORT: dict[str, Any] = {"epochs": 2.0, "batch_size": 4, "lr": 3e-3, "max_length": 16,
                          "progress": False}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_a_first_text_that_recipes_share_gives_the_run_by_itself(
+    name: str, place: Path, tmp_path: Path
+) -> None:
+    """What methods read of a task whose model all tasks share."""
+    recipes = {"plain": Recipe(), "both": Recipe(methods=[EWC(rows=8), Merge(rows=8)])}
+    tasks = [place / "day.jsonl", place / "night.jsonl"]
+    compare(str(place / name), tasks, {n: (r, {}) for n, r in recipes.items()}, seeds=[3],
+            out=tmp_path, **SHORT)  # fmt: skip
+    for label, recipe in recipes.items():
+        alone = run_sequence(str(place / name), tasks, recipe, seed=3, out=tmp_path / "a" / label,
+                             **SHORT)  # fmt: skip
+        shared = Record.load(tmp_path / label / "seed-3")
+        assert "first" in shared.extra and shared.scores == alone.scores
+        one, two = (load(f).models["night"] for f in (tmp_path / label / "seed-3",
+                                                      tmp_path / "a" / label))  # fmt: skip
+        assert models.same(models.weights(one), models.weights(two))
 
 
 @pytest.mark.parametrize("peft", [(), LoRA(rank=2)])

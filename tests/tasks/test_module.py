@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from holdfast import Refused, load, run_sequence
+from holdfast import Recipe, Refused, compare, load, run_sequence
 from holdfast.cli import main
 from holdfast.experiments.gate import judge
 from holdfast.experiments.mix import general
@@ -126,6 +126,12 @@ def test_going_on_is_one_run_and_all_tasks_are_served(net: Path, tmp_path: Path)
     assert parts.scores == whole.scores
     one, two = (load(tmp_path / name) for name in ("whole", "parts"))
     weights = [served.models["second"].state_dict() for served in (one, two)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    compare(str(net), [f"{net}:First One", f"{net}:second"], seeds=[0], out=tmp_path / "c",
+            recipes={n: (Recipe.named(n), {}) for n in ("plain", "ewc")}, **SHORT)  # fmt: skip
+    shared = Record.load(tmp_path / "c" / "ewc" / "seed-0")  # its first task, with plain
+    assert "first" in shared.extra and shared.scores == whole.scores
+    weights[1] = load(tmp_path / "c" / "ewc" / "seed-0").models["second"].state_dict()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     task = load_task(f"{net}:first-one")
     rows: list[Any] = [row.values for row in task.evaluation]  # type: ignore[attr-defined]
