@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import Refused
 from holdfast.experiments import metrics
-from holdfast.tasks.scores import score
+from holdfast.tasks.scores import constant_score, score
 
 TWO = [[0.9, None], [0.7, 0.8]]
 # task 0: 0.9, 0.95 (rose), 0.6; task 1: 0.8, 0.85 (rose); task 2 just learned
@@ -165,3 +165,18 @@ def test_what_cannot_be_scored_says_so() -> None:
         score("spearman", [1.0, 2.0], [math.nan, 1.0])
     with pytest.raises(ValueError, match="one value a row"):
         score("accuracy", [[1], [0]], [[1], [0]])  # type: ignore[list-item]
+
+
+def test_the_score_of_one_answer() -> None:
+    labels = [0, 0, 0, 1]
+    assert constant_score("accuracy", labels, 2) == 0.75
+    # of the second label, though it is the rarer: 2 · ¼ · 1 / (¼ + 1)
+    assert constant_score("f1", labels, 2) == pytest.approx(0.4)
+    # the mean over the classes that occur: of the first 2 · ¾ / (1 + ¾), of the second 0
+    assert constant_score("f1", labels, 3) == pytest.approx(3 / 7)
+    assert constant_score("matthews", labels, 2) == 0.05
+    assert constant_score("spearman", [0.1, 0.2, 3.0]) == 0.05
+    assert constant_score("exact_match", ["The yes.", "yes", "no"]) == pytest.approx(2 / 3)
+    assert constant_score("rouge_l", ["yes", "no"]) == 0
+    assert constant_score("entity_f1", [(0, 1, 2), (0,)], 3) == 0  # tags
+    assert constant_score("accuracy", [(0, 1), ()], 2) == 0  # several labels a row
