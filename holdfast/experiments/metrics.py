@@ -194,12 +194,18 @@ def front(points: Points) -> list[tuple[float, float]]:
 
 
 def kept_at(points: Points, new: float) -> Cell:
-    """The old score kept where `new` or more is learned: `max {old_k : new_k >= new}`.
+    """The old score that is kept where the new task is learned to `new`: the height of the front.
 
-    A falling staircase through the front, below any line between its points: nothing is taken for
-    reached that was not run. None beyond the highest new score.
+    Straight lines between the points of `front`, level before the first: a rate between two that
+    were run is taken to lie between them. None beyond the highest new score.
     """
-    return max((old for score, old in points if score >= new - 1e-12), default=None)
+    best = front(points)
+    if not best or new > best[-1][0] + 1e-12:
+        return None
+    for (low, before), (high, after) in pairwise(best):
+        if low < new < high:
+            return before + (after - before) * (new - low) / (high - low)
+    return next((old for score, old in best if score >= new), best[-1][1])
 
 
 def matched(mine: Points, theirs: Points) -> tuple[float, float] | None:
@@ -218,8 +224,10 @@ def area(points: Points, low: float, high: float) -> Cell:
     """`∫ kept_at(x) dx` from low to high; None where `high` was not reached."""
     if kept_at(points, high) is None:
         return None
-    edges = [low, *sorted({new for new, _ in points if low < new < high}), high]
-    return math.fsum((b - a) * (kept_at(points, b) or 0.0) for a, b in pairwise(edges))
+    edges = [low, *(new for new, _ in front(points) if low < new < high), high]
+    heights = [kept_at(points, x) or 0.0 for x in edges]
+    corners = pairwise(zip(edges, heights, strict=True))
+    return math.fsum((b - a) * (left + right) / 2 for (a, left), (b, right) in corners)
 
 
 def kept_more(mine: Points, theirs: Points) -> Cell:

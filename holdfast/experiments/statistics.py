@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.experiments.metrics import Cell
@@ -184,6 +185,7 @@ def shared_seeds(by_label: Mapping[Any, Scores]) -> list[int]:
     return sorted(set.intersection(*every)) if every else []
 
 
+@lru_cache(maxsize=32)
 def resamples(n: int, *, exact: int = EXACT, drawn: int = DRAWN) -> tuple[np.ndarray, np.ndarray]:
     """Bootstrap resamples of n values: shares of each (b, n), and how likely each is (b,).
 

@@ -71,7 +71,7 @@ class FrontFacts:
     front: list[tuple[float, float]]  # (new, old after) that no other setting beats, by new
     low: Cell  # range of new scores that it and plain both reached; low = high: a point
     high: Cell
-    kept: Cell  # old score where `high` or more is learned: of this recipe
+    kept: Cell  # old score where the new one is `high`: of this recipe
     plain_kept: Cell  # and of plain
     area: Cell  # ∫ old d new from `low` to `high`
     plain_area: Cell
