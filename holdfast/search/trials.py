@@ -292,7 +292,8 @@ def _study(rows: Rows, where: str, sha256: str) -> ReadStudy:
     marks = [row.get(CONTROL) for (_, row), t in zip(rows, trials, strict=True) if not t.left_out]
     if all(marks):
         raise Refused(f"of its trials only controls were finished ({len(kept)}), no searched one",
-                      where=where, remedy="let the search run on: controls are no result of it")  # fmt: skip
+                      where=where,
+                      remedy="let the search run on: controls are no result of it")  # fmt: skip
     study, layers = rows[0][1].get("study"), _whole(rows[0][1].get("layers"), where, "layers", 1)
     return ReadStudy(source=where, sha256=sha256, study=study, layers=layers, trials=kept,
                  left_out=left_out)  # fmt: skip

@@ -171,8 +171,8 @@ def test_metrics_by_the_names_of_others() -> None:
     history = [(0, [0.5, None, None]), (1, [0.85, 0.3, None]), (1, [0.9, 0.7, None]),
                (2, [0.4, 0.8, 0.2]), (2, [0.6, None, 0.7])]  # fmt: skip
     found = {m.name: m.value for m in metrics.elsewhere(THREE, [None, 0.7, 0.6], history)}
-    assert found["BWT"] == pytest.approx((-0.3 + 0.05) / 2)
-    assert found["BWT divided by T"] == pytest.approx((-0.3 + 0.05) / 3)
+    assert found["BWT / (T - 1)"] == pytest.approx((-0.3 + 0.05) / 2)
+    assert found["BWT / T"] == pytest.approx((-0.3 + 0.05) / 3)
     # after one task .9, after two (.95 + .8) / 2, after three 2.15 / 3
     assert found["average incremental accuracy"] == pytest.approx((0.9 + 0.875 + 2.15 / 3) / 3)
     # task 0 fell to .4 while task 2 was learned, task 1 to .8: what it had while learned is its own
