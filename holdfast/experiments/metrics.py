@@ -171,8 +171,8 @@ def elsewhere(
     transfer = backward_transfer(scores)
     by_all = None if transfer is None else transfer * (size - 1) / size
     return [
-        Named("BWT / (T - 1)", "sum over old tasks of end - just learned, divided by T - 1", transfer),
-        Named("BWT / T", "the same sum, divided by T (SEEKR, SAPT, TRACE)", by_all),
+        Named("BWT / (T - 1)", "sum over old tasks of end - just learned, over T - 1", transfer),
+        Named("BWT / T", "the same sum, over T (SEEKR, SAPT, TRACE)", by_all),
         Named("average incremental accuracy", "mean over stages of the mean over tasks so far",
               average_incremental(scores)),
         Named("minimum old score", "mean over old tasks of the lowest score while later ones were "
