@@ -82,8 +82,8 @@ class Record:
         (0.2, 1.55)
     """
 
-    tasks: list[dict[str, Any]]  # name, metric, labels, rows {train, selection, evaluation}, hash,
-    # source, synthetic, warnings
+    tasks: list[dict[str, Any]]  # name, metric, labels, rows {train, selection, evaluation},
+    # constant, hash, source, synthetic, warnings
     scores: list[list[Cell]] = field(default_factory=list)  # T x T, evaluation rows
     kind: str = "sequence"
     scenario: str | None = None  # one of SCENARIOS; None for a single task
@@ -284,9 +284,9 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
         for key in ("labels", "warnings"):
             if not isinstance(task.get(key) or [], list):
                 raise fault(f"{key} of task {task['name']!r}", "a list")
-        rows = task.get("rows") or {}
-        if not isinstance(rows, dict) or not all(map(_number, rows.values())):
-            raise fault(f"rows of task {task['name']!r}", "a count for each split")
+        rows, constant = task.get("rows") or {}, task.get("constant")
+        if not isinstance(rows, dict) or not all(map(_number, [*rows.values(), constant])):
+            raise fault(f"rows or constant of task {task['name']!r}", "a count for each split")
     for key in ("scores", "selection_scores"):
         matrix = body.get(key)
         if matrix is not None and not (isinstance(matrix, list) and all(map(_cells, matrix))):
