@@ -60,13 +60,14 @@ TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --
     --accumulation --lr --weight-decay --warmup --schedule --head --max-length --selection
     --save-steps --bf16 --bf16-eval --mix"""
 OPTIONS = {
-    "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
+    "train": f"--task --recipe --seed --reference --lm-eval --report-to {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
-        --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
+        --max-forgetting --trust-code --reference --lm-eval --report-to {TRAINING}""",
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
-    "compare": f"--tasks --recipes --flat --seeds --workers --reference --lm-eval {TRAINING}",
+    "compare": f"""--tasks --recipes --flat --seeds --workers --reference --lm-eval --report-to
+        {TRAINING}""",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",

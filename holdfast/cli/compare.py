@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast.cli.options import (
     RECIPE_HELP,
+    add_loggers,
     add_probe,
     add_settings,
     add_tasks,
@@ -35,6 +36,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--workers", type=int, default=1, help="processes of one thread each")
     add_settings(parser, without=["alone"])
+    add_loggers(parser)
     add_probe(parser)
 
 
@@ -59,7 +61,7 @@ def run(chosen: argparse.Namespace) -> None:
     records = compare(
         chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
         workers=chosen.workers, reference=chosen.reference, lm_eval=chosen.lm_eval,
-        **given(chosen),
+        report_to=chosen.report_to, **given(chosen),
     )  # fmt: skip
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)

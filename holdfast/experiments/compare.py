@@ -30,14 +30,15 @@ def compare(
     progress: bool = True,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    report_to: Sequence[str] = (),
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
-    reference, lm_eval: general ability, as `run_sequence` measures it. Returns the records by
-    label, then by seed.
+    reference, lm_eval, report_to: as `run_sequence` takes them. Returns the records by label, then
+    by seed.
     """
     check_workers(workers)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -56,6 +57,7 @@ def compare(
             "progress": progress,
             "reference": reference,
             "lm_eval": lm_eval,
+            "report_to": report_to,
             **settings,
             **own,
         }

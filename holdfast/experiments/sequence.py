@@ -22,6 +22,7 @@ from holdfast.tasks.kinds import kind_of, one_kind
 from holdfast.tasks.program import trust
 
 if TYPE_CHECKING:
+    from holdfast.experiments.loggers import Loggers
     from holdfast.experiments.probe import Probe
 
 
@@ -37,6 +38,7 @@ def run_sequence(
     without_old_rows: bool = False,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    report_to: Sequence[str] = (),
     label: str | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
@@ -58,6 +60,7 @@ def run_sequence(
 
     reference: running text by which general ability is measured before the first task and after
     each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
+    report_to: loggers of Transformers (`tensorboard`, …), which get the sequence as one run.
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
@@ -88,7 +91,8 @@ def run_sequence(
         tell_once(idle)
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
-              bar=(label or "") if progress else None, origin=origin, probe=asked)  # fmt: skip
+              bar=(label or "") if progress else None, origin=origin, probe=asked,
+              report_to=tuple(report_to))  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -104,14 +108,17 @@ class Job:
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks
     probe: Mapping[str, Any] = field(default_factory=dict)  # what is measured of general ability
+    report_to: tuple[str, ...] = ()  # the loggers
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
-        from holdfast.experiments.mix import check_mix  # these load transformers: late
+        from holdfast.experiments.loggers import Loggers  # these load transformers: late
+        from holdfast.experiments.mix import check_mix
         from holdfast.tasks.kinds.generation import check_running
         from holdfast.tasks.kinds.heads import headed
         from holdfast.tasks.kinds.pretrained import locate
 
+        loggers = Loggers(self.report_to)
         told = [describe(task) for task in tasks]
         kind = headed(kind_of(tasks), plan.head, tasks)
         scenario = scenario_of(told, own_heads=kind.HEADS)
@@ -160,7 +167,7 @@ class Job:
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
             last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
             if record.status != "done":
-                self._learn(source, tasks, plan, folder, record, probe)
+                self._learn(source, tasks, plan, folder, record, probe, loggers)
             elif last.is_dir() and not (folder / FINAL).is_dir():
                 from holdfast.experiments.serving import finish
 
@@ -168,7 +175,7 @@ class Job:
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
-                    alone = replace(self, place=place, origin=None, probe={})
+                    alone = replace(self, place=place, origin=None, probe={}, report_to=())
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -209,23 +216,25 @@ class Job:
 
     def _learn(
         self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record,
-        probe: Probe | None,
+        probe: Probe | None, loggers: Loggers,
     ) -> None:  # fmt: skip
         from holdfast.experiments.learner import Learner
 
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place, probe=probe,
+                          place=self.place, probe=probe, also=[loggers] if self.report_to else [],
                           begin=None if self.origin is None else self.origin.begin)  # fmt: skip
-        for index in range(len(record.seconds), len(tasks)):
-            try:
-                learner.learn(index)
-            except Refused as refusal:  # training diverged, or a disk is full
-                record.warn(f"{tasks[index].name} was not learned: {refusal}")
-                with suppress(Refused):
-                    check_held(folder)
-                    record.save(folder / RECORD)
-                raise
-            record.save(folder / RECORD)
+        with loggers.over(learner):
+            for index in range(len(record.seconds), len(tasks)):
+                try:
+                    learner.learn(index)
+                except Refused as refusal:  # training diverged, or a disk is full
+                    record.warn(f"{tasks[index].name} was not learned: {refusal}")
+                    with suppress(Refused):
+                        check_held(folder)
+                        record.save(folder / RECORD)
+                    raise
+                record.save(folder / RECORD)
+                loggers.tell()
         learner.finish()
 
 
