@@ -45,7 +45,7 @@ def run(chosen: argparse.Namespace) -> None:
     from holdfast.experiments.compare import compare
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
-    from holdfast.report import comparison_table, run_rows, write_csv, write_report
+    from holdfast.report import comparison_table, run_rows, write_cards, write_csv, write_report
 
     recipes: dict[str, tuple[Recipe, dict[str, Any]]] = {
         Path(name).stem: (Recipe.named(name), {}) for name in chosen.recipes
@@ -66,4 +66,5 @@ def run(chosen: argparse.Namespace) -> None:
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)
     page = write_report(records, chosen.out / "report.html")
+    write_cards(records)
     show(comparison_table(records), f"{cells}  {page}")

@@ -76,7 +76,7 @@ def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path
     """Learn the tasks, write the report and print the score matrix."""
     tasks = asked_tasks(tasks, chosen)
     from holdfast.experiments.sequence import run_sequence
-    from holdfast.report import matrix_table, write_report
+    from holdfast.report import matrix_table, write_cards, write_report
 
     record = run_sequence(
         chosen.model, tasks, chosen.recipe, seed=chosen.seed, out=chosen.out,
@@ -84,5 +84,6 @@ def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path
     )  # fmt: skip
     folder = Path(str(record.settings["out"]))
     page = write_report([record], folder / "report.html")
+    write_cards([record])
     show(matrix_table(record), f"{folder / 'record.json'}  {page}")
     return folder
