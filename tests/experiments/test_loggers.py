@@ -148,6 +148,21 @@ def test_points_only_come_at_the_end_as_a_run_goes_on(sent: Path) -> None:
     assert len(every) == 10
 
 
+def test_what_else_a_record_holds_is_told_at_its_tasks_end(sent: Path) -> None:
+    record = Record.load(sent)
+    question = record.names[1]
+    record.general = {"base": {"kl": None, "nll": 3.0}, "after": {question: {"nll": 3.5}}}
+    vars(record)["movement"] = {
+        question: {"parts": {"head": 0.5, "layer.0": None}, "changed": 0.1, "overlap": 0.25}
+    }
+    first, *rest = points(record)
+    assert first == (0, {"holdfast/general/nll": 3.0})
+    extra = {"general/nll": 3.5, "movement/head": 0.5, "changed": 0.1, "mask_overlap": 0.25}
+    ((step, found),) = [p for p in rest if "holdfast/changed" in p[1]]
+    assert step == 32 and {f"holdfast/{k}": v for k, v in extra.items()}.items() <= found.items()
+    assert "holdfast/movement/layer.0" not in found
+
+
 def test_every_logger_of_a_run_is_told_by_name(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
