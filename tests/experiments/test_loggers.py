@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sqlite3
+import sys
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -163,10 +165,8 @@ def test_what_else_a_record_holds_is_told_at_its_tasks_end(sent: Path) -> None:
     assert "holdfast/movement/layer.0" not in found
 
 
-def test_every_logger_of_a_run_is_told_by_name(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Prototypes take no step: all points stand at 0, and none is lost."""
+def made() -> tuple[list[tuple[str, int, dict[str, float]]], type]:
+    """An integration, and what it was called with."""
     calls: list[tuple[str, int, dict[str, float]]] = []
 
     class Noting:
@@ -179,7 +179,63 @@ def test_every_logger_of_a_run_is_told_by_name(
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             calls.append(("end", state.global_step, {}))
 
-    monkeypatch.setitem(loggers.INTEGRATION_TO_CALLBACK, "noting", Noting)
+    return calls, Noting
+
+
+def test_a_run_that_is_opened_is_closed_and_opened_again_and_anothers_is_left_open(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for W&B, whose own integration leaves a run open for whatever comes next."""
+    calls, noting = made()
+    wandb, opened = types.ModuleType("wandb"), []
+    wandb.run = None  # type: ignore[attr-defined]
+
+    def init(**how: Any) -> None:
+        opened.append((how.pop("name"), how))
+        wandb.run = types.SimpleNamespace(id=how["id"] or "first")  # type: ignore[attr-defined]
+
+    wandb.init, wandb.finish = init, lambda: setattr(wandb, "run", None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(loggers.INTEGRATION_TO_CALLBACK, "wandb", noting)
+    plain: dict[str, Any] = {"recipe": "plain", "head": "prototype", "report_to": ["wandb"]}
+    for size in (1, 2):
+        run(place, tmp_path / "run", TOPICS[:size], **plain)
+        assert wandb.run is None  # type: ignore[attr-defined]
+    (one, first), (two, second) = opened
+    assert one == two and one.startswith(f"{tmp_path.name}-run-")
+    same = {"project": "huggingface", "resume": "allow"}
+    assert first == {**same, "id": None} and second == {**same, "id": "first"}
+    assert [kind for kind, *_ in calls] == ["begin", "log", "end"] * 2  # each score once
+    mine = wandb.run = types.SimpleNamespace(id="mine")  # type: ignore[attr-defined]
+    run(place, tmp_path / "other", TOPICS[:1], **plain)
+    assert wandb.run is mine and len(opened) == 2  # type: ignore[attr-defined]
+
+
+def test_a_logger_that_cannot_begin_is_refused_and_the_others_are_closed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, noting = made()
+
+    class Away(noting):  # type: ignore[misc, valid-type]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise ConnectionError("no server\nmany lines")
+
+    monkeypatch.setitem(loggers.INTEGRATION_TO_CALLBACK, "noting", noting)
+    monkeypatch.setitem(loggers.INTEGRATION_TO_CALLBACK, "away", Away)
+    with pytest.raises(
+        Refused, match=r"--report-to: away cannot begin \(no server\); .*leave away"
+    ):
+        run(place, tmp_path, TOPICS[:1], recipe="plain", report_to=["noting", "away"])
+    assert [kind for kind, *_ in calls] == ["begin", "end", "end"]
+    assert not list((tmp_path / "tasks").glob("*"))  # nothing was trained
+
+
+def test_every_logger_of_a_run_is_told_by_name(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prototypes take no step: all points stand at 0, and none is lost."""
+    calls, noting = made()
+    monkeypatch.setitem(loggers.INTEGRATION_TO_CALLBACK, "noting", noting)
     record = run(place, tmp_path, TOPICS[:2], recipe=Recipe(name="plain"), head="prototype",
                  report_to=["noting"])  # fmt: skip
     assert Counter(kind for kind, *_ in calls) == {"begin": 1, "log": 2, "end": 1}
