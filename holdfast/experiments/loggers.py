@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ def points(record: Record) -> Iterator[tuple[int, dict[str, float]]]:
     for i, task in enumerate(named):
         for point in record.history:
             if point["learning"] == i:
-                scores = zip(named, point["scores"], strict=True)
+                scores = zip(named, point.get("scores") or (), strict=False)
                 yield told(point["step"], {f"selection/{n}": score for n, score in scores})
         if i >= len(record.seconds):
             return  # it is being learned
@@ -103,18 +103,11 @@ class Loggers(TrainerCallback):
                                            rows=len(learner.tasks[0].train))  # fmt: skip
         self.args.run_name = self.called
         self.state, self.control = TrainerState(), TrainerControl()
-        ours: list[str] = []
-        try:
+        with contextlib.ExitStack() as ends:
             for name in self.made:
-                self._begin(name, folder, ours)
+                self._begin(name, folder, ends)
             self.tell()
             yield
-        finally:
-            for logger in self.made.values():
-                logger.on_train_end(self.args, self.state, self.control)
-            for name in ours:
-                module = sys.modules[name]
-                module.end_run() if name == "mlflow" else module.finish()
 
     def _before(self, name: str) -> tuple[str, dict[str, Sent]]:
         """The run's name, and what each logger was sent by earlier processes."""
@@ -124,7 +117,7 @@ class Loggers(TrainerCallback):
             return str(body["name"]), sent | {k: Sent(**v) for k, v in body["sent"].items()}
         return f"{name}-{secrets.token_hex(3)}", sent  # loggers may tell runs by their name
 
-    def _begin(self, name: str, folder: Path, ours: list[str]) -> None:
+    def _begin(self, name: str, folder: Path, ends: contextlib.ExitStack) -> None:
         logger, sent = self.made[name], self.sent[name]
         if name == "tensorboard":
             asked = logger.logging_dir  # by TENSORBOARD_LOGGING_DIR, for all runs
@@ -132,14 +125,14 @@ class Loggers(TrainerCallback):
         try:
             # Not by their integrations: one of an earlier run would end ours when it is deleted.
             if name in ("mlflow", "wandb") and _active(name) is None:
-                _open(name, self.called, sent.run)
-                ours.append(name)
+                ends.callback(_opened(name, self.called, sent.run))
             logger.on_train_begin(self.args, self.state, self.control, model=None)
         except Exception as error:  # a server that is away, a run that was deleted
             said = str(error).strip().partition("\n")[0]
             raise Refused(f"{name} cannot begin ({said})", where=WHERE,
                           remedy=f"mend it, or leave {name} out") from error  # fmt: skip
         sent.run = _active(name)
+        ends.callback(logger.on_train_end, self.args, self.state, self.control)
 
     # --- what is sent -----------------------------------------------------------------------------
 
@@ -181,14 +174,15 @@ class Loggers(TrainerCallback):
             write_text_atomic(self.path, json.dumps(body, indent=1))
 
 
-def _open(name: str, called: str, known: str | None) -> None:
-    """Open a run, or one of before again; the project is the one that the integration takes."""
-    module = sys.modules[name]
+def _opened(name: str, called: str, known: str | None) -> Callable[[], object]:
+    """Open a run, or one of before again, in the integration's project; returns what closes it."""
+    module: Any = sys.modules[name]
     if name == "mlflow":
         module.start_run(run_id=known, run_name=called)
-    else:
-        project = os.environ.get("WANDB_PROJECT", "huggingface")
-        module.init(project=project, name=called, id=known, resume="allow")
+        return lambda: module.end_run()
+    project = os.environ.get("WANDB_PROJECT", "huggingface")
+    module.init(project=project, name=called, id=known, resume="allow")
+    return lambda: module.finish()
 
 
 def _active(name: str) -> str | None:
