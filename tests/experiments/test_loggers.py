@@ -95,7 +95,7 @@ def test_a_sequence_is_one_run_with_the_values_of_its_record(sent: Path) -> None
 
 def killed(place: Path, out: Path, point: str) -> None:
     if point == "training":
-        kill_writing(20, before=True)  # in the second task, after a log that its last checkpoint is older than
+        kill_writing(20, before=True)  # in the second task: step 8 is logged, 6 the last checkpoint
     else:
         from holdfast.experiments.learner import Learner
 
