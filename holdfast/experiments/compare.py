@@ -31,14 +31,16 @@ def compare(
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
     report_to: Sequence[str] = (),
+    tests: Mapping[str, Mapping[str, str]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
-    reference, lm_eval, report_to: as `run_sequence` takes them. Returns the records by label, then
-    by seed.
+    reference, lm_eval, report_to, tests, protocol: as of `run_sequence`. Returns the records by
+    label, then by seed.
     """
     check_workers(workers)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -58,6 +60,8 @@ def compare(
             "reference": reference,
             "lm_eval": lm_eval,
             "report_to": report_to,
+            "tests": tests,
+            "protocol": protocol,
             **settings,
             **own,
         }
