@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,20 +62,20 @@ TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --
     --accumulation --lr --weight-decay --warmup --schedule --head --max-length --selection
     --save-steps --bf16 --bf16-eval --mix"""
 OPTIONS = {
-    "train": f"--task --recipe --seed --reference --lm-eval {TRAINING}",
+    "train": f"--task --recipe --seed --reference --lm-eval --report-to {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
-        --max-forgetting --trust-code --reference --lm-eval {TRAINING}""",
+        --max-forgetting --trust-code --reference --lm-eval --report-to {TRAINING}""",
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
-        --workers --reference --lm-eval {TRAINING}""",
+        --workers --reference --lm-eval --report-to {TRAINING}""",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
-    "export": "run_folder --task --out --onnx --trust-code",
+    "export": "run_folder --task --out --onnx --license --trust-code",
     "delta": "action",
     "check": "before after --max-forgetting --junit --trust-code",
     "runs": "folder",
@@ -641,6 +642,20 @@ def test_from_october_to_a_gate(
     export = ["export", then, "--task", "mood", "--out", f"{tmp_path}/m"]
     assert main(export) == 0 and (tmp_path / "m" / "config.json").is_file()
     assert main(export) == 2
+    for card in (tmp_path / "m", Path(then) / "final"):  # its two lines load what lies there
+        text = (card / "README.md").read_text(encoding="utf-8")
+        found: dict[str, Any] = {}
+        exec(text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(card)), found)
+        assert ("model" in found) == (card.name == "m")
+        assert found.get("served") is None or set(found["served"].tasks) == {"mood", "colour"}
+    assert found["served"].models and "mood" in text
+    copied = tmp_path / "copied"
+    shutil.copytree(Path(then) / "final", copied)
+    capsys.readouterr()
+    assert main(["export", str(copied), "--task", "mood", "--out", f"{tmp_path}/n"]) == 0
+    assert "no README.md" in capsys.readouterr().err
+    assert main([*export[:-1], f"{tmp_path}/o", "--license", "A b"]) == 2
+    assert not (tmp_path / "o").exists()
     capsys.readouterr()
     (tmp_path / "november" / "record.json").write_text("{")
     assert main(["runs", str(tmp_path)]) == 0

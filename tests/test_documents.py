@@ -118,9 +118,20 @@ def test_the_page_of_records_names_every_field_and_metric() -> None:
 
 
 def test_links_in_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "llms.txt", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_llms_txt_follows_its_convention() -> None:
+    """A title, a quoted summary, then sections that are lists of links, each with a note."""
+    title, _, summary, *rest = (ROOT / "llms.txt").read_text(encoding="utf-8").splitlines()
+    assert title == "# holdfast" and summary.startswith("> ")
+    sections = "\n".join(rest).split("\n## ")[1:]
+    assert len(sections) > 2 and sections[-1].startswith("Optional\n")
+    for section in sections:
+        for line in section.splitlines()[1:]:
+            assert not line or re.fullmatch(r"- \[[^\]]+\]\([^)]+\): .+", line), line
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from holdfast.cli.options import (
     RECIPE_HELP,
+    add_loggers,
     add_probe,
     add_settings,
     add_tasks,
@@ -40,6 +41,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     add("--workers", type=int, default=1, help="processes of one thread each")
     add_settings(parser, without=["alone"])
+    add_loggers(parser)
     add_probe(parser)
 
 
@@ -55,7 +57,7 @@ def run(chosen: argparse.Namespace) -> None:
     from holdfast.experiments.compare import compare
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
-    from holdfast.report import comparison_table, run_rows, write_csv, write_report
+    from holdfast.report import comparison_table, run_rows, write_cards, write_csv, write_report
 
     recipes: dict[str, tuple[Recipe, dict[str, Any]]] = {
         Path(name).stem: (Recipe.named(name), {}) for name in chosen.recipes
@@ -75,12 +77,13 @@ def run(chosen: argparse.Namespace) -> None:
     for tasks, out, more in sequences:
         records += compare(
             chosen.model, tasks, recipes, seeds=chosen.seeds, out=out, workers=chosen.workers,
-            reference=chosen.reference, lm_eval=chosen.lm_eval, budget=chosen.budget,
-            rates=chosen.rates, **more, **settings,
+            reference=chosen.reference, lm_eval=chosen.lm_eval, report_to=chosen.report_to,
+            budget=chosen.budget, rates=chosen.rates, **more, **settings,
         )  # fmt: skip
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)
     page = write_report(records, chosen.out / "report.html")
+    write_cards(records)
     show(comparison_table(records), *told, f"{cells}  {page}")
 
 

@@ -19,9 +19,10 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> None:
     from holdfast.experiments.demo import demo
-    from holdfast.report import comparison_table, matrix_table, write_report
+    from holdfast.report import comparison_table, matrix_table, write_cards, write_report
 
     records = demo(chosen.out, workers=chosen.workers)
+    write_cards(records)
     for record in records:
         show(matrix_table(record))
     show(comparison_table(records), write_report(records, chosen.out / "report.html"))

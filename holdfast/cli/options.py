@@ -102,6 +102,15 @@ def add_probe(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_loggers(parser: argparse.ArgumentParser) -> None:
+    """--report-to."""
+    group(parser, "where").add_argument(
+        "--report-to", nargs="+", default=[], metavar="LOGGER",
+        help="loggers of Transformers that get scores, forgetting and rates too: tensorboard, "
+        "mlflow, wandb, trackio, …",
+    )  # fmt: skip
+
+
 def add_settings(
     parser: argparse.ArgumentParser, *, out: str | None = None, without: Collection[str] = ()
 ) -> None:

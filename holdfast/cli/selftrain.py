@@ -45,13 +45,14 @@ def run(chosen: argparse.Namespace) -> None:
     from rich.table import Table
 
     from holdfast.experiments.selftrain import rounds_in, selftrain
-    from holdfast.report import write_report
+    from holdfast.report import write_cards, write_report
 
     (task,) = asked_tasks([chosen.task], chosen)
     records = selftrain(
         chosen.model, task, chosen.unlabelled, chosen.recipe, student=chosen.student,
         seed=chosen.seed, out=chosen.out, **given(chosen), **given(chosen, SelfTraining),
     )  # fmt: skip
+    write_cards(records)
     folder = Path(str(records[0].settings["out"])).parent
     table = Table("round", "training rows", "pseudo labels", "of them true", "selection",
                   "evaluation", title=records[0].names[0], title_justify="left")  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast.cli.check import tell
 from holdfast.cli.options import (
+    add_loggers,
     add_probe,
     add_run,
     add_settings,
@@ -33,6 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser)
     add_run(parser, recipe="default")
     add_settings(parser, out=RUN)
+    add_loggers(parser)
     add_probe(parser)
     group(parser, "what").add_argument(
         "--from", dest="from_run", type=Path, metavar="RUN",
@@ -57,7 +59,7 @@ def run(chosen: argparse.Namespace) -> int:
         chosen.recipe = chosen.recipe or (
             "default" if chosen.head in (None, "task", "shared") else "plain"
         )
-    asked = ("from_run", "old_task", "without_old_rows", "reference", "lm_eval")
+    asked = ("from_run", "old_task", "without_old_rows", "reference", "lm_eval", "report_to")
     more = {name: getattr(chosen, name) for name in asked}
     if chosen.old_task is not None:
         more["old_task"] = asked_tasks([chosen.old_task], chosen)[0]
@@ -74,7 +76,7 @@ def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path
     """Learn the tasks, write the report and print the score matrix."""
     tasks = asked_tasks(tasks, chosen)
     from holdfast.experiments.sequence import run_sequence
-    from holdfast.report import matrix_table, write_report
+    from holdfast.report import matrix_table, write_cards, write_report
 
     record = run_sequence(
         chosen.model, tasks, chosen.recipe, seed=chosen.seed, out=chosen.out,
@@ -82,5 +84,6 @@ def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path
     )  # fmt: skip
     folder = Path(str(record.settings["out"]))
     page = write_report([record], folder / "report.html")
+    write_cards([record])
     show(matrix_table(record), f"{folder / 'record.json'}  {page}")
     return folder

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from holdfast.cli.options import TASK_HELP, add_probe, add_rows, add_run, add_settings, group
+from holdfast.cli.options import (
+    TASK_HELP,
+    add_loggers,
+    add_probe,
+    add_rows,
+    add_run,
+    add_settings,
+    group,
+)
 from holdfast.cli.sequence import RUN, learn
 
 ABOUT = "fine-tune on one task"
@@ -19,8 +27,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_rows(parser)
     add_run(parser, recipe="plain")  # on one task nothing measured does better (docs/results)
     add_settings(parser, out=RUN, without=["alone"])
+    add_loggers(parser)
     add_probe(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
-    learn([chosen.task], chosen, reference=chosen.reference, lm_eval=chosen.lm_eval)
+    learn([chosen.task], chosen, reference=chosen.reference, lm_eval=chosen.lm_eval,
+          report_to=chosen.report_to)  # fmt: skip

@@ -69,7 +69,7 @@ class Bound(Passes):
         self.views = {m.name: View(self, self.states[m.name]) for m in self.methods}
         self.models, self.finished = {}, []
         self.task, self.step, self.total_steps, self.skipped = "", 0, 0, 0
-        self.weights, self.previous, self._grams = {}, {}, {}
+        self.weights, self.previous, self._grams, self._added, self.rates = {}, {}, {}, {}, {}
         self.data = list
         self.start: Callable[[], Mapping[str, Tensor]] | None = None
         self.evaluate: Callable[[], Mapping[str, float]] = _nothing_to_evaluate
@@ -119,7 +119,7 @@ class Bound(Passes):
         self.task, self.step, self.total_steps = task, 0, total_steps
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
-        self.resuming, self.start, self.fitted = resuming, start, None
+        self.resuming, self.start, self.fitted, self._added = resuming, start, None, {}
         self.core, self._blocks = shared or default_shared(model), None
         self._forget_step()
         for method in self.methods:

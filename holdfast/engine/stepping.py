@@ -33,6 +33,7 @@ class Stepping:
     group_of: Mapping[str, dict[str, Any]]
     previous: dict[str, Tensor]
     norm: Tensor | None = None
+    rates: Mapping[int, float]  # of the last step, by the id of an optimizer's group
     inputs: Mapping[str, Any] | None = None
     outputs: Any = None
     loss: Tensor | None = None
@@ -43,6 +44,7 @@ class Stepping:
     _held: Held
     _wrapper: Any = None  # an AcceleratedOptimizer around ours
     _asked = _skip = False
+    _added: dict[str, tuple[Any, int]]  # by method: the sum of its penalties, and their number
     _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
     # The last norm measured, its gradients, and their ids and versions at that time.
@@ -92,11 +94,21 @@ class Stepping:
         features = self.features
         for method in self._defining("penalty"):
             self.features = features  # a method's forward pass may replace them
-            total = total + method.penalty(self.views[method.name])
+            penalty = method.penalty(self.views[method.name])
+            total = total + penalty
+            if not penalty.is_leaf:  # one without a graph holds nothing
+                kept, number = self._added.get(method.name, (0.0, 0))
+                self._added[method.name] = kept + penalty.detach().float(), number + 1
         # They hold the graph of this micro-batch.
         self.features = self.loss = self.again = None
         self.seen, self._drew = {}, {}
         return total
+
+    def penalties(self) -> dict[str, float]:
+        """By method, the mean of what it added to the loss of a micro-batch since this was last
+        asked. Of methods that add to the loss: those that pull by a gradient compute no value."""
+        added, self._added = self._added, {}
+        return {name: float(total) / number for name, (total, number) in added.items()}
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -133,6 +145,7 @@ class Stepping:
 
     @torch.no_grad()
     def _after_step(self) -> None:
+        self.rates = {id(group): float(group["lr"]) for group in self.optimizer.param_groups}
         if self._skip:
             self.skipped += 1
             self.randomness = self._drawn

@@ -51,6 +51,7 @@ def compare(
     progress: bool = True,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    report_to: Sequence[str] = (),
     tests: Mapping[str, Mapping[str, str]] | None = None,
     protocol: Mapping[str, Any] | None = None,
     budget: int | None = None,
@@ -61,8 +62,8 @@ def compare(
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
-    reference, lm_eval, tests, protocol: as of `run_sequence`. Returns the records by label, then by
-    seed.
+    reference, lm_eval, report_to, tests, protocol: as of `run_sequence`. Returns the records by
+    label, then by seed.
 
     budget: tuning runs for each recipe, and for plain fine-tuning, which joins them: over the rate
     and the ranges that the recipe's methods declare, see `holdfast.experiments.tuning`. The best on
@@ -94,7 +95,7 @@ def compare(
         return {"model": model, "tasks": list(tasks), "recipe": recipe, "seed": seed,
                 "out": folders[label] / f"seed-{seed}", "label": f"{label} · seed {seed}",
                 "progress": progress, "reference": reference, "lm_eval": lm_eval,
-                "tests": tests, "protocol": protocol, **settings, **own}  # fmt: skip
+                "report_to": report_to, "tests": tests, "protocol": protocol, **settings, **own}  # fmt: skip
 
     do = partial(_done, workers=workers, progress=progress)
     arms: dict[str, Arm] = {}

@@ -47,7 +47,7 @@ class Learner:
     bar: a name for its progress bars, or None. place: of the first task in its sequence, which
     gives its seeds. For a search: what runs share, a task's callbacks, what is scored and kept.
     begin: puts the last of the tasks that were learned elsewhere in its folder. probes: what is
-    measured beside the tasks after each.
+    measured beside the tasks after each. also: callbacks of every task.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Learner:
         keeps: Callable[[Learner, int], bool] = lambda *_: True,
         begin: Callable[[Learner], None] | None = None,
         probes: Sequence[Callable[[Learner, int], None]] = (),
+        also: Sequence[TrainerCallback] = (),
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
@@ -78,6 +79,7 @@ class Learner:
         self._callbacks = callbacks or (
             lambda _, i: [
                 History(self, i),
+                *also,
                 *(
                     Bar(name, tasks[i].name, i, len(tasks), later=self._steps_after(i))
                     for name in shown

@@ -25,6 +25,7 @@ from holdfast.tasks.program import trust
 from holdfast.tasks.scores import constant_score
 
 if TYPE_CHECKING:
+    from holdfast.experiments.loggers import Loggers
     from holdfast.experiments.probe import Probe
 
 
@@ -54,6 +55,7 @@ def run_sequence(
     without_old_rows: bool = False,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    report_to: Sequence[str] = (),
     tests: Mapping[str, Mapping[str, str]] | None = None,
     protocol: Mapping[str, Any] | None = None,
     label: str | None = None,
@@ -78,6 +80,7 @@ def run_sequence(
 
     reference: running text by which general ability is measured before the first task and after
     each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
+    report_to: loggers of Transformers (`tensorboard`, …), which get the sequence as one run.
     arm: what `compare` asks of its runs.
 
     tests: tasks that are only tested on after each task, see `holdfast.experiments.elsewhere`.
@@ -115,7 +118,8 @@ def run_sequence(
                      ) if tests else None  # fmt: skip
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
               bar=(label or "") if progress else None, origin=origin, probe=asked,
-              elsewhere=away, protocol=protocol, arm=arm or Arm())  # fmt: skip
+              elsewhere=away, protocol=protocol, report_to=tuple(report_to),
+              arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -131,17 +135,20 @@ class Job:
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks
     probe: Mapping[str, Any] = field(default_factory=dict)  # what is measured of general ability
+    report_to: tuple[str, ...] = ()  # the loggers
     elsewhere: Elsewhere | None = None  # what it is tested on too
     protocol: Mapping[str, Any] | None = None
     arm: Arm = Arm()
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
-        from holdfast.experiments.mix import check_mix  # these load transformers: late
+        from holdfast.experiments.loggers import Loggers  # these load transformers: late
+        from holdfast.experiments.mix import check_mix
         from holdfast.tasks.kinds.generation import check_running
         from holdfast.tasks.kinds.heads import headed
         from holdfast.tasks.kinds.pretrained import locate
 
+        loggers = Loggers(self.report_to)
         told = [describe(task) for task in tasks]
         kind = headed(kind_of(tasks), plan.head, tasks)
         scenario = scenario_of(told, own_heads=kind.HEADS)
@@ -196,7 +203,8 @@ class Job:
             record.extra.update(self.arm.notes)
             last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
             if record.status != "done":
-                self._learn(source, tasks, plan, folder, record, probe, first or self.origin)
+                began = first or self.origin
+                self._learn(source, tasks, plan, folder, record, probe, loggers, began)
             elif last.is_dir() and not (folder / FINAL).is_dir():
                 from holdfast.experiments.serving import finish
 
@@ -205,7 +213,7 @@ class Job:
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
                     alone = replace(self, place=place, origin=None, probe={}, elsewhere=None,
-                                    arm=Arm())  # fmt: skip
+                                    report_to=(), arm=Arm())  # fmt: skip
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -252,7 +260,7 @@ class Job:
 
     def _learn(
         self, source: str, tasks: list[Task], plan: Settings, folder: Path, record: Record,
-        probe: Probe | None, begun: Origin | None,
+        probe: Probe | None, loggers: Loggers, begun: Origin | None,
     ) -> None:  # fmt: skip
         from holdfast.experiments.learner import Learner
 
@@ -267,17 +275,20 @@ class Job:
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
                           place=self.place, scored=self.arm.scored,
                           probes=[p for p in (probe, self.elsewhere) if p],
+                          also=[loggers] if self.report_to else [],
                           begin=None if begun is None else begin)  # fmt: skip
-        for index in range(len(record.seconds), len(tasks)):
-            try:
-                learner.learn(index)
-            except Refused as refusal:  # training diverged, or a disk is full
-                record.warn(f"{tasks[index].name} was not learned: {refusal}")
-                with suppress(Refused):
-                    check_held(folder)
-                    record.save(folder / RECORD)
-                raise
-            record.save(folder / RECORD)
+        with loggers.over(learner):
+            for index in range(len(record.seconds), len(tasks)):
+                try:
+                    learner.learn(index)
+                except Refused as refusal:  # training diverged, or a disk is full
+                    record.warn(f"{tasks[index].name} was not learned: {refusal}")
+                    with suppress(Refused):
+                        check_held(folder)
+                        record.save(folder / RECORD)
+                    raise
+                record.save(folder / RECORD)
+                loggers.tell()
         learner.finish()
 
 

@@ -11,12 +11,12 @@ from holdfast.experiments.statistics import Spread
 
 DASH = "–"
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
-_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
+BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]")
 
 
 def clean(text: object, *, width: int | None = None) -> str:
     """A name on one line: no terminal codes, control characters or bidi overrides (S9)."""
-    line = _BIDI.sub("", _ANSI.sub("", str(text)))
+    line = BIDI.sub("", _ANSI.sub("", str(text)))
     line = "".join(
         (" " if char in "\n\r\t\v\f\x85\u2028\u2029" else "")
         if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")

@@ -78,7 +78,7 @@ def answers(endpoint: str) -> bool:
 
 def load(place: str, options: Options) -> Mapping[str, Any]:
     """The splits of a dataset; `Refused` if the Hub gives none."""
-    dataset, config = _split_id(place)
+    dataset, config = split_id(place)
     if config and options.config:
         raise Refused("the configuration stands twice", where=place)
     import datasets
@@ -98,7 +98,7 @@ def load(place: str, options: Options) -> Mapping[str, Any]:
     return found
 
 
-def _split_id(place: str) -> tuple[str, str | None]:
+def split_id(place: str) -> tuple[str, str | None]:
     """`glue/mrpc`, `owner/name`, `owner/name/config` -> dataset id and configuration."""
     first, *rest = place.split("/")
     if first in MOVED and len(rest) <= 1:

@@ -101,7 +101,9 @@ def load_task(
         train=tuple(train),
         selection=tuple(selected),
         evaluation=tuple(evaluation),
-        source=str(spec),
+        source=f"hub:{spec}"
+        if asked.kind == "hub" and not str(spec).startswith("hub:")
+        else str(spec),
         synthetic=asked.kind == "builtin",
         warnings=tuple(warnings),
         kind=kind,

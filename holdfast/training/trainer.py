@@ -310,13 +310,17 @@ class RecipeMixin(RowsMixin, SavingMixin):
         return self.bound.gradient_norm()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's logs, with `lr/<part>` where parts learn at different rates."""
+        """Trainer's logs, with the rate of each part, if they differ, and methods' penalties."""
         if self.bound is not None and "learning_rate" in logs:
-            rates = {self.bound.part_of[k]: g["lr"] for k, g in self.bound.group_of.items()}
+            # Of the step that was made, as `learning_rate` is: the groups have the next one's.
+            part_of, made = self.bound.part_of, self.bound.rates
+            rates = {part_of[k]: made.get(id(g), g["lr"]) for k, g in self.bound.group_of.items()}
             if len(set(rates.values())) > 1:
-                logs |= {f"lr/{part}": float(lr) for part, lr in rates.items()}
+                logs |= {f"holdfast/rate/{part}": lr for part, lr in rates.items()}
+            penalties = self.bound.penalties()
+            logs |= {f"holdfast/penalty/{name}": value for name, value in penalties.items()}
             if self.bound.skipped:
-                logs["skipped_steps"] = self.bound.skipped
+                logs["holdfast/skipped_steps"] = self.bound.skipped
         super().log(logs, *args, **kwargs)
 
 

@@ -107,6 +107,29 @@ def test_hooks_run_in_phases_and_in_recipe_order_within(order: tuple[Method, Met
     assert [(hook, m.name) for hook in HOOKS for m in in_turn[hook]] == LOG
 
 
+@dataclass(frozen=True, kw_only=True)
+class Adding(Method):
+    """Adds twice the task's own loss, in every step but the first."""
+
+    name: ClassVar[str] = "adding"
+
+    def penalty(self, view: View) -> Tensor:
+        assert view.loss is not None
+        return 2 * view.loss if view.step else torch.zeros(())
+
+
+def test_penalties_are_means_of_what_was_added_since_they_were_last_asked() -> None:
+    bound = bind(Adding(), Logged())
+    step(bound)
+    assert bound.penalties() == {}  # nothing that a weight has a part in
+    totals = [float(step(bound, number).detach()) for number in (1, 2)]
+    assert bound.penalties() == pytest.approx({"adding": 2 / 3 * sum(totals) / 2})
+    assert bound.penalties() == {}
+    bound.penalty(make_batch("one", 3), bound.models["one"](**make_batch("one", 3)))
+    bound.begin_task("two", bound.optimizer, 5, model=bound.models["one"], data=[])
+    assert bound.penalties() == {}  # of another task
+
+
 def test_a_method_defines_what_it_overrides() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Quiet(Method):

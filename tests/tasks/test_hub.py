@@ -69,6 +69,7 @@ def hub(monkeypatch):
 def test_an_id_names_a_dataset_and_its_configuration(hub, spec, path, config) -> None:
     task = load_task(spec)
     assert hub.asked == (path, config, {"revision": None})  # no code from the Hub is asked for
+    assert task.source == "hub:" + spec.removeprefix("hub:")  # whatever folder there is later
     assert task.labels == ("different", "same") and task.metric == "accuracy"
     assert task.rows == {"train": 36, "selection": 4, "evaluation": 10}
     assert task.evaluation[1].text == "first 91" and task.evaluation[1].pair == "second 91"

@@ -253,13 +253,14 @@ def test_learning_rates_follow_the_recipe_and_are_logged_by_part(tmp_path: Path)
     assert found[id(named["classifier.bias"])] == (0.03, 0.0)
     assert id(named["bert.embeddings.word_embeddings.weight"]) not in found
     logged = trainer.state.log_history[0]
-    lrs = {k: v for k, v in logged.items() if k.startswith("lr/")}
-    assert lrs == {"lr/layer.0": 0.005, "lr/layer.1": 0.02, "lr/head": 0.03}
+    lrs = {k: v for k, v in logged.items() if k.startswith("holdfast/")}
+    assert lrs == {f"holdfast/rate/{part}": lr for part, lr in
+                   (("layer.0", 0.005), ("layer.1", 0.02), ("head", 0.03))}  # fmt: skip
 
 
 def test_flat_rates_log_no_rate_by_part(tmp_path: Path) -> None:
     trainer = trained(tmp_path, bert(), rows(4), recipe=PRESETS["dps"]())
-    assert not [k for k in trainer.state.log_history[0] if k.startswith("lr/")]
+    assert not [k for k in trainer.state.log_history[0] if k.startswith("holdfast/")]
 
 
 def test_rates_beside_a_given_optimizer_are_refused(tmp_path: Path) -> None:
@@ -791,7 +792,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     steps = 6 // accumulation
     assert trainer.bound.step == steps - 1 and trainer.state.global_step == steps
     assert trainer.lr_scheduler.last_epoch == steps - 1
-    assert trainer.state.log_history[-2]["skipped_steps"] == 1
+    assert trainer.state.log_history[-2]["holdfast/skipped_steps"] == 1
     assert all(torch.isfinite(w).all() for w in trainer.model.parameters())
 
 
