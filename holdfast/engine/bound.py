@@ -122,6 +122,9 @@ class Bound(Passes):
         self.resuming, self.start, self.fitted = resuming, start, None
         self.core, self._blocks = shared or default_shared(model), None
         self._forget_step()
+        for method in self.methods:
+            if method.per_task:
+                self.states[method.name].weights.clear()
         try:
             self._adopt(Attachment.of(task, model, optimizer, shared, self.parts))
             recipe = {m.name: m.to_dict() for m in self.methods}
@@ -221,9 +224,6 @@ class Bound(Passes):
             for method in self._defining("end_task"):
                 with own_randomness(self.views[method.name].generator):
                     method.end_task(self.views[method.name])
-        for method in self.methods:
-            if method.per_task:
-                self.states[method.name].weights.clear()
         self.finished.append(self.task)
 
     def remember(
@@ -276,7 +276,10 @@ class Bound(Passes):
         Tensors are not copied. Keys are ``method/kind/slot/name``. Sharded tensors are gathered
         on rank 0; then every rank must call this, and other ranks get no tensors.
         """
-        tensors, numbers = pack(self.states)
+        ended = self.finished[-1:] == [self.task]
+        tensors, numbers = pack(
+            self.states, without={m.name for m in self.methods if ended and m.per_task}
+        )
         meta = {
             "schema": 1,
             "methods": {m.name: m.to_dict() for m in self.methods},

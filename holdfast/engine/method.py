@@ -82,7 +82,7 @@ class Method(Checked):
     needs_features: ClassVar[bool] = False  # penalty reads `view.features`
     needs_old_task: ClassVar[bool] = False  # does nothing before a second task
     changes_weights: ClassVar[bool] = False  # end_task may change weights: scores are taken after
-    per_task: ClassVar[bool] = False  # `state.weights` is of one task, and dropped at its end
+    per_task: ClassVar[bool] = False  # `state.weights` is of one task: not saved after it
     excludes: ClassVar[Mapping[str, str]] = {}  # methods it cannot stand beside, and why
     # Fields that do not change what the remembered state means: they may change between tasks.
     tunable: ClassVar[tuple[str, ...]] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,8 +46,12 @@ class State:
         return sum(t.numel() * t.element_size() for t in every)
 
 
-def pack(states: Mapping[str, State]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def pack(
+    states: Mapping[str, State], *, without: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors keyed ``method/kind/slot/name``, not copied, and the numbers of each method.
+
+    `without` names the methods whose `weights` are of a task that has ended.
 
     Sharded tensors are gathered one after another on the CPU of rank 0: every rank must call
     this, and ranks above 0 get no tensors.
@@ -56,6 +60,7 @@ def pack(states: Mapping[str, State]) -> tuple[dict[str, Tensor], dict[str, Any]
         f"{method}/{kind}/{slot}/{name}": tensor
         for method, state in states.items()
         for kind, slots in (("weights", state.weights), ("tensors", state.tensors))
+        if not (kind == "weights" and method in without)
         for slot, entries in slots.items()
         for name, tensor in entries.items()
     }

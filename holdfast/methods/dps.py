@@ -177,8 +177,8 @@ class DPS(Method):
         return view.step // int(view.state.numbers["stage"]) % 2 == 1
 
     def _idle(self, view: View) -> bool:
-        """Retention has nothing to retain in the first task."""
-        return self.score == "retention" and "fisher" not in view.state.weights
+        """Retention has nothing to retain in the first task, nor once a task has ended."""
+        return self.score == "retention" and "held" not in view.state.weights
 
     def before_step(self, view: View) -> None:
         if self._idle(view):

@@ -13,6 +13,7 @@ momentum and clipping.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -154,6 +155,19 @@ class MethodContract:
         toy.learn()
         toy.end()
         assert json.dumps(meta) == before
+
+    def test_a_task_may_be_ended_and_gone_on_with(self, method: Method) -> None:
+        toy = ToyTraining(method)
+        toy.begin("one")
+        toy.learn(0, 3)
+        toy.end()
+        saved = toy.bound.state_dict()["tensors"]
+        if type(method).per_task:
+            assert not any(key.startswith(f"{method.name}/weights/") for key in saved)
+        toy.learn(3)
+        with contextlib.suppress(Refused):  # where the start of the task is gone, say
+            toy.end()
+        _finite(toy.weights())
 
     # --- manners ------------------------------------------------------------------------------
 
