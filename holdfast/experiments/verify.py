@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Refused
+from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.training.manifest import MANIFEST, damage, step_of
@@ -39,7 +39,7 @@ def verify(paths: Sequence[Path], tell: Tell = print) -> int:
             wrong = kind(path, bar.update)
             damaged += wrong is not None
             with bar.external_write_mode(file=sys.stdout):
-                tell(f"{_shown(path)}: {'whole' if wrong is None else wrong}")
+                tell(f"{printable(path)}: {'whole' if wrong is None else wrong}")
     tell(f"{len(found) - damaged} whole, {damaged} damaged")
     return int(damaged > 0)
 
@@ -129,10 +129,4 @@ def _strict(path: Path) -> Any:
 
 
 def _line(error: object) -> str:
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-    return text if text.isprintable() else ascii(text)
-
-
-def _shown(path: Path) -> str:
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+    return printable(" ".join(str(getattr(error, "strerror", None) or error).split())[:200])
