@@ -7,6 +7,9 @@ key a string. `1e-5` is a float, `no` and `2024-01-01` are text, `010` is ten.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import re
 import secrets
@@ -211,6 +214,48 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
             raise Refused(error.strerror or str(error), where=str(target)) from None
         raise
     sync_folder(target.parent)
+
+
+def parse_json(text: str) -> Any:
+    """Parsed JSON; ValueError for a key given twice, NaN, Infinity and numbers that overflow."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key is given twice")
+        return made
+
+    def finite(word: str) -> float:
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"{word} is no number")
+        return value
+
+    return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
+
+
+SEAL = "sha256"  # the key of a checksum within what it vouches for
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with the SHA-256 of themselves, which `check_seal` asks for when they are read.
+
+    It tells damage, not forgery: whoever edits a file on purpose can leave its seal out.
+    """
+    return {**body, SEAL: _digest(body)}
+
+
+def check_seal(body: Mapping[str, Any], *, where: str | None = None) -> bool:
+    """Whether `body` has a checksum; Refused where it is not as it was written."""
+    if SEAL in body and body[SEAL] != _digest(body):
+        raise Refused("is not as it was written: its checksum differs", where=where,
+                      remedy="run it again; if you changed it, take out its sha256")  # fmt: skip
+    return SEAL in body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """The SHA-256 of all but the seal, however it is spaced and ordered."""
+    text = json.dumps({k: v for k, v in body.items() if k != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,8 +11,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from holdfast.tasks.task import METRICS
+
+ROUNDED = 1e-6  # float32 may end beyond 1 by less
+
 Cell = float | None
 Matrix = Sequence[Sequence[Cell]]
+
+
+def impossible(value: object, metric: str | None) -> bool:
+    """Whether no model gets such a score: outside 0 to 1, or -1 to 1 of a correlation.
+
+    A metric that is not one of ours is taken at its word.
+    """
+    low = -1.0 if metric in ("matthews", "spearman") else 0.0
+    known = metric in METRICS and isinstance(value, int | float)
+    return known and not low - ROUNDED <= value <= 1 + ROUNDED  # type: ignore[operator]
 
 
 def square(scores: Matrix) -> list[list[Cell]]:
