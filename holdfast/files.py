@@ -25,6 +25,11 @@ from holdfast.errors import Refused, nearest
 
 LARGEST = 4 << 20  # bytes; a recipe is a few hundred
 
+ARCHIVES = (
+    ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz",
+    ".tar.zst",
+)  # fmt: skip
+
 _FLOAT = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
     r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
@@ -80,6 +85,13 @@ for _tag, _pattern in (
 _Reader.add_constructor("tag:yaml.org,2002:int", _Reader.construct_decimal)
 # Text such as "1e-5" must be quoted on the way out, or it would come back as a number.
 _Writer.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+
+
+def no_archive(path: str | os.PathLike[str]) -> None:
+    """Refuse an archive whole: what lies in one may lead anywhere, and unpack to anything (S5)."""
+    if os.fspath(path).lower().endswith(ARCHIVES) and not os.path.isdir(path):
+        raise Refused("is an archive, and none is unpacked here", where=str(path),
+                      remedy="unpack it into an empty folder, and name that")  # fmt: skip
 
 
 def read_text(path: Path, *, where: str | None = None) -> str:

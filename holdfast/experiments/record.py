@@ -19,7 +19,7 @@ from holdfast.errors import Refused
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
 from holdfast.experiments.scenario import SCENARIOS, scenario_of
-from holdfast.files import SEAL, check_seal, parse_json, sealed, write_text_atomic
+from holdfast.files import SEAL, check_seal, no_archive, parse_json, sealed, write_text_atomic
 
 SCHEMA = 1
 KINDS = ("sequence", "train")
@@ -230,8 +230,8 @@ class Record:
     @classmethod
     def load(cls, path: str | Path) -> Record:
         """Read a record, or the `record.json` of a run folder."""
-        path = Path(path)
-        path = path / "record.json" if path.is_dir() else path
+        no_archive(path)
+        path = Path(path) / "record.json" if Path(path).is_dir() else Path(path)
         try:
             body = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

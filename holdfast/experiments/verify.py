@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, LEASE, RECORD
-from holdfast.files import check_seal, parse_json
+from holdfast.files import check_seal, no_archive, parse_json
 from holdfast.training.manifest import MANIFEST, damage, step_of
 
 MODELS = ("model.safetensors", "model.safetensors.index.json", "holdfast.json")
@@ -54,6 +54,7 @@ def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
     """What can be checked in a folder and all below it."""
     if not path.exists():
         raise Refused("no such folder", where=str(path))
+    no_archive(path)
     if not path.is_dir():
         raise Refused("is a file", where=str(path), remedy="name the folder it lies in")
     count = 0

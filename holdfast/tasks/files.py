@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from holdfast.errors import Refused, meant
+from holdfast.files import no_archive
 from holdfast.tasks.table import (
     MAX_CELL,
     MAX_CHARACTERS,
@@ -57,6 +58,7 @@ def read(
 
 def kind(path: Path) -> str:
     """The format, by the ending of the name."""
+    no_archive(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     last = suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:]
     found = last[0].removeprefix(".") if last else ""

@@ -40,7 +40,7 @@ class Server:
 
     def do(self, what: str) -> None:
         listening = f"-k {self.home} -c listen_addresses= -c fsync=off"
-        more = [] if what == "start" else ["-m", "immediate"]
+        more = [] if what == "start" else ["-m", "immediate"]  # as a crash
         self._run("pg_ctl", "-D", str(self.data), "-w", "-l", str(self.home / "log"), what,
                   "-o", listening, *more)  # fmt: skip
 
@@ -59,8 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         made.do("start")
         yield made
     finally:
-        subprocess.run([*made.user, str(FOUND[-1]), "-D", str(made.data), "stop", "-m", "immediate"],
-                       check=False, timeout=60, stdout=subprocess.DEVNULL, cwd="/")  # fmt: skip
+        made.do("stop")
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -95,7 +94,7 @@ def test_a_restart_and_dropped_connections_lose_no_trial(
             harm()
         for worker in workers:
             said = worker.communicate(timeout=200)[1]
-            assert worker.returncode == 0, said[-2000:]
+            assert worker.returncode == 0, said
     finally:
         for worker in workers:
             worker.kill()

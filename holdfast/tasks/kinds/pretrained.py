@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from holdfast.errors import Refused
+from holdfast.files import no_archive
 from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
 
@@ -31,6 +32,7 @@ def locate(model: str) -> str:
     """A model's folder or Hub id (`ID@REVISION` pins it); `minilm` ships in a package."""
     if model != "minilm":
         folder = Path(model)
+        no_archive(folder)
         if model.endswith(".py"):
             return str(must_exist(folder))
         if folder.exists() and not (folder / "config.json").is_file():
