@@ -263,7 +263,9 @@ def _unanswered(error: BaseException) -> str | None:
     if isinstance(error, optuna().exceptions.StorageInternalError) and error.__cause__:
         error = error.__cause__
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "sqlalchemy.exc"}
-    lost = names & {"OperationalError", "InterfaceError", "InternalError", "TimeoutError"}
+    # Of connections that end, drivers say many things; these are of what was asked.
+    asked = {"DataError", "IntegrityError", "ProgrammingError", "ArgumentError"}
+    lost = names and not names & asked
     return scrub(str(error).strip().partition("\n")[0]) if lost else None
 
 
