@@ -20,7 +20,7 @@ pytest.importorskip("psycopg", reason="the driver of PostgreSQL")
 FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
 if not FOUND:
     pytest.skip("no PostgreSQL server is installed", allow_module_level=True)
-TRIALS = 40
+TRIALS = 24
 
 
 class Server:
