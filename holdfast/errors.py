@@ -7,6 +7,16 @@ import logging
 from collections.abc import Iterable
 
 
+def printable(text: object) -> str:
+    r"""`text` on one line, with what would command a terminal (or hide) written as an escape.
+
+    Example:
+        >>> printable("\x1b[31mred\n")
+        '\\x1b[31mred\\n'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
 class Refused(ValueError):
     """Input that holdfast will not work with: one line saying what, where and the remedy.
 
@@ -16,7 +26,7 @@ class Refused(ValueError):
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         self.what, self.where, self.remedy = what, where, remedy
         line = what if where is None else f"{where}: {what}"
-        super().__init__(line if remedy is None else f"{line}; {remedy}")
+        super().__init__(printable(line if remedy is None else f"{line}; {remedy}"))
 
     def within(self, place: str | None) -> Refused:
         """The same refusal, found inside `place`."""
@@ -35,7 +45,7 @@ class Busy(Refused):
 @functools.cache
 def tell_once(line: str) -> None:
     """Log a warning, each line once per process."""
-    logging.getLogger("holdfast").warning(line)
+    logging.getLogger("holdfast").warning(printable(line))
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

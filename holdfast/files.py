@@ -7,7 +7,9 @@ key a string. `1e-5` is a float, `no` and `2024-01-01` are text, `010` is ten.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -23,6 +25,11 @@ from holdfast.errors import Refused, nearest
 
 LARGEST = 4 << 20  # bytes; a recipe is a few hundred
 SHOWN = 60  # letters of a value that an error shows
+
+ARCHIVES = (
+    ".zip", ".7z", ".rar", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz",
+    ".tar.zst",
+)  # fmt: skip
 
 _FLOAT = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
@@ -79,6 +86,13 @@ for _tag, _pattern in (
 _Reader.add_constructor("tag:yaml.org,2002:int", _Reader.construct_decimal)
 # Text such as "1e-5" must be quoted on the way out, or it would come back as a number.
 _Writer.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
+
+
+def no_archive(path: str | os.PathLike[str]) -> None:
+    """Refuse an archive whole: what lies in one may lead anywhere, and unpack to anything (S5)."""
+    if os.fspath(path).lower().endswith(ARCHIVES) and not os.path.isdir(path):
+        raise Refused("is an archive, and none is unpacked here", where=str(path),
+                      remedy="unpack it into an empty folder, and name that")  # fmt: skip
 
 
 def read_text(path: Path, *, where: str | None = None) -> str:
@@ -247,6 +261,48 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
             raise Refused(error.strerror or str(error), where=str(target)) from None
         raise
     sync_folder(target.parent)
+
+
+def parse_json(text: str) -> Any:
+    """Parsed JSON; ValueError for a key given twice, NaN, Infinity and numbers that overflow."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("a key is given twice")
+        return made
+
+    def finite(word: str) -> float:
+        if not math.isfinite(value := float(word)):
+            raise ValueError(f"{word} is no number")
+        return value
+
+    return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
+
+
+SEAL = "sha256"  # the key of a checksum within what it vouches for
+
+
+def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with the SHA-256 of themselves, which `check_seal` asks for when they are read.
+
+    It tells damage, not forgery: whoever edits a file on purpose can leave its seal out.
+    """
+    return {**body, SEAL: _digest(body)}
+
+
+def check_seal(body: Mapping[str, Any], *, where: str | None = None) -> bool:
+    """Whether `body` has a checksum; Refused where it is not as it was written."""
+    if SEAL in body and body[SEAL] != _digest(body):
+        raise Refused("is not as it was written: its checksum differs", where=where,
+                      remedy="run it again; if you changed it, take out its sha256")  # fmt: skip
+    return SEAL in body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """The SHA-256 of all but the seal, however it is spaced and ordered."""
+    text = json.dumps({k: v for k, v in body.items() if k != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,7 +24,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from holdfast import __version__
-from holdfast.errors import Refused, meant
+from holdfast.errors import Refused, meant, printable
 from holdfast.plugins import plugin
 from holdfast.training import stopping
 
@@ -56,20 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopping.handled():
             return chosen.verb.run(chosen) or 0
     except Refused as refusal:
-        print(f"holdfast: {refusal}", file=sys.stderr)
+        _say(str(refusal))
         return 2
     except (KeyboardInterrupt, stopping.Stopped) as end:
         number = end.number if isinstance(end, stopping.Stopped) else signal.SIGINT
         said = str(stopping.Stopped(number))
-        print(f"holdfast: {said}{f'; {goes_on}' if resumes else ''}", file=sys.stderr)
+        _say(f"{said}{f'; {goes_on}' if resumes else ''}")
         return 128 + number
     except Exception as error:
         if (fault := _fault(error)) is None:
             raise
         remedy = f"; once that is mended, {goes_on}"
-        print(f"holdfast: {fault}{remedy if resumes and 'too long' not in fault else ''}",
-              file=sys.stderr)  # fmt: skip
+        _say(f"{fault}{remedy if resumes and 'too long' not in fault else ''}")
         return 2
+
+
+def _say(line: str) -> None:
+    """Every last word of a command; it may repeat what strangers wrote."""
+    print(f"holdfast: {printable(line)}", file=sys.stderr)
 
 
 def _fault(error: Exception) -> str | None:
@@ -109,7 +113,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str, remedy: str = "") -> NoReturn:
         remedy = remedy or f"see {self.prog} --help"
-        self.exit(2, f"holdfast: {' '.join(message.split())}; {remedy}\n")
+        self.exit(2, f"holdfast: {printable(' '.join(message.split()))}; {remedy}\n")
 
 
 def build_parser(asked: Sequence[str] = ()) -> argparse.ArgumentParser:

@@ -120,7 +120,8 @@ def add_settings(
     group(parser, "what").add_argument(
         "--model",
         default="minilm",
-        help="minilm, a saved model's folder, a Hub id or your own network's FILE.py (minilm)",
+        help="minilm, a saved model's folder, a Hub id (ID@COMMIT pins it) or your own network's "
+        "FILE.py (minilm)",
     )
     group(parser, "where").add_argument(
         "--out", type=Path, required=out is None, help=out or "the folder"

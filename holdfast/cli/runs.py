@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from holdfast.cli.options import show
+from holdfast.errors import printable
 
 ABOUT = "list runs with their status"
 EXAMPLE = "holdfast runs"
@@ -18,6 +19,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from holdfast.experiments.runs import runs_below
@@ -25,12 +27,12 @@ def run(chosen: argparse.Namespace) -> None:
     table = Table("run", "recipe", "seed", "tasks", "learned", "status", "average", "forgetting")
     for folder, record, status in runs_below(chosen.folder):
         if record is None:
-            table.add_row(str(folder), "", "", "", "", status, "", "")
+            table.add_row(escape(printable(folder)), "", "", "", "", escape(status), "", "")
             continue
         scores = ("–" if v is None else f"{v:.3f}" for v in (record.average, record.forgetting))
-        table.add_row(
-            str(folder), str(record.recipe.get("name", "")), str(record.seed),
-            " > ".join(record.names), f"{len(record.seconds)} of {len(record.tasks)}", status,
-            *scores,
-        )  # fmt: skip
+        cells = [
+            folder, record.recipe.get("name", ""), record.seed, " > ".join(record.names),
+            f"{len(record.seconds)} of {len(record.tasks)}", status, *scores,
+        ]  # fmt: skip
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     show(table)

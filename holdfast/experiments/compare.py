@@ -95,7 +95,8 @@ def compare(
         return {"model": model, "tasks": list(tasks), "recipe": recipe, "seed": seed,
                 "out": folders[label] / f"seed-{seed}", "label": f"{label} · seed {seed}",
                 "progress": progress, "reference": reference, "lm_eval": lm_eval,
-                "report_to": report_to, "tests": tests, "protocol": protocol, **settings, **own}  # fmt: skip
+                "report_to": report_to, "tests": tests, "protocol": protocol,
+                **settings, **own}  # fmt: skip
 
     do = partial(_done, workers=workers, progress=progress)
     arms: dict[str, Arm] = {}

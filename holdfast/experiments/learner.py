@@ -30,7 +30,7 @@ from holdfast.tasks import Task
 from holdfast.tasks.kinds import evaluate, kind_of
 from holdfast.tasks.kinds.heads import Prototypes, headed
 from holdfast.tasks.kinds.packed import Packed
-from holdfast.tasks.kinds.pretrained import device, quiet, source_hash
+from holdfast.tasks.kinds.pretrained import device, quiet, reading, source_hash
 from holdfast.training.checkpoints import load_adapters, load_state, save_adapters, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, newest_complete, step_of
 from holdfast.training.trainer import Trainer
@@ -386,6 +386,7 @@ class Learner:
             "parameters": sum(p.numel() for p in model.parameters()),
             "layers": getattr(getattr(model, "config", None), "num_hidden_layers", None),
             "hash": source_hash(self.source),
+            "revision": reading(self.source)[1].get("revision"),
         }
         self.record.rates = {
             "order": list(named.order),

@@ -13,9 +13,23 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from holdfast.tasks.task import METRICS
+
+ROUNDED = 1e-6  # float32 may end beyond 1 by less
+
 Cell = float | None
 Matrix = Sequence[Sequence[Cell]]
 Points = Sequence[tuple[float, float]]  # (new, old after) of each setting of a recipe
+
+
+def impossible(value: object, metric: str | None) -> bool:
+    """Whether no model gets such a score: outside 0 to 1, or -1 to 1 of a correlation.
+
+    A metric that is not one of ours is taken at its word.
+    """
+    low = -1.0 if metric in ("matthews", "spearman") else 0.0
+    known = metric in METRICS and isinstance(value, int | float)
+    return known and not low - ROUNDED <= value <= 1 + ROUNDED  # type: ignore[operator]
 
 
 def square(scores: Matrix) -> list[list[Cell]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD
+from holdfast.files import no_archive
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
 from holdfast.tasks.kinds import kind_named
@@ -152,6 +153,7 @@ Origin = FromRun | FromModel
 
 def origin_of(folder: Path, old_task: str | Path | None) -> Origin:
     """What lies in `folder`; `Refused` if it is neither."""
+    no_archive(folder)
     if (folder / RECORD).is_file():
         if old_task is not None:
             raise Refused("is a run, which knows its tasks", where=str(folder),

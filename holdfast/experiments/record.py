@@ -19,7 +19,7 @@ from holdfast.errors import Refused
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
 from holdfast.experiments.scenario import SCENARIOS, scenario_of
-from holdfast.files import write_text_atomic
+from holdfast.files import SEAL, check_seal, no_archive, parse_json, sealed, write_text_atomic
 
 SCHEMA = 1
 KINDS = ("sequence", "train")
@@ -200,7 +200,10 @@ class Record:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], *, where: str | None = None) -> Record:
-        """The record of a parsed file; Refused if it is not one. The metrics are computed anew."""
+        """The record of a parsed file; Refused if it is not one, or not as it was written.
+
+        The metrics are computed anew.
+        """
         if not isinstance(body, Mapping) or "schema" not in body:
             raise Refused("not a holdfast record", where=where, remedy="pass a record.json")
         if body["schema"] != SCHEMA:
@@ -209,12 +212,13 @@ class Record:
                 where=where,
                 remedy=f"use the holdfast that wrote it ({body.get('holdfast', 'unknown')})",
             )
-        known = {item.name for item in dataclasses.fields(cls)} - {"extra"}
         try:
+            check_seal(body, where=where)
             plain = _plain(body)
         except RecursionError as error:
             raise Refused("nested too deeply", where=where, remedy=REPEAT) from error
-        ours = known | {"schema", "metrics"}
+        known = {item.name for item in dataclasses.fields(cls)} - {"extra"}
+        ours = known | {"schema", "metrics", SEAL}
         given = {key: value for key, value in plain.items() if key in known}
         given["extra"] = {key: value for key, value in plain.items() if key not in ours}
         _check(given, where)
@@ -226,10 +230,10 @@ class Record:
     @classmethod
     def load(cls, path: str | Path) -> Record:
         """Read a record, or the `record.json` of a run folder."""
-        path = Path(path)
-        path = path / "record.json" if path.is_dir() else path
+        no_archive(path)
+        path = Path(path) / "record.json" if Path(path).is_dir() else Path(path)
         try:
-            body = read_json(path.read_text(encoding="utf-8"))
+            body = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise Refused("no such file", where=str(path), remedy="pass a record.json") from None
         except OSError as error:
@@ -242,18 +246,7 @@ class Record:
         """Write the file whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(path, json.dumps(self.to_dict(), **STRICT) + "\n")
-
-
-def read_json(text: str) -> Any:
-    """Parsed JSON; ValueError for NaN, Infinity and numbers that overflow, such as 1e999."""
-
-    def finite(word: str) -> float:
-        if not math.isfinite(value := float(word)):
-            raise ValueError(f"{word} is no number")
-        return value
-
-    return json.loads(text, parse_float=finite, parse_constant=finite)
+        write_text_atomic(path, json.dumps(sealed(self.to_dict()), **STRICT) + "\n")
 
 
 REPEAT = "run it again, or leave this file out"
@@ -291,6 +284,11 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
         matrix = body.get(key)
         if matrix is not None and not (isinstance(matrix, list) and all(map(_cells, matrix))):
             raise fault(key, "a matrix of numbers")
+    told = [t.get("metric") if t.get("kind") != "module" else None for t in tasks]
+    for row in [*(body.get("scores") or []), *(body.get("selection_scores") or [])]:
+        for value, metric in zip(row, told, strict=False):
+            if metrics.impossible(value, metric):
+                raise fault("scores", f"within the bounds of {metric}: {value}")
     if not all(_number(value) for value in body.get("alone", {}).values()):
         raise fault("alone", "a number for each task")
     told = body.get("general", {})

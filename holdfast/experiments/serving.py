@@ -21,7 +21,7 @@ from torch import nn
 
 from holdfast.errors import Refused, nearest
 from holdfast.experiments.runs import FINAL, RECORD
-from holdfast.files import write_text_atomic
+from holdfast.files import no_archive, write_text_atomic
 from holdfast.network.parts import named_parameters
 from holdfast.tasks import Prediction, Task, program, slug
 from holdfast.tasks.kinds import Kind, kind_named, kind_of
@@ -279,6 +279,7 @@ def load(run: str | Path) -> Served:
     """
     quiet()
     folder = Path(run)
+    no_archive(folder)
     folder = folder / FINAL if (folder / FINAL).is_dir() else folder
     if not (folder / TASKS).is_file():
         if (folder / RECORD).is_file():

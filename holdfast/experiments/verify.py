@@ -6,21 +6,24 @@ its own manifest names are read.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Refused
+from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, RECORD
+from holdfast.experiments.runs import CONFIG, LEASE, RECORD
+from holdfast.files import check_seal, no_archive, parse_json
 from holdfast.training.manifest import MANIFEST, damage, step_of
 
 MODELS = ("model.safetensors", "model.safetensors.index.json", "holdfast.json")
+SEARCH = "search.json"
+UNSEALED = "whole, as far as can be seen: it has no checksum, as files of an older holdfast"
 LARGEST = 256 << 20  # bytes of a record; one of a long run takes a few hundred thousand
 
 Tell = Callable[[str], None]
@@ -37,9 +40,9 @@ def verify(paths: Sequence[Path], tell: Tell = print) -> int:
     with tqdm(total=sizes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for path, kind in found:
             wrong = kind(path, bar.update)
-            damaged += wrong is not None
+            damaged += wrong not in (None, UNSEALED)
             with bar.external_write_mode(file=sys.stdout):
-                tell(f"{_shown(path)}: {'whole' if wrong is None else wrong}")
+                tell(f"{printable(path)}: {'whole' if wrong is None else wrong}")
     tell(f"{len(found) - damaged} whole, {damaged} damaged")
     return int(damaged > 0)
 
@@ -51,6 +54,7 @@ def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
     """What can be checked in a folder and all below it."""
     if not path.exists():
         raise Refused("no such folder", where=str(path))
+    no_archive(path)
     if not path.is_dir():
         raise Refused("is a file", where=str(path), remedy="name the folder it lies in")
     count = 0
@@ -70,10 +74,12 @@ def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
         if MANIFEST in names or _looks_saved(here, names):
             yield here, damage
             count += 1
-        for name in (RECORD, CONFIG):
+        for name in (RECORD, CONFIG, SEARCH):
             if name in names:
                 yield here / name, _json
                 count += 1
+        if RECORD in names and CONFIG not in names and {LEASE, "tasks"} & {*folders, *files}:
+            yield here / CONFIG, _gone
     if not count:
         raise Refused("holds no checkpoint, run or record", where=str(path),
                       remedy="name a folder that training wrote")  # fmt: skip
@@ -89,6 +95,22 @@ def _size(folder: Path) -> int:
     return sum(e.stat(follow_symlinks=False).st_size for e in os.scandir(folder) if e.is_file())
 
 
+def _files(folder: Path, body: Mapping[str, Any]) -> str | None:
+    """The first file beside a `search.json` that is not as it was written."""
+    for name, sha in dict(body.get("files", {})).items():
+        if Path(name).name != name or (folder / name).is_symlink():
+            return f"names {printable(name)}, which is no file beside it"
+        if not (folder / name).is_file():
+            return f"{name}, beside it, is missing"
+        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha:
+            return f"{name}, beside it, is not as it was written"
+    return None
+
+
+def _gone(path: Path, _: Callable[[int], object]) -> str | None:
+    return "is missing: the run cannot go on, nor be told from another"
+
+
 def _link(path: Path, _: Callable[[int], object]) -> str | None:
     return "is a symbolic link, not the file that was written"
 
@@ -99,40 +121,19 @@ def _json(path: Path, _: Callable[[int], object]) -> str | None:
             return "is no plain file"
         if path.stat().st_size > LARGEST:
             return f"is larger than {LARGEST >> 20} MiB"
-        body = _strict(path)
+        body = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(body, dict):
+            return "is not a holdfast record" if path.name == RECORD else "is no mapping"
         if path.name == RECORD:
             Record.from_dict(body)
-        elif not isinstance(body, dict):
-            return "is no mapping"
+        if path.name == CONFIG:  # which is compared, key by key, with what is asked for
+            return None
+        return _files(path.parent, body) if check_seal(body) else UNSEALED
     except Refused as refusal:
         return _line(refusal.what)
     except (OSError, ValueError, RecursionError) as error:
         return f"cannot be read ({_line(error)})"
-    return None
-
-
-def _strict(path: Path) -> Any:
-    """JSON as we write it: no key twice, no NaN."""
-
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        made = dict(items)
-        if len(made) != len(items):
-            raise ValueError("a key is given twice")
-        return made
-
-    def constant(word: str) -> object:
-        raise ValueError(f"{word} is no JSON")
-
-    return json.loads(
-        path.read_text(encoding="utf-8"), object_pairs_hook=pairs, parse_constant=constant
-    )
 
 
 def _line(error: object) -> str:
-    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-    return text if text.isprintable() else ascii(text)
-
-
-def _shown(path: Path) -> str:
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
+    return printable(" ".join(str(getattr(error, "strerror", None) or error).split())[:200])

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import holdfast
 from holdfast.errors import Refused
-from holdfast.experiments.record import read_json
 from holdfast.experiments.statistics import Difference, paired_difference
-from holdfast.files import LARGEST, write_text_atomic
+from holdfast.files import LARGEST, check_seal, parse_json, write_text_atomic
 from holdfast.report.page import environment
 from holdfast.report.words import DASH, clean, number, short
 
@@ -64,7 +63,7 @@ def load_search(path: str | Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 16 * LARGEST:
             raise Refused("too large for the facts of a search", where=where)
-        body = read_json(path.read_text(encoding="utf-8"))
+        body = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refused(error.strerror or str(error), where=where) from None
     except (ValueError, RecursionError) as error:
@@ -73,6 +72,7 @@ def load_search(path: str | Path) -> dict[str, Any]:
         raise Refused("not the facts of a search", where=where)
     if body.get("schema") != SCHEMA:
         raise Refused(f"schema {body.get('schema')!r}, this holdfast reads {SCHEMA}", where=where)
+    check_seal(body, where=where)
     _check(body, NEEDED, "the facts", where)
     for key, inner in WITHIN.items():
         for entry in body[key] if isinstance(body[key], list) else [body[key]]:

@@ -24,6 +24,7 @@ from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE
 from holdfast.search.study import wait
+from holdfast.search.worker import out_of_memory
 from holdfast.tasks.task import slug
 from holdfast.training import stopping
 
@@ -167,6 +168,10 @@ class Evaluation:
             write_text_atomic(gone, str(refusal))
             drop_weights(job.folder)
             return Result(None, None, None, 0, str(refusal))
+        except (MemoryError, RuntimeError) as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            raise Refused(reason, where=str(job.folder)) from None
         drop_weights(job.folder)
         scores = record.scores
         steps = sum(n or 0 for n in record.steps)

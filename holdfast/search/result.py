@@ -5,6 +5,7 @@ Everything that a table, the report or a sentence says is computed here, once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -16,7 +17,7 @@ from holdfast import __version__
 from holdfast.experiments.record import STRICT, commit, versions, without_secrets
 from holdfast.experiments.sequence import describe
 from holdfast.experiments.statistics import mean_spread, paired_difference
-from holdfast.files import write_text_atomic
+from holdfast.files import sealed, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.search.final import Contender, Result
 from holdfast.search.plan import Plan
@@ -264,10 +265,12 @@ def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
 def write(
     folder: Path, plan: Plan, found: Sequence[TrialRow], body: Mapping[str, Any]
 ) -> list[Path]:
-    """`search.json` and `trials.csv`; `rates.yaml` and `recipe.yaml` once a trial is finished."""
-    written = [folder / FACTS, folder / NAME]
-    write_text_atomic(written[0], json.dumps(body, **STRICT) + "\n")
-    write_trials(written[1], as_trials(found, plan.space), study=plan.title,
+    """`trials.csv`; once a trial is finished `rates.yaml` and `recipe.yaml`; then `search.json`.
+
+    It comes last, with the SHA-256 of each file before it and of itself.
+    """
+    written = [folder / NAME]
+    write_trials(written[0], as_trials(found, plan.space), study=plan.title,
                  layers=plan.space.layers)  # fmt: skip
     rates = rates_of(plan, body)
     if rates is not None:
@@ -275,4 +278,7 @@ def write(
         won = next(r for r in found if r.number == body["winner"])
         plan.space.recipe(plan.base, won.params, name="searched").save(folder / RECIPE)
         written += [folder / RATES, folder / RECIPE]
-    return written
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
+    text = json.dumps(sealed({**body, "files": files}), **STRICT)
+    write_text_atomic(folder / FACTS, text + "\n")
+    return [folder / FACTS, *written]

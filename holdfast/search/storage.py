@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import sqlite3
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import scrub
+from holdfast.training import stopping
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 DATABASE = "study.db"
+PATIENCE = 60.0  # seconds that a server may take to be back
 WAIT = 100  # seconds a process waits for another one's write to SQLite
 JOURNAL = "journal:"
 OPENING = b'{"op_code"'  # how Optuna's journals begin
@@ -134,9 +139,8 @@ def open_storage(url: str) -> BaseStorage:
         if url.startswith(JOURNAL):
             path = Path(url.removeprefix(JOURNAL))
             path.parent.mkdir(parents=True, exist_ok=True)
-            backend = found.storages.journal.JournalFileBackend
             mend_journal(path)
-            return found.storages.JournalStorage(backend(str(path)))
+            return found.storages.JournalStorage(_journal(path))
         # Reopens a connection that was dropped while a trial was trained.
         arguments: dict[str, Any] = {"pool_pre_ping": True}
         if url.startswith("sqlite:"):
@@ -186,24 +190,83 @@ def mend_journal(path: Path) -> bool:
     lock = JournalFileSymlinkLock(str(path))
     lock.acquire()
     try:
-        data = path.read_bytes()
+        return _cut(path)
+    finally:
+        lock.release()
+
+
+def _cut(path: Path) -> bool:
+    """`mend_journal` for who holds the lock."""
+    with open(path, "r+b") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) == b"\n" and file.seek(0) == 0 and file.read(len(OPENING)) == OPENING:
+            return False
+        file.seek(0)
+        data = file.read()
         if not data.startswith(OPENING[: len(data)]):
             raise Refused("is no journal of Optuna's", where=f"--storage {JOURNAL}{path}",
                           remedy="name another file")  # fmt: skip
-        whole = data.rfind(b"\n") + 1
-        if whole == len(data):
-            return False
         shutil.copyfile(path, path.with_name(path.name + ".torn"))
-        with open(path, "r+b") as file:
-            file.truncate(whole)
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        lock.release()
+        file.truncate(data.rfind(b"\n") + 1)
+        file.flush()
+        os.fsync(file.fileno())
     logging.getLogger("holdfast").warning(
         "%s: a torn last line was cut; the file as it was is kept beside it as .torn", path
     )
     return True
+
+
+def _journal(path: Path) -> Any:
+    """Optuna's journal, that mends a tail which another worker tore before it writes after it."""
+    from optuna.storages import journal
+
+    class Mending(journal.JournalFileBackend):
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            self._lock.acquire()
+            try:
+                _cut(path)
+                lines = [json.dumps(log, separators=(",", ":")) + "\n" for log in logs]
+                with open(path, "ab") as file:
+                    file.write("".join(lines).encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                self._lock.release()
+
+    return Mending(str(path))
+
+
+def patiently(call: Callable[[], Any], *, seconds: float = PATIENCE) -> Any:
+    """`call()`, repeated for so long while a server restarts, drops connections or is in deadlock.
+
+    What `call` does twice must be as if done once: an answer may have been lost on its way.
+    """
+    end, pause = time.monotonic() + seconds, 0.1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if (said := _unanswered(error)) is None:
+                raise
+        if time.monotonic() + pause > end:
+            raise Refused(f"the database does not answer: {said}", where="--storage",
+                          remedy="the same command goes on once it does")  # fmt: skip
+        stopping.check()
+        time.sleep(pause)
+        pause = min(2 * pause, 5.0)
+
+
+def _unanswered(error: BaseException) -> str | None:
+    """What a server's driver said, if it did not carry out what it was asked; else None."""
+    if isinstance(error, optuna().exceptions.StorageInternalError) and error.__cause__:
+        error = error.__cause__
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "sqlalchemy.exc"}
+    # Of connections that end, drivers say many things; these are of what was asked.
+    asked = {"DataError", "IntegrityError", "ProgrammingError", "ArgumentError"}
+    lost = names and not names & asked
+    return scrub(str(error).strip().partition("\n")[0]) if lost else None
 
 
 def sampler(name: str, seed: int) -> BaseSampler:

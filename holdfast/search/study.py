@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -53,6 +54,9 @@ class Claim:
         """
         if self.study.plan.objective == "pareto":
             return False
+        return bool(self.study.ask(lambda: self._judge(rung, value)))
+
+    def _judge(self, rung: int, value: float) -> bool:
         known = self.study.storage.get_trial(self.identity).intermediate_values
         if rung not in known:
             self.study.storage.set_trial_intermediate_value(self.identity, rung, float(value))
@@ -77,19 +81,22 @@ class Claim:
 
     def excuse(self) -> None:
         """Do not count this attempt: the trial is not to blame that its worker stops."""
-        attempts = self.study.storage.get_trial(self.identity).user_attrs.get("attempts", 1)
-        self._note({"attempts": max(0, attempts - 1)})
+        storage = self.study.storage
+        known = self.study.ask(lambda: storage.get_trial(self.identity).user_attrs)
+        self._note({"attempts": max(0, known.get("attempts", 1) - 1)})
 
     def close(self) -> None:
         self.lease.close()
 
     def _note(self, values: Mapping[str, Any]) -> None:
+        note = self.study.storage.set_trial_user_attr
         for key, value in values.items():
-            self.study.storage.set_trial_user_attr(self.identity, key, value)
+            self.study.ask(partial(note, self.identity, key, value))
 
     def _tell(self, state: str, values: list[float] | None = None) -> None:
-        states = stores.optuna().trial.TrialState
-        self.study.study.tell(self.number, values, state=states[state], skip_if_finished=True)
+        end = stores.optuna().trial.TrialState[state]
+        tell = self.study.study.tell
+        self.study.ask(lambda: tell(self.number, values, state=end, skip_if_finished=True))
 
 
 class Study:
@@ -113,18 +120,18 @@ class Study:
             self.storage = stores.open_storage(self.url)  # before `keep`: it may be mistyped
             self.name = name or keep(self.folder, plan, where)
             directions = ["maximize"] * (2 if plan.objective == "pareto" else 1)
-            self.study = optuna.create_study(
+            self.study = self.ask(lambda: optuna.create_study(
                 storage=self.storage, study_name=self.name, directions=directions,
                 load_if_exists=True, pruner=stores.pruner(plan.pruner, plan.seed),
                 sampler=stores.sampler(plan.sampler, plan.seed),
-            )  # fmt: skip
+            ))  # fmt: skip
             config = self.study.user_attrs.get("config")
             if config is None:
                 self.study.set_user_attr("config", plan.identity)
                 self.study.set_user_attr("title", plan.title)
             else:
                 refuse_other(config, plan.identity, scrub(self.url))
-            self._enqueue(plan.controls)
+            self.ask(lambda: self._enqueue(plan.controls))
         self._identity = self.storage.get_study_id_from_name(self.name)
 
     def _enqueue(self, wanted: list[Control]) -> None:
@@ -144,7 +151,13 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials by number, as they are now."""
-        return self.study.get_trials(deepcopy=False)
+        found: list[FrozenTrial] = self.ask(lambda: self.study.get_trials(deepcopy=False))
+        return found
+
+    def ask(self, call: Callable[[], Any]) -> Any:
+        """`call()` to the storage; a server may restart meanwhile (faults R9)."""
+        local = self.url.startswith(("sqlite", stores.JOURNAL))
+        return call() if local else stores.patiently(call)
 
     def counts(self) -> Counter[str]:
         """How many trials are in each state, by Optuna's names in lower case."""
@@ -162,24 +175,35 @@ class Study:
     def claim(self) -> Claim | None:
         """A trial to work on; None where there is none *now*: see `over`."""
         with self.lock():
-            trials = self.trials()
-            states = stores.optuna().trial.TrialState
-            for trial in trials:
-                if trial.state != states.RUNNING or (lease := self.lease(trial.number)) is None:
-                    continue
+            claim: Claim | None = self.ask(self._claim)
+            return claim
+
+    def _claim(self) -> Claim | None:
+        """A trial whose leases and attempts are ours, of those there are or one more.
+
+        Where an answer is lost, an asked trial stays behind that runs and nobody holds: the next
+        to ask takes it.
+        """
+        trials = self.trials()
+        states = stores.optuna().trial.TrialState
+        for trial in trials:
+            if trial.state != states.RUNNING or (lease := self.lease(trial.number)) is None:
+                continue
+            with _closed_on_error(lease):
                 # Its worker may have finished and released it since the list was read.
                 now = self.storage.get_trial(self._id(trial.number))
                 claim = self._take(now, lease) if now.state == states.RUNNING else None
-                if claim is not None:
-                    return claim
-                lease.close()
-            waiting = any(t.state == states.WAITING for t in trials)
-            if not waiting and len(trials) >= self.plan.trials:
-                return None
-            self._seed(len(trials))
-            asked = self.study.ask()
-            taken = self.lease(asked.number)
-            assert taken is not None, "a trial that was just made has no other worker"
+            if claim is not None:
+                return claim
+            lease.close()
+        waiting = any(t.state == states.WAITING for t in trials)
+        if not waiting and len(trials) >= self.plan.trials:
+            return None
+        self._seed(len(trials))
+        asked = self.study.ask()
+        taken = self.lease(asked.number)
+        assert taken is not None, "a trial that was just made has no other worker"
+        with _closed_on_error(taken):
             return self._take(asked, taken)
 
     def _seed(self, number: int) -> None:
@@ -239,6 +263,15 @@ def refuse_links(folder: Path, names: Sequence[str]) -> None:
         if path.is_symlink():
             raise Refused("is a symbolic link, and searches write through none", where=str(path),
                           remedy="remove it, or choose another --out")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _closed_on_error(lease: IO[str]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        lease.close()
+        raise
 
 
 def _open(path: Path) -> IO[str]:

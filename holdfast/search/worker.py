@@ -7,6 +7,8 @@ it may also raise `Stop` itself.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from statistics import fmean
 
 from holdfast.errors import Refused
 from holdfast.recipe import Recipe
+from holdfast.search import storage as stores
 from holdfast.search.objective import Diverged, Scores, Stop, Watch
 from holdfast.search.study import Claim, Study, wait
 from holdfast.training import stopping
@@ -50,9 +53,13 @@ def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None)
         if claim is not None:
             try:
                 run(claim, train)
+                made += 1
+            except stores.optuna().exceptions.UpdateFinishedTrialError:
+                # Leases end with a folder or a disk they lie on; what was told first stands.
+                said = "trial %d was finished by another worker, whose result stands"
+                logging.getLogger("holdfast").warning(said, claim.number)
             finally:
                 claim.close()
-            made += 1
         elif study.over:
             return made
         else:
@@ -81,6 +88,11 @@ def run(claim: Claim, train: Train) -> None:
     except (KeyboardInterrupt, stopping.Stopped, Refused, OSError):  # such as a full disk
         claim.excuse()
         raise
+    except (MemoryError, RuntimeError) as error:
+        if (reason := out_of_memory(error)) is None:
+            raise
+        claim.failed(reason, steps, round(time.monotonic() - began, 3))
+        return
     mean = Scores(
         old=fmean(s.old for s in scores), new=fmean(s.new for s in scores),
         old_after=fmean(s.old_after for s in scores), steps=steps,
@@ -89,6 +101,18 @@ def run(claim: Claim, train: Train) -> None:
     rows = [{"seed": seed, "old": s.old, "new": s.new, "old_after": s.old_after}
             for seed, s in zip(plan.seeds, scores, strict=True)]  # fmt: skip
     claim.done(mean, rows)
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """Why a trial failed, if its model or its batches did not fit; else None.
+
+    torch.OutOfMemoryError is a RuntimeError, as is what its allocator on the CPU raises.
+    """
+    said = str(error).strip().partition("\n")[0]
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not short and not re.search("out of memory|can't allocate memory", said, re.I):
+        return None
+    return "out of memory: half --batch-size and twice --accumulation make the same steps"
 
 
 def job_of(claim: Claim, replicate: int, seed: int) -> Replicate:

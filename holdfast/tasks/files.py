@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from holdfast.errors import Refused, meant
+from holdfast.files import no_archive
 from holdfast.tasks.table import (
     MAX_CELL,
     MAX_CHARACTERS,
     MAX_RECORDS,
+    RECORD,
     WORDY,
     Table,
     listed,
@@ -56,6 +58,7 @@ def read(
 
 def kind(path: Path) -> str:
     """The format, by the ending of the name."""
+    no_archive(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     last = suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:]
     found = last[0].removeprefix(".") if last else ""
@@ -117,9 +120,11 @@ def label(path: Path) -> str:
 
 def _lines(path: Path, table: Table, torn: Torn, newline: str | None) -> Iterator[str]:
     """Decoded physical lines, BOM stripped, each checked and bounded."""
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    gzipped = path.suffix.lower() == ".gz"
+    opened = gzip.open if gzipped else open
     number = total = 0
     try:
+        table.packed = path.stat().st_size if gzipped else None
         with (
             opened(path, "rb") as raw,
             io.TextIOWrapper(
@@ -132,6 +137,7 @@ def _lines(path: Path, table: Table, torn: Torn, newline: str | None) -> Iterato
             while line := text.readline(MAX_CELL + 1):
                 number += 1
                 total += len(line)
+                table.check_growth(total + RECORD * number, table.at(number))
                 if len(line) > MAX_CELL or total > MAX_CHARACTERS or number > MAX_RECORDS:
                     raise Refused(
                         f"too large: more than {MAX_CELL:,} characters in a line, "
@@ -282,6 +288,7 @@ def _parquet(path: Path, table: Table, *_: object) -> None:
 
     table.unit = "row"
     try:
+        table.packed = path.stat().st_size
         schema = pq.read_schema(path)
         table.columns = list(schema.names)
         found = [name for name in table.columns if name in table.wanted]
@@ -363,6 +370,7 @@ def _check_parquet(metadata: Any, table: Table) -> None:
         for chunk in chunks  # of lists the path goes on: messages.list.element.content
         if {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]} & table.wanted
     )
+    table.check_growth(size + RECORD * metadata.num_rows)
     if metadata.num_rows > MAX_RECORDS or size > MAX_CHARACTERS:
         raise Refused(
             f"{metadata.num_rows:,} rows, {size:,} bytes unpacked: too large",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -18,6 +19,7 @@ from holdfast.tasks.table import counted, listed, shown
 MAX_CLASSES = 1000
 MAX_NAME = 200  # characters
 IGNORED = -100  # what the losses of PyTorch leave out
+VARIANTS = {chr(code) for code in range(0xFE00, 0xFE10)}  # of an emoji: drawn as text, or not
 
 Read = Callable[[Any, str], Any]
 
@@ -28,14 +30,14 @@ def by_id(names: tuple[str, ...]) -> Read:
     def read(cell: Any, where: str) -> int | None:
         if _missing(cell):
             raise Refused("no label", where=where)
+        if isinstance(cell, int | float) and cell == IGNORED:  # a column with gaps holds floats
+            return None
         if isinstance(cell, bool) or not isinstance(cell, int):
             raise Refused(
                 f"label {shown(cell)} is a {type(cell).__name__}, not an id",
                 where=where,
                 remedy=f"write 0 to {len(names) - 1}",
             )
-        if cell == IGNORED:
-            return None
         if not 0 <= cell < len(names):
             raise Refused(
                 f"label {shown(cell)} is outside 0 to {len(names) - 1}",
@@ -211,6 +213,17 @@ def told(some: Sequence[str], spellings: Mapping[str, Spelling], limit: int = 20
     """Some spellings, each with where it is first and its number of rows."""
     each = [f"{shown(s)} ({spellings[s].first}, {counted(spellings[s].rows)})" for s in some]
     return ", ".join(each[:limit]) + (f" and {len(each) - limit} more" if each[limit:] else "")
+
+
+def look_alike(names: Sequence[str]) -> list[str]:
+    """Labels that read the same: é as one or two characters, a space of zero width, ﬁ and fi."""
+
+    def seen(name: str) -> str:
+        plain = unicodedata.normalize("NFKC", name)
+        return "".join(c for c in plain if unicodedata.category(c) != "Cf" and c not in VARIANTS)
+
+    counts = Counter(map(seen, names))
+    return [name for name in names if counts[seen(name)] > 1]
 
 
 def usual(spellings: Mapping[str, Spelling]) -> Callable[[str], str]:

@@ -64,6 +64,8 @@ def load_task(
     names = _called(asked.options.labels, names, name)
     _check_classes(pool, names, name, warnings, kind)
     texts = [row.plain for row in pool]
+    if names is not None and (torn := _contradicted([*pool, *(evaluation or ())])):
+        warnings.append(f"{counted(torn)} with a text that other rows label otherwise")
     if evaluation is None:
         size = max(1, round(CARVED * len(pool)))
         chosen, rest = _apart(pool, texts, size, seed="evaluation")
@@ -187,6 +189,14 @@ def _repeated(rows: list[Row], training: list[tuple[str, str]]) -> int:
     """How many of `rows` have texts that also occur in `training`, ignoring case and spacing."""
     known = set(training)
     return sum(row.plain in known for row in rows)
+
+
+def _contradicted(rows: list[Row]) -> int:
+    """How many rows have a text, ignoring case and spacing, that stands with other labels too."""
+    found: dict[tuple[str, str], set[Any]] = {}
+    for row in rows:
+        found.setdefault(row.plain, set()).add(row.label)
+    return sum(len(found[row.plain]) > 1 for row in rows)
 
 
 def _check_classes(

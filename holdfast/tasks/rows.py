@@ -12,7 +12,7 @@ from holdfast.errors import Refused, nearest, tell_once
 from holdfast.tasks import files, labels, tagged
 from holdfast.tasks.prompts import prompted
 from holdfast.tasks.spec import Options, parse
-from holdfast.tasks.table import ANSWER, Columns, Table, listed, shown
+from holdfast.tasks.table import ANSWER, Columns, Table, counted, listed, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 
@@ -71,6 +71,9 @@ def source_of(
         if clash := _differ_by_case(names):
             told = labels.told(clash, spellings)
             warnings.append(f"labels that differ only by case: {told}; --strip makes them one")
+        if alike := labels.look_alike(names):
+            told = ", ".join(f"{name!a} ({counted(spellings[name].rows)})" for name in alike)
+            warnings.append(f"labels that look alike, each a class of its own: {told}")
         if joined := _joined(names):
             told = f"the label {shown(joined)} is one class"
             warnings.append(f"{told}; for several labels a row say ?type=multilabel")
@@ -84,6 +87,9 @@ def source_of(
         )
     read = labels.several(read) if several else read
     pool = first.rows(read, warnings)
+    if names is None and (count := sum(row.label == labels.IGNORED for row in pool)):
+        warnings.append(f"{counted(count)} labelled {labels.IGNORED}: a number like others here; "
+                        "leave them out if it means no label")  # fmt: skip
     held = None
     if evaluation is not None:
         evaluation, _ = _templated(evaluation, options.columns)

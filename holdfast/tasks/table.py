@@ -15,6 +15,10 @@ MAX_TEXT = 20_000  # characters; a longer text is cut and counted
 MAX_CELL = 32 * 2**20  # characters in one line or cell; longer ones are refused
 MAX_CHARACTERS = 2**31  # in one file after decompression
 MAX_RECORDS = 20_000_000
+# A packed file may unpack to so many times its size, or to so many bytes. Text packs ten to one;
+# a bomb a thousand to one (faults S6).
+GROWTH, SMALL = 256, 64 * 2**20
+RECORD = 500  # bytes in memory that a record takes beside its characters
 WORDY = 100  # the first records, by which an unread column is known to hold running text
 TOLD = 10  # bad rows that a refusal tells; the others are counted
 
@@ -164,6 +168,7 @@ class Table:
     wordy: set[str] = field(default_factory=set)  # unread columns that hold running text
     notes: list[str] = field(default_factory=list)  # what the reader guessed, to warn of
     characters: int = 0
+    packed: int | None = None  # bytes of the file on disk, if it is packed
     bad: int = 0  # rows
     told: list[tuple[int, Refused]] = field(default_factory=list)  # the first of them
     skip: bool | None = None  # leave bad rows out, do not refuse them; None: it cannot be asked
@@ -210,6 +215,15 @@ class Table:
         why += [f"{counted(without_text)} without text"] if without_text else []
         return Refused("no rows" + (f" ({', '.join(why)})" if why else ""), where=self.name)
 
+    def check_growth(self, size: int, at: str | None = None) -> None:
+        """Refuse a packed file that unpacks to `size` bytes, if that is out of all proportion."""
+        if self.packed is not None and size > max(GROWTH * self.packed, SMALL):
+            raise Refused(
+                f"{self.packed:,} bytes unpack to more than {size:,}",
+                where=at or self.name,
+                remedy="if you trust it, unpack it yourself (Parquet: write it as .jsonl)",
+            )
+
     def add(self, number: int, cells: dict[str, Any]) -> None:
         """Keep the wanted cells of one record, long texts cut."""
         kept, cut = {}, False
@@ -230,6 +244,7 @@ class Table:
             kept[name] = value
         self.cut += cut
         self.records.append((number, kept))
+        self.check_growth(self.characters + RECORD * len(self.records), self.at(number))
         if len(self.records) > MAX_RECORDS or self.characters > MAX_CHARACTERS:
             raise Refused(
                 f"more than {MAX_RECORDS:,} rows or {MAX_CHARACTERS:,} characters",

@@ -18,6 +18,7 @@ from io import BufferedRandom, BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from holdfast.errors import printable
 from holdfast.files import sync_folder, write_text_atomic
 
 LOG = logging.getLogger("holdfast")
@@ -150,7 +151,7 @@ def _open(folder: Path, name: str) -> BufferedReader:
 
 def _shown(name: str) -> str:
     """A name from an untrusted manifest, as one short printable line."""
-    plain = name if name.isprintable() else ascii(name)
+    plain = printable(name)
     return plain if len(plain) <= 120 else plain[:117] + "…"
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -37,6 +40,20 @@ else:
 
 
 STATE = "trainer_state.json"  # Trainer's own, written last
+
+
+def _inert(load: Callable[[Any, str | None], None]) -> Callable[[Any, str | None], None]:
+    """Refuse a checkpoint whose pickles hold more than tensors: torch unpickles nothing else."""
+
+    @functools.wraps(load)
+    def loaded(self: Any, checkpoint: str | None) -> None:
+        try:
+            load(self, checkpoint)
+        except UnpicklingError:
+            raise Refused("holds objects that could run code", where=str(checkpoint),
+                          remedy="resume from another checkpoint") from None  # fmt: skip
+
+    return loaded
 
 
 class SavingMixin(_Base):
@@ -175,6 +192,11 @@ class SavingMixin(_Base):
                 if self.recipe.peft:
                     self._ours |= save_adapters(self.model, output_dir)
 
+    @_inert
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+
+    @_inert
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._bare:
             self._check_groups(Path(cast(str, checkpoint)))

@@ -35,7 +35,8 @@ def tree(tmp_path: Path) -> Path:
     root = tmp_path / "c"
     for run in ("a/seed-0", "b/seed-0"):
         checkpoint(root / run / "tasks" / "1-mood")
-        Record(tasks=[{"name": "mood"}]).save(root / run / "record.json")
+        task = {"name": "mood", "metric": "accuracy"}
+        Record(tasks=[task], scores=[[0.5]]).save(root / run / "record.json")
         (root / run / "run.json").write_text("{}")
     checkpoint(root / "b/seed-0/tasks/2-colour.training/checkpoint-7")
     (root / "runs.csv").write_text("recipe\n")
@@ -69,6 +70,17 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
+def replaced(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def resaved(file: Path, metric: str = "accuracy", **more: Any) -> None:
+    """As a program would write it that measures wrongly: the checksum is right."""
+    Record(tasks=[{"name": "mood", "metric": metric}], **more).save(file)
+
+
 HARMS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a bit": ("tasks/1-mood/in/shard", flip, "in/shard is not as it was written"),
     "cut": ("tasks/1-mood/model.safetensors", lambda p: p.write_bytes(b"we"), "has 2 bytes of 7"),
@@ -77,10 +89,20 @@ HARMS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "no manifest": ("tasks/1-mood/manifest.json", Path.unlink, "not written to its end"),
     "no JSON": ("record.json", lambda p: p.write_text("{"), "cannot be read"),
     "twice": ("record.json", lambda p: p.write_text('{"schema": 1, "schema": 1}'), "given twice"),
-    "NaN": ("run.json", lambda p: p.write_text('{"lr": NaN}'), "NaN is no JSON"),
+    "NaN": ("run.json", lambda p: p.write_text('{"lr": NaN}'), "NaN is no number"),
     "deep": ("run.json", lambda p: p.write_text("[" * 200_000), "cannot be read"),
     "list": ("run.json", lambda p: p.write_text("[]"), "is no mapping"),
     "no record": ("record.json", lambda p: p.write_text("{}"), "not a holdfast record"),
+    "no run.json": ("run.json", Path.unlink, "is missing: the run cannot go on"),
+    "score": ("record.json", lambda p: resaved(p, scores=[[5.0]]), "bounds of accuracy: 5.0"),
+    "correlation": (
+        "record.json",
+        lambda p: resaved(p, metric="matthews", scores=[[-1.1]]),
+        "bounds of matthews: -1.1",
+    ),
+    "huge": ("record.json", lambda p: replaced(p, '"elapsed": 0.0', '"elapsed": 1e999'), "1e999"),
+    "digit": ("record.json", lambda p: replaced(p, "0.5", "0.7"), "its checksum differs"),
+    "letter": ("record.json", lambda p: replaced(p, "mood", "mooe"), "its checksum differs"),
     "bytes": ("record.json", lambda p: p.write_bytes(b"\xff\n\xfe"), "cannot be read"),
 }
 
@@ -94,6 +116,47 @@ def test_damage_is_named_in_one_line_and_is_one(
     assert main(["verify", str(tree)]) == 1
     wrong = [word for word in lines(capsys).values() if word != "whole"]
     assert len(wrong) == 1 and says in wrong[0]
+
+
+def test_any_flipped_bit_of_a_record_is_found_or_changes_nothing(tree: Path) -> None:
+    """Spaces between values may change: they say nothing (faults P3)."""
+    file = tree / "a" / "seed-0" / "record.json"
+    content, record = file.read_bytes(), Record.load(file).to_dict()
+    for at in range(0, 8 * len(content), 37):
+        damaged = bytearray(content)
+        damaged[at // 8] ^= 1 << at % 8
+        file.write_bytes(damaged)
+        try:
+            found = Record.load(file).to_dict()
+        except Refused:
+            continue
+        assert found["scores"] == record["scores"] and found["tasks"] == record["tasks"]
+
+
+def test_a_record_without_a_checksum_is_read_and_told(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an older holdfast wrote it, or who changed it and says so."""
+    file = tree / "a" / "seed-0" / "record.json"
+    body = json.loads(file.read_text())
+    body.pop("sha256")
+    body["scores"] = [[0.25]]
+    file.write_text(json.dumps(body))
+    assert Record.load(file).scores == [[0.25]] and Record.load(file).extra == {}
+    assert main(["verify", str(tree)]) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "no checksum" in line]
+    assert len(told) == 1 and told[0].startswith(f"{file}: whole, as far as can be seen")
+
+
+def test_what_is_not_as_it_was_written_is_neither_drawn_nor_gone_on_from(
+    tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tree / "a" / "seed-0" / "record.json"
+    replaced(file, "0.5", "0.7")
+    assert main(["report", str(tree), "--out", str(tree / "r.html")]) == 2
+    assert f"{file}: is not as it was written" in capsys.readouterr().err
+    with pytest.raises(Refused, match="if you changed it, take out its sha256"):
+        Record.load(file)
 
 
 # --- a manifest by a stranger ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from fakes import STEPS, curve, make_curve, make_result, plan, result
 from holdfast import Rates, Recipe
 from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments.runs import open_run
+from holdfast.experiments.verify import verify
+from holdfast.report.search import load_search
 from holdfast.search import final
 from holdfast.search.combine import combine
 from holdfast.search.final import FinalJob, Result, contenders, finish, jobs
@@ -327,6 +330,24 @@ def test_the_files_of_a_search(found: Path) -> None:
     assert rates.multipliers == pytest.approx(winner["multipliers"])
     assert rates.geometric_mean_rate == winner["rate"] and rates.layers == 2
     assert rates.geometric_mean == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["search.json", "trials.csv", "rates.yaml", "recipe.yaml"])
+def test_verify_finds_what_was_changed(name: str, found: Path, tmp_path: Path) -> None:
+    """Faults P3: each names the file; a digit is still a digit."""
+    for file in found.iterdir():
+        if file.is_file() and file.suffix in (".json", ".csv", ".yaml"):
+            shutil.copyfile(file, tmp_path / file.name)
+    told: list[str] = []
+    assert verify([tmp_path], told.append) == 0
+    text = (tmp_path / name).read_text()
+    at = text.rindex("1")
+    (tmp_path / name).write_text(text[:at] + "3" + text[at + 1 :])
+    assert verify([tmp_path], told.append) == 1
+    assert "checksum differs" in told[-2] if name == "search.json" else name in told[-2]
+    if name == "search.json":
+        with pytest.raises(Refused, match="checksum differs"):
+            load_search(tmp_path)
 
 
 def test_the_provenance_of_rates(found: Path) -> None:

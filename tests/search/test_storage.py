@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 from fakes import CONTROLS, finish, plan, take
+from sqlalchemy.exc import DataError, OperationalError
 
 from holdfast.errors import Refused
 from holdfast.search import plan as plans
@@ -159,6 +160,51 @@ def test_what_is_no_storage_is_refused(url: str, place: Path, tmp_path: Path) ->
         Study(tmp_path, plan(place), url)
 
 
+# --- servers ------------------------------------------------------------------------------------
+
+
+def lost(times: int, kind: type[Exception] = OperationalError) -> Any:
+    """A call that is not answered so many times."""
+    left = iter(range(times))
+
+    def call() -> str:
+        if next(left, None) is None:
+            return "answer"
+        error = kind("SELECT 1", {}, Exception("postgresql://ann:secret@h: closed\nunexpectedly"))
+        raise optuna.exceptions.StorageInternalError("during the commit") from error
+
+    return call
+
+
+def test_a_server_is_waited_for_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    monkeypatch.setattr(storage.time, "monotonic", lambda: sum(waits))
+    assert storage.patiently(lost(4)) == "answer" and waits == [0.1, 0.2, 0.4, 0.8]
+    waits.clear()
+    with pytest.raises(Refused, match=r"does not answer.*the same command goes on") as refusal:
+        storage.patiently(lost(10**6))
+    assert 55 < sum(waits) <= storage.PATIENCE and "secret" not in str(refusal.value)
+    for call in (lost(1, DataError), lambda: {}["no answer of a database"]):
+        with pytest.raises((optuna.exceptions.StorageInternalError, KeyError)):
+            storage.patiently(call)
+
+
+def test_a_claim_whose_answer_was_lost_is_taken_by_the_next(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial was asked, its lease was taken: neither is lost, and no trial is asked twice."""
+    study = Study(tmp_path, plan(place))
+    monkeypatch.setattr(study, "url", "postgresql://h/x")
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    take_, once = study._take, lost(1)
+    monkeypatch.setattr(study, "_take", lambda *a: (once(), take_(*a))[1])
+    claim = take(study)
+    assert claim.number == 0 and study.counts() == {"running": 1, "waiting": CONTROLS - 1}
+    finish(claim)
+    assert study.counts()["complete"] == 1
+
+
 # --- journals -----------------------------------------------------------------------------------
 
 
@@ -180,6 +226,20 @@ def test_a_journal_with_a_torn_last_line_goes_on(
     assert (tmp_path / "log.torn").read_bytes() == whole + tail
     finish(take(again))
     assert Study(tmp_path, plan(place), f"journal:{path}").counts()["complete"] == 2
+
+
+def test_a_worker_goes_on_where_another_one_tore_the_journal(place: Path, tmp_path: Path) -> None:
+    """Its next line would be glued to the torn one, and no process could read on (faults P6)."""
+    path = tmp_path / "log"
+    one, two = (Study(tmp_path / "out", plan(place), f"journal:{path}") for _ in range(2))
+    finish(take(one))
+    with path.open("ab") as file:
+        file.write(b'{"op_code":8,"worker_id":"a","trial')
+    finish(take(two))
+    finish(take(one))
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    again = Study(tmp_path / "out", plan(place), f"journal:{path}")
+    assert again.counts()["complete"] == one.counts()["complete"] == 3
 
 
 def test_a_whole_journal_is_left_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fakes import STEPS, curve, plan
 
 from holdfast.errors import Refused
@@ -107,6 +108,42 @@ def test_an_error_of_ours_leaves_the_trial_to_be_made_again(place: Path, tmp_pat
         one(of, lambda *_: 1 / 0)
     assert of.counts()["running"] == 1
     assert one(of, curve).number == 0 and of.counts()["complete"] == 1
+
+
+CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU)]
+)
+def test_a_trial_that_does_not_fit_has_failed_and_the_search_goes_on(
+    error: Exception, place: Path, tmp_path: Path
+) -> None:
+    """Faults P12."""
+    of = study(place, tmp_path)
+
+    def train(*_: Any) -> Scores:
+        raise error
+
+    told = one(of, train)
+    assert told.state.name == "FAIL"
+    assert told.user_attrs["reason"].startswith("out of memory: half --batch-size")
+    assert one(of, curve).number == 1
+
+
+def test_who_ends_a_trial_second_goes_on_with_the_next(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its lease was lost, and another worker finished it meanwhile: that result stands (P9)."""
+    of = study(place, tmp_path)
+
+    def train(job: Replicate, watch: Watch) -> Scores:
+        if job.number == 3:
+            of.study.tell(3, 1.25)
+        return curve(job, watch)
+
+    assert work(of, train) == 11 and of.counts() == {"complete": 12}
+    assert of.trials()[3].value == 1.25 and "trial 3 was finished by another" in caplog.text
 
 
 @pytest.mark.parametrize(

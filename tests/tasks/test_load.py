@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.errors import Refused
-from holdfast.tasks import Columns, Row, load_task, slug
+from holdfast.tasks import Columns, Row, load_task, slug, table
 from holdfast.tasks.load import pieces
 from holdfast.tasks.table import MAX_TEXT
 
@@ -121,6 +121,59 @@ def test_a_label_to_leave_out_may_be_written_as_pandas_writes_it(write) -> None:
     task = load_task(write("a.csv", CSV + "gone,-100.0\ngone, -100\ngone,-100\n"))
     assert task.labels == ("a", "b", "c") and sum(task.rows.values()) == 60
     assert task.warnings[0].endswith("a.csv: 3 rows labelled -100 skipped")
+
+
+def test_ids_to_leave_out_may_be_floats(tmp_path: Path) -> None:
+    spec = folder(tmp_path, train=[*toy(40), ("x", None, -100.0)], validation=toy(10, 100))
+    assert load_task(spec, selection=0).rows["train"] == 40
+
+
+def test_in_a_regression_it_is_a_number_and_told(write) -> None:
+    numbers = [-100, -100.0, *(i / 8 for i in range(40))]
+    path = write("a.csv", with_labels(*map(str, numbers)))
+    task = load_task(path + "?type=regression")
+    assert sum(task.rows.values()) == 42
+    assert task.warnings[0].startswith("2 rows labelled -100: a number like others here")
+
+
+def test_texts_with_labels_that_contradict_are_counted(write) -> None:
+    """Of both splits, apart from case and spacing; equal rows do not contradict."""
+    more = "text 0,a\n Text  1,a\nTEXT 1,c\n"
+    path = write("d/train.csv", CSV + more)
+    write("d/held.csv", "text,label\ntext 2,a\ntext 3,a\nnew,b\n")
+    said = load_task(path + "?evaluation=held.csv").warnings
+    assert said[0] == "5 rows with a text that other rows label otherwise"
+    assert "otherwise" not in "".join(load_task(write("a.csv", CSV + "text 0,a\n")).warnings)
+
+
+@pytest.mark.parametrize("twin", ["cafe\u0301", "caf\u00e9\u200b", "caf\u00ad\u00e9"])
+def test_labels_that_look_alike_are_told_as_they_are_spelled(write, twin: str) -> None:
+    one = "caf\u00e9"
+    lines = "".join(f"t{i},{(one, twin, 'cafe')[i % 3]}\n" for i in range(30))
+    task = load_task(write("a.csv", "text,label\n" + lines))
+    assert task.labels is not None and len(task.labels) == 3
+    told = ", ".join(f"{name!a} (10 rows)" for name in sorted([one, twin]))
+    assert task.warnings[0] == f"labels that look alike, each a class of its own: {told}"
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "jsonl.gz", "parquet"])
+def test_what_unpacks_to_far_more_is_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kilobyte of equal rows would take megabytes of memory (faults S6)."""
+    path, count = tmp_path / f"a.{kind}", 10_000
+    assert table.SMALL == 2**26
+    monkeypatch.setattr(table, "SMALL", 2**21)
+    if kind == "parquet":
+        columns = {"text": ["good"] * count, "label": ["x"] * count}
+        pq.write_table(pa.table(columns), path, compression="zstd")
+    else:
+        row = "good,x\n" if kind == "csv.gz" else '{"text": "good", "label": "x"}\n'
+        head = "text,label\n" * (kind == "csv.gz")
+        path.write_bytes(gzip.compress((head + row * count).encode()))
+    assert path.stat().st_size < 4_000
+    line = refusal(path)
+    assert "bytes unpack to more than" in line and "unpack it yourself" in line
 
 
 def test_nothing_left_is_refused(tmp_path: Path) -> None:
@@ -272,7 +325,7 @@ def test_an_evaluation_file_shares_the_label_map(write) -> None:
     write("d/held.csv", "text,label\nnew 1,b\nnew 2,a\nText  3,c\n")
     task = load_task(path + "?evaluation=held.csv")
     assert [row.label for row in task.evaluation] == [1, 0, 2]
-    assert task.warnings == ("1 evaluation row also in the training rows",)
+    assert task.warnings[-1] == "1 evaluation row also in the training rows"
     write("d/other.csv", "text,label\nnew 1,b\nnew 2,d\n")
     line = refusal(path + "?evaluation=other.csv")
     assert "other.csv, line 3: label 'd' is not among those of the training rows" in line
@@ -383,7 +436,7 @@ def test_equal_texts_stay_on_one_side(write) -> None:
     assert sum(map(len, parts)) == 100 == len(set.union(*parts))
     kept = task.rows["evaluation"]  # texts of three rows each: two a class may be missing
     assert 56 <= kept <= 60 and 44 <= task.rows["selection"] <= 48
-    assert task.warnings == (f"{kept} evaluation rows carved from the training rows",)
+    assert task.warnings[-1] == f"{kept} evaluation rows carved from the training rows"
 
 
 def test_train_size_has_bounds(write) -> None:

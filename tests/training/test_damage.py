@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from models import same
 from test_checkpoints import RECIPES, everything, two_tasks
@@ -143,6 +144,27 @@ def test_what_goes_to_the_hub_is_whole(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(transformers.Trainer, "_push_from_checkpoint", push)
     two_tasks(tmp_path, RECIPES["plain"], **SAVING)
     assert pushed == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+
+
+class Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_planted_pickle_is_refused_and_not_run(name: str, stopped: Path, tmp_path: Path) -> None:
+    """Faults S1: also where its manifest vouches for it."""
+    out, mark = tmp_path / "out", tmp_path / "marker"
+    shutil.copytree(stopped, out)
+    checkpoint = out / "two" / "checkpoint-6"
+    torch.save({"state": Payload(mark)}, checkpoint / name)
+    commit(checkpoint)
+    with pytest.raises(Refused, match="checkpoint-6: holds objects that could run code"):
+        two_tasks(out, RECIPES["dps"], resume=True, **SAVING)
+    assert not mark.exists()
 
 
 def test_those_never_committed_go_first(tmp_path: Path) -> None:

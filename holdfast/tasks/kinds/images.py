@@ -18,7 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from holdfast.errors import Refused
 from holdfast.tasks.kinds.classification import Classification
 from holdfast.tasks.kinds.packed import CHUNK, Packed
-from holdfast.tasks.kinds.pretrained import first_line
+from holdfast.tasks.kinds.pretrained import first_line, reading
 from holdfast.tasks.task import Prediction, Row, Task
 
 STEPS = ("do_resize", "do_center_crop", "do_pad", "do_convert_rgb")  # done once
@@ -42,7 +42,8 @@ class Images(Classification):
     def load_processor(self, source: str) -> Any:
         """The model's image processor; without torchvision the one that uses Pillow."""
         try:
-            return AutoImageProcessor.from_pretrained(source)
+            name, how = reading(source)
+            return AutoImageProcessor.from_pretrained(name, **how)
         except (OSError, ValueError, KeyError) as error:
             raise Refused(f"no image processor: {first_line(error)}", where=source,
                           remedy="save the model's own beside it") from None  # fmt: skip

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from holdfast.errors import Refused
+from holdfast.files import no_archive
 from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
 
@@ -28,9 +29,10 @@ MINILM = {
 
 
 def locate(model: str) -> str:
-    """A model's folder or Hub id; `minilm` is the one that ships in a package."""
+    """A model's folder or Hub id (`ID@REVISION` pins it); `minilm` ships in a package."""
     if model != "minilm":
         folder = Path(model)
+        no_archive(folder)
         if model.endswith(".py"):
             return str(must_exist(folder))
         if folder.exists() and not (folder / "config.json").is_file():
@@ -39,6 +41,10 @@ def locate(model: str) -> str:
                       if served else "name a saved model's folder")  # fmt: skip
             raise Refused("no config.json", where=model, remedy=remedy)
         if not folder.exists():
+            name, mark, revision = model.partition("@")
+            if mark and (not revision or Path(name).exists()):
+                raise Refused("names no revision of a model on the Hub", where=model,
+                              remedy="as OWNER/NAME@COMMIT; a local folder has none")  # fmt: skip
             if model.startswith((".", "/", "~")):
                 raise Refused("no such folder", where=model, remedy="name a saved model or Hub id")
             if difflib.get_close_matches(model.lower(), ["minilm"], cutoff=0.75):
@@ -69,6 +75,14 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def reading(source: str) -> tuple[str, dict[str, Any]]:
+    """A folder or Hub id, and how it is read: at the pinned revision, and without running code."""
+    name, mark, revision = source.partition("@")
+    if not mark or Path(source).exists():
+        return source, {"trust_remote_code": False}
+    return name, {"trust_remote_code": False, "revision": revision}
+
+
 def load_tokenizer(source: str) -> Any:
     """The model's tokenizer; if it has no padding token, the model's, or else end of text.
 
@@ -76,7 +90,8 @@ def load_tokenizer(source: str) -> Any:
     """
     config = load_config(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        name, how = reading(source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"no tokenizer: {first_line(error)}", where=source,
                       remedy="name a folder or Hub id that holds one") from None  # fmt: skip
@@ -99,9 +114,19 @@ def load_config(source: str) -> Any:
         raise Refused("is a Python file, which has tasks of its own", where=source,
                       remedy=f"say --tasks {source}:TASK")  # fmt: skip
     try:
-        return AutoConfig.from_pretrained(source)
+        return _config(source)[0]
     except (OSError, ValueError, KeyError) as error:
         raise Refused(f"cannot be loaded: {first_line(error)}", where=source) from None
+
+
+def _config(source: str, **more: Any) -> tuple[Any, dict[str, Any]]:
+    """The configuration with `more` in it, and what of `more` it has no place for."""
+    name, how = reading(source)
+    config, rest = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **how, **more)
+    # Either may name a repository whose code Transformers fetches and runs (package `kernels`):
+    # it is to choose among its own (faults S4).
+    config._attn_implementation = config._experts_implementation = None
+    return config, {key: value for key, value in rest.items() if key in more}
 
 
 def check_length(source: str, max_length: int) -> None:
@@ -131,7 +156,10 @@ def load_saved(auto: Any, source: str, **more: Any) -> Any:
     From safetensors only, since pickles can run code.
     """
     try:
-        return auto.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **more)
+        name, how = reading(source)
+        config, more = _config(source, **more)
+        how |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
+        return auto.from_pretrained(name, **how, **more)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         pickled = "no file named model.safetensors" in str(error)
         raise Refused(
