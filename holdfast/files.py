@@ -7,10 +7,11 @@ key a string. `1e-5` is a float, `no` and `2024-01-01` are text, `010` is ten.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from yaml.events import AliasEvent
 from holdfast.errors import Refused, nearest
 
 LARGEST = 4 << 20  # bytes; a recipe is a few hundred
+SHOWN = 60  # letters of a value that an error shows
 
 _FLOAT = re.compile(
     r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$"
@@ -140,6 +142,40 @@ def only_keys(
     for key in required:
         if key not in data:
             raise Refused(f"missing key {called(key)!r}", where=where, remedy=f"add `{key}: …`")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[str]:
+    """Each value in which two mappings of plain data differ, as `key.key: old → new`.
+
+    Of long values the common beginning is left out.
+    """
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from differences(old, new, f"{at}{key}.")
+        elif old is None and isinstance(new, Mapping):
+            yield f"{at}{key} is new"
+        elif new is None and isinstance(old, Mapping):
+            yield f"{at}{key} is gone"
+        elif old != new:
+            yield f"{at}{key}: {' → '.join(_short(old, new))}"
+
+
+def _short(*values: Any) -> Iterator[str]:
+    texts = [_told(value) for value in values]
+    if max(map(len, texts)) > SHOWN:
+        same = max(0, len(os.path.commonprefix(texts)) - 10)  # noqa: RUF071
+        texts = ["…" + text[same:] if same else text for text in texts]
+    for text in texts:
+        yield text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+def _told(value: Any) -> str:
+    """A value as JSON; a list of (name, hash) by name."""
+    named = isinstance(value, list) and all(isinstance(v, list) and len(v) == 2 for v in value)
+    if named and value:
+        return ", ".join(f"{name} ({str(digest)[:6]})" for name, digest in value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def dump_yaml(data: Mapping[str, Any]) -> str:

@@ -26,11 +26,13 @@ from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, LEASE, RECORD, FINAL = "run.json", "lease", "record.json", "final"
+WEIGHTS = "model files"  # the key of their hash in a configuration
 
 
 def digest(config: Mapping[str, Any]) -> str:
     """A name for a configuration: twelve hex digits of the SHA-256 of its sorted JSON."""
-    text = json.dumps(_training(config), sort_keys=True)
+    named = {k: v for k, v in _training(config).items() if k != WEIGHTS}  # the path stands for them
+    text = json.dumps(named, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -74,6 +76,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             raise Refused("its run.json is missing or damaged", where=str(folder),
                           remedy="choose another --out") from None  # fmt: skip
         before = None
+    if before is not None and WEIGHTS not in before:  # of before they were noted
+        now.pop(WEIGHTS, None)
     if before == now:
         return
     if begun and before is not None and _goes_on(folder, before, now):

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
 from holdfast.experiments.record import Record, commit, now, versions
-from holdfast.experiments.runs import FINAL, RECORD, check_disk, check_held, digest, open_run
+from holdfast.experiments.runs import (
+    FINAL,
+    RECORD,
+    WEIGHTS,
+    check_disk,
+    check_held,
+    digest,
+    open_run,
+)
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
 from holdfast.network.rates import Rates
@@ -110,12 +118,13 @@ class Job:
         from holdfast.experiments.mix import check_mix  # these load transformers: late
         from holdfast.tasks.kinds.generation import check_running
         from holdfast.tasks.kinds.heads import headed
-        from holdfast.tasks.kinds.pretrained import locate
+        from holdfast.tasks.kinds.pretrained import files_hash, locate
 
         told = [describe(task) for task in tasks]
         kind = headed(kind_of(tasks), plan.head, tasks)
         scenario = scenario_of(told, own_heads=kind.HEADS)
         check_head(plan, self.recipe, self.origin, scenario)
+        source = locate(self.model) if self.origin is None else self.origin.source
         config = {
             "model": self.model,
             "tasks": [[t.name, t.hash] for t in tasks],  # in order: a mapping would lose it
@@ -123,11 +132,12 @@ class Job:
             "seed": self.seed,
             "settings": plan.to_dict(),
         }
+        if (files := files_hash(source)) is not None:
+            config[WEIGHTS] = files
         if self.place:
             config["place"] = self.place
         if self.origin is not None:
             config["from"] = self.origin.mark
-        source = locate(self.model) if self.origin is None else self.origin.source
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
             base = locate(self.model)  # tasks alone begin there: refused now, not after the others
