@@ -229,6 +229,7 @@ class SavingMixin(_Base):
             schedule.base_lrs = rates
             for group, rate, share in zip(groups, rates, schedule.lr_lambdas, strict=True):
                 group["lr"] = rate * share(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]  # which Trainer logs
 
     def _logged(self) -> dict[str, Any]:
         """What Trainer has summed up since it logged last, and forgets: each rank's sum of losses
