@@ -79,16 +79,18 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     More `steps` than it had are no difference: the training goes on. Arguments that only one
     version of a library has are none either.
     """
-    old = {k: v for k, v in before.items() if k not in LEGACY}
-    new = {k: v for k, v in json.loads(json.dumps(dict(now), default=str)).items() if k in old}
+    one, two = (json.loads(json.dumps(dict(plan), default=str)) for plan in (before, now))
+    old = {k: v for k, v in one.items() if k not in LEGACY}
+    new = {k: v for k, v in two.items() if k in old}
     if (old.get("steps") or 0) < (new.get("steps") or 0):
         old["steps"] = new["steps"]
     if old.get("rows") in (STREAMED, UNREAD):
         tell_once(f"the training rows: {old['rows']} with those of the checkpoint")
     order = [old.pop(FIRM, None), new.pop(FIRM, None)]
-    one, two = old.pop("arguments", {}), new.pop("arguments", {})
-    both = one.keys() & two.keys()
-    told = list(differences({k: one[k] for k in both}, {k: two[k] for k in both}))
+    args = old.pop("arguments", {}), new.pop("arguments", {})
+    both = args[0].keys() & args[1].keys()
+    was, are = ({k: each[k] for k in both} for each in args)
+    told = list(differences(was, are))
     told += [line.removeprefix("options.") for line in differences(old, new)]
     if None not in order and order[0] != order[1]:
         told.append(f"{FIRM} changed: {_moved(*order)}")

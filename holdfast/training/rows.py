@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from holdfast.engine.batches import Whole, rows_in
 from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode, own_randomness
 from holdfast.engine.stepping import SKIPS
-from holdfast.errors import Refused, tell_once
+from holdfast.errors import Refused
 from holdfast.ops import distributed
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ else:
     _Base = object
 
 
+LOG = logging.getLogger("holdfast")
 UNTAKEN = "it does not take the"  # batches, in an error
 
 
@@ -32,7 +34,7 @@ class Windows:
     """Counts steps whose labels are all -100, which train nothing."""
 
     def __init__(self, task: str) -> None:
-        self.task, self.empty, self.others = task, 0, 0
+        self.task, self.empty, self.others, self.told = task, 0, 0, False
 
     def see(self, weight: float, *, alone: bool) -> None:
         """A step of so many labels that count; alone: other ranks have none that do."""
@@ -40,7 +42,9 @@ class Windows:
             self.empty, self.others = 0, self.others + 1
             return
         self.empty += 1
-        tell_once(f"{self.task}: all labels of a step are -100: it has no loss")
+        if not self.told:
+            self.told = True
+            LOG.warning(f"{self.task}: all labels of a step are -100: it has no loss")
         if alone and self.empty >= SKIPS:
             self.refuse()
 

@@ -230,7 +230,8 @@ def test_other_methods_are_refused(saved: Path, tmp_path: Path) -> None:
 
 def test_more_epochs_are_no_other_settings(saved: Path, tmp_path: Path) -> None:
     model = bert(seed=1, num_labels=2, **DROPOUT)
-    args = arguments(tmp_path, num_train_epochs=4, gradient_accumulation_steps=2)
+    plan = {"num_train_epochs": 4, "gradient_accumulation_steps": 2, "data_seed": 3}
+    args = arguments(tmp_path, **plan)
     trainer = holdfast.Trainer(
         model=model,
         args=args,

@@ -22,6 +22,7 @@ import holdfast
 from holdfast import DPS, EWC, SAM, Rates, Recipe, Refused, Replay, with_recipe
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method, View
+from holdfast.errors import TrainingDiverged
 from holdfast.network.groups import param_groups
 from holdfast.recipe import PRESETS
 
@@ -905,7 +906,7 @@ def test_classes_are_not_taken_for_a_regression_in_silence(
     before, data = weights(model), rows(8, labels=kind)
     if told is None and kind == "class":
         for _ in range(2):  # also when tried again
-            with pytest.raises(Refused, match='num_labels: .*problem_type = "regression"'):
+            with pytest.raises(Refused, match=r'num_labels: .*problem_type = "regression"'):
                 unlearned(tmp_path, model, data).train()
         assert same(weights(model), before)
     else:
