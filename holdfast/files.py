@@ -164,8 +164,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "")
 def _short(*values: Any) -> Iterator[str]:
     texts = [_told(value) for value in values]
     if max(map(len, texts)) > SHOWN:
-        same = max(0, len(os.path.commonprefix(texts)) - 10)  # noqa: RUF071
-        texts = ["…" + text[same:] if same else text for text in texts]
+        same = next((i for i, letters in enumerate(zip(*texts)) if len({*letters}) > 1), 0)  # noqa: B905
+        texts = [f"…{text[same - 10 :]}" if same > 10 else text for text in texts]
     for text in texts:
         yield text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 

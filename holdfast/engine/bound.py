@@ -132,11 +132,11 @@ class Bound(Passes):
         self.unbind()
         check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
+        self.plan, self.in_a_row = dict, 0
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
         self.resuming, self.start, self.fitted = resuming, start, None
         self.core, self._blocks = shared or default_shared(model), None
-        self.plan, self.in_a_row = dict, 0
         self._forget_step()
         for method in self.methods:
             if method.per_task:

@@ -26,7 +26,6 @@ from holdfast.files import write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, LEASE, RECORD, FINAL = "run.json", "lease", "record.json", "final"
-WEIGHTS = "model files"  # the key of their hash in a configuration
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -65,6 +64,9 @@ def _refuse_links(folder: Path) -> None:
             if path.is_symlink():
                 raise Refused("is a symbolic link, and runs write through none", where=str(path),
                               remedy="remove it, or choose another --out")  # fmt: skip
+
+
+WEIGHTS = "model files"  # the key of their hash in a configuration
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:

@@ -124,7 +124,6 @@ class Job:
         kind = headed(kind_of(tasks), plan.head, tasks)
         scenario = scenario_of(told, own_heads=kind.HEADS)
         check_head(plan, self.recipe, self.origin, scenario)
-        source = locate(self.model) if self.origin is None else self.origin.source
         config = {
             "model": self.model,
             "tasks": [[t.name, t.hash] for t in tasks],  # in order: a mapping would lose it
@@ -132,12 +131,11 @@ class Job:
             "seed": self.seed,
             "settings": plan.to_dict(),
         }
-        if (files := files_hash(source)) is not None:
-            config[WEIGHTS] = files
         if self.place:
             config["place"] = self.place
         if self.origin is not None:
             config["from"] = self.origin.mark
+        source = locate(self.model) if self.origin is None else self.origin.source
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
             base = locate(self.model)  # tasks alone begin there: refused now, not after the others
@@ -150,6 +148,8 @@ class Job:
             check_running(source, task)
         if plan.mix is not None:
             config["mix"] = check_mix(plan.mix, kind_of(tasks), source)
+        if (files := files_hash(source)) is not None:
+            config[WEIGHTS] = files
         folder = Path("runs") / digest(config) if folder is None else folder
         probe = None
         if self.probe:
