@@ -51,6 +51,7 @@ class SavingMixin(_Base):
     optimizer: Any
     bound: Bound | None
     recipe: Recipe
+    task: str
     exact_resume: bool
     stop_on_signals: bool
     _watch: Any
@@ -80,7 +81,7 @@ class SavingMixin(_Base):
         elif resume_from_checkpoint:
             wrong = damage(resume_from_checkpoint)
         self._resuming, self._bare, self._before = bool(resume_from_checkpoint), False, 0
-        self._resumed_sums = {}
+        self._resumed_sums, self._windows = {}, Windows(self.task)
         if resume_from_checkpoint:
             self._accept(Path(resume_from_checkpoint), wrong)
         saver = _StopSaved(self._go_on_logging)

@@ -30,7 +30,7 @@ from holdfast.network.parts import canonical, named_parameters
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
-from holdfast.training.rows import RowsMixin, Windows
+from holdfast.training.rows import RowsMixin
 from holdfast.training.saving import SavingMixin
 
 DEFAULT_CLIP = TrainingArguments.max_grad_norm  # counts as "not set"
@@ -197,7 +197,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
         finally:
             self.bound.head_first = fitted
         self.bound.plan = functools.cache(self._planned)
-        self.bound.max_skipped, self._windows = self.max_skipped, Windows(self.task)
+        self.bound.max_skipped = self.max_skipped
         self._labels_seen = False
         self._at_work = True
         if self.bound.has_penalty and self._watch is None:
