@@ -38,6 +38,10 @@ class TrainingDiverged(Refused):
     """Training ended in non-finite numbers."""
 
 
+class NotFinite(Refused):
+    """What was to be remembered of rows, or written into weights, is NaN or infinite."""
+
+
 class Busy(Refused):
     """Another process is working on this run."""
 

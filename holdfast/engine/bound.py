@@ -35,7 +35,17 @@ from holdfast.engine.grams import Grams, measure
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Gradients, Method, View
 from holdfast.engine.passes import Passes
-from holdfast.engine.state import State, check_fit, describe, pack, unpack
+from holdfast.engine.plan import compare, options_of
+from holdfast.engine.state import (
+    SCHEMA,
+    State,
+    check_fit,
+    check_schema,
+    describe,
+    pack,
+    refuse_not_finite,
+    unpack,
+)  # fmt: skip
 from holdfast.errors import Refused, tell_once
 from holdfast.network.groups import regroup_
 from holdfast.network.parts import parts
@@ -48,7 +58,9 @@ class Bound(Passes):
     """Methods bound to a model and an optimizer, for a whole sequence of tasks.
 
     Made by `Recipe.bind`. `skipped` counts the steps left out for non-finite gradients;
-    `norm` is the gradient norm of the last step, before `before_step` and clipping.
+    `norm` is the gradient norm of the last step, before `before_step` and clipping. `plan` returns
+    what else a resumed run has to share with this one, as JSON: see `holdfast.engine.plan`.
+    `changes` tells what did not agree where it went on nevertheless.
     """
 
     def __init__(
@@ -70,6 +82,9 @@ class Bound(Passes):
         self.models, self.finished = {}, []
         self.task, self.step, self.total_steps, self.skipped = "", 0, 0, 0
         self.weights, self.previous, self._grams, self._added, self.rates = {}, {}, {}, {}, {}
+        self.plan: Callable[[], Mapping[str, Any]] = dict
+        self.changes: list[str] = []
+        self._began: dict[str, Any] = {}  # of the optimizer, as the task began
         self.data = list
         self.start: Callable[[], Mapping[str, Tensor]] | None = None
         self.evaluate: Callable[[], Mapping[str, float]] = _nothing_to_evaluate
@@ -117,6 +132,7 @@ class Bound(Passes):
         self.unbind()
         check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
+        self.plan, self.in_a_row = dict, 0
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
         self.resuming, self.start, self.fitted, self._added = resuming, start, None, {}
@@ -127,6 +143,8 @@ class Bound(Passes):
                 self.states[method.name].weights.clear()
         try:
             self._adopt(Attachment.of(task, model, optimizer, shared, self.parts))
+            names = {id(w): name for name, w in self.weights.items()}
+            self._began = options_of(self.optimizer, names)
             recipe = {m.name: m.to_dict() for m in self.methods}
             plan = [task, total_steps, recipe]
             self.randomness = distributed.align_(self.randomness, self.weights, plan)
@@ -136,7 +154,7 @@ class Bound(Passes):
                 self._undo.callback(switch_on_, view.cut)
             for method in self._defining("unbound"):
                 self._undo.callback(method.unbound, self.views[method.name])
-            with self._offering(data):
+            with self._offering(data), self._locating():
                 if not resuming:
                     self._read_rows(learned, offered=data is not None)
                 for method in self._defining("begin_task"):
@@ -220,10 +238,17 @@ class Bound(Passes):
         distributed.require_aligned(self.randomness, self.weights, steps)
         for view in self.views.values():  # other methods measure all, and so does the next task
             switch_on_(view.cut)
-        with self._offering(data), in_mode(model.modules(), training=False):
+        with (
+            self._as_before(),
+            self._offering(data),
+            in_mode(model.modules(), training=False),
+            self._locating(),
+        ):
             for method in self._defining("end_task"):
                 with own_randomness(self.views[method.name].generator):
                     method.end_task(self.views[method.name])
+            if any(m.changes_weights for m in self.methods):
+                refuse_not_finite(self.shared, "this weight would become one that is not finite")
         self.finished.append(self.task)
 
     def remember(
@@ -281,7 +306,7 @@ class Bound(Passes):
             self.states, without={m.name for m in self.methods if ended and m.per_task}
         )
         meta = {
-            "schema": 1,
+            "schema": SCHEMA,
             "methods": {m.name: m.to_dict() for m in self.methods},
             "numbers": numbers,
             "task": self.task,
@@ -291,19 +316,31 @@ class Bound(Passes):
             "finished": list(self.finished),
             "parameters": describe(self.weights),
             "shared": dict(self._signature),
+            "plan": self.planned(),
+            "changes": list(self.changes),
         }
         if distributed.rank() == 0 or not any(map(distributed.sharded, self.weights.values())):
             tensors["generator"] = self.randomness
         return {"tensors": tensors, "meta": meta}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def planned(self) -> dict[str, Any]:
+        """What a run that goes on from here has to share with this one, as JSON."""
+        if not self.weights:
+            return {}
+        settings = {"steps": self.total_steps, "max_grad_norm": self.max_grad_norm}
+        kind = type(self.optimizer).__name__
+        return {"optimizer": kind, "options": self._began, **settings, **self.plan()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:
         """Load a saved state; nothing is measured again.
 
         Call it after `begin_task` of the same task, or before any. Raises `Refused` where the
-        methods, or the names, shapes or types of the parameters differ. Between tasks, a method's
-        `tunable` settings may differ from those saved.
+        methods, or the names, shapes or types of the parameters differ, and where the settings of
+        the training do: with `exact=False` these are told and noted in `changes`. Between tasks, a
+        method's `tunable` settings may differ from those saved.
         """
         meta, tensors = state["meta"], dict(state["tensors"])
+        check_schema(meta, "a state")
         if not saved_by(meta, self.methods):
             ours = {m.name: m.to_dict() for m in self.methods}
             raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
@@ -312,6 +349,7 @@ class Bound(Passes):
             check_fit(meta["parameters"], describe(self.weights))
         if attached and meta["task"] != self.task:
             raise Refused(f"the state is of task {meta['task']!r}, not of {self.task!r}")
+        told = compare(meta.get("plan", {}), self.planned(), exact=exact) if attached else []
         drawn = tensors.pop("generator")
         if drawn.ndim == 1:  # an earlier version had one for all methods
             tell_once("the state holds one random state for all methods: they go on from new ones")
@@ -325,6 +363,7 @@ class Bound(Passes):
         if attached:
             self.step, self.total_steps = meta["step"], meta["total_steps"]
         self._signature = dict(meta["shared"])
+        self.changes = [*meta.get("changes", []), *(f"step {self.step}: {line}" for line in told)]
         self.resuming = False
         self._forget_step()
         for method in self._defining("loaded"):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.engine.batches import Batch, Seen, Whole, first_rows, rows_in, rows_of
-from holdfast.errors import Refused
+from holdfast.errors import NotFinite, Refused
 from holdfast.network.layers import Layer, Norm, layers_of, norms_of
 from holdfast.ops import distributed
 from holdfast.ops.moments import Blocks, LowRank, Moment
@@ -141,7 +141,7 @@ def measure(
         moment.close_()
         moment.scale_(1.0 / total)
         if not all(bool(t.sum().isfinite()) for t in moment.tensors().values()):
-            raise Refused("the inputs of this layer are not finite", where=key,
+            raise NotFinite("the inputs of this layer are not finite", where=key,
                           remedy="look for rows or weights that are not")  # fmt: skip
     found.counts = {name: count / total for name, count in found.counts.items()}
     return found

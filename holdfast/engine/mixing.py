@@ -98,7 +98,8 @@ def _plain(kind: type) -> Callable[[nn.Module, Any], Any]:
 def _stand_in(attribute: str, key: str) -> property:
     def read(module: nn.Module) -> Tensor | None:
         parameter = module._parameters[attribute]
-        if not module.training or parameter is None:
+        # What is switched off has no gradient to mix, and `requires_grad_()` has to reach it.
+        if not module.training or parameter is None or not parameter.requires_grad:
             return parameter
         if torch.compiler.is_compiling():
             return cast(Tensor, _shown(parameter, key))

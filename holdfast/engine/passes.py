@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.engine.batches import Batches, Data, Seen, Whole, without_labels
+from holdfast.engine.batches import Batch, Batches, Data, Seen, Whole, rows_in, without_labels
 from holdfast.engine.forwarding import (
     draw_on,
     in_mode,
@@ -25,8 +25,9 @@ from holdfast.engine.forwarding import (
 from holdfast.engine.grams import Grams
 from holdfast.engine.head_first import HeadFirst, known_outputs
 from holdfast.engine.stepping import Stepping
-from holdfast.errors import Refused
+from holdfast.errors import NotFinite, Refused
 from holdfast.network.stacks import blocks
+from holdfast.ops import distributed
 
 
 class Passes(Stepping):
@@ -36,12 +37,56 @@ class Passes(Stepping):
     finished: list[str]
     total_steps: int
     data: Callable[[], Batches]
+    shared: Mapping[str, nn.Parameter]
     _grams: dict[str, Grams]  # measured on `data`, by settings
     fitted: dict[str, Any] | None = None  # how this task's head was fitted
     core: nn.Module | None = None  # what tasks share, if that is a part of the model
     _blocks: Mapping[nn.Module, str] | None = None
     _aside = False  # within `forward`
     _at_work = False  # within a training pass that is watched
+
+    @contextlib.contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Undo what a block does to state and weights where it fails."""
+        states = {name: state.copy() for name, state in self.states.items()}
+        changing = any(m.changes_weights for m in self.methods)
+        weights = {n: w.detach().clone() for n, w in self.shared.items()} if changing else {}
+        drawn = self.randomness
+        try:
+            yield
+        except BaseException:
+            for name, state in states.items():
+                self.states[name].take(state)
+            with torch.no_grad():
+                for name, w in weights.items():
+                    self.shared[name].copy_(w)
+            self.randomness = drawn
+            raise
+
+    @contextlib.contextmanager
+    def _locating(self) -> Iterator[None]:
+        """Within the block, say of numbers that are not finite which row they come from."""
+        try:
+            yield
+        except NotFinite as error:
+            raise error.within(self._not_finite()) from None
+
+    @torch.no_grad()
+    def _not_finite(self) -> str | None:
+        """The first weight, or else row of the data, that is not finite, or gives such outputs."""
+        for name, w in self.weights.items():
+            if not distributed.local(w).isfinite().all():
+                return f"weight {name}"
+        for number, batch in enumerate(self.data()):
+            given = [v for v in batch.values() if isinstance(v, Tensor) and v.is_floating_point()]
+            row = _first_bad(given, batch)
+            if row is None:
+                out = self.forward(batch, training=False)
+                told = (getattr(out, name, None) for name in ("logits", "loss"))
+                row = _first_bad([t for t in told if isinstance(t, Tensor)], batch)
+            if row is not None:
+                return f"batch {number}{row} of the data (from 0)"
+        return None
 
     @contextlib.contextmanager
     def _offering(self, data: Data | None) -> Iterator[None]:
@@ -210,3 +255,14 @@ class Passes(Stepping):
         for output in () if known is None else found.values():
             output.logits = output.logits[:, :known]
         return found
+
+
+def _first_bad(values: Sequence[Tensor], batch: Batch) -> str | None:
+    """Where in a batch the first value that is not finite stands; None if all are."""
+    rows = rows_in(batch)
+    for value in values:
+        bad = ~value.isfinite()
+        if bad.any():
+            each = bad.reshape(rows, -1).any(1) if bad.ndim and len(bad) == rows else None
+            return "" if each is None else f", row {int(each.nonzero()[0])}"
+    return None

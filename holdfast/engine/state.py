@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.errors import Refused
+from holdfast.errors import NotFinite, Refused
 from holdfast.ops import distributed
+
+SCHEMA = 1  # of saved states and checkpoints
 
 
 class State:
@@ -27,6 +29,18 @@ class State:
         self.tensors: dict[str, dict[str, Tensor]] = {}
         self.numbers: dict[str, Any] = {}
         self.cache: dict[str, Any] = {}
+
+    def copy(self) -> State:
+        """A state of the same tensors in containers of its own."""
+        made = State()
+        made.take(self)
+        return made
+
+    def take(self, other: State) -> None:
+        """Hold what `other` holds; nothing that is cached."""
+        self.weights = {slot: dict(held) for slot, held in other.weights.items()}
+        self.tensors = {slot: dict(held) for slot, held in other.tensors.items()}
+        self.numbers, self.cache = copy.deepcopy(other.numbers), {}
 
     def slot(self, name: str) -> dict[str, Tensor]:
         """The per-parameter tensors of slot `name`, created empty on first use."""
@@ -97,6 +111,28 @@ def unpack(
         home = getattr(states[method], kind).setdefault(slot, {})
         copied = tensor.clone()
         home[name] = distributed.beside(copied, weights[name]) if name in weights else copied
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """`NotFinite`, on every rank, if a tensor is not finite, naming the first such."""
+    if not tensors:
+        return
+    finite = torch.stack([distributed.local(t).isfinite().all() for t in tensors.values()])
+    every = distributed.gather(finite.int().tolist(), finite.device)
+    bad = [name for name, good in zip(tensors, map(all, zip(*every, strict=True)), strict=True)
+           if not good]  # fmt: skip
+    if bad:
+        raise NotFinite(what, where=bad[0], remedy="look for rows or weights that are not")
+
+
+def check_schema(body: Mapping[str, Any], what: str, where: str | None = None) -> None:
+    """Refuse what another version of holdfast has written in another form."""
+    found = body.get("schema")
+    if found != SCHEMA:
+        newer = isinstance(found, int) and found > SCHEMA
+        raise Refused(f"{what} of schema {found!r}, this holdfast reads {SCHEMA}", where=where,
+                      remedy="pip install --upgrade holdfast" if newer
+                      else "load it with the holdfast that wrote it")  # fmt: skip
 
 
 def describe(weights: Mapping[str, Tensor]) -> dict[str, list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from holdfast.engine.attachment import Held, finite
 from holdfast.engine.method import Method, View
 from holdfast.engine.state import State
-from holdfast.errors import Refused
+from holdfast.errors import Refused, TrainingDiverged
 from holdfast.ops import distributed
 from holdfast.ops.gradients import clip_, total_norm, unscale_
+
+SKIPS = 20  # steps in a row that may be left out
+HALVINGS = 60  # … under a GradScaler, which halves its scale at each until no gradient overflows
 
 
 class Stepping:
@@ -43,7 +47,9 @@ class Stepping:
     _drew: dict[nn.Module, tuple[Tensor, ...]]  # and the random states there
     _held: Held
     _wrapper: Any = None  # an AcceleratedOptimizer around ours
-    _asked = _skip = False
+    max_skipped: int | None = SKIPS  # in a row; None: any number
+    in_a_row = 0  # steps left out since the last that was made
+    _asked = _skip = _scaled = _told = False
     _added: dict[str, tuple[Any, int]]  # by method: the sum of its penalties, and their number
     _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
@@ -120,6 +126,7 @@ class Stepping:
         for method in self._defining("penalty_grad_"):
             method.penalty_grad_(self.views[method.name])
         self.norm = self.gradient_norm()
+        self._scaled = getattr(self.optimizer, "found_inf", None) is not None
         self._skip = not finite(self.optimizer, self.norm)
         if self._wrapper is not None:  # Accelerate would only see that step() was called
             self._wrapper._is_overflow = self._skip
@@ -148,6 +155,7 @@ class Stepping:
         self.rates = {id(group): float(group["lr"]) for group in self.optimizer.param_groups}
         if self._skip:
             self.skipped += 1
+            self.in_a_row += 1
             self.randomness = self._drawn
             for group, before in zip(self.optimizer.param_groups, self._options, strict=True):
                 group.update(before)
@@ -155,7 +163,27 @@ class Stepping:
             for method in self._defining("after_step"):
                 method.after_step(self.views[method.name])
             self.step += 1
+            self.in_a_row = 0
         self._forget_step()
+        if self.in_a_row:
+            self._tell_skipped()
+
+    def _tell_skipped(self) -> None:
+        """Say once that a step was left out, and stop where too many in a row were."""
+        most = self.max_skipped
+        if most is not None and self.in_a_row >= max(most, HALVINGS if self._scaled else 0):
+            raise TrainingDiverged(
+                f"diverged: the gradients of {self.in_a_row} steps in a row were not finite",
+                where=self.task,
+                remedy="they changed nothing; lower the learning rate, or look for rows that are "
+                "not finite",
+            )
+        if not self._told and self.in_a_row >= (SKIPS if self._scaled else 1):
+            self._told = True
+            logging.getLogger("holdfast").warning(
+                f"{self.task}: after {self.step} steps gradients are not finite: such steps are "
+                "left out and counted"
+            )
 
     def _forget_step(self) -> None:
         self._asked, self._measured = False, None

@@ -31,7 +31,8 @@ DIVERGED = "diverged"  # a file in a run's folder that says how it ended
 
 def digest(config: Mapping[str, Any]) -> str:
     """A name for a configuration: twelve hex digits of the SHA-256 of its sorted JSON."""
-    text = json.dumps(_training(config), sort_keys=True)
+    named = {k: v for k, v in _training(config).items() if k != WEIGHTS}  # the path stands for them
+    text = json.dumps(named, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -66,6 +67,9 @@ def _refuse_links(folder: Path) -> None:
                               remedy="remove it, or choose another --out")  # fmt: skip
 
 
+WEIGHTS = "model files"  # the key of their hash in a configuration
+
+
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     path, now, begun = folder / CONFIG, _training(config), _begun(folder)
     try:
@@ -75,6 +79,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
             raise Refused("its run.json is missing or damaged", where=str(folder),
                           remedy="choose another --out") from None  # fmt: skip
         before = None
+    if before is not None and WEIGHTS not in before:  # of before they were noted
+        now.pop(WEIGHTS, None)
     if before == now:
         return
     if begun and before is not None and _goes_on(folder, before, now):

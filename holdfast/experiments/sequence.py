@@ -14,7 +14,15 @@ from holdfast.errors import Refused, tell_once
 from holdfast.experiments.elsewhere import Elsewhere
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
 from holdfast.experiments.record import Record, commit, now, versions
-from holdfast.experiments.runs import FINAL, RECORD, check_disk, check_held, digest, open_run
+from holdfast.experiments.runs import (
+    FINAL,
+    RECORD,
+    WEIGHTS,
+    check_disk,
+    check_held,
+    digest,
+    open_run,
+)
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
 from holdfast.network.rates import Rates
@@ -146,7 +154,7 @@ class Job:
         from holdfast.experiments.mix import check_mix
         from holdfast.tasks.kinds.generation import check_running
         from holdfast.tasks.kinds.heads import headed
-        from holdfast.tasks.kinds.pretrained import locate
+        from holdfast.tasks.kinds.pretrained import files_hash, locate
 
         loggers = Loggers(self.report_to)
         told = [describe(task) for task in tasks]
@@ -179,6 +187,8 @@ class Job:
             check_running(source, task)
         if plan.mix is not None:
             config["mix"] = check_mix(plan.mix, kind_of(tasks), source)
+        if (files := files_hash(source)) is not None:
+            config[WEIGHTS] = files
         folder = Path("runs") / digest(config) if folder is None else folder
         probe = None
         if self.probe:

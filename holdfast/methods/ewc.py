@@ -96,10 +96,10 @@ class EWC(Method):
             if name not in old:
                 old[name], anchor[name] = f, now[name]
             elif self.online:
-                old[name] = old[name].mul_(self.decay).add_(f)
+                old[name] = old[name] * self.decay + f
                 anchor[name] = now[name]
             else:
-                old[name].add_(f)
+                old[name] = old[name] + f
                 # θ̄ + F_t / ΣF (θ_t − θ̄); where ΣF = 0 the newest weight is the anchor.
                 share = torch.where(old[name] > 0, f / old[name], torch.ones_like(f))
                 anchor[name] = torch.lerp(anchor[name].to(f.dtype), now[name].to(f.dtype), share)

@@ -95,8 +95,10 @@ class KfacEWC(Measuring):
             residual = state.slot("residual")
             for name, rows, product in _products(view, old):
                 w = view.shared[name]
-                if name not in residual:
-                    residual[name] = like(torch.zeros_like(local(w), dtype=torch.float32), w)
+                new_one = torch.zeros_like(local(w), dtype=torch.float32)
+                if name in residual:  # not written in place: the task may fail to end
+                    new_one.copy_(local(residual[name]))
+                residual[name] = like(new_one, w)
                 _add_(local(residual[name]), rows, product, 1.0)
             old.add_(new)
         (old or new).save(state.tensors, state.numbers)

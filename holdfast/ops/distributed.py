@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,15 @@ def world() -> int:
 def rank() -> int:
     """Which of them this process is; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def bound_waiting(seconds: float, *, usual: float) -> None:
+    """Give the process group the time-out that was asked for, if it is not the `usual` one.
+
+    Accelerate sets none on CPUs: there a rank that hangs would hold the others for 30 minutes.
+    """
+    if world() > 1 and seconds != usual:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 # --- shards ---------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def render(record: Record, folder: Path, *, task: str | None, license: str | Non
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     run = run_facts(record)
-    environment = Environment(
+    environment = Environment(  # noqa: S701  Markdown, which `finalize` escapes
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=False,
         finalize=lambda value: value if isinstance(value, Markup) else markdown(value),

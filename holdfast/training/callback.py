@@ -7,6 +7,7 @@ than flat are refused, and Trainer clips before the methods' work, not after.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 from holdfast.engine.batches import Data
 from holdfast.engine.bound import Bound
+from holdfast.engine.plan import arguments_of, rows_hash
 from holdfast.errors import Refused
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
@@ -30,6 +32,7 @@ class RecipeCallback(TrainerCallback):
     bound: the `Bound` of earlier tasks, to continue a sequence.
     task, shared, start: as `with_recipe` takes them.
     data: the task's rows in batches, which `head_first` and some methods read; see `Bound`.
+    exact_resume: refuse a checkpoint of other settings or rows; False only warns.
 
     Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and loaded
     from `output_dir/checkpoint-<step>` when training resumes from there.
@@ -44,6 +47,7 @@ class RecipeCallback(TrainerCallback):
         shared: nn.Module | None = None,
         start: Callable[[], Mapping[str, Tensor]] | None = None,
         data: Data | None = None,
+        exact_resume: bool = True,
     ) -> None:
         if recipe.rates != Rates.flat():
             raise Refused("a callback cannot give parts rates of their own", where="recipe.rates",
@@ -58,6 +62,7 @@ class RecipeCallback(TrainerCallback):
             raise Refused("a callback cannot put adapters on a model", where="recipe.peft",
                           remedy="use with_recipe")  # fmt: skip
         self.recipe, self.task, self.data = recipe, task, data
+        self.exact_resume = exact_resume
         self._shared, self._start, self._seeded = shared, start, bound is not None
 
     def on_train_begin(
@@ -67,6 +72,7 @@ class RecipeCallback(TrainerCallback):
         control: Any,
         model: Any = None,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         if not self._seeded:
@@ -79,8 +85,12 @@ class RecipeCallback(TrainerCallback):
             self.task, optimizer, state.max_steps, model=model, shared=self._shared, data=self.data,
             start=self._start, resuming=state.global_step > 0,
         )  # fmt: skip
+        rows = getattr(train_dataloader, "dataset", None)
+        self.bound.plan = functools.cache(
+            lambda: {"arguments": arguments_of(args), "rows": rows_hash(rows)}
+        )
         if state.global_step:
-            load_state(self.bound, _checkpoint(args, state))
+            load_state(self.bound, _checkpoint(args, state), exact=self.exact_resume)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         made = self.bound.state_dict()  # called on every rank: it gathers shards

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from holdfast.engine.bound import Bound, saved_by
 from holdfast.engine.method import Method
 from holdfast.engine.peft import adapter_weights
-from holdfast.engine.state import check_fit, describe
+from holdfast.engine.state import check_fit, check_schema, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
+from holdfast.ops import distributed
 from holdfast.training.manifest import listed
 from holdfast.training.tensors import write_tensors
 
@@ -36,6 +38,7 @@ ADAPTERS = "holdfast_adapters.safetensors"  # beside weights that they are folde
 BEFORE = "holdfast_lora.safetensors"  # its name when there was only LoRA
 KEPT = "holdfast-{:02d}.safetensors"  # one slot each; its keys say which
 OURS = re.compile(r"holdfast(-\d+)?\.safetensors")
+WAITS = 30  # tenths of a second for another rank's file to be seen
 KEPT_FROM = 1 << 16  # bytes from which a slot gets a file of its own
 
 Files = dict[str, tuple[int, str]]  # name -> size and SHA-256
@@ -75,14 +78,14 @@ def save_state(
     bound: Bound,
     folder: str | Path,
     *,
-    plan: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Files:
     """Write the state into a folder; the JSON comes last and marks it complete.
 
-    plan: the training settings, which `differences` compares on resume. state: the result of
-    `bound.state_dict()`, if every rank has already called it. Returns size and SHA-256 of the
-    tensor files, so that `commit` need not read them again.
+    more: what else to keep in the JSON, for `kept`. state: the result of `bound.state_dict()`, if
+    every rank has already called it. Returns size and SHA-256 of the tensor files, so that `commit`
+    need not read them again.
     """
     state = bound.state_dict() if state is None else state
     folder = Path(folder)
@@ -101,8 +104,8 @@ def save_state(
     for stale in folder.glob("holdfast-*.safetensors"):  # of a checkpoint being overwritten
         if stale.name not in files:
             stale.unlink()
-    meta = {**state["meta"], "files": sorted(files), "plan": dict(plan or {})}
-    write_text_atomic(folder / META, json.dumps(meta, indent=1))
+    meta = {**state["meta"], "files": sorted(files), **(more or {})}
+    write_text_atomic(folder / META, json.dumps(meta, indent=1, default=str))
     return files
 
 
@@ -153,11 +156,17 @@ def _link(old: _Kept, path: Path) -> bool:
     return True
 
 
-def load_state(bound: Bound, folder: str | Path) -> None:
-    """Load the state in a folder; `Refused` if there is none or it does not fit."""
+def load_state(bound: Bound, folder: str | Path, *, exact: bool = True) -> None:
+    """Load the state in a folder; `Refused` if there is none or it does not fit.
+
+    exact: see `Bound.load_state_dict`.
+    """
     folder = Path(folder)
     meta, files = _read(folder)
-    bound.load_state_dict({"meta": meta, "tensors": _together(files)})
+    try:
+        bound.load_state_dict({"meta": meta, "tensors": _together(files)}, exact=exact)
+    except Refused as error:
+        raise error.within(str(folder)) from None
     # The next checkpoint may link to the files that were read here.
     names, recorded = {frozenset(held): name for name, held in files.items()}, listed(folder)
     slots, _ = _slots(bound.state_dict()["tensors"])
@@ -166,6 +175,27 @@ def load_state(bound: Bound, folder: str | Path) -> None:
         for slot, tensors in slots.items()
         if (name := names.get(frozenset(tensors))) in recorded
     }
+
+
+def require_shared(folder: Path, names: Sequence[str], device: torch.device) -> None:
+    """`Refused`, on every rank, where rank 0 does not see the files that all ranks have written.
+
+    Such a checkpoint could not be loaded: each rank would find its own files only.
+    """
+    if distributed.world() == 1:
+        return
+    missing = list[int]()
+    for _ in range(WAITS if distributed.rank() == 0 else 0):
+        missing = [i for i, name in enumerate(names) if not (folder / name).is_file()]
+        if not missing:
+            break
+        os.listdir(folder)  # a network file system may know of a new file only after a while
+        time.sleep(0.1)
+    told = [int(i in missing) for i in range(len(names))]
+    gone = [n for n, one in zip(names, distributed.gather(told, device)[0], strict=True) if one]
+    if gone:
+        raise Refused(f"rank 0 does not see {', '.join(gone)}", where=str(folder),
+                      remedy="save to a folder that all ranks share")  # fmt: skip
 
 
 def save_adapters(model: nn.Module, folder: str | Path, *, base: bool = False) -> Files:
@@ -194,32 +224,9 @@ def saved_with(folder: str | Path, methods: Sequence[Method]) -> bool:
     return saved_by(_read_meta(Path(folder)), methods)
 
 
-def planned(folder: str | Path) -> dict[str, Any]:
-    """The settings of a checkpoint's training, as `save_state` was given them."""
-    return dict(_read_meta(Path(folder)).get("plan", {}))
-
-
-def differences(folder: str | Path, plan: Mapping[str, Any]) -> list[str]:
-    """The settings in which a checkpoint's training differs from `plan`, in words.
-
-    More `steps` than it had are no difference: the training goes on.
-    """
-    before = planned(folder)
-    now = json.loads(json.dumps(dict(plan)))
-    if before.get("steps", 0) < now.get("steps", 0):
-        before["steps"] = now["steps"]
-    return [f"{k} {_changed(before[k], now.get(k))}" for k in before if before[k] != now.get(k)]
-
-
-def _changed(before: Any, now: Any) -> str:
-    """How a value changed, in words; for lists of names, only the entries that differ."""
-    names = isinstance(before, list) and isinstance(now, list) and before and now
-    if not names or not all(isinstance(name, str) for name in [*before, *now]):
-        return f"was {before}, is {now}"
-    wrong = [f"{b!r} stands where {a!r} stood" for a, b in zip(before, now, strict=False) if a != b]
-    wrong += [f"{name!r} is gone" for name in before[len(now) :]]
-    wrong += [f"{name!r} is new" for name in now[len(before) :]]
-    return "changed: " + ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if wrong[3:] else "")
+def kept(folder: str | Path, key: str) -> Any:
+    """A value in the JSON of a state: its `plan`, or what `save_state` was given `more`."""
+    return _read_meta(Path(folder)).get(key)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -255,4 +262,5 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not (folder / META).is_file() or not (folder / TENSORS).is_file():
         raise Refused(f"{META} or {TENSORS} is missing", where=str(folder), remedy=AGAIN)
     meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    check_schema(meta, META, str(folder))
     return meta

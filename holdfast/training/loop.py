@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.state import check_fit, describe
+from holdfast.engine.state import SCHEMA, check_fit, check_schema, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
 from holdfast.ops import distributed
-from holdfast.training.checkpoints import load_state, save_state
+from holdfast.training.checkpoints import load_state, require_shared, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, rotate
 from holdfast.training.tensors import write_tensors
 
@@ -43,22 +43,28 @@ def save_checkpoint(
     *,
     position: Mapping[str, Any],
     keep: int | None = None,
+    plan: Mapping[str, Any] | None = None,
     **others: Any,
 ) -> None:
     """Save all that the loop needs to resume, after a whole optimizer step.
 
     folder: named `checkpoint-<step>`, so that `newest_complete` finds it in its parent; while it
     is being overwritten it does not count. position: what your loop needs to find its place in the
-    data, as JSON. keep: how many checkpoints to keep. others: anything else that has state: the
-    scheduler, a GradScaler, a sampler's `torch.Generator`. Every rank calls this with the same
-    folder: rank 0 writes the shared state, each rank its own position, others and random state.
-    Raises `Refused` for state that is neither tensors nor plain values, and for sharded weights.
+    data, as JSON. keep: how many checkpoints to keep. plan: what a resumed loop has to share with
+    this one beside the optimizer's options, the methods and the number of steps, as JSON: a seed,
+    the rows (`holdfast.engine.plan.rows_hash`), alike on all ranks. others: anything else that has
+    state: the scheduler, a GradScaler, a sampler's `torch.Generator`. Every rank calls this with
+    the same folder: rank 0 writes the shared state, each its own position, others and random state.
+    Raises `Refused` for state that is neither tensors nor plain values, for sharded weights, and
+    where ranks do not see each other's files.
     """
     folder, first = Path(folder), distributed.rank() == 0
+    if plan is not None:
+        bound.plan = lambda: plan
     weights = _weights(bound)
     tensors: dict[str, Tensor] = {}
     body = {
-        "schema": 1,
+        "schema": SCHEMA,
         "ranks": distributed.world(),
         "position": dict(position),
         "optimizer": _pack_optimizer(bound, tensors),
@@ -82,18 +88,31 @@ def save_checkpoint(
         for name, held in ((WEIGHTS, weights), (OPTIMIZER, tensors)):
             known[name] = write_tensors(folder / name, held)
     _wait()
+    require_shared(folder, [_own(name, rank) for name in (LOOP, OTHERS)
+                            for rank in range(distributed.world())],
+                   next(iter(bound.weights.values())).device)  # fmt: skip
     if first:
         commit(folder, known)
         rotate(folder, keep)
     _wait()  # no rank goes on before the checkpoint is whole
 
 
-def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str, Any]:
+def load_checkpoint(
+    folder: str | Path,
+    bound: Bound,
+    *,
+    plan: Mapping[str, Any] | None = None,
+    exact_resume: bool = True,
+    **others: Any,
+) -> dict[str, Any]:
     """Resume from a checkpoint; returns its `position`.
 
     Call it once everything is built as it was when training began: the model, the optimizer, the
-    bound (attached to the same task, with `bound.models` of earlier tasks), and the same `others`.
-    Raises `Refused`, and changes nothing, if the folder is damaged or does not fit.
+    bound (attached to the same task, with `bound.models` of earlier tasks), and the same `plan` and
+    `others`. Raises `Refused`, and changes nothing, if the folder is damaged or does not fit, or
+    if the optimizer's options, the clipping, the number of steps (more are no difference) or the
+    `plan` are others. With `exact_resume=False` these are told, and noted in `bound.changes`;
+    options are those that were saved: set others after this call.
     """
     folder = Path(folder)
     if wrong := damage(folder):
@@ -103,6 +122,7 @@ def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str
     except FileNotFoundError:
         raise Refused(f"{_own(LOOP)} is missing", where=str(folder), remedy="load one that "
                       "save_checkpoint wrote, on as many ranks") from None  # fmt: skip
+    check_schema(body, LOOP, str(folder))
     if (ranks := body.get("ranks", 1)) != distributed.world():
         raise Refused(f"was saved on {ranks} ranks, not on {distributed.world()}",
                       where=str(folder), remedy="load it on as many")  # fmt: skip
@@ -114,7 +134,11 @@ def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str
     tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / _own(OTHERS))
     likes = {name: _state_of(name, thing) for name, thing in others.items()}
     groups = _matching_groups(bound, body["optimizer"])
-    load_state(bound, folder)  # refuses a state that does not fit before changing anything
+    steps = bound.total_steps
+    bound.plan = lambda: plan or {}
+    # Refuses a state that does not fit before changing anything.
+    load_state(bound, folder, exact=exact_resume)
+    bound.total_steps = max(steps, bound.total_steps) if exact_resume else steps
     with torch.no_grad():
         for name, w in weights.items():
             w.copy_(saved[name])
@@ -130,10 +154,11 @@ def load_checkpoint(folder: str | Path, bound: Bound, **others: Any) -> dict[str
     return position
 
 
-def _own(name: str) -> str:
-    """The file of this rank, where there are several."""
+def _own(name: str, rank: int | None = None) -> str:
+    """The file of a rank, where there are several; of this one if not said."""
     stem, dot, kind = name.partition(".")
-    return name if distributed.world() == 1 else f"{stem}-{distributed.rank()}{dot}{kind}"
+    rank = distributed.rank() if rank is None else rank
+    return name if distributed.world() == 1 else f"{stem}-{rank}{dot}{kind}"
 
 
 def _wait() -> None:

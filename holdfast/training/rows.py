@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch.utils.data import Subset
 from holdfast.engine.batches import Whole, rows_in
 from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode, own_randomness
+from holdfast.engine.stepping import SKIPS
 from holdfast.errors import Refused
 from holdfast.ops import distributed
 
@@ -24,13 +26,39 @@ else:
     _Base = object
 
 
+LOG = logging.getLogger("holdfast")
 UNTAKEN = "it does not take the"  # batches, in an error
+
+
+class Windows:
+    """Counts steps whose labels are all -100, which train nothing."""
+
+    def __init__(self, task: str) -> None:
+        self.task, self.empty, self.others, self.told = task, 0, 0, False
+
+    def see(self, weight: float, *, alone: bool) -> None:
+        """A step of so many labels that count; alone: other ranks have none that do."""
+        if weight:
+            self.empty, self.others = 0, self.others + 1
+            return
+        self.empty += 1
+        if not self.told:
+            self.told = True
+            LOG.warning(f"{self.task}: all labels of a step are -100: it has no loss")
+        if alone and self.empty >= SKIPS:
+            self.refuse()
+
+    def refuse(self) -> None:
+        raise Refused(f"all labels of {self.empty} steps are -100, which no loss counts",
+                      where=self.task, remedy="look at the labels")  # fmt: skip
 
 
 class RowsMixin(_Base):
     """The part of `RecipeMixin` that gives methods the training rows."""
 
     bound: Bound | None
+    _problem: str | None = None  # what the model's configuration said before any pass
+    _labels_seen = False
     _own_loss = False  # whether methods are given this trainer's loss, not the model's
 
     def _check_rows(self) -> None:
@@ -82,6 +110,19 @@ class RowsMixin(_Base):
                 "on one process, ewc where it has gradients",
             )
         self._own_loss = True
+
+    def _check_labels(self, batch: Mapping[str, Any]) -> None:
+        """Refuse whole numbers that a model with one output has silently taken for a regression."""
+        self._labels_seen = True
+        config, labels = getattr(self.model, "config", None), batch.get("labels")
+        whole = isinstance(labels, torch.Tensor) and not labels.is_floating_point()
+        decided = getattr(config, "problem_type", None) == "regression" and self._problem is None
+        if config is not None and whole and decided and getattr(config, "num_labels", None) == 1:
+            config.problem_type = None
+            raise Refused("one output and whole numbers for labels: classes, or a regression?",
+                          where="config.num_labels",
+                          remedy="set it to the number of classes, or config.problem_type = "
+                          '"regression"')  # fmt: skip
 
     def _loss_of(self, model: nn.Module, batch: Any) -> Any:
         """The trainer's own loss of a whole batch."""

@@ -18,20 +18,23 @@ from transformers import TrainerCallback
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.peft import folded
+from holdfast.engine.plan import arguments_of, changed, refuse_changed, rows_hash, weights_hash
 from holdfast.errors import Refused
+from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.training import stopping
 from holdfast.training.checkpoints import (
     META,
     Files,
-    differences,
+    kept,
     load_adapters,
     load_state,
-    planned,
+    require_shared,
     save_adapters,
     save_state,
 )
 from holdfast.training.manifest import commit, damage, newest_complete, rotate
+from holdfast.training.rows import Windows
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -40,6 +43,7 @@ else:
 
 
 STATE = "trainer_state.json"  # Trainer's own, written last
+LOGGED = "logged"  # the key of the losses since the last log
 
 
 def _inert(load: Callable[[Any, str | None], None]) -> Callable[[Any, str | None], None]:
@@ -63,17 +67,20 @@ class SavingMixin(_Base):
     optimizer: Any
     bound: Bound | None
     recipe: Recipe
+    task: str
     exact_resume: bool
     stop_on_signals: bool
     _watch: Any
     _outputs: Any
     _ours: Files
+    _windows: Windows
     _limit: int | None = None
     _to_push: str | None = None
     _resuming = False
     _bare = False  # resuming from a checkpoint of a Trainer without a recipe
     _before = 0  # steps made without a recipe before the methods began
     _at_work = False  # whether the recipe is bound to the model in training
+    _resumed_sums: dict[str, Any]  # of losses, as the checkpoint has them
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.
@@ -90,9 +97,10 @@ class SavingMixin(_Base):
         elif resume_from_checkpoint:
             wrong = damage(resume_from_checkpoint)
         self._resuming, self._bare, self._before = bool(resume_from_checkpoint), False, 0
+        self._resumed_sums, self._windows = {}, Windows(self.task)
         if resume_from_checkpoint:
             self._accept(Path(resume_from_checkpoint), wrong)
-        saver = _StopSaved()
+        saver = _StopSaved(self._go_on_logging)
         self.add_callback(saver)
         # Trainer's own rotation is off, even the one at the end, which would delete the newest.
         self._limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -105,6 +113,8 @@ class SavingMixin(_Base):
                     if late and not self.args.load_best_model_at_end:
                         self._save_checkpoint(self.model, None)
                         saver.saved = self.state.global_step
+                if self._windows.empty and not self._windows.others and self.args.world_size == 1:
+                    self._windows.refuse()
                 return done
         except stopping.Stopped as stopped:
             if self.stop_on_signals:
@@ -142,7 +152,8 @@ class SavingMixin(_Base):
             warnings.warn(f"{checkpoint}: {wrong}", stacklevel=3)
         self._bare = not ours
         if ours:
-            self._before = planned(checkpoint).get("before", 0)
+            self._resumed_sums = kept(checkpoint, LOGGED) or {}
+            self._before = (kept(checkpoint, "plan") or {}).get("before", 0)
         else:
             self._before = int(json.loads((checkpoint / STATE).read_text())["global_step"])
 
@@ -152,6 +163,8 @@ class SavingMixin(_Base):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         saved = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        ranks = range(self.args.world_size)
+        require_shared(saved, [f"rng_state_{rank}.pth" for rank in ranks], self.args.device)
         if self.args.should_save:
             commit(saved, self._ours)
         if self._to_push is not None:
@@ -187,8 +200,9 @@ class SavingMixin(_Base):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.bound is not None:
             state = self.bound.state_dict()  # called on every rank: it gathers shards
+            logged = self._logged()
             if self.args.should_save:
-                self._ours = save_state(self.bound, output_dir, plan=self._plan(), state=state)
+                self._ours = save_state(self.bound, output_dir, more={LOGGED: logged}, state=state)
                 if self.recipe.peft:
                     self._ours |= save_adapters(self.model, output_dir)
 
@@ -198,26 +212,23 @@ class SavingMixin(_Base):
 
     @_inert
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        told, ours, rates = list[str](), list[dict[str, Any]](), None
         if self._bare:
             self._check_groups(Path(cast(str, checkpoint)))
         elif checkpoint is not None and self.bound is not None:
-            changed = differences(checkpoint, self._plan())
-            # torch matches moments by position: in another order they go to other parameters.
-            moved = any(c.startswith("order ") for c in changed)
-            if changed and (self.exact_resume or moved):
-                raise Refused(
-                    f"was saved with other settings: {', '.join(changed)}",
-                    where=checkpoint,
-                    remedy="set them back" + ("" if moved else ", or pass exact_resume=False"),
-                )
-            if changed:
-                warnings.warn(f"resuming with other settings: {', '.join(changed)}", stacklevel=2)
+            # Before torch loads moments, which it matches by position.
+            told = changed(kept(checkpoint, "plan") or {}, self.bound.planned())
+            refuse_changed(told, exact=self.exact_resume, where=checkpoint)
+            ours = [{**group} for group in self.bound.optimizer.param_groups]
+            rates = getattr(self.lr_scheduler, "base_lrs", None)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.bound is not None and not self._bare:
             _exact_moments_(self.bound.optimizer, Path(checkpoint) / "optimizer.pt")
             steps = self.bound.total_steps
-            load_state(self.bound, checkpoint)
+            load_state(self.bound, checkpoint, exact=self.exact_resume)
             self.bound.total_steps = steps
+            if told:
+                self._take_options(ours, rates)
 
     def _check_groups(self, checkpoint: Path) -> None:
         """Refuse moments of other groups than these: torch matches them by position."""
@@ -230,29 +241,52 @@ class SavingMixin(_Base):
             raise Refused(f"its optimizer has groups of {before} parameters, not {now}",
                           where=str(checkpoint), remedy="use flat rates")  # fmt: skip
 
-    def _plan(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with the run it continues."""
+    def _take_options(self, ours: list[dict[str, Any]], rates: list[float] | None) -> None:
+        """Go on with the options of now, not with those that were loaded with the moments."""
+        groups = cast(Bound, self.bound).optimizer.param_groups
+        for group, options in zip(groups, ours, strict=True):
+            group |= {k: v for k, v in options.items() if k not in ("params", "lr")}
+        schedule: Any = self.lr_scheduler
+        if rates is not None and hasattr(schedule, "lr_lambdas"):
+            schedule.base_lrs = rates
+            for group, rate, share in zip(groups, rates, schedule.lr_lambdas, strict=True):
+                group["lr"] = rate * share(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]  # which Trainer logs
+
+    def _logged(self) -> dict[str, Any]:
+        """What Trainer has summed up since it logged last, and forgets: each rank's sum of losses
+        (as the bits of a float32), the step of that log, and the sum of all losses before it."""
+        if not hasattr(self, "_tr_loss"):
+            return {}
+        bits = self._tr_loss.detach().float().view(torch.int32)
+        sums = [one for (one,) in distributed.gather([int(bits)], bits.device)]
+        step, before = self._globalstep_last_logged, self._total_loss_scalar
+        return {"sums": sums, "step": step, "before": before}
+
+    def _go_on_logging(self) -> None:
+        """Take up those sums, so that what is logged next is what would have been."""
+        logged, self._resumed_sums = self._resumed_sums, {}
+        if len(sums := logged.get("sums", [])) == self.args.world_size and self._tr_loss.ndim == 0:
+            mine = torch.tensor(sums[distributed.rank()], dtype=torch.int32)
+            self._tr_loss.copy_(mine.view(torch.float32))
+            self._globalstep_last_logged = logged["step"]
+            self._total_loss_scalar = logged["before"]
+
+    def _planned(self) -> dict[str, Any]:
+        """What a resumed run must share with this one, beside what the bound knows."""
         assert self.bound is not None
-        groups = self.bound.optimizer.param_groups
-        names = {id(w): name for name, w in self.bound.weights.items()}
+        groups, ours = self.bound.optimizer.param_groups, self.bound.weights
+        names = {id(w): name for name, w in ours.items()}
+        model = self.accelerator.unwrap_model(self.model)
+        frozen = ((n, p) for n, p in model.named_parameters() if id(p) not in names)
         return {
-            "optimizer": type(self.bound.optimizer).__name__,
-            "groups": [[len(g["params"]), _first_rate(g), g["weight_decay"]] for g in groups],
-            "accumulation": self.args.gradient_accumulation_steps,
-            "batch": self.args.train_batch_size,
+            "arguments": arguments_of(self.args),
+            "rows": rows_hash(self.train_dataset),
+            "frozen": weights_hash(frozen),
             "ranks": self.args.world_size,
             "before": self._before,
-            "steps": self.bound.total_steps,
-            "max_grad_norm": self.bound.max_grad_norm,
             "order": [names.get(id(w), "") for g in groups for w in g["params"]],
         }
-
-
-def _first_rate(group: dict[str, Any]) -> float | None:
-    """The rate that a group began with; None if unknown: not every schedule keeps it."""
-    if "initial_lr" in group:
-        return float(group["initial_lr"])
-    return group["base_lr"] * group["multiplier"] if "multiplier" in group else None
 
 
 def _exact_moments_(optimizer: torch.optim.Optimizer, file: Path) -> None:
@@ -272,6 +306,12 @@ class _StopSaved(TrainerCallback):
     """Ends training after the step in which a signal came, with a checkpoint of that step."""
 
     saved = -1
+
+    def __init__(self, go_on_logging: Callable[[], None]) -> None:
+        self.go_on_logging = go_on_logging
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.go_on_logging()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = state.global_step

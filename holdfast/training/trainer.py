@@ -23,6 +23,7 @@ from transformers import TrainingArguments
 from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode
 from holdfast.engine.peft import check_adapted
+from holdfast.engine.stepping import SKIPS
 from holdfast.errors import Refused
 from holdfast.network.groups import follows_rates
 from holdfast.network.parts import canonical, named_parameters
@@ -43,8 +44,10 @@ class RecipeMixin(RowsMixin, SavingMixin):
         for rates and clipping.
     task: this task's name; shared: the module that tasks share (default: see `bound`).
     start: returns the shared weights as the task began, if you keep them; see `Bound`.
-    exact_resume: refuse a checkpoint of other optimizer settings; False only warns, unless the
-        order of the parameters changed.
+    exact_resume: refuse a checkpoint of other settings or rows; False only warns and notes it in
+        `bound.changes`, unless the order of the parameters changed.
+    max_skipped: after how many steps in a row with gradients that are not finite training stops;
+        None: never. Under a GradScaler, which needs some to find its scale, not before 60.
     stop_on_signals: on SIGTERM or Ctrl-C finish the step, save, and leave with 143 or 130.
     """
 
@@ -59,6 +62,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
         shared: nn.Module | None = None,
         start: Callable[[], Mapping[str, Tensor]] | None = None,
         exact_resume: bool = True,
+        max_skipped: int | None = SKIPS,
         stop_on_signals: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -66,6 +70,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
         self.bound, self._continues = bound, bound is not None
         self.task, self._shared, self.start = task, shared, start
         self.exact_resume, self.stop_on_signals = exact_resume, stop_on_signals
+        self.max_skipped = max_skipped
         self._window: float | None = 0.0
         self._ignores_items: bool | None = None
         self._outputs: Any = None
@@ -80,6 +85,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: Any) -> Any:
+        self._problem = getattr(getattr(model, "config", None), "problem_type", None)
         if self._continues:
             check_adapted(model, self.recipe.peft)
             return model
@@ -97,6 +103,9 @@ class RecipeMixin(RowsMixin, SavingMixin):
                 where="devices",
                 remedy="start it by torchrun, or set CUDA_VISIBLE_DEVICES=0",
             )
+        if self.max_skipped is not None and self.max_skipped < 1:
+            raise Refused(f"must be above 0 or None, not {self.max_skipped}", where="max_skipped")
+        distributed.bound_waiting(self.args.ddp_timeout, usual=TrainingArguments.ddp_timeout)
         if self.bound is not None:
             self.recipe.check_bound(self.bound)
         ours, theirs = self.recipe.max_grad_norm, self.args.max_grad_norm
@@ -187,6 +196,9 @@ class RecipeMixin(RowsMixin, SavingMixin):
             )
         finally:
             self.bound.head_first = fitted
+        self.bound.plan = functools.cache(self._planned)
+        self.bound.max_skipped = self.max_skipped
+        self._labels_seen = False
         self._at_work = True
         if self.bound.has_penalty and self._watch is None:
             self._watch = self.model.register_forward_hook(self._see)
@@ -211,6 +223,8 @@ class RecipeMixin(RowsMixin, SavingMixin):
         # Batches that are not mappings yet are split into steps later, as TRL's generated ones are.
         told = all(isinstance(batch, Mapping) for batch in samples)
         self._window = sum(self._weight(batch) for batch in samples) if told else None
+        if self._window is not None and samples and self.is_in_train:
+            self._windows.see(self._window, alone=self.args.world_size == 1)
         return samples, items
 
     def compute_loss(
@@ -233,6 +247,8 @@ class RecipeMixin(RowsMixin, SavingMixin):
         )
         result = compute(model, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
+        if learning and not self._labels_seen:
+            self._check_labels(batch)
         if learning and self._at_work and self.bound is not None:
             divides = not self._scaled(num_items_in_batch)
             steps = self.current_gradient_accumulation_steps

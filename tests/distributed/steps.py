@@ -262,6 +262,20 @@ def check_checkpoints_of_a_loop_go_on() -> Iterator[None]:
             dist.barrier()
 
 
+def check_a_folder_that_ranks_do_not_share_is_refused() -> Iterator[None]:
+    """At the save, on both: what was missing showed only when rank 1 had to load it (R8)."""
+    yield
+    with tempfile.TemporaryDirectory() as folder:
+        model = Grid()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        bound = Recipe(methods=[L2SP()]).bind(model, optimizer, total_steps=2)
+        saved = Path(folder) / "checkpoint-1"
+        with pytest.raises(Refused, match=r"rank 0 does not see loop-1\.json, others-1\.safetens"):
+            save_checkpoint(saved, bound, position={})
+        assert damage(saved) is not None  # not declared whole
+        dist.barrier()
+
+
 def check_ddp_may_be_bound_itself() -> Iterator[None]:
     """The wrapper is taken off: names are canonical, extra forward passes send nothing."""
     yield

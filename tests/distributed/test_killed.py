@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
 from launch import HERE, torchrun
 
 from holdfast.training.manifest import damage, newest_complete
@@ -34,3 +35,13 @@ def test_a_killed_rank_ends_all_and_tears_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert newest(tmp_path) == "checkpoint-6"
     assert (tmp_path / "equal-0").exists() and (tmp_path / "equal-1").exists()
+
+
+@pytest.mark.slow  # the launcher waits half a minute for a process that stands still
+def test_a_rank_that_hangs_holds_the_others_no_longer_than_asked_for(tmp_path: Path) -> None:
+    """8 seconds; on CPUs the group had torch's 30 minutes, whatever `ddp_timeout` said (R5)."""
+    done = torchrun(HERE / "victim.py", str(tmp_path), "hang", limit=180)
+    assert done.returncode != 0
+    stopped = (tmp_path / "died-hang").stat().st_mtime
+    assert float((tmp_path / "noticed").read_text()) - stopped < 30, done.stderr
+    assert newest(tmp_path) == "checkpoint-2"

@@ -237,5 +237,5 @@ def check_another_number_of_ranks_is_refused() -> Iterator[None]:
 
         made(max_steps=1).train()
         yield
-        with pytest.raises(Refused, match="ranks was 1, is 2"):
+        with pytest.raises(Refused, match="ranks: 1 → 2"):
             made(max_steps=1, ddp_backend="gloo").train(resume_from_checkpoint=True)

@@ -1,6 +1,6 @@
 """Trains on two ranks with a checkpoint every second step; one of them may die: see `test_killed`.
 
-torchrun victim.py FOLDER step|save|finish
+torchrun victim.py FOLDER step|save|finish|hang
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ class AtStep(TrainerCallback):
             die()
 
 
+class Stopping(TrainerCallback):
+    """Rank 1 stands still in the middle of step 4, and lives."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3 and RANK == 1:
+            (Path(sys.argv[1]) / "died-hang").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
 class WhileSaving(holdfast.Trainer):  # type: ignore[misc]
     """Rank 1 dies once rank 0 has written weights and state of step 4, before any manifest."""
 
@@ -49,10 +58,12 @@ class WhileSaving(holdfast.Trainer):  # type: ignore[misc]
         super()._save_rng_state(output_dir)
 
 
-def trained(folder: Path, cls: type = holdfast.Trainer, callbacks: Any = ()) -> dict[str, Any]:
+def trained(
+    folder: Path, cls: type = holdfast.Trainer, callbacks: Any = (), seconds: int = 30
+) -> dict[str, Any]:
     """Weights and state after six steps, taken up from the newest whole checkpoint."""
     args = arguments(folder, ddp_backend="gloo", save_strategy="steps", save_steps=2, max_steps=6,
-                     per_device_train_batch_size=2, ddp_timeout=30)  # fmt: skip
+                     per_device_train_batch_size=2, ddp_timeout=seconds)  # fmt: skip
     recipe = Recipe(methods=[DPS(stage=2, drop=0.5), L2SP(), EWC()], max_grad_norm=0.5)
     model = bert(hidden_dropout_prob=0.1)  # random states of both ranks are taken up too
     trainer = cls(model=model, args=args, train_dataset=rows(24), data_collator=collate,
@@ -66,6 +77,12 @@ def trained(folder: Path, cls: type = holdfast.Trainer, callbacks: Any = ()) -> 
 def main(folder: Path, how: str) -> None:
     if how == "step":
         trained(folder / "run", callbacks=[AtStep()])
+    elif how == "hang":
+        try:
+            trained(folder / "run", callbacks=[Stopping()], seconds=8)
+        except RuntimeError:  # of gloo: the other rank did not answer in time
+            (folder / "noticed").write_text(str(time.time()))
+            raise
     elif how == "save":
         trained(folder / "run", WhileSaving)
     else:

@@ -17,6 +17,9 @@ from transformers import AutoModelForSequenceClassification
 from holdfast import Rates, Recipe, Refused, run_sequence
 from holdfast.experiments import sequence
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import WEIGHTS
+from holdfast.tasks.kinds import pretrained
+from holdfast.tasks.kinds.pretrained import files_hash
 
 # --- the record ---------------------------------------------------------------------------------
 
@@ -284,3 +287,40 @@ def test_a_model_that_cannot_be_loaded_leaves_its_folder_free(place: Path, tmp_p
         run_sequence(str(tmp_path / "broken"), [place / "mood.jsonl"], "plain",
                      out=tmp_path / "run", **SETTINGS)  # fmt: skip
     run(place, tmp_path / "run", ("mood",), "plain", epochs=0.5)
+
+
+# --- other weights at the same place --------------------------------------------------------------
+
+
+def test_other_weights_in_the_models_folder_are_refused(
+    place: Path, whole: Path, tmp_path: Path
+) -> None:
+    """The scores of the old ones were printed as the result (faults C9)."""
+    shutil.copytree(whole, tmp_path / "run")
+    config = json.loads((whole / "run.json").read_text())
+    assert config[WEIGHTS] == files_hash(str(place / "bert"))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**config, WEIGHTS: "0123"}))
+    with pytest.raises(Refused, match=rf'other settings \({WEIGHTS}: "0123" → "{config[WEIGHTS]}"'):
+        run(place, tmp_path / "run", seed=5)
+    del config[WEIGHTS]  # of a run from before they were noted
+    (tmp_path / "run" / "run.json").write_text(json.dumps(config))
+    assert run(place, tmp_path / "run", seed=5).status == "done"
+
+
+@pytest.mark.parametrize("most", [1 << 30, 1 << 10])
+def test_every_file_a_model_is_loaded_from_counts(
+    most: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrained, "WHOLE", most)
+    folder = tmp_path / "model"
+    shutil.copytree(place / "bert", folder)
+    found = [files_hash(str(place / "bert"))]
+    assert files_hash(str(folder)) == found[0]
+    (folder / "README.md").write_text("told")
+    assert files_hash(str(folder)) == found[0]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = bytearray((folder / name).read_bytes())
+        content[-2] ^= 1
+        (folder / name).write_bytes(content)
+        found.append(files_hash(str(folder)))
+    assert len({*found}) == 4

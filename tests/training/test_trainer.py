@@ -22,6 +22,7 @@ import holdfast
 from holdfast import DPS, EWC, SAM, Rates, Recipe, Refused, Replay, with_recipe
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method, View
+from holdfast.errors import TrainingDiverged
 from holdfast.network.groups import param_groups
 from holdfast.recipe import PRESETS
 
@@ -844,3 +845,71 @@ def test_replay_is_part_of_the_loss(tmp_path: Path) -> None:
     )
     assert loss_of_one() < before
     assert same(head, weights(first.classifier))  # the old head is not trained further
+
+
+# --- nothing to learn from ------------------------------------------------------------------------
+
+
+class Exploding(models.Plain):
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = super().forward(input_ids, labels)
+        return {k: v * float("nan") if self.training else v for k, v in found.items()}
+
+
+def unlearned(out: Path, model: Any, data: Any, own: Any = None, **more: Any) -> Any:
+    return holdfast.Trainer(model=model, args=arguments(out, **more), train_dataset=data,
+                            data_collator=collate, recipe=Recipe(methods=[DPS(stage=2)]),
+                            **(own or {}))  # fmt: skip
+
+
+def test_gradients_that_are_never_finite_stop_a_trainer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended as if it had learned, with a loss of 0 (faults N3)."""
+    trainer = unlearned(tmp_path, Exploding(), rows(120))
+    with pytest.raises(TrainingDiverged, match="the gradients of 20 steps in a row"):
+        trainer.train()
+    assert trainer.bound.skipped == 20 and caplog.text.count("gradients are not finite") == 1
+    fewer = unlearned(tmp_path, Exploding(), rows(120), own={"max_skipped": 3})
+    with pytest.raises(TrainingDiverged, match="3 steps"):
+        fewer.train()
+    unlearned(tmp_path, Exploding(), rows(120), own={"max_skipped": None}).train()
+    with pytest.raises(Refused, match="max_skipped: must be above 0"):
+        unlearned(tmp_path, Exploding(), rows(8), own={"max_skipped": 0})
+
+
+@pytest.mark.parametrize(("count", "steps"), [(16, 4), (120, 20)])
+def test_labels_that_are_all_ignored_are_no_training(
+    count: int, steps: int, tmp_path: Path
+) -> None:
+    """They counted as steps of loss 0 (faults D12)."""
+    ignored = [dict(row, labels=-100) for row in rows(count)]
+    trainer = unlearned(tmp_path, bert(), ignored)
+    with pytest.raises(Refused, match=f"all labels of {steps} steps are -100"):
+        trainer.train()
+
+
+def test_some_steps_without_labels_are_told_and_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = [dict(row, labels=-100) for row in rows(4)] + rows(8)
+    unlearned(tmp_path, bert(), some, train_sampling_strategy="sequential").train()
+    assert "all labels of a step are -100" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["class", "number"])
+@pytest.mark.parametrize("told", [None, "regression"])
+def test_classes_are_not_taken_for_a_regression_in_silence(
+    kind: str, told: str | None, tmp_path: Path
+) -> None:
+    """Transformers does so where the configuration has one label (faults D2)."""
+    model = bert(num_labels=1, problem_type=told)
+    before, data = weights(model), rows(8, labels=kind)
+    if told is None and kind == "class":
+        for _ in range(2):  # also when tried again
+            with pytest.raises(Refused, match=r'num_labels: .*problem_type = "regression"'):
+                unlearned(tmp_path, model, data).train()
+        assert same(weights(model), before)
+    else:
+        unlearned(tmp_path, model, data).train()
+        assert not same(weights(model), before)

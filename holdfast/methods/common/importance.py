@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from holdfast.engine.batches import LABELS, Batch, Seen, Whole, first_rows, rows_in, rows_of
+from holdfast.engine.state import refuse_not_finite
 from holdfast.errors import Refused
 from holdfast.methods.common.squares import Layers
 from holdfast.ops import distributed
@@ -106,6 +107,7 @@ def diagonal_fisher(
         raise Refused("no rows to estimate the Fisher information from", remedy="pass data")
     if not shards:
         distributed.reduce_(total.values())
+    refuse_not_finite(total, "the importance of this weight is not finite")
     torch._foreach_div_([distributed.local(t) for t in total.values()], seen.count)
     return total
 

@@ -110,12 +110,14 @@ class Prototypes(OneHead):
         try:
             for chosen, _ in outputs(model, rows, collate):
                 z = given.pop()
+                if not bool((fine := z.isfinite().all(1)).all()):
+                    row = list(chosen)[int((~fine).nonzero()[0])]
+                    raise TrainingDiverged(f"the encoder's features of row {row} are not finite",
+                                           where=task.name)  # fmt: skip
                 told = torch.cat([z, z.square().sum(1, keepdim=True), torch.ones(len(z), 1)], 1)
                 sums += functional.one_hot(truth[chosen], size).double().T @ told
         finally:
             handle.remove()
-        if not bool(sums.isfinite().all()):
-            raise TrainingDiverged("the encoder's features are not finite", where=task.name)
         before = getattr(model.config, ROWS, [])
         count = torch.tensor([*before, *[0] * (size - len(before))], dtype=torch.float64)
         weight, bias = (p.detach().cpu().double() for p in (layer.weight, layer.bias))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
@@ -74,6 +75,15 @@ class Packed(Sequence[dict[str, Any]]):
         if begins is None:
             return found[np.array(self._places, dtype=int)]
         return np.stack([found[begins[p] : begins[p + 1]] for p in self._places])
+
+    def content_hash(self) -> str:
+        """A hash of all rows in their order."""
+        digest = hashlib.sha256(f"{[*self._columns]} {self._places}".encode())
+        for column in self._columns.values():
+            for array in column:
+                if array is not None:
+                    digest.update(array.tobytes())
+        return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:

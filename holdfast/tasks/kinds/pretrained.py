@@ -27,6 +27,8 @@ MINILM = {
     ),
 }
 
+WHOLE = 1 << 30  # bytes of a file that is hashed from end to end
+
 
 def locate(model: str) -> str:
     """A model's folder or Hub id (`ID@REVISION` pins it); `minilm` ships in a package."""
@@ -186,3 +188,30 @@ def source_hash(source: str) -> str | None:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest() if files else None
+
+
+def files_hash(source: str) -> str | None:
+    """A hash of what a model is loaded from: weights, configuration and tokenizer of a local one,
+    the commit of a Hub id; None where a Hub id's is not known.
+
+    Of files above 1 GB, which would take seconds to read, the size, the first MiB (names, types and
+    shapes) and 256 evenly spaced pieces of 64 KiB count.
+    """
+    here = Path(source)
+    if not here.exists():
+        return getattr(load_config(source), "_commit_hash", None)
+    kinds = {".safetensors", ".json", ".txt", ".model", ".py"}
+    files = [here] if here.is_file() else sorted(f for f in here.iterdir() if f.suffix in kinds)
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            if size <= WHOLE:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            digest.update(file.read(1 << 20))
+            for piece in range(256):
+                file.seek(size * piece // 256)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
