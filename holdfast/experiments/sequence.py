@@ -173,6 +173,7 @@ class Job:
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
             if record.to_dict() != before:
+                check_held(folder)
                 record.save(path)
             return record
 
@@ -225,6 +226,7 @@ class Job:
                     check_held(folder)
                     record.save(folder / RECORD)
                 raise
+            check_held(folder)
             record.save(folder / RECORD)
         learner.finish()
 
