@@ -28,7 +28,7 @@ from holdfast.experiments.settings import Settings
 
 VERBS = (
     "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -66,7 +66,9 @@ OPTIONS = {
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
-    "compare": f"--tasks --recipes --flat --seeds --workers --reference --lm-eval {TRAINING}",
+    "compare": f"""--tasks --recipes --flat --seeds --reference --lm-eval --workers --engine
+        --address --partition --time --jobs --cpus --gpus --only {TRAINING}""",
+    "plan": "work",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",

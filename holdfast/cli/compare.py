@@ -8,9 +8,11 @@ from typing import Any
 
 from holdfast.cli.options import (
     RECIPE_HELP,
+    add_engine,
     add_probe,
     add_settings,
     add_tasks,
+    asked_engine,
     asked_tasks,
     given,
     show,
@@ -33,14 +35,15 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="controls: plain at these learning rates too; the best of all plain runs is what "
         "recipes are measured against")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    add("--workers", type=int, default=1, help="processes of one thread each")
     add_settings(parser, without=["alone"])
     add_probe(parser)
+    add_engine(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
     tasks = asked_tasks(chosen.tasks, chosen)
     from holdfast.experiments.compare import compare
+    from holdfast.experiments.engines import Partly
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
     from holdfast.report import comparison_table, run_rows, write_csv, write_report
@@ -56,11 +59,14 @@ def run(chosen: argparse.Namespace) -> None:
         if label in recipes or (rate == usual and "plain" in recipes):
             raise Refused(f"plain runs at {rate} already", where="--flat")
         recipes[label] = (Recipe.named("plain"), {"lr": rate})
-    records = compare(
-        chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
-        workers=chosen.workers, reference=chosen.reference, lm_eval=chosen.lm_eval,
-        **given(chosen),
-    )  # fmt: skip
+    try:
+        records = compare(
+            chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
+            engine=asked_engine(chosen), reference=chosen.reference, lm_eval=chosen.lm_eval,
+            **given(chosen),
+        )  # fmt: skip
+    except Partly:
+        return
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)
     page = write_report(records, chosen.out / "report.html")

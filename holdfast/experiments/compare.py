@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from holdfast.errors import Refused
-from holdfast.experiments.processes import check_workers, spread
+from holdfast.experiments.engines import Engine, carry_out
+from holdfast.experiments.engines.local import Local
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import run_sequence
 from holdfast.experiments.settings import Settings
@@ -27,6 +24,7 @@ def compare(
     seeds: Sequence[int],
     out: str | Path,
     workers: int = 1,
+    engine: Engine | None = None,
     progress: bool = True,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
@@ -35,11 +33,13 @@ def compare(
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
-    kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
+    kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each; another
+    engine carries them out elsewhere, see `holdfast.experiments.engines`. Several calls at once, on
+    one machine or several that share `out`, divide the runs among them.
     reference, lm_eval: general ability, as `run_sequence` measures it. Returns the records by
     label, then by seed.
     """
-    check_workers(workers)
+    chosen: Engine = engine or Local(workers)
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")
     folders = {label: Path(out) / slug(label) for label in recipes}
@@ -64,13 +64,4 @@ def compare(
     ]
     for _, own in recipes.values():  # refuse bad settings before any run, not after some
         Settings.from_dict({**settings, **own})
-    if workers == 1:
-        return [run_sequence(**job) for job in jobs]
-    records: dict[int, Record] = {}
-    made = spread([partial(run_sequence, **job) for job in jobs], workers, where=str(out))
-    with closing(made), tqdm(total=len(jobs), unit="run", disable=not progress) as bar:
-        for number, record in made:
-            records[number] = record
-            bar.set_postfix_str(jobs[number]["label"], refresh=False)
-            bar.update()
-    return [records[i] for i in range(len(jobs))]
+    return carry_out(run_sequence, jobs, chosen, where=out, progress=progress)

@@ -201,8 +201,8 @@ def check_held(folder: Path) -> None:
     """
     if folder in _held and _held[folder].held():
         return
-    number = lease.newest(folder)
-    if number and (owner := lease.holder(folder, number)) is not None:
+    if number := lease.newest(folder):
+        owner = lease.holder(folder, number) or "another process"
         raise Busy(f"was taken over by {owner}: this process was not heard from",
                    where=str(folder), remedy="it goes on there")  # fmt: skip
     raise Refused("was deleted while it was worked on", where=str(folder),
