@@ -44,6 +44,7 @@ def run(chosen: argparse.Namespace) -> None:
     tasks = asked_tasks(chosen.tasks, chosen)
     from holdfast.experiments.compare import compare
     from holdfast.experiments.engines import Partly
+    from holdfast.experiments.engines.plan import Only, Plan
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
     from holdfast.report import comparison_table, run_rows, write_csv, write_report
@@ -59,13 +60,16 @@ def run(chosen: argparse.Namespace) -> None:
         if label in recipes or (rate == usual and "plain" in recipes):
             raise Refused(f"plain runs at {rate} already", where="--flat")
         recipes[label] = (Recipe.named("plain"), {"lr": rate})
+    engine = asked_engine(chosen)
     try:
         records = compare(
             chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
-            engine=asked_engine(chosen), reference=chosen.reference, lm_eval=chosen.lm_eval,
+            engine=engine, reference=chosen.reference, lm_eval=chosen.lm_eval,
             **given(chosen),
         )  # fmt: skip
     except Partly:
+        return
+    if isinstance(engine, Plan | Only):  # nothing was left to do
         return
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)
