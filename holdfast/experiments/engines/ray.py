@@ -64,8 +64,8 @@ class Ray:
                 raise Refused(f"no Ray answers ({str(why).splitlines()[0]})",
                               where=f"--address {self.address}") from None  # fmt: skip
             return
-        # Who may send tasks runs code: nobody from elsewhere, and here who knows the token.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # Who may send tasks runs code: nobody from elsewhere, and here who knows the token, which a
+        # Ray of one's own asks for by default.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
 
