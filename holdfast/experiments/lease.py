@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy
+from holdfast.errors import Busy, tell_once
 from holdfast.training import stopping
 
 LEASE = "lease"
@@ -142,10 +142,11 @@ def take_patiently(folder: Path) -> Lease:
     while True:
         try:
             return take(folder)
-        except Busy:
+        except Busy as busy:
             told = _read(_path(folder, newest(folder)))[1]
             if (_here(told) and told.get("locked")) or watch.alive(folder) or looked > 2 * STALE:
                 raise
+            tell_once(f"{folder}: {busy.what}; waiting for a sign of life")
         watch.free(folder)
         stopping.check()
         time.sleep(LOOK)

@@ -22,8 +22,6 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD
 from holdfast.training import stopping
 
-ATTEMPTS = 3  # processes that one job may cost
-
 
 class Job(NamedTuple):
     """A run to carry out. `work` can be pickled, and returns `Busy` where another holds it."""

@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.experiments.engines import ATTEMPTS, Job
+from holdfast.experiments.engines import Job
 from holdfast.experiments.processes import check_workers, spread
 
 
@@ -27,8 +27,7 @@ class Local:
         self, jobs: Sequence[Job], *, where: str
     ) -> Generator[tuple[int, Any], None, None]:
         if self.workers > 1:
-            work = [job.work for job in jobs]
-            yield from spread(work, self.workers, where=where, attempts=ATTEMPTS)
+            yield from spread([job.work for job in jobs], self.workers, where=where)
             return
         for number, job in enumerate(jobs):
             yield number, job.work()

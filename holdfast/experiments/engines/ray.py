@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import Busy, Refused
-from holdfast.experiments.engines import ATTEMPTS, Job
-from holdfast.experiments.processes import EVERY
+from holdfast.experiments.engines import Job
+from holdfast.experiments.processes import ATTEMPTS, EVERY
 from holdfast.training import stopping
 
 END = 60.0  # seconds that tasks have to finish their step and save

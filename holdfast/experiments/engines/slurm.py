@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Refused
-from holdfast.experiments.engines import ATTEMPTS, Job
-from holdfast.experiments.processes import EVERY
+from holdfast.experiments.engines import Job
+from holdfast.experiments.processes import ATTEMPTS, EVERY
 from holdfast.training import stopping
 
 FOLDER = "slurm"  # submitit's scripts and logs
