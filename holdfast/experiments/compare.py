@@ -28,6 +28,8 @@ def compare(
     progress: bool = True,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    tests: Mapping[str, Mapping[str, str]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
@@ -36,8 +38,8 @@ def compare(
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each; another
     engine carries them out elsewhere, see `holdfast.experiments.engines`. Several calls at once, on
     one machine or several that share `out`, divide the runs among them.
-    reference, lm_eval: general ability, as `run_sequence` measures it. Returns the records by
-    label, then by seed.
+    reference, lm_eval, tests, protocol: as of `run_sequence`. Returns the records by label, then by
+    seed.
     """
     chosen: Engine = engine or Local(workers)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -56,6 +58,8 @@ def compare(
             "progress": progress,
             "reference": reference,
             "lm_eval": lm_eval,
+            "tests": tests,
+            "protocol": protocol,
             **settings,
             **own,
         }

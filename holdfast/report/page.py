@@ -16,6 +16,7 @@ from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import Comparison, comparisons
 from holdfast.report.general import general, meaning
+from holdfast.report.protocol import ProtocolFacts, elsewhere, protocol_of
 from holdfast.report.sentences import noise_note, scenario_sentence, study_sentences
 from holdfast.report.words import DASH, clean, number, points, short, spread_text
 
@@ -39,6 +40,8 @@ class Section:
     exposures: list[str]
     synthetic: list[str]
     general: dict[str, dict[str, list[Spread]]]  # recipe -> measure -> before, after each task
+    protocol: ProtocolFacts | None
+    elsewhere: dict[str, dict[str, dict[str, Spread]]]  # recipe -> task learned -> task tested
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Record]:
@@ -95,6 +98,8 @@ def render(records: Sequence[Record], title: str | None = None) -> str:
             exposures=_unique(run.body["exposure"] for run in study.runs),
             synthetic=[task.name for task in study.tasks if task.synthetic],
             general={g.label: found for g in study.groups if (found := general(g.runs))},
+            protocol=protocol_of(study),
+            elsewhere={g.label: away for g in study.groups if (away := elsewhere(g.runs))},
         )
         for study in comparisons(records)
     ]
@@ -129,6 +134,7 @@ def environment() -> Any:
         score=number,
         signed=lambda value: number(value, sign=True),
         points=points,
+        percent=lambda s: spread_text(Spread(*(v and 100 * v for v in s)), digits=1),
         spread=spread_text,
         signed_spread=lambda spread: spread_text(spread, sign=True),
         gap=_gap,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from holdfast.experiments.record import Record
 from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, run_facts
 from holdfast.report.general import general_lines
+from holdfast.report.protocol import elsewhere_lines
 from holdfast.report.sentences import noise_note
 from holdfast.report.words import DASH, clean, number, spread_text
 
@@ -51,7 +52,7 @@ def matrix_table(record: Record) -> Table:
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
         notes = ["mean " + " · ".join(words), "forgetting: positive is worse",
                  *([str(record.scenario)] if record.scenario else []), *notes]  # fmt: skip
-    notes += general_lines(facts)
+    notes += [*general_lines(facts), *elsewhere_lines([facts])]
     table.caption = Text("\n".join(note for note in notes if note))
     table.caption_justify = "left"
     return table
@@ -81,6 +82,7 @@ def _comparison(study: Comparison) -> Table:
         mark = " (control)" if group.control else ""
         table.add_row(Text(clean(group.label, width=40) + mark), *_cells(group, single))
     lines = ["± is the standard deviation over seeds", *study.warnings]
+    lines += [f"{clean(g.label)}, {line}" for g in study.groups for line in elsewhere_lines(g.runs)]
     if not single:
         lines.insert(1, "forgetting: positive is worse; vs control: new + old, paired by seed")
     table.caption = Text("\n".join(lines))

@@ -19,7 +19,7 @@ from sequences import files, told
 from holdfast import cli
 from holdfast.errors import Busy, Refused
 from holdfast.experiments import lease
-from holdfast.experiments.engines import Job, carry_out
+from holdfast.experiments.engines import Job, Partly, carry_out
 from holdfast.experiments.engines.local import Local
 from holdfast.experiments.engines.plan import Only
 from holdfast.experiments.engines.ray import Ray
@@ -137,10 +137,13 @@ def test_a_plan_has_one_command_a_run(
 
 
 def test_only_a_run_that_is_there(tmp_path: Path) -> None:
+    other = Only("5", tmp_path)
+    with pytest.raises(Partly):
+        carry_out(counted, jobs(tmp_path, 3), other, where=tmp_path)
     with pytest.raises(Refused, match="5 is none of the runs"):
-        carry_out(counted, jobs(tmp_path, 3), Only("5"), where=tmp_path)
+        other.end()
     with open_run(tmp_path / "1", {}), pytest.raises(Busy):
-        carry_out(counted, jobs(tmp_path, 3), Only("1"), where=tmp_path)
+        carry_out(counted, jobs(tmp_path, 3), Only("1", tmp_path), where=tmp_path)
     assert not times(tmp_path)
 
 
