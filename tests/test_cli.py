@@ -30,7 +30,7 @@ from holdfast.experiments.settings import Settings
 
 VERBS = (
     "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -69,7 +69,9 @@ OPTIONS = {
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
-        --workers --reference --lm-eval --report-to {TRAINING}""",
+        --reference --lm-eval --report-to --workers --engine --address --partition --time --jobs
+        --cpus --gpus --only {TRAINING}""",
+    "plan": "work",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",

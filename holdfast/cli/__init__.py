@@ -30,7 +30,7 @@ from holdfast.training import stopping
 
 VERBS = (
     "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 GROUP = "holdfast.verbs"
 # What other trainers call our options.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     goes_on, resumes = "the same command goes on from the last checkpoint", False
     try:
-        chosen = build_parser(words[:1]).parse_args(words)
+        chosen = build_parser(words[:1]).parse_args(words, argparse.Namespace(words=words))
         resumes = chosen.verb.RESUMES
         if getattr(chosen, "trust_code", False):
             from holdfast.tasks.program import trust_all

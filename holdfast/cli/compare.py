@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from holdfast.cli.options import (
     RECIPE_HELP,
+    add_engine,
     add_loggers,
     add_probe,
     add_settings,
     add_tasks,
+    asked_engine,
     asked_tasks,
     given,
     show,
@@ -39,10 +42,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--rates", nargs=2, type=float, metavar=("LOW", "HIGH"),
         help="the rates that tuning runs try (a tenth of --lr to 2.5 times it)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    add("--workers", type=int, default=1, help="processes of one thread each")
     add_settings(parser, without=["alone"])
     add_loggers(parser)
     add_probe(parser)
+    add_engine(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -55,6 +58,8 @@ def run(chosen: argparse.Namespace) -> None:
     else:
         sequences, settings, told = protocol(chosen)
     from holdfast.experiments.compare import compare
+    from holdfast.experiments.engines import Partly
+    from holdfast.experiments.engines.plan import Only, Plan
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
     from holdfast.report import comparison_table, run_rows, write_cards, write_csv, write_report
@@ -73,13 +78,18 @@ def run(chosen: argparse.Namespace) -> None:
         if label in recipes or (rate == usual and "plain" in recipes):
             raise Refused(f"plain runs at {rate} already", where="--flat")
         recipes[label] = (Recipe.named("plain"), {"lr": rate})
-    records = []
+    engine, records = asked_engine(chosen), []
     for tasks, out, more in sequences:
-        records += compare(
-            chosen.model, tasks, recipes, seeds=chosen.seeds, out=out, workers=chosen.workers,
-            reference=chosen.reference, lm_eval=chosen.lm_eval, report_to=chosen.report_to,
-            budget=chosen.budget, rates=chosen.rates, **more, **settings,
-        )  # fmt: skip
+        with suppress(Partly):
+            records += compare(
+                chosen.model, tasks, recipes, seeds=chosen.seeds, out=out, engine=engine,
+                reference=chosen.reference, lm_eval=chosen.lm_eval, report_to=chosen.report_to,
+                budget=chosen.budget, rates=chosen.rates, **more, **settings,
+            )  # fmt: skip
+    if isinstance(engine, Only):
+        engine.end()
+    if isinstance(engine, Plan | Only):  # of a part no table is made
+        return
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)
     page = write_report(records, chosen.out / "report.html")

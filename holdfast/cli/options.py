@@ -10,6 +10,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
+from holdfast.errors import Refused
+
 if TYPE_CHECKING:
     from holdfast.config import Checked
 
@@ -109,6 +111,46 @@ def add_loggers(parser: argparse.ArgumentParser) -> None:
         help="loggers of Transformers that get scores, forgetting and rates too: tensorboard, "
         "mlflow, wandb, trackio, …",
     )  # fmt: skip
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Where many runs are carried out."""
+    add = group(parser, "where it runs").add_argument
+    add("--workers", type=int, metavar="N",
+        help="processes of one thread each, on this machine (1)")  # fmt: skip
+    add("--engine", choices=["local", "ray", "slurm"], default="local",
+        help="local (these processes), ray or slurm; `holdfast plan` is for any other")  # fmt: skip
+    add("--address", help="of a Ray cluster (one of its own, on this machine)")
+    add("--partition", help="of Slurm")
+    add(
+        "--time",
+        metavar="H:MM:SS",
+        help="Slurm's limit of a job, after which it is renewed (4:00:00)",
+    )
+    add("--jobs", type=int, metavar="N", help="at once, of Slurm (20)")
+    add("--cpus", type=float, help="of a run, for ray and slurm (1)")
+    add("--gpus", type=float, help="of a run, for ray and slurm; ray shares a half (0)")
+    add("--only", metavar="RUN", help="carry out one run that `holdfast plan` listed, and no more")
+
+
+def asked_engine(chosen: argparse.Namespace) -> Any:
+    """The engine of the options above."""
+    from holdfast.experiments.engines import local, plan, ray, slurm
+
+    if getattr(chosen, "planned", False):
+        return plan.Plan(chosen.words[1:], chosen.out)
+    if chosen.only is not None:
+        return plan.Only(chosen.only, chosen.out)
+    made = {"local": local.Local, "ray": ray.Ray, "slurm": slurm.Slurm}[chosen.engine]
+    known = {field.name for field in fields(made)}
+    asked = {}
+    for name in ("workers", "address", "partition", "time", "jobs", "cpus", "gpus"):
+        if (value := getattr(chosen, name)) is None:
+            continue
+        if name not in known:
+            raise Refused(f"is no option of the engine {chosen.engine}", where=f"--{name}")
+        asked[name] = value
+    return made(**asked)
 
 
 def add_settings(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -74,6 +76,19 @@ class History(TrainerCallback):
         self.learner.note_time()
         check_held(self.learner.folder)
         self.learner.record.save(self.learner.folder / RECORD)
+
+
+class Held(TrainerCallback):
+    """Ends training in a folder that another process took over, before anything is saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # Who was paused for long enough to be taken for dead asks at the end of that very step.
+        if time.monotonic() - self.asked > 1:
+            check_held(self.folder)
+            self.asked = time.monotonic()
 
 
 class Bar(TrainerCallback):

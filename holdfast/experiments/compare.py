@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments import tuning
-from holdfast.experiments.processes import check_workers, spread
+from holdfast.experiments.engines import Engine, carry_out, finished
+from holdfast.experiments.engines.local import Local
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import DIVERGED, RECORD, digest, drop_weights
 from holdfast.experiments.sequence import Arm, run_sequence
@@ -48,6 +46,7 @@ def compare(
     seeds: Sequence[int],
     out: str | Path,
     workers: int = 1,
+    engine: Engine | None = None,
     progress: bool = True,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
@@ -61,7 +60,9 @@ def compare(
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
-    kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
+    kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each; another
+    engine carries them out elsewhere, see `holdfast.experiments.engines`. Several calls at once, on
+    one machine or several that share `out`, divide the runs among them.
     reference, lm_eval, report_to, tests, protocol: as of `run_sequence`. Returns the records by
     label, then by seed.
 
@@ -70,7 +71,7 @@ def compare(
     selection rows is trained anew with `seeds`. rates: the lowest and the highest rate to try
     (a tenth of `lr`, 2.5 times `lr`).
     """
-    check_workers(workers)
+    chosen: Engine = engine or Local(workers)
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")
     out, recipes = Path(out), dict(recipes)
@@ -98,7 +99,7 @@ def compare(
                 "report_to": report_to, "tests": tests, "protocol": protocol,
                 **settings, **own}  # fmt: skip
 
-    do = partial(_done, workers=workers, progress=progress)
+    do = partial(_done, engine=chosen, where=out, progress=progress)
     arms: dict[str, Arm] = {}
     if budget is not None:
         usual, below = Settings.from_dict(settings).lr, out / TUNING
@@ -148,22 +149,13 @@ def _same(recipes: Recipes, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _done(
-    what: Callable[..., Any], jobs: list[Job], folder: Path, *, workers: int, progress: bool
-) -> list[Any]:
+    what: Callable[..., Any], jobs: list[Job], folder: Path, *,
+    engine: Engine, where: Path, progress: bool,
+) -> list[Any]:  # fmt: skip
     """`what` of each job, after the first tasks that several of them share, kept in `folder`."""
     firsts, jobs = _shared(jobs, folder / FIRST)
-    results: dict[int, Any] = {}
-    for few in (firsts, jobs):
-        if workers == 1 or not few:
-            results = {i: what(**job) for i, job in enumerate(few)}
-            continue
-        made = spread([partial(what, **job) for job in few], workers, where=str(folder))
-        with closing(made), tqdm(total=len(few), unit="run", disable=not progress) as bar:
-            for number, result in made:
-                results[number] = result
-                bar.set_postfix_str(few[number]["label"], refresh=False)
-                bar.update()
-    return [results[i] for i in range(len(jobs))]
+    carry_out(what, firsts, engine, where=where, progress=progress)
+    return carry_out(what, jobs, engine, where=where, progress=progress)
 
 
 def _tried(**job: Any) -> float | None:
@@ -194,7 +186,7 @@ def _shared(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Job]]:
     kept: dict[Path, Job] = {}
     made = []
     for job, first in zip(jobs, firsts, strict=True):
-        if first is None or (wanted.count(first["out"]) == 1 and not _ended(first["out"])):
+        if first is None or (wanted.count(first["out"]) == 1 and not finished(first["out"])):
             made.append(job)
             continue
         kept[first["out"]] = first
@@ -222,10 +214,3 @@ def _first(job: Job, folder: Path) -> Job | None:
                   "out": folder / key / f"seed-{job['seed']}",
                   "label": f"first task · seed {job['seed']}",
                   "arm": Arm(scored=job["arm"].scored, notes={"serves": FIRST})}  # fmt: skip
-
-
-def _ended(folder: Path) -> bool:
-    try:
-        return Record.load(folder / RECORD).status == "done"
-    except Refused:
-        return False

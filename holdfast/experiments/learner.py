@@ -18,10 +18,11 @@ from transformers import PrinterCallback, TrainerCallback
 from holdfast.engine.bound import Bound
 from holdfast.engine.peft import adapt, folded
 from holdfast.errors import Refused, TrainingDiverged, tell_once
-from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, History, drawn
+from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, Held, History, drawn
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.mix import mixed
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import check_held
 from holdfast.experiments.serving import finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
 from holdfast.network.parts import parts
@@ -230,6 +231,7 @@ class Learner:
             self._describe(model)  # with its adapters, and a head that may have grown
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(HeadNoted(self.record, trainer))
+        trainer.add_callback(Held(self.folder))
         for old in (m for m in self.models[:-1] if m is not model):
             trainer.accelerator.prepare_model(old, evaluation_mode=True)
         checkpoint = newest_complete(
@@ -253,6 +255,7 @@ class Learner:
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
         for measure in self.probes:
             measure(self, index)
+        check_held(self.folder)
         if self.keeps(self, index):
             self.keep(index)
         shutil.rmtree(self.training(index), ignore_errors=True)

@@ -8,25 +8,26 @@ differs.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from holdfast.errors import Busy, Refused
+from holdfast.experiments import lease
 from holdfast.experiments.record import Record
 from holdfast.experiments.settings import defaults
 from holdfast.files import differences, write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
-CONFIG, LEASE, RECORD, FINAL = "run.json", "lease", "record.json", "final"
+CONFIG, RECORD, FINAL = "run.json", "record.json", "final"
 DIVERGED = "diverged"  # a file in a run's folder that says how it ended
+
+_held: dict[Path, lease.Lease] = {}  # by this process
 
 
 def digest(config: Mapping[str, Any]) -> str:
@@ -40,22 +41,24 @@ def digest(config: Mapping[str, Any]) -> str:
 def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
     """Hold a run's folder for as long as the block lasts.
 
-    Raises `Refused` where another live process holds it, where it belongs to another
+    Raises `Busy` where another live process holds it; `Refused` where it belongs to another
     configuration, where a link lies in it, or where it cannot be written.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_links(folder)
-        lease = _take_lease(folder)
+        held = lease.take_patiently(folder)
     except OSError as error:
         raise Refused(f"cannot be written: {error.strerror}", where=str(folder),
                       remedy="choose another --out") from None  # fmt: skip
+    _held[folder] = held
     try:
         _check_config(folder, json.loads(json.dumps(config)))
         yield folder
     finally:
-        lease.close()
+        _held.pop(folder, None)
+        held.release()
 
 
 def _refuse_links(folder: Path) -> None:
@@ -170,48 +173,31 @@ def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
 
 
 def _status(folder: Path) -> str:
-    """Whether a process holds the folder, asked without writing into it."""
+    """Whether a process holds the folder, asked without writing into it.
+
+    Of another host's by the time of its last sign of life, for which clocks must agree.
+    """
     try:
-        handle = os.open(folder / LEASE, os.O_RDONLY | os.O_NOFOLLOW)
+        number = lease.newest(folder)
+        if not number or lease.holder(folder, number) is None:
+            return "stopped"
+        silent = time.time() - (folder / f"{lease.LEASE}.{number}").stat().st_mtime
     except OSError:
         return "stopped"
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "at work"
-    finally:
-        os.close(handle)
-    return "stopped"
-
-
-def _take_lease(folder: Path) -> IO[str]:
-    """Lock the lease file and sign it; the system releases it when this process ends."""
-    # A link planted here is not followed: its target would be truncated.
-    handle = os.open(folder / LEASE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    file = open(handle, "r+", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise Busy(f"is being worked on by {owner}", where=str(folder),
-                   remedy="wait for it, or choose another --out") from None  # fmt: skip
-    file.truncate(0)
-    file.write(f"{_signature()} on {socket.gethostname()} since {time.ctime()}")
-    file.flush()
-    return file
-
-
-def _signature() -> str:
-    return f"process {os.getpid()}"
+    return "at work" if silent < lease.STALE else "stopped"
 
 
 def check_held(folder: Path) -> None:
-    """Refuse to go on where a run's folder was deleted: by now another process may hold it."""
-    with contextlib.suppress(OSError):
-        if (folder / LEASE).read_text(encoding="utf-8").startswith(f"{_signature()} "):
-            return
+    """Refuse to write into a run's folder that is ours no longer: `Busy` if it was taken over.
+
+    A process that was paused may have been taken for dead; or the folder was deleted.
+    """
+    if folder in _held and _held[folder].held():
+        return
+    if number := lease.newest(folder):
+        owner = lease.holder(folder, number) or "another process"
+        raise Busy(f"was taken over by {owner}: this process was not heard from",
+                   where=str(folder), remedy="it goes on there")  # fmt: skip
     raise Refused("was deleted while it was worked on", where=str(folder),
                   remedy="remove what is left of it and start again")  # fmt: skip
 

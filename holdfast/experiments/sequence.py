@@ -228,6 +228,7 @@ class Job:
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
             if record.to_dict() != before:
+                check_held(folder)
                 record.save(path)
             return record
 
@@ -297,6 +298,7 @@ class Job:
                         check_held(folder)
                         record.save(folder / RECORD)
                     raise
+                check_held(folder)
                 record.save(folder / RECORD)
                 loggers.tell()
         learner.finish()

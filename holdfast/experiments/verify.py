@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, LEASE, RECORD
+from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.files import check_seal, no_archive, parse_json
 from holdfast.training.manifest import MANIFEST, damage, step_of
 
@@ -78,7 +78,7 @@ def _below(path: Path) -> Iterator[tuple[Path, Kind]]:
             if name in names:
                 yield here / name, _json
                 count += 1
-        if RECORD in names and CONFIG not in names and {LEASE, "tasks"} & {*folders, *files}:
+        if RECORD in names and CONFIG not in names and "tasks" in folders:
             yield here / CONFIG, _gone
     if not count:
         raise Refused("holds no checkpoint, run or record", where=str(path),

@@ -94,9 +94,9 @@ def render(record: Record, folder: Path, *, task: str | None, license: str | Non
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     run = run_facts(record)
-    environment = Environment(  # noqa: S701  Markdown, which `finalize` escapes
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=False,
+        autoescape=False,  # noqa: S701  `finalize` escapes Markdown
         finalize=lambda value: value if isinstance(value, Markup) else markdown(value),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ from sequences import files, run, told
 from transformers import AutoModelForSequenceClassification
 
 from holdfast import Recipe, Refused, Replay
-from holdfast.experiments import learner
+from holdfast.errors import Busy
+from holdfast.experiments import learner, lease
 from holdfast.experiments.record import Record
 from holdfast.training import checkpoints, manifest, saving
 
@@ -227,6 +229,32 @@ def test_a_deleted_run_is_not_made_up_anew(
     with pytest.raises(Refused, match="run: was deleted while it was worked on"):
         run(place, out, topics=("mood",), recipe="plain")
     assert not out.exists()
+
+
+def test_a_run_that_was_taken_over_saves_nothing_more(
+    place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a process that was paused for so long that it was taken for dead."""
+    original, steps = learner.Trainer.training_step, list[int]()
+    before: dict[Path, bytes] = {}
+
+    def contents() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def paused(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 15 + 7:  # in step 12, which ends with a checkpoint
+            lease.take(tmp_path, over=1).release()
+            before.update(contents())
+            time.sleep(1.1)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Busy, match="taken over"):
+        patch.setattr(learner.Trainer, "training_step", paused)
+        run(place, tmp_path, seed=5)
+    assert contents() == before and len(steps) == 15 + 8
+    run(place, tmp_path, seed=5)
+    assert files(tmp_path) == files(whole) and told(tmp_path) == told(whole)
 
 
 def test_seconds_add_up_over_processes(

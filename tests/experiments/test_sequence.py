@@ -83,7 +83,7 @@ def test_the_record_reads_what_the_checkpoints_predict(place: Path, whole: Path)
 def test_nothing_but_results_is_left(whole: Path) -> None:
     assert sorted(p.name for p in whole.iterdir()) == [
         "final",
-        "lease",
+        "lease.1",
         "record.json",
         "run.json",
         "tasks",

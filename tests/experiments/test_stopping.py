@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from transformers import Trainer
 
 from holdfast import cli
 from holdfast.cli import demo
-from holdfast.experiments import learner, sequence
+from holdfast.experiments import learner, lease, sequence
 from holdfast.experiments.record import Record
 from holdfast.training import saving
 from holdfast.training.manifest import damage, newest_complete
@@ -142,13 +141,9 @@ def compared(place: Path, out: Path) -> None:
     sys.exit(cli.main(["demo"]))
 
 
-def held(lease: Path) -> bool:
-    with lease.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+def holder(folder: Path) -> str | None:
+    """Who holds a run, such as `process 7 on …`."""
+    return lease.holder(folder, lease.newest(folder))
 
 
 @pytest.mark.parametrize(
@@ -175,8 +170,8 @@ def test_workers_save_and_end_with_the_first_process(
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < end
             time.sleep(0.02)
-        workers = [int((r / "lease").read_text().split()[1]) for r in runs]
-        assert all(held(r / "lease") for r in runs) and process.pid not in workers
+        workers = [int(str(holder(r)).split()[1]) for r in runs]
+        assert process.pid not in workers
         (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -191,7 +186,7 @@ def test_workers_save_and_end_with_the_first_process(
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     for home in runs:
-        assert not held(home / "lease")
+        assert holder(home) is None
         checkpoints = list((home / "tasks").glob("*.training/checkpoint-*"))
         assert checkpoints and not [c for c in checkpoints if damage(c)]
         assert Record.load(home).status == "running"

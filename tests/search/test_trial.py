@@ -130,7 +130,7 @@ def test_weights_do_not_fill_the_disk(plan: Plan, tmp_path: Path) -> None:
     assert end.value.steps == 18 + 6
     for folder in ("0", "1"):
         assert {p.name for p in (tmp_path / folder).iterdir()} == {
-            "lease", "record.json", "run.json",
+            "lease.1", "record.json", "run.json",
         }  # fmt: skip
 
 

@@ -1,0 +1,102 @@
+"""Ray: a task a run, on this machine or on a cluster whose nodes share the runs' folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.errors import Busy, Refused
+from holdfast.experiments.engines import Job
+from holdfast.experiments.processes import ATTEMPTS, EVERY
+from holdfast.training import stopping
+
+END = 60.0  # seconds that tasks have to finish their step and save
+
+
+@dataclass(frozen=True)
+class Ray:
+    """address: of a cluster (without: a Ray of its own, which only this machine reaches). cpus,
+    gpus: of one run; 0.5 GPUs let two runs share one."""
+
+    address: str | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+    drawn = True
+
+    def __call__(
+        self, jobs: Sequence[Job], *, where: str
+    ) -> Generator[tuple[int, Any], None, None]:
+        try:
+            import ray
+        except ImportError:
+            raise Refused("is not installed", where="--engine ray",
+                          remedy="pip install 'holdfast[ray]'") from None  # fmt: skip
+        self._begin(ray)
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_carry)
+        threads = max(1, int(self.cpus))
+        open_ = {task.remote(job.work, os.getcwd(), threads): i for i, job in enumerate(jobs)}
+        try:
+            while open_:
+                ended, _ = ray.wait(list(open_), timeout=EVERY)
+                stopping.check()
+                for each in ended:
+                    error, result = self._result(ray, each, where)
+                    if error is not None:
+                        raise error
+                    yield open_.pop(each), result
+        finally:
+            for each in open_:
+                ray.cancel(each, force=False)
+            if open_:
+                ray.wait(list(open_), num_returns=len(open_), timeout=END)
+            ray.shutdown()
+
+    def _begin(self, ray: Any) -> None:
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        if self.address is not None:
+            try:
+                ray.init(address=self.address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as why:
+                raise Refused(f"no Ray answers ({str(why).splitlines()[0]})",
+                              where=f"--address {self.address}") from None  # fmt: skip
+            return
+        # Who may send tasks runs code: nobody from elsewhere, and here who knows the token, which a
+        # Ray of one's own asks for by default.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+
+    @staticmethod
+    def _result(ray: Any, ended: Any, where: str) -> tuple[Exception | None, Any]:
+        try:
+            found: tuple[Exception | None, Any] = ray.get(ended)
+        except ray.exceptions.RayError as why:
+            raise Refused("its processes were ended too often, or could not begin "
+                          f"({type(why).__name__})", where=where,
+                          remedy="the same command goes on; where memory is short, with more "
+                          "--cpus a run") from None  # fmt: skip
+        return found
+
+
+def _carry(work: Callable[[], Any], folder: str, threads: int) -> tuple[Exception | None, Any]:
+    """Do one job in a worker of Ray: an error and the result, one of them None."""
+    import torch
+
+    try:
+        os.chdir(folder)  # which relative names are of
+    except OSError:
+        return Refused("is not on this node", where=folder, remedy="share the folder"), None
+    torch.set_num_threads(threads)
+    # Ray cancels a task by what stands for Ctrl-C, and ends a node's workers by SIGTERM.
+    restore = stopping.install(only=(signal.SIGTERM, signal.SIGINT), patient=True)
+    try:
+        return None, work()
+    except stopping.Stopped:
+        return None, Busy("was stopped", where=folder)
+    except (Refused, OSError) as error:
+        return error, None
+    finally:
+        restore()
