@@ -21,6 +21,7 @@ from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, History, drawn
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.mix import mixed
+from holdfast.experiments.movement import movement
 from holdfast.experiments.record import Record
 from holdfast.experiments.serving import finish, models_in, save, shared_weights
 from holdfast.experiments.settings import Settings
@@ -240,6 +241,8 @@ class Learner:
         if index and any(m.changes_weights for m in self.recipe.methods):
             self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
+        if self.loaded is None:  # a search keeps no weights
+            self.record.movement[task.name] = movement(self, index)
         self.note(index, steps=steps, skipped=skipped)
 
     def note(self, index: int, *, steps: int, skipped: int) -> None:

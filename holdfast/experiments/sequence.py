@@ -291,6 +291,7 @@ def describe(task: Task) -> dict[str, Any]:
         "metric": task.metric,
         "labels": None if task.labels is None else list(task.labels),
         "rows": task.rows,
+        "classes": task.classes,
         "hash": task.hash,
         "evaluation_hash": task.evaluation_hash,
         "pairs": task.pairs,
