@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := holdfast tests benchmarks examples
 
-.PHONY: demo test test-slow check wheel clean
+.PHONY: demo test test-slow check wheel results docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/holdfast demo --out runs/demo
@@ -24,6 +24,14 @@ wheel: .venv/dev.stamp
 		'import holdfast; assert "build/wheel/site" in holdfast.__file__, holdfast.__file__' \
 		&& ../../$(BIN)/python -m pytest -c ../../pyproject.toml \
 		../../tests/test_public.py ../../tests/report ../../tests/tasks/test_labels.py
+
+# A site of the documents and docstrings in build/docs; a link that leads nowhere is an error.
+docs: .venv/dev.stamp
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
+
+# Every figure of the documents: its command, and the hours it took where they were kept.
+results: .venv/demo.stamp
+	@$(BIN)/python benchmarks/results.py
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check $(SOURCES)

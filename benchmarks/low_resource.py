@@ -8,8 +8,7 @@ short list of rates; the one with the best mean score on selection rows, over th
 on evaluation rows, a task and size at a time. The JSON also records progress: the same command runs
 what it does not hold yet, seed by seed. Beside it: tables (.md) and a picture (.svg).
 
-A run has failed where its score is no better than that of a constant answer (accuracy: the most
-frequent class; F1: always yes; a correlation: .05).
+A run has failed where its score is no better than that of one answer for all rows.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from results import need_data
 from torch import nn
 
 from holdfast import PEFT, Recipe
+from holdfast.experiments.sequence import describe
 from holdfast.methods import METHODS
 
 GLUE = ("mrpc", "rte", "cola", "stsb", "trec6", "sst2")
@@ -104,7 +104,8 @@ class LowResource(Bench):
         if folder in DOMAIN:
             found["elsewhere"] = {other: self.elsewhere(model, other, seed) for other in ELSEWHERE}
         return {"task": name, "seed": seed, "arm": arm, "lr": lr, "score": found["scores"][0][0],
-                "selection": found["selection"][0][0], "constant": constant(task(name, seed)),
+                "selection": found["selection"][0][0],
+                "constant": describe(task(name, seed))["constant"],
                 **{k: found[k] for k in found.keys() & {"elsewhere"}},
                 "commit": self.commit, "seconds": seconds}  # fmt: skip
 
@@ -128,17 +129,6 @@ def undropped(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def constant(found: Any) -> float:
-    """The best score of a constant answer on the evaluation rows; .05 for correlations."""
-    labels = [row.label for row in found.evaluation]
-    if found.metric == "accuracy":
-        return max(labels.count(label) for label in {*labels}) / len(labels)
-    if found.metric == "f1":
-        share = labels.count(1) / len(labels)
-        return 2 * share / (1 + share)
-    return 0.05
 
 
 def main() -> int:

@@ -47,6 +47,18 @@ def save(path: Path, found: dict[str, Any], told: str) -> dict[str, Any]:
     return body
 
 
+def listed(folder: Path) -> list[tuple[str, float | None, list[str]]]:
+    """Each result: its name, the hours that its runs took in all, the commands that make it."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        body = json.loads(path.read_text(encoding="utf-8"))
+        commands = [body["command"]] if "command" in body else [p["command"] for p in body["pairs"]]
+        each = [body.get("seconds", 0), *(run.get("seconds", 0) for run in body.get("runs", ()))]
+        spent = sum(sum(s) if isinstance(s, list) else s for s in each)  # some by task
+        found.append((path.stem, spent / 3600 or None, commands))
+    return found
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table; floats to three places."""
     lines = [heads, ["---"] * len(heads), *rows]
@@ -74,3 +86,9 @@ def summary(
         "low": drawn[25],
         "high": drawn[974],
     }
+
+
+if __name__ == "__main__":
+    for name, hours, commands in listed(Path(__file__).parents[1] / "docs" / "results"):
+        told = "hours not kept" if hours is None else f"{hours:.2g} hours of one process"
+        print(f"{name}: {told}", *commands, sep="\n    ")

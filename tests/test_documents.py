@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import holdfast
 from holdfast.experiments.record import Record
 from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
@@ -120,6 +121,12 @@ def test_links_in_documents_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\.\. auto(?:class|function):: holdfast\.(\S+)$", page, re.M)
+    assert sorted(listed) == sorted(name for name in holdfast.__all__ if name != "__version__")
 
 
 def test_the_house_has_every_module_and_the_layers_that_are_checked() -> None:

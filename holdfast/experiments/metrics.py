@@ -9,10 +9,13 @@ itself, never 0. Higher scores are better.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 Cell = float | None
 Matrix = Sequence[Sequence[Cell]]
+Points = Sequence[tuple[float, float]]  # (new, old after) of each setting of a recipe
 
 
 def square(scores: Matrix) -> list[list[Cell]]:
@@ -53,6 +56,40 @@ def backward_transfer(scores: Matrix) -> Cell:
     rows = square(scores)
     last = len(rows) - 1
     return _mean([_minus(rows[last][j], rows[j][j]) for j in range(last)])
+
+
+def average_incremental(scores: Matrix) -> Cell:
+    """`mean_i mean_{j <= i} R[i][j]`: average incremental accuracy (Rebuffi et al. 2017)."""
+    return _mean([_mean(row[: i + 1]) for i, row in enumerate(square(scores))])
+
+
+def zero_shot_transfer(scores: Matrix, untrained: Sequence[Cell] | None) -> Cell:
+    """`mean_{j > 0} (R[j-1][j] - b[j])`: forward transfer of Lopez-Paz & Ranzato (2017).
+
+    untrained: b, the score on each task before anything was learned. It needs cells above the
+    diagonal, which a run with a head for each task does not measure: then None.
+    """
+    rows = square(scores)
+    if untrained is None:
+        return None
+    if len(untrained) != len(rows):
+        raise ValueError(f"{len(untrained)} untrained scores for {len(rows)} tasks")
+    return _mean([_minus(rows[j - 1][j], _cell(untrained[j])) for j in range(1, len(rows))])
+
+
+def minimum_old(history: Iterable[tuple[int, Sequence[Cell]]], tasks: int) -> Cell:
+    """`mean_{j < T-1} min of R_t[j] over all t after task j` (min-ACC, De Lange et al. 2023).
+
+    history: (task being learned, scores (T,)) of each time that was measured while training. What
+    the stability gap is seen by: far below the end where a task was lost and regained. None if an
+    old task was never measured while a later one was learned.
+    """
+    points = list(history)
+    lowest: list[Cell] = []
+    for j in range(tasks - 1):
+        later = [_cell(scores[j]) for learning, scores in points if learning > j]
+        lowest.append(min((value for value in later if value is not None), default=None))
+    return _mean(lowest)
 
 
 def forward_transfer(scores: Matrix, alone: Sequence[Cell] | None) -> Cell:
@@ -114,6 +151,99 @@ def summary(scores: Matrix, alone: Sequence[Cell] | None = None) -> dict[str, Ce
         "plasticity": plasticity(scores),
         "new_plus_old": new_plus_old(scores),
     }
+
+
+class Named(NamedTuple):
+    """A metric by the name that others use, with its formula: what it is divided by differs."""
+
+    name: str
+    formula: str
+    value: Cell
+
+
+def elsewhere(
+    scores: Matrix,
+    alone: Sequence[Cell] | None = None,
+    history: Iterable[tuple[int, Sequence[Cell]]] = (),
+) -> list[Named]:
+    """Metrics that papers print under one name with several meanings; T counts tasks."""
+    size = len(square(scores))
+    transfer = backward_transfer(scores)
+    by_all = None if transfer is None else transfer * (size - 1) / size
+    return [
+        Named("BWT / (T - 1)", "sum over old tasks of end - just learned, over T - 1", transfer),
+        Named("BWT / T", "the same sum, over T (SEEKR, SAPT, TRACE)", by_all),
+        Named("average incremental accuracy", "mean over stages of the mean over tasks so far",
+              average_incremental(scores)),
+        Named("minimum old score", "mean over old tasks of the lowest score while later ones were "
+              "learned (selection rows)", minimum_old(history, size)),
+        Named("forward transfer, beside alone", "mean over j > 1 of just learned - trained alone",
+              forward_transfer(scores, alone)),
+        Named("forward transfer, zero-shot", "mean over j > 1 of the score before it is learned - "
+              "the score untrained", zero_shot_transfer(scores, None)),
+    ]  # fmt: skip
+
+
+def front(points: Points) -> list[tuple[float, float]]:
+    """The points that none beats in both scores, by rising new score."""
+    best: list[tuple[float, float]] = []
+    for new, old in sorted(set(points), reverse=True):
+        if not best or old > best[-1][1]:
+            best.append((new, old))
+    return best[::-1]
+
+
+def kept_at(points: Points, new: float) -> Cell:
+    """The old score that is kept where the new task is learned to `new`: the height of the front.
+
+    Straight lines between the points of `front`, level before the first: a rate between two that
+    were run is taken to lie between them. None beyond the highest new score.
+    """
+    best = front(points)
+    if not best or new > best[-1][0] + 1e-12:
+        return None
+    for (low, before), (high, after) in pairwise(best):
+        if low < new < high:
+            return before + (after - before) * (new - low) / (high - low)
+    return next((old for score, old in best if score >= new), best[-1][1])
+
+
+def matched(mine: Points, theirs: Points) -> tuple[float, float] | None:
+    """The range of new scores that both reached, from and to; None where one has no points.
+
+    Where one begins above all that the other reached it is a point: what the lower one reached.
+    """
+    if not mine or not theirs:
+        return None
+    low = max(min(new for new, _ in points) for points in (mine, theirs))
+    high = min(max(new for new, _ in points) for points in (mine, theirs))
+    return min(low, high), high
+
+
+def area(points: Points, low: float, high: float) -> Cell:
+    """`∫ kept_at(x) dx` from low to high; None where `high` was not reached."""
+    if kept_at(points, high) is None:
+        return None
+    edges = [low, *(new for new, _ in front(points) if low < new < high), high]
+    heights = [kept_at(points, x) or 0.0 for x in edges]
+    corners = pairwise(zip(edges, heights, strict=True))
+    return math.fsum((b - a) * (left + right) / 2 for (a, left), (b, right) in corners)
+
+
+def kept_more(mine: Points, theirs: Points) -> Cell:
+    """Mean height of mine above theirs over the range of new scores that both reached.
+
+    The difference of the two `area`s over the length of the range, in units of the score; over a
+    range of one point, the difference there.
+    """
+    found = matched(mine, theirs)
+    if found is None:
+        return None
+    low, high = found
+    if high - low < 1e-12:
+        return _minus(kept_at(mine, high), kept_at(theirs, high))
+    above = _minus(area(mine, low, high), area(theirs, low, high))
+    return None if above is None else above / (high - low)
 
 
 def _cell(value: Cell) -> Cell:

@@ -280,8 +280,9 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
             if not isinstance(task.get(key) or [], list):
                 raise fault(f"{key} of task {task['name']!r}", "a list")
         rows = task.get("rows") or {}
-        if not isinstance(rows, dict) or not all(map(_number, rows.values())):
-            raise fault(f"rows of task {task['name']!r}", "a count for each split")
+        counts = [*rows.values(), task.get("constant")] if isinstance(rows, dict) else [""]
+        if not all(map(_number, counts)):
+            raise fault(f"rows or constant of task {task['name']!r}", "a count for each split")
     for key in ("scores", "selection_scores"):
         matrix = body.get(key)
         if matrix is not None and not (isinstance(matrix, list) and all(map(_cells, matrix))):
@@ -294,9 +295,9 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
     good = all(isinstance(p, dict) and all(map(_number, p.values())) for p in points)
     if not good or not isinstance(told.get("reference") or {}, dict):
         raise fault("general", "a number for each measure")
-    for moved in body.get("movement", {}).values():
-        far = moved.get("parts", {}) if isinstance(moved, dict) else None
-        more = [moved.get("changed"), moved.get("overlap")] if isinstance(far, dict) else [""]
+    for m in body.get("movement", {}).values():
+        far = m.get("parts", {}) if isinstance(m, dict) else None
+        more = [m.get("changed"), m.get("overlap")] if isinstance(far, dict) else [""]
         if not all(map(_number, [*more, *(far or {}).values()])):
             raise fault("movement", "a number for each part")
     for key in ("seconds", "steps", "skipped_steps"):
@@ -306,8 +307,7 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
         good = isinstance(point, dict) and _cells(point.get("scores") or [])
         if not good or not all(_number(point.get(k)) for k in ("learning", "step", "loss")):
             raise fault("history", "a list of scores by step")
-    rates = body.get("rates")
-    if rates is not None:
+    if (rates := body.get("rates")) is not None:
         curves = isinstance(rates, dict) and isinstance(rates.get("order"), list)
         if not curves or not _cells(rates.get("multiplier")):
             raise fault("rates", "multipliers by part")
@@ -377,10 +377,10 @@ def _plain(value: Any) -> Any:
     """JSON values only: numpy scalars and arrays, tuples and paths become plain, NaN is null."""
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float):  # most of a record
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, int):
         return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
     if isinstance(value, str):
         # a lone surrogate cannot be written as UTF-8
         return scrub(str(value)).encode("utf-8", "replace").decode("utf-8")

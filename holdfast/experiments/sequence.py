@@ -20,6 +20,7 @@ from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import kind_of, one_kind
 from holdfast.tasks.program import trust
+from holdfast.tasks.scores import constant_score
 
 if TYPE_CHECKING:
     from holdfast.experiments.probe import Probe
@@ -284,7 +285,9 @@ def load_tasks(
 
 
 def describe(task: Task) -> dict[str, Any]:
-    """What a record holds about a task."""
+    """What a record holds about a task; constant: the score of one answer for all its rows."""
+    labels = [row.label for row in task.evaluation]
+    classes = None if task.labels is None else len(task.labels)
     return {
         "name": task.name,
         "kind": task.kind,
@@ -292,6 +295,7 @@ def describe(task: Task) -> dict[str, Any]:
         "labels": None if task.labels is None else list(task.labels),
         "rows": task.rows,
         "classes": task.classes,
+        "constant": constant_score(task.metric, labels, classes) if labels else None,
         "hash": task.hash,
         "evaluation_hash": task.evaluation_hash,
         "pairs": task.pairs,

@@ -16,12 +16,23 @@ from holdfast.experiments.scenario import APART
 from holdfast.experiments.settings import defaults
 from holdfast.experiments.statistics import (
     Difference,
+    Repeats,
+    Scores,
     Spread,
     mean_spread,
-    noise,
     paired_difference,
+    repeats,
 )
-from holdfast.report.words import DASH, clean, short
+from holdfast.report import judge
+from holdfast.report.judge import Choice, FrontFacts, Judged, PooledFacts, pool
+from holdfast.report.run import RunFacts, TaskFacts, recipe_name, run_facts, run_label
+from holdfast.report.words import DASH, clean
+
+__all__ = [
+    "COLUMNS", "PAIRED", "Choice", "Comparison", "FrontFacts", "GroupFacts", "Judged",
+    "PooledFacts", "RunFacts", "TaskFacts", "comparisons", "is_control", "pool", "recipe_name",
+    "run_facts", "run_label",
+]  # fmt: skip
 
 CONTROL = "plain"
 _CONTROL = re.compile(CONTROL + r"(?:[\s@:_,(=-]+(?:lr[\s=_:-]*)?[\d.e+-]+\)?)?")
@@ -41,42 +52,6 @@ PAIRED = ("new", "old_after", "new_plus_old")
 
 
 @dataclass(frozen=True)
-class TaskFacts:
-    """One task of one run: a column of its matrix."""
-
-    name: str
-    metric: str
-    rows: dict[str, int | None]  # train, selection, evaluation
-    labels: list[str] | None
-    synthetic: bool
-    source: str | None
-    hash: str | None
-    learned: Cell  # just after learning it
-    final: Cell  # at the end of the sequence
-    forgetting: Cell
-    noise: Cell  # standard error of the final score
-    alone: Cell
-    seconds: Cell
-    steps: Cell
-    skipped: Cell
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """One record: its matrix with the noise of every cell, and what repeats it."""
-
-    label: str
-    tasks: list[TaskFacts]
-    scores: list[list[Cell]]
-    noise: list[list[Cell]]
-    metrics: dict[str, Cell]
-    warnings: list[str]
-    starts: list[float]  # step, counted over the sequence, at which each task began, if known
-    history: list[tuple[float, list[Cell]]]  # step over the sequence; scores (T,)
-    body: dict[str, Any]  # the record, cleaned of credentials
-
-
-@dataclass(frozen=True)
 class GroupFacts:
     """Runs that differ only in their seed."""
 
@@ -89,9 +64,12 @@ class GroupFacts:
     seeds: list[int | None]
     spread: dict[str, Spread]  # by COLUMNS
     points: dict[str, list[Cell]]  # by COLUMNS, one value a run
-    difference: dict[str, Difference]  # to the control, by PAIRED; empty where there is none
+    difference: dict[str, Difference]  # to the control, by PAIRED; empty where there is none; the
+    # interval of a recipe accounts for the choice of the control (see `judged`)
     mean_scores: list[list[Cell]]
     sd_scores: list[list[Cell]]
+    failed: int | None  # runs in which a task was not learned; None where no constant is known
+    judged: dict[str, Judged] = field(default_factory=dict)  # by PAIRED; empty for plain
 
 
 @dataclass(frozen=True)
@@ -104,32 +82,24 @@ class Comparison:
     control: str | None
     scenario: str | None  # of continual learning; None for a single task
     warnings: list[str] = field(default_factory=list)
+    choice: Choice | None = None  # of the control; None without one
+    fronts: list[FrontFacts] = field(default_factory=list)  # plain first; empty for a single task
+    repeats: dict[str, Repeats] = field(default_factory=dict)  # noise floor, by PAIRED; 0 pairs:
+    # not measured
+
+    @property
+    def main(self) -> str:
+        """The column that recipes are judged by."""
+        return "new" if len(self.tasks) == 1 else "new_plus_old"
+
+    @property
+    def nothing_learned(self) -> bool:
+        """Whether no run did better on any task than one answer for all rows."""
+        return all(run.learned and not any(run.learned) for run in self.runs)
 
     @property
     def runs(self) -> list[RunFacts]:
         return [run for group in self.groups for run in group.runs]
-
-
-def run_facts(record: Record, label: str | None = None) -> RunFacts:
-    body = record.to_dict()
-    scores = metrics.square(body["scores"])
-    size = len(scores)
-    starts, history = _history(body)
-    tasks = [_task(body, scores, j) for j in range(size)]
-    return RunFacts(
-        label=label or run_label(body),
-        tasks=tasks,
-        scores=scores,
-        noise=[
-            [noise(task.metric, row[j], task.rows["evaluation"]) for j, task in enumerate(tasks)]
-            for row in scores
-        ],
-        metrics=body["metrics"],
-        warnings=_run_warnings(body, tasks),
-        starts=starts,
-        history=history,
-        body=body,
-    )
 
 
 def comparisons(records: Sequence[Record]) -> list[Comparison]:
@@ -148,92 +118,6 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
         if others := [str(s) for k, s in studies if k == key and s != scenario]:
             study.warnings.append(f"Also here, learned as {' and '.join(others)}. {APART}")
     return found
-
-
-def run_label(body: dict[str, Any]) -> str:
-    """`dps, seed 0`."""
-    seed = body.get("seed")
-    return recipe_name(body) + ("" if seed is None else f", seed {seed}")
-
-
-def recipe_name(body: dict[str, Any]) -> str:
-    return clean(body["recipe"].get("name") or "no recipe")
-
-
-def _task(body: dict[str, Any], scores: list[list[Cell]], j: int) -> TaskFacts:
-    task = body["tasks"][j]
-    rows = {key: _count(task.get("rows"), key) for key in ("train", "selection", "evaluation")}
-    metric = clean(task.get("metric") or "score")
-    final = scores[-1][j]
-    labels = task.get("labels")
-
-    def at(key: str) -> Cell:
-        values = body[key]
-        return values[j] if j < len(values) else None
-
-    return TaskFacts(
-        name=clean(task["name"]),
-        metric=metric,
-        rows=rows,
-        labels=[clean(label) for label in labels] if isinstance(labels, list) else None,
-        synthetic=bool(task.get("synthetic")),
-        source=clean(task["source"]) if task.get("source") else None,
-        hash=clean(task["hash"]) if task.get("hash") else None,
-        learned=scores[j][j],
-        final=final,
-        forgetting=metrics.forgetting_of(scores, j),
-        noise=noise(metric, final, rows["evaluation"]),
-        alone=body["alone"].get(task["name"]),
-        seconds=at("seconds"),
-        steps=at("steps"),
-        skipped=at("skipped_steps"),
-    )
-
-
-def _count(rows: dict[str, Any] | None, key: str) -> int | None:
-    value = (rows or {}).get(key)
-    return None if value is None else int(value)
-
-
-def _run_warnings(body: dict[str, Any], tasks: list[TaskFacts]) -> list[str]:
-    said = [clean(line) for line in body["warnings"]]
-    if body["status"] != "done":
-        said.append("This run has not ended: what it has not measured is a dash.")
-    for task, raw in zip(tasks, body["tasks"], strict=True):
-        name = short(task.name)
-        if task.synthetic:
-            said.append(f"{name} is synthetic: generated rows, not text that people wrote.")
-        if task.skipped:
-            said.append(f"{name}: {task.skipped:g} steps skipped for non-finite gradients.")
-        said += [f"{name}: {clean(line)}" for line in raw.get("warnings") or []]
-    return said
-
-
-def _history(body: dict[str, Any]) -> tuple[list[float], list[tuple[float, list[Cell]]]]:
-    """Where tasks begin and what was measured, in steps counted over the whole sequence.
-
-    If the steps of a history start again with every task, the tasks are laid end to end.
-    """
-    size, counts = len(body["tasks"]), body["steps"]
-    by_task: dict[int, list[tuple[float, list[Cell]]]] = {}
-    for point in body["history"]:
-        learning, step = point.get("learning"), point.get("step")
-        if learning is not None and step is not None:
-            scores = [*(point.get("scores") or []), *[None] * size][:size]
-            by_task.setdefault(int(learning), []).append((float(step), scores))
-    again = any(by_task[k][0][0] <= by_task[k - 1][-1][0] for k in by_task if k - 1 in by_task)
-    known = [] if None in counts else [float(sum(counts[:k])) for k in range(len(counts) + 1)]
-    starts: list[float] = []
-    points: list[tuple[float, list[Cell]]] = []
-    for k in range(size):
-        last = points[-1][0] if points else 0.0
-        found = by_task.get(k, [])
-        start = known[k] if k < len(known) else last
-        shift = start if again else 0.0
-        points += [(step + shift, scores) for step, scores in found]
-        if found or k < len(known):
-            starts.append(start)
-    return starts, points
 
 
 def _study_key(body: dict[str, Any]) -> str:
@@ -259,11 +143,18 @@ def _comparison(records: list[Record]) -> Comparison:
         key = json.dumps([body["recipe"], _configuration(body)], sort_keys=True)
         by_key.setdefault(key, []).append(record)
     labels = _labels([group[0].to_dict() for group in by_key.values()])
-    picked = {}
+    picked, again_pairs = {}, []
     for label, group in zip(labels, by_key.values(), strict=True):
         newest: dict[object, Record] = {}
         for i, record in enumerate(sorted(group, key=lambda record: str(record.created))):
-            newest[i if record.seed is None else ("seed", record.seed)] = record
+            one = i if record.seed is None else ("seed", record.seed)
+            older = newest.get(one)
+            if older is not None and (older.created, older.seconds) != (
+                record.created,
+                record.seconds,
+            ):
+                again_pairs.append((older, record))  # no copy of one file
+            newest[one] = record
         if len(newest) < len(group):
             again = len(group) - len(newest)
             warnings.append(f"{label}: {again} older runs of a seed that ran again are left out.")
@@ -271,8 +162,21 @@ def _comparison(records: list[Record]) -> Comparison:
         open_ = sum(record.status != "done" for record in picked[label])
         if open_ and len(records) > 1:
             warnings.append(f"{label}: {open_} of {len(picked[label])} runs have not ended.")
-    chosen = _control(picked)
-    groups = [_group(label, runs, picked.get(chosen or "")) for label, runs in picked.items()]
+    chosen, choice, chosen_by = _control(picked)
+    scores: dict[str, dict[str, Scores]] = {
+        label: {c: _by_seed(runs, c) for c in PAIRED} for label, runs in picked.items()
+    }
+    judged: dict[str, Any] = {}
+    if chosen is not None:
+        plain = {label: scores[label] for label in chosen_by}
+        others = {label: mine for label, mine in scores.items() if label not in plain}
+        judged = judge.judge(others, plain, chosen_by, chosen)
+        for label, mine in plain.items():
+            if label != chosen:
+                gaps = {c: paired_difference(mine[c], plain[chosen][c]) for c in PAIRED}
+                judged[label] = gaps, {}
+    groups = [_group(label, runs, chosen, *judged.get(label, ({}, {})))
+              for label, runs in picked.items()]  # fmt: skip
     groups.sort(key=lambda group: (not group.control, not group.plain, _rate(group)))
     if len(groups) > 1:
         if chosen is None:
@@ -294,7 +198,11 @@ def _comparison(records: list[Record]) -> Comparison:
         control=chosen_label,
         scenario=records[0].scenario,
         warnings=list(dict.fromkeys(warnings)),
-    )
+        choice=choice,
+        fronts=_fronts(picked, scores, chosen) if len(runs[0].tasks) > 1 else [],
+        repeats={c: repeats((COLUMNS[c](a.scores), COLUMNS[c](b.scores)) for a, b in again_pairs)
+                 for c in PAIRED},
+    )  # fmt: skip
 
 
 def _labels(bodies: list[dict[str, Any]]) -> list[str]:
@@ -334,26 +242,77 @@ def _rate(group: GroupFacts) -> float:
     return float(rate) if group.plain and isinstance(rate, int | float) else math.inf
 
 
-def _control(picked: dict[str, list[Record]]) -> str | None:
+def _control(
+    picked: dict[str, list[Record]],
+) -> tuple[str | None, Choice | None, dict[str, Scores]]:
+    """The control's label, how it was chosen, and by which scores: label -> seed -> score."""
     names = [label for label, records in picked.items() if is_control(records[0].recipe)]
+    if not names:
+        return None, None, {}
+    single = len(picked[names[0]][0].scores) == 1
+    column = COLUMNS["new" if single else "new_plus_old"]  # a single task has no old one
 
-    def quality(label: str, which: str) -> Cell:
-        matrices = [getattr(record, which) for record in picked[label]]
-        if None in matrices:
-            return None
-        # a single task has no old one, and so no new_plus_old
-        column = COLUMNS["new" if len(matrices[0]) == 1 else "new_plus_old"]
-        return mean_spread(column(matrix) for matrix in matrices).mean
+    def values(label: str, which: str) -> list[tuple[int | None, Cell]]:
+        found = [(record.seed, getattr(record, which)) for record in picked[label]]
+        known = all(matrix is not None for _, matrix in found)
+        return [(seed, column(matrix)) for seed, matrix in found] if known else []
 
-    for which in ("selection_scores", "scores"):
-        quality_of = {label: quality(label, which) for label in names}
-        known = {label: value for label, value in quality_of.items() if value is not None}
-        if known and (len(known) == len(names) or which == "scores"):
-            return max(known, key=lambda label: known[label])
-    return names[0] if names else None
+    for rows, which in (("selection", "selection_scores"), ("evaluation", "scores")):
+        scores = {label: values(label, which) for label in names}
+        means = {k: mean_spread(v for _, v in found).mean for k, found in scores.items()}
+        known = {label: mean for label, mean in means.items() if mean is not None}
+        if known and (len(known) == len(names) or rows == "evaluation"):
+            break
+    by_seed: dict[str, Scores] = {
+        k: {s: v for s, v in found if s is not None} for k, found in scores.items()
+    }
+    chosen = max(known, key=lambda label: known[label]) if known else names[0]
+    return chosen, judge.choice(rows, chosen, means, by_seed), by_seed
 
 
-def _group(label: str, records: list[Record], control: list[Record] | None) -> GroupFacts:
+def _fronts(
+    picked: dict[str, list[Record]], scores: dict[str, dict[str, Scores]], chosen: str | None
+) -> list[FrontFacts]:
+    """Recipes that differ in numbers of their methods, or in the rate, are one recipe's front."""
+    if chosen is None or len(picked) < 2:
+        return []
+    families: dict[str, list[str]] = {}
+    for label, records in picked.items():
+        families.setdefault(_family(records[0].to_dict()), []).append(label)
+    settings: dict[str, list[judge.Setting]] = {}
+    for labels in sorted(families.values(), key=lambda labels: chosen not in labels):
+        names = dict.fromkeys(recipe_name(picked[label][0].to_dict()) for label in labels)
+        name = CONTROL if chosen in labels else " / ".join(names)
+        settings[labels[0] if name in settings else name] = [
+            (label, scores[label]["new"], scores[label]["old_after"]) for label in labels
+        ]
+    return judge.fronts(settings, CONTROL)
+
+
+def _family(body: dict[str, Any]) -> str:
+    """What settings of one recipe have in common: all but its name, its rate and its strengths."""
+
+    def without_numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: without_numbers(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [without_numbers(item) for item in value]
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    recipe = {key: value for key, value in body["recipe"].items() if key != "name"}
+    for key in ("methods", "peft"):
+        recipe[key] = without_numbers(recipe.get(key) or None)
+    settings = {key: value for key, value in _configuration(body).items() if key != "lr"}
+    return json.dumps([recipe, settings], sort_keys=True)
+
+
+def _group(
+    label: str,
+    records: list[Record],
+    chosen: str | None,
+    difference: dict[str, Difference],
+    judged: dict[str, Judged],
+) -> GroupFacts:
     runs = [run_facts(record) for record in records]
     points_ = {name: [column(run.scores) for run in runs] for name, column in COLUMNS.items()}
     size = len(runs[0].scores)
@@ -361,24 +320,22 @@ def _group(label: str, records: list[Record], control: list[Record] | None) -> G
         [mean_spread(run.scores[i][j] for run in runs) for j in range(size)] for i in range(size)
     ]
     first = runs[0].body
-    mine = control is records
+    failed = [run.failed for run in runs if run.failed is not None]
     return GroupFacts(
         label=label,
         recipe=recipe_name(first),
         settings=_configuration(first),
-        control=mine,
+        control=label == chosen,
         plain=is_control(first["recipe"]),
         runs=runs,
         seeds=[record.seed for record in records],
         spread={name: mean_spread(values) for name, values in points_.items()},
         points=points_,
-        difference={}
-        if mine or control is None
-        else {
-            key: paired_difference(_by_seed(records, key), _by_seed(control, key)) for key in PAIRED
-        },
+        difference=difference,
         mean_scores=[[cell.mean for cell in row] for row in cells],
         sd_scores=[[cell.sd for cell in row] for row in cells],
+        failed=sum(failed) if failed else None,
+        judged=judged,
     )
 
 

@@ -6,6 +6,7 @@ from a stranger: names are cleaned, and the page runs no script.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +180,7 @@ def notes(body: Mapping[str, Any]) -> list[str]:
         end, way = ("lowest", "lower") if best["rate"] == min(flat) else ("highest", "higher")
         made.append(f"The best flat rate, {best['rate']:g}, is the {end} that was tried: a {way} "
                     "one may be a stronger control (--flat).")  # fmt: skip
+    made += _ties(body)
     low, high = body["space"]["rate"]
     if won is not None and not won["control"] and not low * EDGE < won["rate"] < high / EDGE:
         made.append(f"The base rate of the best trial, {won['rate']:.3g}, lies at the end of what "
@@ -186,6 +188,25 @@ def notes(body: Mapping[str, Any]) -> list[str]:
     made += [f"{short(task['name'])}: {clean(text)}"
              for task in body["tasks"] for text in task["warnings"]]  # fmt: skip
     return made
+
+
+def _ties(body: Mapping[str, Any]) -> list[str]:
+    """Flat rates whose scores on selection rows differ by no more than the seeds alone do.
+
+    That is by 2 sqrt(2 / replicates) sd at most, with sd over the final seeds of the best flat one.
+    """
+    flat = [t for t in body["trials"] if t["kind"] == "flat" and t["value"] is not None]
+    sd = next((f["sd"] for f in body["final"] if f["kind"] == "flat"), None)
+    if len(flat) < 2 or sd is None:
+        return []
+    off = 2 * math.sqrt(2 / max(body["config"]["replicates"], 1)) * sd
+    most = max(t["value"] for t in flat)
+    ties = sorted(t["rate"] for t in flat if most - t["value"] <= off)
+    if len(ties) < 2:
+        return []
+    rates = ", ".join(f"{rate:g}" for rate in ties)
+    return [f"The flat rates {rates} tie: on selection rows their new + old is within {off:.3f}, "
+            "which seeds alone make (two standard deviations of a difference)."]  # fmt: skip
 
 
 def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,7 +6,14 @@ import math
 
 from holdfast.experiments.scenario import APART, SCENARIOS
 from holdfast.experiments.statistics import noise
-from holdfast.report.facts import Comparison, RunFacts, TaskFacts
+from holdfast.report.facts import (
+    Comparison,
+    FrontFacts,
+    GroupFacts,
+    PooledFacts,
+    RunFacts,
+    TaskFacts,
+)
 from holdfast.report.words import number, points, short, spread_text
 
 
@@ -26,6 +33,19 @@ def scenario_sentence(scenario: str | None) -> str:
 
 def run_sentences(run: RunFacts) -> list[str]:
     """Plain words: what each old task lost, and by how much one score may be off."""
+    unlearned = run.learned and not any(run.learned)
+    return [*([nothing(run.tasks)] if unlearned else []), *_run_sentences(run)]
+
+
+def nothing(tasks: list[TaskFacts]) -> str:
+    """The headline where no score is better than that of a constant answer."""
+    floors = ", ".join(
+        f"{short(t.name)} {number(t.constant)}" for t in tasks if t.constant is not None
+    )
+    return f"Nothing was learned: no score is better than one answer for all rows ({floors})."
+
+
+def _run_sentences(run: RunFacts) -> list[str]:
     tasks = run.tasks
     new = tasks[-1]
     if new.final is None:
@@ -74,10 +94,12 @@ def study_sentences(study: Comparison) -> list[str]:
         groups = [group for group in groups if group.control or group in best]
     new = short(tasks[-1].name)
     old = short(tasks[0].name) if len(tasks) == 2 else f"the {len(tasks) - 1} tasks before"
-    said = []
+    said = [nothing(tasks)] if study.nothing_learned else []
     for group in groups:
         over = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
         learned = f"{new} reached {spread_text(group.spread['new'])}"
+        if group.failed and not study.nothing_learned:
+            over += f", {group.failed} failed"
         if len(tasks) == 1:
             said.append(f"{group.label} ({over}): {learned}.")
             continue
@@ -88,7 +110,7 @@ def study_sentences(study: Comparison) -> list[str]:
             f"{group.label} ({over}): after learning {new}, {old} went from {number(before.mean)} "
             f"to {spread_text(after)} ({points(change)}); {learned}."
         )
-    for group in groups:
+    for group in [] if study.nothing_learned else groups:
         gap = group.difference.get(main)
         if gap is None or gap.mean is None:
             continue
@@ -98,7 +120,7 @@ def study_sentences(study: Comparison) -> list[str]:
             if gap.low is None
             else f", 95 % interval {number(gap.low, sign=True)} to {number(gap.high, sign=True)}"
         )
-        verdict = "" if sure else ": not a difference these seeds can show"
+        verdict = _verdict(group, main, sure=sure)
         said.append(
             f"{group.label} against {control}, paired over {gap.n} "
             f"seed{'s' if gap.n != 1 else ''}: {called} "
@@ -108,4 +130,88 @@ def study_sentences(study: Comparison) -> list[str]:
         said.append(
             f"Above: the control and the three highest of {everything}; the table has them all."
         )
+    return said
+
+
+def _verdict(group: GroupFacts, main: str, *, sure: bool) -> str:
+    """What the interval, the other recipes of the table and the number of seeds leave of it."""
+    judged = group.judged.get(main)
+    if sure and judged is not None and judged.holm is not None and judged.holm >= 0.05:
+        return f": not beside the other recipes of the table (Holm's p {number(judged.holm)})"
+    if sure:
+        return ""
+    seen = None if judged is None else judged.seeds_for_seen
+    more = f" ({seen:,} would, were it real)" if seen and seen > len(group.runs) else ""
+    return f": not a difference these seeds can show{more}"
+
+
+def judge_sentences(study: Comparison) -> list[str]:
+    """How the control was chosen, what more seeds would show, the noise floor, matched scores.
+
+    Empty for one recipe alone, and for runs that learned nothing.
+    """
+    if len(study.groups) < 2 or study.nothing_learned:
+        return []
+    return [*_chosen(study), *_needed(study), _floor(study),
+            *(_kept(front) for front in study.fronts if not front.control)]  # fmt: skip
+
+
+def _chosen(study: Comparison) -> list[str]:
+    choice = study.choice
+    if choice is None or len(choice.scores) < 2:
+        return []
+    share = choice.shares.get(choice.chosen)
+    often = "" if share is None else f"; {100 * share:.0f} % of resamples of the seeds choose it"
+    said = (f"{choice.chosen} is the best of {len(choice.scores)} flat rates on {choice.rows} "
+            f"rows{often}.")  # fmt: skip
+    ties = [label for label in choice.tied if label != choice.chosen]
+    if not ties:
+        return [said]
+    one = "one seed cannot tell rates apart" if len(study.groups[0].runs) < 2 else (
+        "their difference is within the noise of the seeds")  # fmt: skip
+    return [said, f"It is a tie with {', '.join(ties)}: {one}."]
+
+
+def _needed(study: Comparison) -> list[str]:
+    judged = [(group, group.judged[study.main]) for group in study.groups if group.judged]
+    told = [f"{group.label} {j.seeds_for_point:,}" for group, j in judged if j.seeds_for_point]
+    if not told:
+        return []
+    return ["Seeds that would show 1 point of difference to the control (power 0.8, at the spread "
+            f"seen): {', '.join(told)}."]  # fmt: skip
+
+
+def _floor(study: Comparison) -> str:
+    called = "score" if study.main == "new" else "new plus old"
+    floor = study.repeats.get(study.main)
+    if floor is None or not floor.pairs:
+        return "Noise floor: not measured; no seed was run twice with the same settings."
+    pairs = f"{floor.pairs} pair{'s' if floor.pairs != 1 else ''}"
+    return (f"Noise floor: a seed that was run twice moved {called} by {number(floor.largest)} at "
+            f"most ({pairs}).")  # fmt: skip
+
+
+def _kept(front: FrontFacts) -> str:
+    """What it keeps beside plain where both learn the new task as well."""
+    where = f"at a new score of {number(front.high)} {front.label} keeps {number(front.kept)}"
+    said = f"At matched scores: {where}, plain {number(front.plain_kept)}"
+    interval = ""
+    if front.more_low is not None:
+        ends = f"{number(front.more_low, sign=True)} to {number(front.more_high, sign=True)}"
+        interval = f" [{ends}]"
+    if front.low != front.high:
+        said += f"; from {number(front.low)} on, on average"
+        return f"{said} {number(front.more, sign=True)}{interval}."
+    return f"{said} ({number(front.more, sign=True)}{interval})."
+
+
+def pool_sentences(pooled: list[PooledFacts]) -> list[str]:
+    """Each recipe over all sequences of tasks that have it."""
+    said = []
+    for found in pooled:
+        ends = f"{number(found.low, sign=True)} to {number(found.high, sign=True)}"
+        corrected = found.holm is not None and found.holm >= 0.05
+        verdict = ": not a difference that these sequences can show" if corrected else ""
+        said.append(f"{found.label} over {len(found.sequences)} sequences of tasks: "
+                    f"{number(found.mean, sign=True)}, 95 % interval {ends}{verdict}.")  # fmt: skip
     return said

@@ -7,14 +7,16 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from holdfast.experiments.record import Record
 from holdfast.files import write_text_atomic
-from holdfast.report.facts import COLUMNS, PAIRED, comparisons
+from holdfast.report.facts import COLUMNS, PAIRED, Judged, comparisons
 
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+TOLD = {"p": "t_p"}  # beside `p` of the signed ranks
 _FORMULA = "=+-@\t\r\n|%＝＋－＠"
 
 
@@ -66,14 +68,21 @@ def comparison_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "control": "yes" if group.control else "",
                 "seeds": " ".join(str(seed) for seed in group.seeds if seed is not None),
                 "runs": len(group.runs),
+                "failed": group.failed,
             }
             for name in COLUMNS:
-                spread = group.spread[name]
-                row |= {f"{name}_mean": spread.mean, f"{name}_sd": spread.sd, f"{name}_n": spread.n}
+                row |= {
+                    f"{name}_{key}": value for key, value in group.spread[name]._asdict().items()
+                }
             for name in PAIRED:
                 gap = group.difference.get(name)
                 for key in ("mean", "low", "high", "n", "p"):
                     row[f"{name}_minus_control_{key}"] = getattr(gap, key, None)
+                judged = group.judged.get(name)
+                for item in fields(Judged):
+                    row[f"{name}_minus_control_{TOLD.get(item.name, item.name)}"] = getattr(
+                        judged, item.name, None
+                    )
             rows.append(row)
     return rows
 

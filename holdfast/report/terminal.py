@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from holdfast.experiments.record import Record
-from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, run_facts
+from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, pool, run_facts
 from holdfast.report.general import general_lines
-from holdfast.report.sentences import noise_note
+from holdfast.report.sentences import judge_sentences, noise_note, nothing, pool_sentences
 from holdfast.report.words import DASH, clean, number, spread_text
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def matrix_table(record: Record) -> Table:
         table.add_row("forgetting", *(number(t.forgetting, sign=True) for t in facts.tasks))
         shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
+        beside = [f"{m.name} {number(m.value)}" for m in facts.elsewhere if m.value is not None]
         notes = ["mean " + " · ".join(words), "forgetting: positive is worse",
+                 *(["as others name them: " + " · ".join(beside)] if beside else []),
                  *([str(record.scenario)] if record.scenario else []), *notes]  # fmt: skip
     notes += general_lines(facts)
     table.caption = Text("\n".join(note for note in notes if note))
@@ -60,8 +62,11 @@ def matrix_table(record: Record) -> Table:
 def comparison_table(records: Sequence[Record]) -> RenderableType:
     """Recipes over seeds: one table for each sequence of tasks and model."""
     from rich.console import Group
+    from rich.text import Text
 
-    return Group(*[_comparison(study) for study in comparisons(records)])
+    studies = comparisons(records)
+    over = [Text(line) for line in pool_sentences(pool(studies))]
+    return Group(*[_comparison(study) for study in studies], *over)
 
 
 def _comparison(study: Comparison) -> Table:
@@ -80,9 +85,11 @@ def _comparison(study: Comparison) -> Table:
     for group in study.groups:
         mark = " (control)" if group.control else ""
         table.add_row(Text(clean(group.label, width=40) + mark), *_cells(group, single))
-    lines = ["± is the standard deviation over seeds", *study.warnings]
+    lines = ["± is the standard deviation over seeds", *judge_sentences(study), *study.warnings]
     if not single:
         lines.insert(1, "forgetting: positive is worse; vs control: new + old, paired by seed")
+    if study.nothing_learned:
+        lines.insert(0, nothing(study.tasks))
     table.caption = Text("\n".join(lines))
     table.caption_justify = "left"
     return table
@@ -100,7 +107,8 @@ def _cells(group: GroupFacts, single: bool) -> list[str]:
     else:
         low, high = number(gap.low, sign=True), number(gap.high, sign=True)
         cells.append(f"{number(gap.mean, sign=True)} [{low}, {high}]")
-    return [str(len(group.runs)), *cells]
+    return [f"{len(group.runs)}, {group.failed} failed" if group.failed else str(len(group.runs)),
+            *cells]  # fmt: skip
 
 
 def as_text(table: RenderableType, *, width: int = 120) -> str:

@@ -11,12 +11,11 @@ new + old so far, in task two. A pruner compares trials at the same rung only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from holdfast.errors import Refused, nearest
-from holdfast.tasks.scores import score
 
 Objective = Literal["new_plus_old", "pareto"]
 Pruner = Literal["halving", "hyperband", "none"]
@@ -90,13 +89,6 @@ class Watch:
         # A trial that is trained to its end is finished, however it compares.
         if self.tell(rung, value) and rung < 2 * len(self.rungs):
             raise Pruned(f"pruned at rung {rung}", steps)
-
-
-def constant_score(metric: str, labels: Sequence[Any], classes: int | None) -> float:
-    """The best score that one class for all rows can get; 0 where rows have no single class."""
-    if classes is None or not all(isinstance(label, int) for label in labels):
-        return 0.0
-    return max(score(metric, labels, [c] * len(labels), classes=classes) for c in set(labels))
 
 
 def evenly(count: int) -> Rungs:

@@ -45,6 +45,7 @@ def facts(
     winner, flat = best(found), best(found, kind="flat")
     last = [_final(c, plan.fresh_seeds, results or {}) for c in finals]
     shares = importance(found, plan.space)
+    told = [describe(task) for task in plan.tasks]
     body = {
         "schema": SCHEMA,
         "kind": "search",
@@ -54,7 +55,7 @@ def facts(
         "command": without_secrets(command),
         "study": {"name": name, "title": plan.title, "storage": storage},
         "model": plan.model,
-        "tasks": [describe(task) for task in plan.tasks],
+        "tasks": told,
         "shift": dict(plan.facts) or {"shift": plan.shift},
         "config": plan.identity,
         "space": {
@@ -73,14 +74,16 @@ def facts(
         "front": [r.number for r in front(found)],
         "importance": {"shares": dict(shares.shares), "note": shares.note},
         "final": last,
-        "gain": gain(last),
+        "gain": gain(last, [task["constant"] for task in told]),
         "steps": steps(plan, found, last),
     }
     plain: dict[str, Any] = _finite(body)
     return plain
 
 
-def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def gain(
+    finals: Sequence[Mapping[str, Any]], constants: Sequence[float | None] = ()
+) -> dict[str, Any]:
     """The searched curve against the better flat control, on evaluation rows and paired by seed.
 
     The controls are the best flat rate and the ablation (flat at the winner's own rate and
@@ -88,7 +91,15 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     the winner. verdict: `gain` or `loss` if the 95 % interval of the mean difference excludes 0,
     else `no gain`; `not measured` if they share fewer than two seeds. If the winner diverged on a
     seed, the verdict is `no gain` unless it is `loss`.
+
+    constants: what one answer for all rows scores on each task. `nothing learned` where no final
+    run, the controls' included, did better on either.
     """
+    if _nothing_learned(finals, constants):
+        floors = " and ".join(f"{floor:.3f}" for floor in constants)
+        said = (f"Nothing learned: no final run scores more than one answer for all rows does "
+                f"({floors}).")  # fmt: skip
+        return {"verdict": "nothing learned", "sentence": said}
     won = next((f for f in finals if f["kind"] == "searched"), None)
     controls = [f for f in finals if f["kind"] in ("flat", "ablation") and f["mean"] is not None]
     if not controls:
@@ -122,6 +133,17 @@ def gain(finals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f"{known}{gone}."
     )
     return {**gap._asdict(), "verdict": verdict, "control": control["label"], "sentence": said}
+
+
+def _nothing_learned(
+    finals: Sequence[Mapping[str, Any]], constants: Sequence[float | None]
+) -> bool:
+    if len(constants) != 2 or None in constants:
+        return False
+    found = [(seed.get(key), floor or 0.0) for final in finals for seed in final["seeds"]
+             for key, floor in zip(("old", "new"), constants, strict=True)]  # fmt: skip
+    known = [score <= floor for score, floor in found if score is not None]
+    return bool(known) and all(known)
 
 
 def steps(

@@ -25,11 +25,12 @@ from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.record import Record, commit, versions
 from holdfast.experiments.runs import RECORD, open_run
 from holdfast.experiments.sequence import describe
-from holdfast.search.objective import Diverged, Scores, Stop, Watch, constant_score, rung_steps
+from holdfast.search.objective import Diverged, Scores, Stop, Watch, rung_steps
 from holdfast.search.plan import Plan
 from holdfast.search.worker import Replicate
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import kind_of
+from holdfast.tasks.scores import constant_score
 from holdfast.training.manifest import damage
 
 RUNG_ROWS = 128  # selection rows of each task that are scored at a rung within a task, at most

@@ -35,7 +35,8 @@ NAME = "trials.csv"
 COLUMNS = ("number", "state", "old", "new", "old_after", "reward", "steps", "study")
 IDENTITY = ("study", "model", "tasks", "shift")  # equal in all rows; all but study optional
 OPTIONAL = ("layers", *IDENTITY[1:])
-RATE, EXTRA = "lr.", "extra."  # prefixes of rate columns, and of columns that are not read back
+RATE, EXTRA = "lr.", "extra."  # prefixes of rate columns, and of columns that are not read back,
+CONTROL = "extra.control"  # but for this one: a control's label, empty for a searched trial
 STATES = ("complete", "pruned", "fail", "running", "waiting")  # Optuna's, in lower case
 MAX_PARTS = 500
 MAX_TRIALS = 50_000
@@ -151,7 +152,7 @@ def read_study(path: str | Path) -> ReadStudy:
 
     Refused, with file and line: rows of two studies; a trial's number twice; a rate that is not
     finite and above 0; a reward that is not new + old_after; unknown columns other than `extra.…`;
-    text for a number; no trial with a score.
+    text for a number; no trial with a score, or none but controls.
     """
     path = Path(path)
     if path.is_dir():
@@ -201,8 +202,8 @@ def _csv(text: str, where: str) -> Rows:
                               where=f"{where}, line {start}")  # fmt: skip
             if cells:
                 row = dict(zip(header, cells, strict=True))
-                values = {k: row.get(k) or None for k in (*COLUMNS, *OPTIONAL)}
-                values |= {k: _read(v) for k, v in values.items() if k not in IDENTITY}
+                values = {k: row.get(k) or None for k in (*COLUMNS, *OPTIONAL, CONTROL)}
+                values |= {k: _read(v) for k, v in values.items() if k not in (*IDENTITY, CONTROL)}
                 lr = [_read(row[RATE + part]) for part in parts]
                 found.append((f"line {start}", values | {"lr": lr}))
             start = reader.line_num + 1
@@ -260,7 +261,7 @@ def _json(text: str, where: str) -> Rows:
         if not isinstance(plain["lr"], list):
             raise Refused(f"lr {shown(plain['lr'])} is no list", where=f"{where}, {line}")
         usual = {"number": i, "state": "complete"} | {key: data.get(key) for key in shared}
-        found.append((line, usual | plain))
+        found.append((line, usual | plain | {CONTROL: trial.get(CONTROL)}))
     return found
 
 
@@ -288,6 +289,11 @@ def _study(rows: Rows, where: str, sha256: str) -> ReadStudy:
     if not kept:
         counts = ", ".join(f"{count} {why}" for why, count in left_out.items())
         raise Refused(f"no trial with a score ({counts or 'no trial at all'})", where=where)
+    marks = [row.get(CONTROL) for (_, row), t in zip(rows, trials, strict=True) if not t.left_out]
+    if all(marks):
+        raise Refused(f"of its trials only controls were finished ({len(kept)}), no searched one",
+                      where=where,
+                      remedy="let the search run on: controls are no result of it")  # fmt: skip
     study, layers = rows[0][1].get("study"), _whole(rows[0][1].get("layers"), where, "layers", 1)
     return ReadStudy(source=where, sha256=sha256, study=study, layers=layers, trials=kept,
                  left_out=left_out)  # fmt: skip

@@ -11,6 +11,8 @@ from typing import Any
 from holdfast.errors import Refused, nearest
 from holdfast.tasks.task import SINGLE
 
+NO_CORRELATION = 0.05  # a correlation up to this is as good as none
+
 
 def score(
     metric: str, truth: Sequence[float], predicted: Sequence[float], *, classes: int | None = None
@@ -59,6 +61,23 @@ def score(
     from scipy.stats import spearmanr
 
     return float(spearmanr(wanted, given).statistic)
+
+
+def constant_score(metric: str, labels: Sequence[Any], classes: int | None = None) -> float:
+    """The best score of one answer for all rows: a run that is no better has learned nothing.
+
+    accuracy: the share of the most frequent class. f1: of class 1 for all rows, `2s / (1 + s)` with
+    its share s (macro: the best of any class). Correlations: `NO_CORRELATION`. exact_match: the
+    share of the most frequent text. 0 where no constant answer is known to score: several labels
+    or tags a row, other metrics of text.
+    """
+    if metric in ("matthews", "spearman"):
+        return NO_CORRELATION
+    if metric == "exact_match":
+        return max(Counter(" ".join(_words(text)) for text in labels).values()) / len(labels)
+    if classes is None or not all(isinstance(label, int) for label in labels):
+        return 0.0
+    return max(score(metric, labels, [c] * len(labels), classes=classes) for c in set(labels))
 
 
 def several_score(metric: str, truth: Any, predicted: Any) -> float:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from holdfast.errors import Refused
 from holdfast.experiments import metrics
-from holdfast.tasks.scores import score
+from holdfast.tasks.scores import constant_score, score
 
 TWO = [[0.9, None], [0.7, 0.8]]
 # task 0: 0.9, 0.95 (rose), 0.6; task 1: 0.8, 0.85 (rose); task 2 just learned
@@ -165,3 +165,80 @@ def test_what_cannot_be_scored_says_so() -> None:
         score("spearman", [1.0, 2.0], [math.nan, 1.0])
     with pytest.raises(ValueError, match="one value a row"):
         score("accuracy", [[1], [0]], [[1], [0]])  # type: ignore[list-item]
+
+
+def test_metrics_by_the_names_of_others() -> None:
+    history = [(0, [0.5, None, None]), (1, [0.85, 0.3, None]), (1, [0.9, 0.7, None]),
+               (2, [0.4, 0.8, 0.2]), (2, [0.6, None, 0.7])]  # fmt: skip
+    found = {m.name: m.value for m in metrics.elsewhere(THREE, [None, 0.7, 0.6], history)}
+    assert found["BWT / (T - 1)"] == pytest.approx((-0.3 + 0.05) / 2)
+    assert found["BWT / T"] == pytest.approx((-0.3 + 0.05) / 3)
+    # after one task .9, after two (.95 + .8) / 2, after three 2.15 / 3
+    assert found["average incremental accuracy"] == pytest.approx((0.9 + 0.875 + 2.15 / 3) / 3)
+    # task 0 fell to .4 while task 2 was learned, task 1 to .8: what it had while learned is its own
+    assert found["minimum old score"] == pytest.approx((0.4 + 0.8) / 2)
+    assert found["forward transfer, beside alone"] == pytest.approx((0.1 + 0.1) / 2)
+    assert found["forward transfer, zero-shot"] is None
+    zero = [[0.9, 0.6, None], [0.95, 0.8, 0.5], [0.6, 0.85, 0.7]]
+    assert metrics.zero_shot_transfer(zero, [0.5, 0.5, 0.3]) == pytest.approx((0.1 + 0.2) / 2)
+    with pytest.raises(ValueError, match="2 untrained scores for 3 tasks"):
+        metrics.zero_shot_transfer(zero, [0.5, 0.5])
+    assert metrics.minimum_old(history[:3], 3) is None  # task 1 was not yet old
+    alone = {m.name: m.value for m in metrics.elsewhere([[0.9]])}
+    assert {k for k, v in alone.items() if v is not None} == {"average incremental accuracy"}
+
+
+LINE = [(0.2, 0.8), (0.6, 0.4)]
+
+
+def test_a_front_of_a_known_area() -> None:
+    inside = [*LINE, (0.4, 0.3), (0.1, 0.8), (0.2, 0.8)]
+    assert metrics.front(inside) == LINE  # what none beats, once
+    assert metrics.area(inside, 0.2, 0.6) == pytest.approx(0.4 * 0.6)
+    assert metrics.area(LINE, 0.0, 0.4) == pytest.approx(0.2 * 0.8 + 0.2 * 0.7)  # level before
+    assert metrics.kept_at(inside, 0.5) == pytest.approx(0.5)
+    assert metrics.kept_at(inside, 0.1) == metrics.kept_at(inside, 0.2) == 0.8
+    assert metrics.kept_at(inside, 0.6) == 0.4
+    assert metrics.kept_at(inside, 0.61) is None and metrics.area(LINE, 0.2, 0.61) is None
+    assert metrics.kept_at([], 0.1) is None and metrics.front([]) == []
+
+
+def test_recipes_are_compared_where_both_learned_as_much() -> None:
+    higher = [(new, old + 0.1) for new, old in LINE]
+    assert metrics.kept_more(higher, LINE) == pytest.approx(0.1)
+    # from .4 to .6, where it lies .05 above all along
+    shifted = [(0.4, 0.65), (0.8, 0.25)]
+    assert metrics.matched(shifted, LINE) == (0.4, 0.6)
+    assert metrics.kept_more(shifted, LINE) == pytest.approx(0.05)
+    # what learns more at every setting is compared at the most that the other learned
+    assert metrics.matched([(0.9, 0.7)], LINE) == (0.6, 0.6)
+    assert metrics.kept_more([(0.9, 0.7)], LINE) == pytest.approx(0.3)
+    assert metrics.matched([], LINE) is None and metrics.kept_more(LINE, []) is None
+
+
+points = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5)
+
+
+@given(points, points)
+def test_keeping_more_has_a_mirror_image(
+    mine: list[tuple[float, float]], theirs: list[tuple[float, float]]
+) -> None:
+    more, less = metrics.kept_more(mine, theirs), metrics.kept_more(theirs, mine)
+    assert more is not None and less is not None and -1 - 1e-9 <= more <= 1 + 1e-9
+    assert more == pytest.approx(-less, abs=1e-9)
+    assert metrics.kept_more(mine, mine) == pytest.approx(0)
+
+
+def test_the_score_of_one_answer() -> None:
+    labels = [0, 0, 0, 1]
+    assert constant_score("accuracy", labels, 2) == 0.75
+    # of the second label, though it is the rarer: 2 · ¼ · 1 / (¼ + 1)
+    assert constant_score("f1", labels, 2) == pytest.approx(0.4)
+    # the mean over the classes that occur: of the first 2 · ¾ / (1 + ¾), of the second 0
+    assert constant_score("f1", labels, 3) == pytest.approx(3 / 7)
+    assert constant_score("matthews", labels, 2) == 0.05
+    assert constant_score("spearman", [0.1, 0.2, 3.0]) == 0.05
+    assert constant_score("exact_match", ["The yes.", "yes", "no"]) == pytest.approx(2 / 3)
+    assert constant_score("rouge_l", ["yes", "no"]) == 0
+    assert constant_score("entity_f1", [(0, 1, 2), (0,)], 3) == 0  # tags
+    assert constant_score("accuracy", [(0, 1), ()], 2) == 0  # several labels a row

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
+from statistics import fmean, stdev
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_records import record, study, two
+from scipy.stats import ttest_1samp
 
 from holdfast import EWC, Rates, Recipe
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.report import as_text, comparison_table, facts, matrix_table
-from holdfast.report.facts import RunFacts, comparisons, run_facts
+from holdfast.experiments.statistics import holm, pooled, seeds_needed
+from holdfast.report import as_text, comparison_rows, comparison_table, facts, matrix_table
+from holdfast.report.facts import RunFacts, comparisons, pool, run_facts
 from holdfast.report.general import general
-from holdfast.report.sentences import run_sentences, study_sentences
+from holdfast.report.sentences import judge_sentences, run_sentences, study_sentences
 
 
 def test_one_run() -> None:
@@ -263,3 +268,205 @@ def test_general_ability_is_a_mean_over_runs_of_one_text() -> None:
     found = general([run(0, 3.0, "a", trec6=3.5), run(1, 2.0, "b", trec6=2.5)])
     assert [s.mean for s in found["nll of g.txt (bbbbbb)"]] == [2.0, 2.5, None]
     assert general([run_facts(two(0.8, 0.9, 0.7))]) == {}
+
+
+# --- what a referee asks ------------------------------------------------------------------------
+
+
+def rated(new: float, after: float, *, selected: float | None = None, **more: Any) -> Record:
+    """A run of two tasks that scored new + old `selected` on selection rows; constants .6, .5."""
+    made = two(new, 0.9, after, **more)
+    for task, constant in zip(made.tasks, (0.6, 0.5), strict=True):
+        task["constant"] = constant
+    made.selection_scores = None if selected is None else [[0, None], [selected, 0]]
+    return made
+
+
+def flat_rates(*, chosen: Sequence[Sequence[float]]) -> list[Record]:
+    """A flat rate a row of `chosen`, which has what each of its seeds scored on selection rows."""
+    return [
+        rated(0.8 - 0.02 * k + 0.01 * s, 0.7, selected=value, seed=s, lr=(k + 1) * 1e-5)
+        for k, values in enumerate(chosen) for s, value in enumerate(values)
+    ]  # fmt: skip
+
+
+def test_the_choice_of_the_control_is_told_with_its_ties() -> None:
+    (found,) = comparisons([
+        *flat_rates(chosen=[(1.5, 1.6, 1.5), (1.6, 1.5, 1.51), (1.0, 1.1, 1.0)]),
+        *(rated(0.9, 0.8, seed=s, recipe="dps", selected=1.7) for s in range(3)),
+    ])  # fmt: skip
+    choice = found.choice
+    assert choice is not None and choice.rows == "selection"
+    assert found.control == choice.chosen == "plain, lr 2e-05"
+    assert choice.scores["plain, lr 3e-05"] == pytest.approx(3.1 / 3)
+    assert choice.tied == ["plain, lr 1e-05", "plain, lr 2e-05"]
+    first, second, third = choice.shares.values()
+    assert third == 0 and first + second == pytest.approx(1) and 0.3 < first < second
+    said = judge_sentences(found)
+    assert said[0].startswith("plain, lr 2e-05 is the best of 3 flat rates on selection rows; ")
+    assert said[1] == ("It is a tie with plain, lr 1e-05: their difference is within the noise of "
+                       "the seeds.")  # fmt: skip
+    # the choice makes the interval wider than the one that takes the control as given
+    dps = found.groups[-1]
+    gap, sure = dps.difference["new"], dps.judged["new"]
+    assert sure.fixed_low is not None and gap.low is not None and gap.high is not None
+    assert gap.high - gap.low > sure.fixed_high - sure.fixed_low  # type: ignore[operator]
+    assert found.groups[0].judged == {} == found.groups[1].judged  # what was chosen from
+
+
+def test_one_seed_tells_no_rates_apart() -> None:
+    (found,) = comparisons(flat_rates(chosen=[(1.5,), (1.0,)]))
+    assert found.choice is not None and len(found.choice.tied) == 2
+    assert any("one seed cannot tell rates apart" in line for line in judge_sentences(found))
+
+
+def test_p_values_are_corrected_for_all_recipes_of_the_table() -> None:
+    recipes = {
+        "a": (0.05, 0.06, 0.09, 0.05),
+        "b": (0.01, -0.01, 0.0, 0.02),
+        "c": (0.1, 0.2, 0.1, 0.1),
+    }
+    runs = [two(0.8, 0.9, 0.7, seed=s) for s in range(4)]
+    runs += [two(0.8 + more, 0.9, 0.7, recipe=name, seed=s)
+             for name, values in recipes.items() for s, more in enumerate(values)]  # fmt: skip
+    (found,) = comparisons(runs)
+    judged = {g.label: g.judged["new_plus_old"] for g in found.groups if g.judged}
+    for name, values in recipes.items():
+        assert judged[name].p == pytest.approx(ttest_1samp(values, 0).pvalue)
+        assert judged[name].seeds_for_seen == seeds_needed(fmean(values), stdev(values))
+        assert judged[name].seeds_for_point == seeds_needed(0.01, stdev(values))
+    assert [judged[k].holm for k in "abc"] == holm([judged[k].p for k in "abc"])
+    c = next(line for line in study_sentences(found) if line.startswith("c against plain"))
+    assert judged["c"].holm is not None and judged["c"].p < 0.05 > judged["c"].holm  # type: ignore[operator]
+    assert c.endswith("interval +0.045 to +0.205.")
+    b = next(line for line in study_sentences(found) if line.startswith("b against plain"))
+    assert b.endswith(f"can show ({judged['b'].seeds_for_seen} would, were it real).")
+
+
+def test_an_interval_that_other_recipes_take_back() -> None:
+    """p .018 alone; with five more recipes in the table, .11."""
+    runs = [two(0.8, 0.9, 0.7, seed=s) for s in range(4)]
+    for k in range(6):
+        runs += [two(0.8 + (v if k == 0 else v * (-1) ** s), 0.9, 0.7, seed=s, recipe=f"r{k}")
+                 for s, v in enumerate((0.05, 0.06, 0.10, 0.04))]  # fmt: skip
+    (found,) = comparisons(runs)
+    said = next(line for line in study_sentences(found) if line.startswith("r0 against plain"))
+    assert ": not beside the other recipes of the table (Holm's p 0.106)" in said
+
+
+def test_failed_runs_are_counted() -> None:
+    """At or below one answer for all rows: .6 of the old task, .5 of the new one."""
+    runs = [rated(0.8, 0.7, seed=s) for s in range(3)]
+    runs += [rated(new, 0.7, seed=s, recipe="dps") for s, new in enumerate((0.5, 0.51, 0.4))]
+    runs.append(two(0.1, 0.1, 0.1, recipe="old"))  # of before constants were kept
+    (found,) = comparisons(runs)
+    assert [g.failed for g in found.groups] == [0, 2, None]
+    assert not found.nothing_learned
+    assert any(line.startswith("dps (3 runs, 2 failed): ") for line in study_sentences(found))
+    (dps,) = [row for row in comparison_rows(runs) if row["recipe"] == "dps"]
+    assert (dps["failed"], dps["new_min"], dps["new_max"]) == (2, 0.4, 0.51)
+
+
+def test_that_nothing_was_learned_is_the_headline() -> None:
+    runs = [rated(0.5, 0.9, seed=s, recipe=r) for s in range(2) for r in ("plain", "dps")]
+    for run in runs:
+        run.scores = [[0.6, None], [0.6, 0.45]]
+    (found,) = comparisons(runs)
+    assert found.nothing_learned and [g.failed for g in found.groups] == [2, 2]
+    headline = ("Nothing was learned: no score is better than one answer for all rows "
+                "(trec6 0.600, snli 0.500).")  # fmt: skip
+    assert study_sentences(found)[0] == headline
+    assert not any("against" in line for line in study_sentences(found))
+    assert judge_sentences(found) == []
+    table = " ".join(as_text(comparison_table(runs), width=160).split())
+    assert headline in table and "2, 2 failed" in table
+    (one,) = comparisons(runs[:1])
+    assert study_sentences(one)[0] == headline
+    runs[0].scores[0][0] = 0.61  # learned, if only by one run and on one task
+    (found,) = comparisons(runs)
+    assert not found.nothing_learned and found.groups[0].failed == 2
+
+
+def test_a_run_that_was_repeated_gives_the_noise_floor() -> None:
+    first = two(0.8, 0.9, 0.70, created="2026-01-01T00:00:00+00:00")
+    again = two(0.8, 0.9, 0.73, created="2026-01-02T00:00:00+00:00")
+    other = two(0.8, 0.9, 0.8, recipe="dps")
+    (found,) = comparisons([first, again, other])
+    assert found.repeats["new_plus_old"] == (1, pytest.approx(0.03 / 2**0.5), pytest.approx(0.03))
+    assert found.repeats["new"].largest == 0
+    assert any("moved new plus old by 0.030 at most (1 pair)" in s for s in judge_sentences(found))
+    (found,) = comparisons([first, dataclasses.replace(first), other])  # a copy is no repeat
+    assert found.repeats["new"].pairs == 0
+    assert any("Noise floor: not measured" in line for line in judge_sentences(found))
+
+
+def test_recipes_are_compared_at_matched_scores_of_the_new_task() -> None:
+    """Plain from .9 + .6 … to .6 + .9, a straight line; the recipe .1 above it, less far."""
+    runs = [
+        two(new + off, 0.95, 1.5 - new - off + above, seed=s, lr=lr, recipe=recipe)
+        for recipe, above, rates in (("plain", 0.0, (0.6, 0.75, 0.9)), ("dps", 0.1, (0.7, 0.8)))
+        for lr, new in enumerate(rates, 1) for s, off in enumerate((-0.01, 0.01))
+    ]  # fmt: skip
+    (found,) = comparisons(runs)
+    plain, dps = found.fronts
+    assert plain.control and [len(f.points) for f in found.fronts] == [3, 2]
+    assert plain.front == [pytest.approx(p) for p in ((0.6, 0.9), (0.75, 0.75), (0.9, 0.6))]
+    assert (dps.low, dps.high) == pytest.approx((0.7, 0.8))
+    assert (dps.kept, dps.plain_kept, dps.more) == pytest.approx((0.8, 0.7, 0.1))
+    assert (dps.area, dps.plain_area) == pytest.approx((0.085, 0.075))
+    assert (dps.more_low, dps.more_high) == pytest.approx((0.1, 0.1))  # for every seed
+    assert judge_sentences(found)[-1] == (
+        "At matched scores: at a new score of 0.800 dps keeps 0.800, plain 0.700; from 0.700 on, "
+        "on average +0.100 [+0.100 to +0.100]."
+    )
+
+
+def test_strengths_of_a_recipe_are_one_front_and_other_recipes_are_not() -> None:
+    def run(name: str, **method: Any) -> Record:
+        made = two(0.8, 0.9, 0.7, recipe=name)
+        return dataclasses.replace(made, recipe={"name": name, "methods": {"ewc": method}})
+
+    (found,) = comparisons([
+        two(0.8, 0.9, 0.7), run("weak", strength=1.0), run("strong", strength=1e3),
+        run("online", strength=1.0, online=True),
+    ])  # fmt: skip
+    assert [(f.label, len(f.points)) for f in found.fronts] == [
+        ("plain", 1), ("weak / strong", 2), ("online", 1)
+    ]  # fmt: skip
+    assert all(f.more_low is None for f in found.fronts)  # one seed
+
+
+def test_recipes_are_pooled_over_sequences() -> None:
+    gaps = {("a", "b"): (0.05, 0.07), ("b", "c"): (0.02, 0.03), ("c", "d"): (0.04, 0.06)}
+    runs = [
+        two(0.8 + more, 0.9, 0.7, names=list(names), recipe=recipe, seed=s)
+        for names, values in gaps.items() for s, value in enumerate(values)
+        for recipe, more in (("plain", 0.0), ("dps", value))
+    ]  # fmt: skip
+    (dps,) = pool(comparisons(runs))
+    means, errors = (0.06, 0.025, 0.05), (0.01, 0.005, 0.01)
+    wanted = pooled(list(zip(means, errors, strict=True)))
+    assert dps.label == "dps" and dps.sequences == ["a → b", "b → c", "c → d"]
+    assert (dps.mean, dps.low, dps.high, dps.p) == pytest.approx(
+        (wanted.mean, wanted.low, wanted.high, wanted.p)
+    )
+    text = " ".join(as_text(comparison_table(runs), width=200).split())
+    assert "dps over 3 sequences of tasks: +0.045, 95 % interval" in text
+    assert pool(comparisons(runs[:4])) == []
+
+
+def test_nothing_measured_gives_empty_facts() -> None:
+    """No traceback for what is unknown: single seeds, no seed, no score, equal scores."""
+    blank = [record([[None, None], [None, None]], recipe=r, seed=s)
+             for r in ("plain", "dps") for s in (0, 1, None)]  # fmt: skip
+    equal = [two(0.8, 0.9, 0.7, recipe=r, seed=s) for r in ("plain", "dps") for s in range(3)]
+    alone = [record([[0.5]], recipe=r) for r in ("plain", "dps")]
+    for runs in (blank, equal, alone):
+        (found,) = comparisons(runs)
+        as_text(comparison_table(runs))
+        assert study_sentences(found) and judge_sentences(found)
+        assert comparison_rows(runs)
+    (found,) = comparisons(blank)
+    assert found.fronts == [] and found.groups[1].failed is None and not found.nothing_learned
+    (found,) = comparisons(equal)
+    assert found.groups[1].judged["new"].p == 1 and found.fronts[1].more == 0

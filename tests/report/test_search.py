@@ -86,7 +86,20 @@ def test_a_doubt_is_said_where_there_is_one(more: dict[str, Any], said: str) -> 
 
 
 def test_a_plain_gain_has_no_doubts() -> None:
+    # of 1.3, 1.4, 1.3 none ties at an sd of .02: 2 sqrt(2) sd is .057
     assert notes(search()) == [] and 'class="warnings"' not in render(search())
+
+
+def test_flat_rates_within_the_noise_of_the_seeds_tie() -> None:
+    body = search()
+    (flat,) = [f for f in body["final"] if f["kind"] == "flat"]
+    flat["sd"] = 0.036  # 2 sqrt(2) sd is .102, of two replicates .072
+    (note,) = notes(body)
+    assert note.startswith("The flat rates 0.0005, 0.001, 0.002 tie: ") and "within 0.102" in note
+    body["config"]["replicates"] = 2
+    assert notes(body) == []
+    flat["sd"] = None
+    assert notes(body) == []
 
 
 # --- tables ---------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from holdfast.search.objective import (
     Scores,
     Watch,
     check_choice,
-    constant_score,
     evenly,
     rung_steps,
 )
@@ -73,17 +72,6 @@ def test_rungs_end_with_the_task() -> None:
     for total in range(1, 400):  # k·total/n rounded up, whatever floats make of k/n
         assert rung_steps(total, evenly(7)) == [-(-k * total // 7) for k in range(1, 8)]
     assert all(rungs[-1] == 1 and list(rungs) == sorted(rungs) for rungs in RUNGS.values())
-
-
-def test_the_score_of_one_answer() -> None:
-    labels = [0, 0, 0, 1]
-    assert constant_score("accuracy", labels, 2) == 0.75
-    # of the second label, though it is the rarer: 2 · ¼ · 1 / (¼ + 1)
-    assert constant_score("f1", labels, 2) == pytest.approx(0.4)
-    assert constant_score("matthews", labels, 2) == 0
-    assert constant_score("spearman", [0.1, 0.2, 3.0], None) == 0
-    assert constant_score("entity_f1", [(0, 1, 2), (0,)], 3) == 0  # tags
-    assert constant_score("accuracy", [(0, 1), ()], 2) == 0  # several labels a row
 
 
 def test_values_of_both_objectives() -> None:

@@ -102,6 +102,20 @@ def test_a_gain_is_one_only_where_the_interval_says_so() -> None:
     assert gain([flat, entry("searched", 0.8, 0.9, 1.01)])["verdict"] == "loss"
 
 
+def test_a_search_that_learned_nothing_has_no_other_verdict() -> None:
+    """However sure its difference is: both tasks at or below one answer for all rows."""
+    finals = [entry("flat", 1.0, 1.0, 1.0), entry("searched", 1.1, 1.11, 1.1)]
+    for final_ in finals:
+        for seed in final_["seeds"]:
+            seed |= {"old": 0.5, "new": 0.25}
+    said = gain(finals, [0.5, 0.3])
+    assert said["verdict"] == "nothing learned"
+    assert said["sentence"].endswith("than one answer for all rows does (0.500 and 0.300).")
+    assert gain(finals, [0.5, 0.2])["verdict"] == "gain"  # one task is enough
+    assert gain(finals, [0.5, None])["verdict"] == gain(finals)["verdict"] == "gain"
+    assert gain([entry("flat", None)], [0.5, 0.3])["verdict"] == "not measured"
+
+
 def test_a_winner_that_diverges_once_gained_nothing() -> None:
     said = gain([entry("flat", 1.0, 1.1, 1.2), entry("searched", 1.2, 1.31, None)])
     assert said["verdict"] == "no gain" and "diverged with seed 2" in said["sentence"]

@@ -217,6 +217,23 @@ def test_paths_that_are_refused(tmp_path: Path) -> None:
             read_study(tmp_path / name)
 
 
+def test_controls_alone_are_no_study(tmp_path: Path) -> None:
+    """They are what a search is compared with, and no result of it."""
+    trials = [Trial(number=i, lr=(1e-5,) * 3, new=0.5, old_after=0.5, extra={"control": name})
+              for i, name in enumerate(("flat@1e-05", "flat@2e-05", None))]  # fmt: skip
+    unfinished = replace(trials[2], state="pruned")
+    says = r"only controls were finished \(2\), no searched one"
+    write_trials(tmp_path / "trials.csv", [*trials[:2], unfinished], study="a")
+    with pytest.raises(Refused, match=says):
+        combine([tmp_path], out=tmp_path / "rates.yaml")
+    write_trials(tmp_path / "trials.csv", trials, study="a")
+    assert len(read_study(tmp_path).trials) == 3
+    rows = [{"new": 0.5, "old_after": 0.5, "lr": [1e-5] * 3, "extra.control": "flat"}] * 2
+    (tmp_path / "t.json").write_text(json.dumps({"trials": rows}))
+    with pytest.raises(Refused, match=says):
+        read_study(tmp_path / "t.json")
+
+
 @settings(max_examples=60)
 @given(st.binary(max_size=80), st.sampled_from([".csv", ".json"]), st.integers(0, 400))
 def test_nothing_but_a_refusal_leaves_the_reader(
