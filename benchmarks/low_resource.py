@@ -15,29 +15,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, save, show, task
 from results import need_data
 from torch import nn
 
 from holdfast import PEFT, Recipe
+from holdfast.experiments.elsewhere import answer_ids, score_elsewhere
 from holdfast.experiments.sequence import describe
 from holdfast.methods import METHODS
+from holdfast.tasks.protocol import Protocol
 
 GLUE = ("mrpc", "rte", "cola", "stsb", "trec6", "sst2")
 STEPS = {300: 100, 500: 100, 1000: 190}  # by training rows: about 5 and 3 epochs
-# The published protocol: trained on one, tested on others. Answers of three kinds (0 entailment,
-# 1 neutral, 2 contradiction) as answers of the tested task.
-DOMAIN = ("snli", "mnli")
-ELSEWHERE: Mapping[str, Mapping[int, int]] = {
-    "sick": {0: 0, 1: 1, 2: 2},
-    "hans_regenerated": {0: 0, 1: 1, 2: 1},  # 1: no entailment
-    "rte": {0: 0, 1: 1, 2: 1},
-}
+DOMAIN = ("snli", "mnli")  # trained on one, tested on others
+TESTS = Protocol.named("out-of-domain").tests
+ELSEWHERE = {"sick": TESTS["sick"], "hans_regenerated": TESTS["hans"], "rte": TESTS["rte"]}
 FLAT = (1e-4, 2e-4, 5e-5, 4e-4, 2e-5)
 FEW = (1e-4, 2e-4)  # of methods that train most weights
 SMALL = (1e-3, 2e-3)  # of methods that train few: a rate of their own
@@ -102,26 +98,20 @@ class LowResource(Bench):
                                   change=None if made.dropout else undropped)  # fmt: skip
         seconds = round(time.monotonic() - began, 1)
         if folder in DOMAIN:
-            found["elsewhere"] = {other: self.elsewhere(model, other, seed) for other in ELSEWHERE}
+            found["elsewhere"] = {o: self.elsewhere(model, name, o, seed) for o in ELSEWHERE}
         return {"task": name, "seed": seed, "arm": arm, "lr": lr, "score": found["scores"][0][0],
                 "selection": found["selection"][0][0],
                 "constant": describe(task(name, seed))["constant"],
                 **{k: found[k] for k in found.keys() & {"elsewhere"}},
                 "commit": self.commit, "seconds": seconds}  # fmt: skip
 
-    @torch.no_grad()
-    def elsewhere(self, model: nn.Module, other: str, seed: int) -> float:
+    def elsewhere(self, model: nn.Module, name: str, other: str, seed: int) -> float:
         """Accuracy on the evaluation rows of another task of entailment."""
-        rows, right = self.rows(other, seed, "evaluation"), 0
-        model.eval()
-        for start in range(0, len(rows), 32):
-            batch = self.collate([rows[i] for i in range(start, min(start + 32, len(rows)))])
-            labels = batch.pop("labels")
-            with self._precision():
-                answers = model(**batch).logits.argmax(-1)
-            mapped = torch.tensor([ELSEWHERE[other][a] for a in answers.tolist()])
-            right += int((mapped == labels).sum())
-        return right / len(rows)
+        tested = task(other, seed)
+        ids = answer_ids(task(name, seed), tested, ELSEWHERE[other])
+        with self._precision():
+            rows = self.rows(other, seed, "evaluation")
+            return score_elsewhere(model, rows, tested, ids, self.collate)
 
 
 def undropped(model: nn.Module) -> None:

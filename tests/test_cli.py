@@ -24,6 +24,7 @@ from holdfast import __version__
 from holdfast.cli import build_parser, main
 from holdfast.cli.options import given
 from holdfast.errors import Refused
+from holdfast.experiments.record import Record
 from holdfast.experiments.settings import Settings
 
 VERBS = (
@@ -66,7 +67,8 @@ OPTIONS = {
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
-    "compare": f"--tasks --recipes --flat --seeds --workers --reference --lm-eval {TRAINING}",
+    "compare": f"""--tasks --protocol --data --only-served --recipes --flat --seeds --workers
+        --reference --lm-eval {TRAINING}""",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
@@ -452,6 +454,82 @@ def test_verbs_end_to_end(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     page = tmp_path / "page.html"
     assert main(["report", f"{tmp_path}/a", f"{tmp_path}/c", "--out", str(page)]) == 0
     assert "l2sp" in page.read_text()
+
+
+PROTOCOL = """
+about: two orders of two tasks, and a third that is only tested on
+source: nobody
+scenario: task-incremental
+tasks:
+  mood: {folder: mood.jsonl}
+  tint: {folder: tint.jsonl, stand_in: {folder: colour.jsonl, differs: other colours}}
+  far: {folder: far.jsonl}
+sequences:
+  there: [mood, far, tint]
+  back: [tint, mood]
+tests:
+  question: {good: person, bad: place, red: count, blue: count}
+settings: {epochs: 1, batch_size: 4}
+cited:
+  - {source: a paper, model: T5, averages: {SeqFT: 18.9}, sequence: back}
+  - {source: a paper, model: T5, averages: {SeqFT: 24.9}, sequence: there}
+caveats: [another model]
+"""
+
+
+def test_a_protocol_is_run_whole_and_says_what_differs(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(PROTOCOL.replace("  far:", "  question: {folder: question.jsonl}\n  far:"))
+    words = ["compare", "--protocol", f"{file}", "--data", f"{place}", "--recipes", "plain",
+             "--flat", "1e-3", "--seeds", "0", "--model", f"{place}/bert",
+             "--out", f"{tmp_path}/p", *SHORT[:2], *SHORT[4:]]  # fmt: skip
+    assert main(words) == 2
+    assert "not to be had: far (folder far.jsonl); --only-served" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+    assert main([*words, "--only-served"]) == 0
+    found = sorted(str(p.parent.relative_to(tmp_path / "p"))
+                   for p in (tmp_path / "p").rglob("record.json"))  # fmt: skip
+    assert found == [
+        f"{s}/{r}/seed-0" for s in ("back", "there") for r in ("plain-0-001", "plain")
+    ]  # fmt: skip
+    record = Record.load(tmp_path / "p" / "back" / "plain" / "seed-0")
+    assert record.names == ["tint", "mood"] and record.settings["batch_size"] == 4
+    told = record.extra["protocol"]
+    assert told["name"] == "mine" and told["left_out"] == ["far"] and told["sequence"] == "back"
+    assert told["differs"] == ["tint: other colours",
+                               "epochs 0.5 was asked for; the protocol has epochs 1"]  # fmt: skip
+    assert told["cited"] == [{"source": "a paper", "model": "T5", "averages": {"SeqFT": 18.9}}]
+    assert {*record.extra["elsewhere"]} == {"tint", "mood"}
+    assert 0 <= record.extra["elsewhere"]["tint"]["question"] <= 1
+    out = capsys.readouterr().out
+    assert "protocol mine: 2 things differ" in out and "left out: far" in out
+    assert "after tint: question 0." in out
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert page.count("18.9") == 1 and "24.9" not in page  # of three tasks, of which two ran
+    assert "another model" in page and "other colours" in page and "far" in page
+    assert "the best flat rate here" in page and "cited: a paper" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--recipes plain --out x", "one of the arguments --protocol --tasks is required"),
+        ("--recipes plain --out x --tasks a --protocol b", "not allowed with argument"),
+        ("--recipes plain --out x --protocol standard", "no protocol 'standard'"),
+        ("--recipes plain --out x --tasks builtin:intents --only-served", "add --protocol"),
+        ("--recipes plain --out x --tasks builtin:intents --data y", "add --protocol"),
+    ],
+)
+def test_protocols_that_cannot_be_meant_are_refused(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["compare", *words.split()])
+    except SystemExit as end:
+        code = int(end.code or 0)
+    assert code == 2 and says in capsys.readouterr().err
 
 
 def test_a_large_batch_by_accumulation_looks_ahead_as_a_whole_one_does(

@@ -27,7 +27,7 @@ RESUMES = True
 
 def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add_tasks(parser)
+    add_tasks(parser, protocol=True)
     add("--recipes", required=True, nargs="+", help=RECIPE_HELP)
     add("--flat", nargs="+", type=float, default=[], metavar="LR",
         help="controls: plain at these learning rates too; the best of all plain runs is what "
@@ -39,7 +39,14 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(chosen: argparse.Namespace) -> None:
-    tasks = asked_tasks(chosen.tasks, chosen)
+    told: list[str] = []
+    sequences: list[tuple[list[str], Path, dict[str, Any]]]  # tasks, folder, more
+    if chosen.protocol is None:
+        if chosen.data or chosen.only_served:
+            raise Refused("--data and --only-served are of a protocol", remedy="add --protocol")
+        sequences, settings = [(asked_tasks(chosen.tasks, chosen), chosen.out, {})], given(chosen)
+    else:
+        sequences, settings, told = protocol(chosen)
     from holdfast.experiments.compare import compare
     from holdfast.experiments.settings import Settings
     from holdfast.recipe import Recipe
@@ -50,18 +57,40 @@ def run(chosen: argparse.Namespace) -> None:
     }
     if len(recipes) != len(chosen.recipes):
         raise Refused("two recipes have one name", where="--recipes")
-    usual = Settings().lr if chosen.lr is None else chosen.lr
+    usual = settings.get("lr", Settings().lr)
     for rate in chosen.flat:
         label = f"plain@{rate}"
         if label in recipes or (rate == usual and "plain" in recipes):
             raise Refused(f"plain runs at {rate} already", where="--flat")
         recipes[label] = (Recipe.named("plain"), {"lr": rate})
-    records = compare(
-        chosen.model, tasks, recipes, seeds=chosen.seeds, out=chosen.out,
-        workers=chosen.workers, reference=chosen.reference, lm_eval=chosen.lm_eval,
-        **given(chosen),
-    )  # fmt: skip
+    records = []
+    for tasks, out, more in sequences:
+        records += compare(
+            chosen.model, tasks, recipes, seeds=chosen.seeds, out=out, workers=chosen.workers,
+            reference=chosen.reference, lm_eval=chosen.lm_eval, **more, **settings,
+        )  # fmt: skip
     cells = chosen.out / "runs.csv"
     write_csv(run_rows(records), cells)
     page = write_report(records, chosen.out / "report.html")
-    show(comparison_table(records), f"{cells}  {page}")
+    show(comparison_table(records), *told, f"{cells}  {page}")
+
+
+def protocol(
+    chosen: argparse.Namespace,
+) -> tuple[list[tuple[list[str], Path, dict[str, Any]]], dict[str, Any], list[str]]:
+    """The sequences of a protocol, its settings, and what the terminal says of it."""
+    from holdfast.experiments.settings import Settings
+    from holdfast.tasks.protocol import Protocol
+
+    found, name = Protocol.named(chosen.protocol), Path(chosen.protocol).stem
+    Settings.from_dict(found.settings, where=chosen.protocol)
+    plan = found.plan(name, given(chosen), data=chosen.data, only_served=chosen.only_served)
+    sequences = [
+        (asked_tasks(tasks, chosen), chosen.out / plan.folder(sequence),
+         {"tests": plan.tests, "protocol": plan.of(sequence)})
+        for sequence, tasks in plan.sequences.items()
+    ]  # fmt: skip
+    said = f"protocol {name}: {len(plan.told['differs'])} things differ from what was published"
+    if left_out := plan.told["left_out"]:
+        said += f"; left out: {', '.join(left_out)}"
+    return sequences, plan.settings, [f"{said}; the page has them"]

@@ -23,11 +23,24 @@ TASK_HELP = (
 )
 
 
-def add_tasks(parser: argparse.ArgumentParser, about: str = "") -> None:
-    """The tasks of a sequence, in order."""
-    group(parser, "what").add_argument(
-        "--tasks", required=True, nargs="+", metavar="TASK", help=about + TASK_HELP
+def add_tasks(parser: argparse.ArgumentParser, about: str = "", *, protocol: bool = False) -> None:
+    """The tasks of a sequence, in order, or a `protocol` that names them."""
+    what = group(parser, "what")
+    if protocol:
+        what = what.add_mutually_exclusive_group(required=True)
+        what.add_argument("--protocol", metavar="NAME",
+                          help="a published order of tasks with its rows and settings (standard-1, "
+                          "long-4, idbr, … see docs/protocols.md), or a YAML file")  # fmt: skip
+    what.add_argument(
+        "--tasks", required=not protocol, nargs="+", metavar="TASK", help=about + TASK_HELP
     )
+    if protocol:
+        which = group(parser, "which rows")
+        which.add_argument("--data", type=Path, metavar="DIR",
+                           help="of a protocol: take its tasks from folders in DIR, not from the "
+                           "Hub")  # fmt: skip
+        about = "of a protocol: leave out the tasks that are nowhere to be had"
+        which.add_argument("--only-served", action="store_true", help=about)
     add_rows(parser)
 
 

@@ -30,14 +30,16 @@ def compare(
     progress: bool = True,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    tests: Mapping[str, Mapping[str, str]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
 
     recipes: a label → the recipe and the settings in which it differs (`{"lr": 5e-5}`). Runs are
     kept in `out/<label>/seed-<n>`. workers > 1 runs that many processes of one thread each.
-    reference, lm_eval: general ability, as `run_sequence` measures it. Returns the records by
-    label, then by seed.
+    reference, lm_eval, tests, protocol: as of `run_sequence`. Returns the records by label, then by
+    seed.
     """
     check_workers(workers)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -56,6 +58,8 @@ def compare(
             "progress": progress,
             "reference": reference,
             "lm_eval": lm_eval,
+            "tests": tests,
+            "protocol": protocol,
             **settings,
             **own,
         }

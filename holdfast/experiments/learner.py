@@ -47,8 +47,8 @@ class Learner:
 
     bar: a name for its progress bars, or None. place: of the first task in its sequence, which
     gives its seeds. For a search: what runs share, a task's callbacks, what is scored and kept.
-    begin: puts the last of the tasks that were learned elsewhere in its folder. probe: measures
-    general ability after each task.
+    begin: puts the last of the tasks that were learned elsewhere in its folder. probes: what is
+    measured beside the tasks after each.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Learner:
         scored: Sequence[str] = ("evaluation", "selection"),
         keeps: Callable[[Learner, int], bool] = lambda *_: True,
         begin: Callable[[Learner], None] | None = None,
-        probe: Callable[[Learner, int], None] | None = None,
+        probes: Sequence[Callable[[Learner, int], None]] = (),
     ) -> None:
         quiet()
         self.folder, self.source, self.tasks, self.recipe = folder, source, tasks, recipe
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
-        self.probe = probe
+        self.probes = probes
         shown = [] if bar is None else [bar]
         self._callbacks = callbacks or (
             lambda _, i: [
@@ -248,8 +248,8 @@ class Learner:
     def note(self, index: int, *, steps: int, skipped: int) -> None:
         """Score all tasks up to one that is closed, keep it and record it."""
         scores = self._scores(index, "evaluation"), self._scores(index, "selection")
-        if self.probe is not None:
-            self.probe(self, index)
+        for measure in self.probes:
+            measure(self, index)
         if self.keeps(self, index):
             self.keep(index)
         shutil.rmtree(self.training(index), ignore_errors=True)

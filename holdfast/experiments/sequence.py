@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused, tell_once
+from holdfast.experiments.elsewhere import Elsewhere
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
 from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import FINAL, RECORD, check_disk, check_held, digest, open_run
@@ -38,6 +39,8 @@ def run_sequence(
     without_old_rows: bool = False,
     reference: str | Path | None = None,
     lm_eval: Sequence[str] = (),
+    tests: Mapping[str, Mapping[str, str]] | None = None,
+    protocol: Mapping[str, Any] | None = None,
     label: str | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
@@ -59,6 +62,9 @@ def run_sequence(
 
     reference: running text by which general ability is measured before the first task and after
     each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
+
+    tests: tasks that are only tested on after each task, see `holdfast.experiments.elsewhere`.
+    protocol: what the record keeps of the protocol that the run is part of.
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
@@ -88,8 +94,11 @@ def run_sequence(
     if len(loaded) == 1 and (idle := chosen.idle_alone()):
         tell_once(idle)
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
+    away = Elsewhere(tests, loaded, head=plan.head, evaluation_size=plan.evaluation_size
+                     ) if tests else None  # fmt: skip
     job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
-              bar=(label or "") if progress else None, origin=origin, probe=asked)  # fmt: skip
+              bar=(label or "") if progress else None, origin=origin, probe=asked,
+              elsewhere=away, protocol=protocol)  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
 
@@ -105,6 +114,8 @@ class Job:
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks
     probe: Mapping[str, Any] = field(default_factory=dict)  # what is measured of general ability
+    elsewhere: Elsewhere | None = None  # what it is tested on too
+    protocol: Mapping[str, Any] | None = None
 
     def run(self, tasks: list[Task], plan: Settings, folder: Path | None) -> Record:
         """Learn what a folder's record does not hold yet."""
@@ -157,6 +168,8 @@ class Job:
             before = record.to_dict()
             if probe is not None:
                 probe.begin(record)
+            if self.protocol is not None:
+                record.extra["protocol"] = dict(self.protocol)
             record.recipe = self.recipe.to_dict()  # which may have been renamed
             record.settings["alone"] = plan.alone or record.settings.get("alone", False)
             last = folder / "tasks" / f"{len(tasks)}-{tasks[-1].name}"
@@ -169,7 +182,7 @@ class Job:
             for place, task in enumerate(tasks[1:] if plan.alone else (), 1):
                 if record.alone.get(task.name) is None and task.train:
                     home = folder / "alone" / task.name
-                    alone = replace(self, place=place, origin=None, probe={})
+                    alone = replace(self, place=place, origin=None, probe={}, elsewhere=None)
                     by_itself = alone.run([task], replace(plan, alone=False), home)
                     record.alone[task.name] = by_itself.scores[0][0]
             record.status = "done"
@@ -186,6 +199,7 @@ class Job:
             record.command, record.commit = self.command, commit(Path(__file__).parent)
             record.seed, record.versions, record.created = self.seed, versions(), now()
             record.rates = None  # they are this recipe's
+            record.extra.pop("protocol", None)  # it had other tasks
         else:
             record = Record(
                 tasks=[describe(t) for t in tasks],
@@ -215,7 +229,7 @@ class Job:
         from holdfast.experiments.learner import Learner
 
         learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place, probe=probe,
+                          place=self.place, probes=[p for p in (probe, self.elsewhere) if p],
                           begin=None if self.origin is None else self.origin.begin)  # fmt: skip
         for index in range(len(record.seconds), len(tasks)):
             try:

@@ -16,7 +16,7 @@ from typing import Any
 import holdfast
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.experiments.statistics import Difference
+from holdfast.experiments.statistics import Difference, Spread
 from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
 from holdfast.report.facts import GroupFacts, PooledFacts, comparisons, pool
@@ -124,6 +124,7 @@ def environment() -> Any:
         score=number,
         signed=lambda value: number(value, sign=True),
         points=points,
+        percent=lambda s: spread_text(Spread(*(v and 100 * v for v in s)), digits=1),
         spread=spread_text,
         signed_spread=lambda spread: spread_text(spread, sign=True),
         gap=_gap,

@@ -12,6 +12,7 @@ from holdfast.report.canvas import Picture
 from holdfast.report.draw import comparing, shown, within
 from holdfast.report.facts import Comparison, GroupFacts, RunFacts, TaskFacts
 from holdfast.report.general import general
+from holdfast.report.protocol import ProtocolFacts, elsewhere, protocol_of
 from holdfast.report.sentences import judge_sentences, noise_note, study_sentences
 from holdfast.report.verdict import taken_of, verdict
 from holdfast.report.words import clean, number, short
@@ -53,6 +54,8 @@ class Section:
     exposures: list[str]
     synthetic: list[str]
     general: dict[str, dict[str, list[Spread]]]  # measure -> recipe -> before, after each task
+    protocol: ProtocolFacts | None
+    elsewhere: dict[str, dict[str, dict[str, Spread]]]  # recipe -> task learned -> task tested
 
 
 def section(study: Comparison) -> Section:
@@ -83,6 +86,8 @@ def section(study: Comparison) -> Section:
         exposures=_unique(run.body["exposure"] for run in study.runs),
         synthetic=[task.name for task in study.tasks if task.synthetic],
         general=_general(shown(study)),
+        protocol=protocol_of(study),
+        elsewhere={g.label: away for g in study.groups if (away := elsewhere(g.runs))},
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from holdfast.experiments.record import Record
 from holdfast.report.facts import COLUMNS, Comparison, GroupFacts, comparisons, pool, run_facts
 from holdfast.report.general import general_lines
+from holdfast.report.protocol import elsewhere_lines
 from holdfast.report.sentences import judge_sentences, noise_note, nothing, pool_sentences
 from holdfast.report.words import DASH, clean, number, spread_text
 
@@ -53,7 +54,7 @@ def matrix_table(record: Record) -> Table:
         notes = ["mean " + " · ".join(words), "forgetting: positive is worse",
                  *(["as others name them: " + " · ".join(beside)] if beside else []),
                  *([str(record.scenario)] if record.scenario else []), *notes]  # fmt: skip
-    notes += general_lines(facts)
+    notes += [*general_lines(facts), *elsewhere_lines([facts])]
     table.caption = Text("\n".join(note for note in notes if note))
     table.caption_justify = "left"
     return table
@@ -86,6 +87,7 @@ def _comparison(study: Comparison) -> Table:
         mark = " (control)" if group.control else ""
         table.add_row(Text(clean(group.label, width=40) + mark), *_cells(group, single))
     lines = ["± is the standard deviation over seeds", *judge_sentences(study), *study.warnings]
+    lines += [f"{clean(g.label)}, {line}" for g in study.groups for line in elsewhere_lines(g.runs)]
     if not single:
         lines.insert(1, "forgetting: positive is worse; vs control: new + old, paired by seed")
     if study.nothing_learned:

@@ -40,10 +40,10 @@ def number(value: Cell, *, sign: bool = False, digits: int = 3) -> str:
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "\u2212")
 
 
-def spread_text(spread: Spread, *, sign: bool = False) -> str:
+def spread_text(spread: Spread, *, sign: bool = False, digits: int = 3) -> str:
     """`0.741 ± 0.012`, without the spread below two runs."""
-    text = number(spread.mean, sign=sign)
-    return text if spread.sd is None else f"{text}\u00a0±\u00a0{number(spread.sd)}"
+    text = number(spread.mean, sign=sign, digits=digits)
+    return text if spread.sd is None else f"{text}\u00a0±\u00a0{number(spread.sd, digits=digits)}"
 
 
 def points(value: Cell) -> str:

@@ -24,7 +24,7 @@ def read(
 ) -> tuple[Table, Table | None, tuple[str, ...] | None, bool]:
     """Training table, evaluation table, label names if the dataset has them, and whether its
     labels are floats."""
-    splits = _load(place, options)
+    splits = load(place, options)
     if "train" not in splits:
         raise Refused(f"no split 'train'; it has {listed(list(splits))}", where=place)
     chosen = options.evaluation or next((name for name in EVALUATION if name in splits), None)
@@ -76,7 +76,8 @@ def answers(endpoint: str) -> bool:
     return bool(answered)
 
 
-def _load(place: str, options: Options) -> Mapping[str, Any]:
+def load(place: str, options: Options) -> Mapping[str, Any]:
+    """The splits of a dataset; `Refused` if the Hub gives none."""
     dataset, config = _split_id(place)
     if config and options.config:
         raise Refused("the configuration stands twice", where=place)

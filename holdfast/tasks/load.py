@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.tasks import files, folder, generated, pictures, splits
+from holdfast.tasks.labels import SEPARATOR
 from holdfast.tasks.rows import Source, check_metric, source_of
 from holdfast.tasks.spec import Options, Spec, parse
 from holdfast.tasks.table import Columns, counted, listed, shown
@@ -59,6 +61,7 @@ def load_task(
         asked = _with_columns(asked, columns)
     name, names, metric, pool, evaluation, warnings, kind = _LOADERS[asked.kind](asked)
     name = slug(asked.options.name or name)
+    names = _called(asked.options.labels, names, name)
     _check_classes(pool, names, name, warnings, kind)
     texts = [row.plain for row in pool]
     if evaluation is None:
@@ -87,6 +90,8 @@ def load_task(
         raise Refused(f"selection {selection} leaves no row to train on", where=name)
     chosen, rest = _apart(pool, texts, size, seed=f"selection {seed}")
     selected, train = [pool[i] for i in chosen], [pool[i] for i in rest]
+    if asked.options.per_class is not None:
+        train = _of_each(train, int(asked.options.per_class), seed, names, name, warnings)
     if train_size is not None:
         train = _subset(train, train_size, seed, names, name, warnings)
     return Task(
@@ -114,6 +119,37 @@ def _with_columns(asked: Spec, columns: Columns) -> Spec:
             raise Refused(f"{role} is {shown(column)} and {shown(other)}", where=asked.place)
     new = {role: column for role, column in given.items() if column is not None}
     return replace(asked, options=replace(asked.options, **new))
+
+
+def _called(
+    wanted: str | None, names: tuple[str, ...] | None, where: str
+) -> tuple[str, ...] | None:
+    """The names of the labels, or what they are to be called."""
+    if wanted is None:
+        return names
+    said = tuple(wanted.split(SEPARATOR))
+    if names is None or len(said) != len(names) or len({*map(str.strip, said), ""}) <= len(said):
+        raise Refused(f"labels {shown(wanted)}: it has {listed(names) if names else 'none'}",
+                      where=where, remedy="a name for each, in that order: no|yes")  # fmt: skip
+    return said
+
+
+def _of_each(
+    train: list[Row],
+    most: int,
+    seed: int,
+    names: tuple[str, ...] | None,
+    where: str,
+    warnings: list[str],
+) -> list[Row]:
+    """At most so many rows of each class."""
+    labels = [row.label for row in train]
+    if names is None or isinstance(labels[0], tuple):
+        raise Refused("per_class: its rows have no single class", where=where)
+    few = sum(count < most for count in Counter(labels).values())
+    if few:
+        warnings.append(f"fewer than {most} training rows of {few} of {len(names)} classes")
+    return [train[i] for i in splits.of_each(labels, most, seed=f"train {seed}")]
 
 
 def _subset(

@@ -1,4 +1,4 @@
-"""Where prompts come from that are no column: a template over columns, or a conversation."""
+"""Where texts come from that are no column: a template over columns, or a conversation."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ SHAPE = 'as [{"role": "user", "content": "…"}, {"role": "assistant", "content"
 def prompted(
     table: Table, columns: Columns, *, answered: bool = True
 ) -> tuple[Table, Columns]:  # fmt: skip
-    """The table with a column of prompts, if it has none, and the columns to read now.
+    """The table with a column of prompts or texts, if it has none, and the columns to read now.
 
     answered: whether each conversation has to end with an answer, which then gets a column too.
     """
     if columns.converses(table):
         made = _conversed(table, answered=answered)
         return made, Columns(text=PROMPT[0], answer=ANSWER[0] if answered else None)
-    if columns.prompt is not None:
+    if columns.template is not None and columns.template not in table.columns:
         made = _filled(table, columns)
-        return made, replace(columns, text=PROMPT[0], pair=None, prompt=None)
+        pair = None if columns.prompt is not None else columns.pair
+        return made, replace(columns, text=PROMPT[0], pair=pair, prompt=None)
     return table, columns
 
 
 def _filled(table: Table, columns: Columns) -> Table:
-    """Prompts by `columns.prompt`: a blank names a column, or text and pair by what they are.
+    """Texts by `columns.template`: a blank names a column, in a prompt also text and pair by what
+    they are.
 
-    A row with nothing to put into one has no prompt.
+    A row with nothing to put into one has no text.
     """
-    parts = pieces(columns.prompt or "")
+    parts = pieces(columns.template or "")
     named = {blank: _column(blank, table, columns) for _, blank in parts if blank}
 
     def prompt(number: int, cells: dict[str, Any]) -> str | None:

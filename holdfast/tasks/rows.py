@@ -46,7 +46,8 @@ def source_of(
         return _generation(name, train, evaluation, options, names)
     if options.type == "tokens" or (options.type is None and options.columns.tags(train)):
         return _tokens(name, train, evaluation, options, names)
-    columns = options.columns.among(train)
+    train, columns = _templated(train, options.columns)
+    columns = columns.among(train)
     several = options.type == "multilabel"
     if columns.pair is None and train.wordy:
         warnings.append(f"text not read in the column {listed(sorted(train.wordy))}")
@@ -85,6 +86,7 @@ def source_of(
     pool = first.rows(read, warnings)
     held = None
     if evaluation is not None:
+        evaluation, _ = _templated(evaluation, options.columns)
         columns.check(evaluation)
         other = _Texts(evaluation, columns, paired=first.paired, several=several)
         if mend is not None:
@@ -96,6 +98,11 @@ def source_of(
     usual = "spearman" if names is None else "accuracy"
     metric = check_metric(options.metric or usual, names, name)
     return Source(name, names, metric, pool, held, warnings)
+
+
+def _templated(table: Table, columns: Columns) -> tuple[Table, Columns]:
+    """Texts by a template, if one was named."""
+    return (table, columns) if columns.template is None else prompted(table, columns)
 
 
 def _tokens(
@@ -191,7 +198,7 @@ def unlabelled(
     path = files.must_exist(Path(asked.place))
     wanted = columns.wanted | {*keep, *([beside] if beside else [])}
     table = files.read(path, wanted, **options.written, collect=True)
-    if kind == "chat" or columns.prompt is not None:
+    if kind == "chat" or columns.template is not None:
         table, columns = prompted(table, columns, answered=False)
     columns = columns.texts_among(table, pairs=pairs, prompts=kind == "generation")
     if lacking := [name for name in keep if name not in table.columns]:

@@ -15,7 +15,7 @@ from holdfast.tasks.task import METRICS
 
 _ROWS = (
     "text", "pair", "label", "answer", "prompt", "name", "metric", "evaluation", "type", "bad_rows",
-    "strip",
+    "strip", "labels", "per_class",
 )  # fmt: skip
 _ALLOWED = {
     "folder": _ROWS,
@@ -35,7 +35,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*){0,2}", re.ASCII
 class Options:
     """What may follow the `?`."""
 
-    text: str | None = None
+    text: str | None = None  # a column, or a text with columns in braces
     pair: str | None = None
     label: str | None = None
     answer: str | None = None  # the column of the text to generate
@@ -46,6 +46,8 @@ class Options:
     type: str | None = None  # one of TYPES
     bad_rows: str | None = None  # skip: bad rows are left out and counted, not refused
     strip: str | None = None  # yes: labels lose blanks around them, and spellings by case are one
+    labels: str | None = None  # what the labels are called, in id order, with | between them
+    per_class: str | None = None  # at most so many training rows of each class
     quotes: str | None = None  # none: quotes in CSV and TSV are ordinary characters
     separator: str | None = None  # of CSV and TSV: a character, or tab
     config: str | None = None  # of a Hub dataset
@@ -147,6 +149,9 @@ def _options(query: str, text: str, known: tuple[str, ...]) -> Options:
             )
     if not re.fullmatch(r'tab|[^\w"\r\n\0]', mark := found.get("separator", "tab")):
         raise Refused(f"separator {shown(mark)}", where=shown(text), remedy="a character, or tab")
+    if not re.fullmatch(r"[1-9]\d{0,8}", found.get("per_class", "1")):
+        raise Refused(f"per_class {shown(found['per_class'])} is no count of rows",
+                      where=shown(text))  # fmt: skip
     if not any(blank for _, blank in pieces(found.get("prompt", "{text}"))):
         raise Refused("prompt has no column in braces", where=shown(text),
                       remedy="as prompt={text} Sentiment:")  # fmt: skip

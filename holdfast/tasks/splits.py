@@ -52,6 +52,16 @@ def stratified(
     return sorted(chosen), [index for index in range(len(labels)) if index not in chosen]
 
 
+def of_each(labels: Sequence[Hashable], most: int, *, seed: str) -> list[int]:
+    """At most `most` indices of each class, in row order."""
+    draw = random.Random(seed)
+    rank = [draw.random() for _ in labels]
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index in sorted(range(len(labels)), key=rank.__getitem__):
+        groups[labels[index]].append(index)
+    return sorted(index for group in groups.values() for index in group[:most])
+
+
 def _classes(labels: Sequence[Any]) -> list[int | float]:
     """A class or a number for each label; texts are one class, several ids the rarest of them."""
     if {*map(type, labels)}.isdisjoint((str, tuple)):

@@ -47,8 +47,14 @@ class Columns:
         text = (*PROMPT, *PAIR, *WORDS, MESSAGES) if self.text is None else (self.text,)
         label = (*LABEL, *ANSWER, *TAGS, *SPANS) if self.label is None else (self.label,)
         named = [name for name in (self.pair, self.answer) if name is not None]
-        blanks = [blank for _, blank in pieces(self.prompt or "") if blank]
+        blanks = [blank for _, blank in pieces(self.template or "") if blank]
         return frozenset((*text, *label, *named, *blanks))
+
+    @property
+    def template(self) -> str | None:
+        """A text with columns in braces: the prompt, or what is named as the text."""
+        text = self.text if self.text is not None and "{" in self.text else None
+        return self.prompt if self.prompt is not None else text
 
     def generates(self, table: Table) -> bool:
         """Whether `table` has conversations, prompts by a template, or answers and no labels."""

@@ -345,3 +345,46 @@ def test_general_ability_has_a_table_of_its_own() -> None:
     assert "general ability" not in inert(render([two(0.8, 0.9, 0.7)])).text
     several = inert(render([two(0.8, 0.9, 0.7, general=told), two(0.8, 0.9, 0.7, recipe="dps")]))
     assert [cells for cells in several.cells if cells[0] == "plain: kl"]
+
+
+PROTOCOL: dict[str, Any] = {
+    "name": "<b>mine", "about": "an order", "source": "a paper", "sequence": "one",
+    "differs": ["2 topics of 10 <i>"], "left_out": ["yelp"], "caveats": ["another model"],
+    "cited": [{"source": "a paper", "model": "T5", "averages": {"SeqFT": 18.9, "OSFT": 81.3}}],
+}  # fmt: skip
+
+
+def test_cited_figures_stand_only_beside_plain() -> None:
+    extra = {"protocol": PROTOCOL}
+    plain = [two(0.8, 0.9, s, seed=i, extra=extra) for i, s in enumerate((0.5, 0.7))]
+    dps = two(0.8, 0.9, 0.8, recipe="dps", extra=extra)
+    page = render([*plain, dps])
+    assert "18.9" in page and "81.3" in page and "another model" in page and "yelp" in page
+    assert "70.0\u00a0±\u00a07.1" in page  # of (.5 + .8) / 2 and (.7 + .8) / 2
+    assert "&lt;b&gt;mine" in page and "<b>mine" not in page and "10 <i>" not in page
+    alone = render([dps])
+    assert "18.9" not in alone and "add plain and --flat" in alone and "another model" not in alone
+    assert "2 topics of 10" in alone
+    assert "SeqFT" not in render([*plain, two(0.8, 0.9, 0.8, recipe="dps")])  # of no protocol
+
+
+def test_scores_of_tasks_that_are_only_tested_on_have_a_table() -> None:
+    def scored(value: float, seed: int) -> Record:
+        return two(0.8, 0.9, 0.5, seed=seed, extra={"elsewhere": {"snli": {"hans": value}}})
+
+    page = render([scored(0.25, 0), scored(0.75, 1)])
+    assert "only tested on" in page and "0.500\u00a0±\u00a00.354" in page and "hans" in page
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"protocol": 3, "elsewhere": [1]},
+        {"protocol": {"name": None, "cited": {"a": 1}, "differs": "x"}, "elsewhere": {"snli": 1}},
+        {"protocol": {"cited": [{"averages": {"a": "b", "c": True}}, 4]},
+         "elsewhere": {"snli": {"hans": "high", "rte": None}}},
+    ],
+)  # fmt: skip
+def test_a_damaged_protocol_leaves_the_page_standing(extra: dict[str, Any]) -> None:
+    page = render([two(0.8, 0.9, 0.5, extra=extra)])
+    assert "Numbers" in page and "only tested on" not in page

@@ -396,6 +396,50 @@ def test_train_size_has_bounds(write) -> None:
     assert task.warnings[-1] == "train_size 500 takes all 44 training rows"
 
 
+def test_per_class_takes_as_many_of_each_class(tmp_path: Path) -> None:
+    rows = [(f"text {i}", None, int(i % 10 == 0)) for i in range(100)]  # 90 and 10
+    spec = folder(tmp_path, train=rows, validation=toy(10, 300))
+    one, same, other = (
+        load_task(f"{spec}?per_class=7", seed=s, selection=0) for s in (0, 0, 1)
+    )  # fmt: skip
+    assert Counter(row.label for row in one.train) == {0: 7, 1: 7}
+    assert one == same and set(one.train) != set(other.train)
+    few = load_task(f"{spec}?per_class=20", selection=0)
+    assert Counter(row.label for row in few.train) == {0: 20, 1: 10}
+    assert few.warnings == ("fewer than 20 training rows of 1 of 2 classes",)
+    for wrong in ("0", "-1", "1.5", "x"):
+        assert "no count of rows" in refusal(f"{spec}?per_class={wrong}")
+
+
+def test_per_class_needs_classes(write) -> None:
+    content = "text,label\n" + "".join(f"text {i},{i}.5\n" for i in range(20))
+    assert "no single class" in refusal(f"{write('a.csv', content)}?type=regression&per_class=2")
+
+
+def test_labels_may_be_called_otherwise(tmp_path: Path, write) -> None:
+    """In id order, which is that of the numbers: 10 comes after 9."""
+    content = "text,label\n" + "".join(f"text {i},{(10, 9)[i % 2]}\n" for i in range(40))
+    task = load_task(f"{write('a.csv', content)}?labels=nine|ten")
+    assert task.labels == ("nine", "ten")
+    assert all((row.label == 0) == (int(row.text.split()[1]) % 2 == 1) for row in task.train)
+    spec = folder(tmp_path, train=toy(40))
+    for wrong in ("a", "a|b|c", "a|a", "a|", "a| a"):
+        assert "it has 'no', 'yes'; a name for each" in refusal(f"{spec}?labels={wrong}")
+
+
+def test_a_text_may_be_made_of_columns(tmp_path: Path) -> None:
+    lines = [json.dumps({"word": f"w{i}", "one": f"s {i}", "two": "t" if i else None,
+                         "label": i % 2}) for i in range(40)]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    task = load_task(f"{path}?text={{word}}: {{one}}&pair=two", selection=0)
+    assert len(task.train) + len(task.evaluation) == 39  # one has no second text
+    for row in (*task.train, *task.evaluation):
+        number = row.text.partition(":")[0][1:]
+        assert (row.text, row.pair, row.label) == (f"w{number}: s {number}", "t", int(number) % 2)
+    assert "no column 'wrod'; did you mean 'word'" in refusal(f"{path}?text={{wrod}}")
+
+
 def test_selection_is_a_share_or_a_count(write) -> None:
     path = write("a.csv", CSV)
     assert load_task(path, selection=9).rows["selection"] == 9
