@@ -279,9 +279,8 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
         for key in ("labels", "warnings"):
             if not isinstance(task.get(key) or [], list):
                 raise fault(f"{key} of task {task['name']!r}", "a list")
-        rows = task.get("rows") or {}
-        counts = [*rows.values(), task.get("constant")] if isinstance(rows, dict) else [""]
-        if not all(map(_number, counts)):
+        rows, constant = task.get("rows") or {}, task.get("constant")
+        if not isinstance(rows, dict) or not all(map(_number, [*rows.values(), constant])):
             raise fault(f"rows or constant of task {task['name']!r}", "a count for each split")
     for key in ("scores", "selection_scores"):
         matrix = body.get(key)
