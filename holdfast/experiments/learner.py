@@ -21,6 +21,7 @@ from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, Held, History, drawn
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.mix import mixed
+from holdfast.experiments.movement import movement
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import check_held
 from holdfast.experiments.serving import finish, models_in, save, shared_weights
@@ -77,16 +78,10 @@ class Learner:
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
         self.probes = probes
         shown = [] if bar is None else [bar]
-        self._callbacks = callbacks or (
-            lambda _, i: [
-                History(self, i),
-                *also,
-                *(
-                    Bar(name, tasks[i].name, i, len(tasks), later=self._steps_after(i))
-                    for name in shown
-                ),
-            ]
-        )
+        self._callbacks = callbacks or (lambda _, i: [
+            History(self, i), *also,
+            *(Bar(name, tasks[i].name, i, len(tasks), later=self._steps_after(i)) for name in shown),
+        ])  # fmt: skip
         self.kind = headed(kind_of(tasks), plan.head, tasks)
         self.processor = loaded.processor if loaded else self.kind.load_processor(source)
         self.collate = self.kind.collator(self.processor)
@@ -248,6 +243,8 @@ class Learner:
         if index and any(m.changes_weights for m in self.recipe.methods):
             self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
+        if self.loaded is None:  # a search keeps no weights
+            self.record.movement[task.name] = movement(self, index)
         self.note(index, steps=steps, skipped=skipped)
 
     def note(self, index: int, *, steps: int, skipped: int) -> None:
@@ -283,11 +280,9 @@ class Learner:
         assert self.bound is not None
         skipped = self.bound.skipped - sum(n or 0 for n in self.record.skipped_steps)
         if skipped == steps:
-            raise TrainingDiverged(
-                f"diverged: no gradient of {steps} steps was finite",
-                where=task.name,
-                remedy="lower --lr, in another --out",
-            )
+            raise TrainingDiverged(f"diverged: no gradient of {steps} steps was finite",
+                                   where=task.name,
+                                   remedy="lower --lr, in another --out")  # fmt: skip
         if skipped:
             self.warn(f"{task.name}: {skipped} steps skipped for non-finite gradients.")
         return skipped
@@ -329,9 +324,8 @@ class Learner:
         autocast, bar, collate = model.__dict__.pop("forward", None), None, self.collate
         if self.bar is not None and most is None:
             label = f"{self.bar} · " if self.bar else ""
-            bar = drawn(
-                len(rows), f"{label}{self.tasks[index].name}, scored", unit="row", late=True
-            )
+            label += f"{self.tasks[index].name}, scored"
+            bar = drawn(len(rows), label, unit="row", late=True)
             collate = Counting(collate, bar)
         device = next(model.parameters()).device.type
         try:

@@ -68,7 +68,7 @@ def points(record: Record) -> Iterator[tuple[int, dict[str, float]]]:
         }
         values |= metrics.summary([row[: i + 1] for row in record.scores[: i + 1]]) if i else {}
         values |= general(record.general.get("after", {}).get(task, {}))
-        moved = getattr(record, "movement", {}).get(task, {})
+        moved = record.movement.get(task, {})
         values |= {f"movement/{part}": far for part, far in moved.get("parts", {}).items()}
         values |= {"changed": moved.get("changed"), "mask_overlap": moved.get("overlap")}
         yield told(end, values)

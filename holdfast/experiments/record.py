@@ -24,9 +24,8 @@ from holdfast.files import SEAL, check_seal, no_archive, parse_json, sealed, wri
 SCHEMA = 1
 KINDS = ("sequence", "train")
 STATUSES = ("done", "running")
-PACKAGES = (
-    "holdfast", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy", "scipy",
-)  # fmt: skip
+PACKAGES = ("holdfast", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy",
+            "scipy")  # fmt: skip
 
 
 def now() -> str:
@@ -82,8 +81,7 @@ class Record:
         (0.2, 1.55)
     """
 
-    tasks: list[dict[str, Any]]  # name, metric, labels, rows {train, selection, evaluation},
-    # constant, hash, source, synthetic, warnings
+    tasks: list[dict[str, Any]]  # as `describe` in `sequence` makes them
     scores: list[list[Cell]] = field(default_factory=list)  # T x T, evaluation rows
     kind: str = "sequence"
     scenario: str | None = None  # one of SCENARIOS; None for a single task
@@ -93,13 +91,11 @@ class Record:
     selection_scores: list[list[Cell]] | None = None  # T x T, selection rows
     before_end: dict[str, list[Cell]] = field(default_factory=dict)  # task name -> scores (T,) just
     # before methods changed weights at its end (merging), evaluation rows
-    head_first: dict[str, dict[str, Any]] = field(default_factory=dict)  # task name -> fit, steps,
-    # rows, seconds
+    head_first: dict[str, dict[str, Any]] = field(default_factory=dict)  # task name -> fit, …
     alone: dict[str, Cell] = field(default_factory=dict)  # task name -> score trained alone
-    general: dict[str, Any] = field(default_factory=dict)  # reference; base and after (by task):
-    # general ability, measure -> number
-    history: list[dict[str, Any]] = field(default_factory=list)  # learning, step, epoch, loss,
-    # scores (T,) on selection rows
+    general: dict[str, Any] = field(default_factory=dict)  # reference; base, after: by measure
+    movement: dict[str, dict[str, Any]] = field(default_factory=dict)  # task name -> parts, …
+    history: list[dict[str, Any]] = field(default_factory=list)  # learning, step, scores (T,), …
     recipe: dict[str, Any] = field(default_factory=dict)  # name, and what its YAML says
     rates: dict[str, Any] | None = None  # order, multiplier, depth, parameters: (parts,) each
     settings: dict[str, Any] = field(default_factory=dict)
@@ -128,9 +124,8 @@ class Record:
             text = self.tasks[0].get("kind") == "generation"
             self.scenario = scenario_of(self.tasks, own_heads=not text)
         scenarios = (None, *SCENARIOS)
-        for known, value in (
-            (KINDS, self.kind), (STATUSES, self.status), (scenarios, self.scenario),
-        ):  # fmt: skip
+        for known, value in ((KINDS, self.kind), (STATUSES, self.status),
+                             (scenarios, self.scenario)):  # fmt: skip
             if value not in known:
                 raise ValueError(f"{value!r} is not one of {', '.join(map(str, known))}")
 
@@ -182,10 +177,10 @@ class Record:
             matrix[index:] = [[None] * len(self.tasks) for _ in matrix[index:]]
         for values in (self.seconds, self.steps, self.skipped_steps):
             del values[index:]
+        after: dict[str, Any] = self.general.get("after", {})
         for name in self.names[index:]:
-            self.before_end.pop(name, None)
-            self.head_first.pop(name, None)
-            self.general.get("after", {}).pop(name, None)
+            for kept in (self.before_end, self.head_first, self.movement, after):
+                kept.pop(name, None)
         self.history = [h for h in self.history if h["learning"] < index]
         self.elapsed = 0.0
 
@@ -254,8 +249,8 @@ STRICT: dict[str, Any] = {"ensure_ascii": False, "indent": 1, "allow_nan": False
 
 
 _LISTS = ("tasks", "scores", "history", "seconds", "steps", "skipped_steps", "warnings")
-_DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state",
-          "before_end", "head_first", "general")  # fmt: skip
+_DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state", "before_end",
+          "head_first", "general", "movement")  # fmt: skip
 
 
 def _check(body: Mapping[str, Any], where: str | None) -> None:
@@ -297,6 +292,11 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
     good = all(isinstance(p, dict) and all(map(_number, p.values())) for p in points)
     if not good or not isinstance(told.get("reference") or {}, dict):
         raise fault("general", "a number for each measure")
+    for m in body.get("movement", {}).values():
+        far = m.get("parts", {}) if isinstance(m, dict) else None
+        more = [m.get("changed"), m.get("overlap")] if isinstance(far, dict) else [""]
+        if not all(map(_number, [*more, *(far or {}).values()])):
+            raise fault("movement", "a number for each part")
     for key in ("seconds", "steps", "skipped_steps"):
         if not _cells(body.get(key, [])):
             raise fault(key, "a list of numbers")
@@ -304,8 +304,7 @@ def _check(body: Mapping[str, Any], where: str | None) -> None:
         good = isinstance(point, dict) and _cells(point.get("scores") or [])
         if not good or not all(_number(point.get(k)) for k in ("learning", "step", "loss")):
             raise fault("history", "a list of scores by step")
-    rates = body.get("rates")
-    if rates is not None:
+    if (rates := body.get("rates")) is not None:
         curves = isinstance(rates, dict) and isinstance(rates.get("order"), list)
         if not curves or not _cells(rates.get("multiplier")):
             raise fault("rates", "multipliers by part")
@@ -375,10 +374,10 @@ def _plain(value: Any) -> Any:
     """JSON values only: numpy scalars and arrays, tuples and paths become plain, NaN is null."""
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float):  # most of a record
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, int):
         return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
     if isinstance(value, str):
         # a lone surrogate cannot be written as UTF-8
         return scrub(str(value)).encode("utf-8", "replace").decode("utf-8")

@@ -368,6 +368,7 @@ def describe(task: Task) -> dict[str, Any]:
         "metric": task.metric,
         "labels": None if task.labels is None else list(task.labels),
         "rows": task.rows,
+        "classes": task.classes,
         "constant": constant_score(task.metric, labels, classes) if labels else None,
         "hash": task.hash,
         "evaluation_hash": task.evaluation_hash,

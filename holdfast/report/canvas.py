@@ -1,4 +1,4 @@
-"""One picture as SVG by matplotlib, once for light and once for dark pages.
+"""One picture as SVG by matplotlib, in the colours of light pages and in those of dark ones.
 
 Pictures hold only shapes and text, and pages embed them as images, in which no script runs. Names
 are plain text, never math: `$` is a dollar sign.
@@ -31,29 +31,27 @@ class Theme:
     ink: str
     muted: str
     grid: str
-    empty: str
     plain: str
     colours: tuple[str, ...]  # Okabe and Ito's, which colour-blind readers tell apart
-    ramp: tuple[str, str]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (self.ink, self.muted, self.grid, self.plain, *self.colours)
 
 
 LIGHT = Theme(
     ink="#1c2430",
     muted="#5b6675",
     grid="#e3e7ec",
-    empty="#f1f3f6",
     plain="#6b7684",
     colours=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00"),
-    ramp=("#eef5fb", "#0b5a8f"),
 )
 DARK = Theme(
     ink="#e8ecf2",
     muted="#a3adba",
     grid="#323a46",
-    empty="#262d37",
     plain="#9aa5b3",
     colours=("#56b4e9", "#f0883e", "#2fc49a", "#e59ac2", "#f0c04a", "#8fb8ff", "#d9cf6a"),
-    ramp=("#1d2836", "#56b4e9"),
 )
 
 
@@ -123,8 +121,9 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
 def panel(
     draw: Callable[[Axes, Theme], None], shape: tuple[float, float], title: str | None, alt: str
 ) -> Panel:
-    light, dark = (_svg(draw, shape, theme) for theme in (LIGHT, DARK))
-    return Panel(title, clean(alt), light, dark)
+    light, to = _svg(draw, shape), dict(zip(LIGHT.all, DARK.all, strict=True))
+    dark = re.sub(r"(?<=: )#[0-9a-f]{6}", lambda colour: to.get(colour[0], colour[0]), light)
+    return Panel(title, clean(alt), _uri(light), _uri(dark))
 
 
 @contextmanager
@@ -141,11 +140,12 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float], theme: Theme) -> str:
+def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    theme = LIGHT
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "holdfast",
@@ -187,7 +187,10 @@ def _svg(draw: Callable[[Axes, Theme], None], shape: tuple[float, float], theme:
             metadata={"Date": None, "Creator": None, "Type": None, "Format": None},
         )  # fmt: skip
     text = out.getvalue()
-    text = re.sub(
+    return re.sub(
         r"('DejaVu Sans'|DejaVu Sans)(, ?[^;\"<]*)?(?=[;\"])", FONT, text[text.index("<svg") :]
     )
-    return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode("ascii")
+
+
+def _uri(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii")

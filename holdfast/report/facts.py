@@ -112,7 +112,7 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """
     studies: dict[tuple[str, str | None], list[Record]] = {}
     for record in records:
-        studies.setdefault((_study_key(record.to_dict()), record.scenario), []).append(record)
+        studies.setdefault((_study_key(record), record.scenario), []).append(record)
     found = [_comparison(group) for group in studies.values()]
     for (key, scenario), study in zip(studies, found, strict=True):
         if others := [str(s) for k, s in studies if k == key and s != scenario]:
@@ -120,18 +120,18 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
     return found
 
 
-def _study_key(body: dict[str, Any]) -> str:
+def _study_key(record: Record) -> str:
     # Training and selection rows differ by seed; what is compared is scored on the same rows.
     tasks = [
         [task["name"], task.get("evaluation_hash", task.get("hash")), task.get("metric")]
-        for task in body["tasks"]
+        for task in record.tasks
     ]
-    return json.dumps([body["model"].get("name"), body["model"].get("hash"), tasks])
+    return json.dumps([record.model.get("name"), record.model.get("hash"), tasks], default=str)
 
 
-def _configuration(body: dict[str, Any]) -> dict[str, Any]:
+def _configuration(settings: dict[str, Any]) -> dict[str, Any]:
     """What runs are compared by; a setting that came later than a run has its default."""
-    known = {**defaults(), **body["settings"]}
+    known = {**defaults(), **settings}
     return {key: value for key, value in known.items() if key not in PER_RUN}
 
 
@@ -139,8 +139,8 @@ def _comparison(records: list[Record]) -> Comparison:
     by_key: dict[str, list[Record]] = {}
     warnings = []
     for record in records:
-        body = record.to_dict()
-        key = json.dumps([body["recipe"], _configuration(body)], sort_keys=True)
+        configuration = [record.recipe, _configuration(record.settings)]
+        key = json.dumps(configuration, sort_keys=True, default=str)
         by_key.setdefault(key, []).append(record)
     labels = _labels([group[0].to_dict() for group in by_key.values()])
     picked, again_pairs = {}, []
@@ -210,8 +210,8 @@ def _labels(bodies: list[dict[str, Any]]) -> list[str]:
     labels = []
     for body in bodies:
         name = recipe_name(body)
-        same = [_configuration(other) for other in bodies if recipe_name(other) == name]
-        mine = _configuration(body)
+        same = [_configuration(b["settings"]) for b in bodies if recipe_name(b) == name]
+        mine = _configuration(body["settings"])
         differing = [key for key in mine if any(other.get(key) != mine[key] for other in same)]
         labels.append(", ".join([name, *(f"{clean(k)} {_short(mine[k])}" for k in differing)]))
     seen: dict[str, int] = {}
@@ -278,10 +278,10 @@ def _fronts(
         return []
     families: dict[str, list[str]] = {}
     for label, records in picked.items():
-        families.setdefault(_family(records[0].to_dict()), []).append(label)
+        families.setdefault(_family(records[0]), []).append(label)
     settings: dict[str, list[judge.Setting]] = {}
     for labels in sorted(families.values(), key=lambda labels: chosen not in labels):
-        names = dict.fromkeys(recipe_name(picked[label][0].to_dict()) for label in labels)
+        names = dict.fromkeys(recipe_name({"recipe": picked[label][0].recipe}) for label in labels)
         name = CONTROL if chosen in labels else " / ".join(names)
         settings[labels[0] if name in settings else name] = [
             (label, scores[label]["new"], scores[label]["old_after"]) for label in labels
@@ -289,7 +289,7 @@ def _fronts(
     return judge.fronts(settings, CONTROL)
 
 
-def _family(body: dict[str, Any]) -> str:
+def _family(record: Record) -> str:
     """What settings of one recipe have in common: all but its name, its rate and its strengths."""
 
     def without_numbers(value: Any) -> Any:
@@ -299,11 +299,11 @@ def _family(body: dict[str, Any]) -> str:
             return [without_numbers(item) for item in value]
         return None if isinstance(value, int | float) and not isinstance(value, bool) else value
 
-    recipe = {key: value for key, value in body["recipe"].items() if key != "name"}
+    recipe = {key: value for key, value in record.recipe.items() if key != "name"}
     for key in ("methods", "peft"):
         recipe[key] = without_numbers(recipe.get(key) or None)
-    settings = {key: value for key, value in _configuration(body).items() if key != "lr"}
-    return json.dumps([recipe, settings], sort_keys=True)
+    settings = {key: v for key, v in _configuration(record.settings).items() if key != "lr"}
+    return json.dumps([recipe, settings], sort_keys=True, default=str)
 
 
 def _group(
@@ -324,7 +324,7 @@ def _group(
     return GroupFacts(
         label=label,
         recipe=recipe_name(first),
-        settings=_configuration(first),
+        settings=_configuration(first["settings"]),
         control=label == chosen,
         plain=is_control(first["recipe"]),
         runs=runs,

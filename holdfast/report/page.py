@@ -1,10 +1,15 @@
-"""Numbers -> one HTML file that opens anywhere: no network, no script, nothing to install."""
+"""Numbers -> one HTML file that opens anywhere: no network, nothing to install.
+
+Its only script sorts tables. It is named by its hash in the page's policy, so that no other runs,
+and without it the page says the same.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,12 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.statistics import Difference, Spread
 from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
-from holdfast.report.facts import Comparison, comparisons
-from holdfast.report.general import general, meaning
-from holdfast.report.protocol import ProtocolFacts, elsewhere, protocol_of
-from holdfast.report.sentences import noise_note, scenario_sentence, study_sentences
-from holdfast.report.terms import terms
-from holdfast.report.words import DASH, clean, number, points, short, spread_text
+from holdfast.report.facts import GroupFacts, PooledFacts, comparisons, pool
+from holdfast.report.general import meaning
+from holdfast.report.sections import Section, section
+from holdfast.report.sentences import scenario_sentence
+from holdfast.report.verdict import cost
+from holdfast.report.words import DASH, amount, clean, number, points, short, size, spread_text
 
 # every metric a record stores, with its sign, for a reader who knows none of them
 MEANINGS = {
@@ -30,19 +35,7 @@ MEANINGS = {
     "plasticity": "mean of each task just after it was learned",
     "new_plus_old": "last task + mean of the earlier ones, at the end",
 }
-
-
-@dataclass(frozen=True)
-class Section:
-    """One comparison with its pictures, as the template reads it."""
-
-    study: Comparison
-    pictures: list[Picture]
-    exposures: list[str]
-    synthetic: list[str]
-    general: dict[str, dict[str, list[Spread]]]  # recipe -> measure -> before, after each task
-    protocol: ProtocolFacts | None
-    elsewhere: dict[str, dict[str, dict[str, Spread]]]  # recipe -> task learned -> task tested
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def find_records(paths: Iterable[str | Path]) -> list[Record]:
@@ -92,24 +85,12 @@ def render(records: Sequence[Record], title: str | None = None) -> str:
     """The page as text."""
     if not records:
         raise Refused("no records to report", remedy="pass a record.json or a folder of runs")
-    from holdfast.report.draw import pictures
-
-    sections = [
-        Section(
-            study=study,
-            pictures=pictures(study),
-            exposures=_unique(run.body["exposure"] for run in study.runs),
-            synthetic=[task.name for task in study.tasks if task.synthetic],
-            general={g.label: found for g in study.groups if (found := general(g.runs))},
-            protocol=protocol_of(study),
-            elsewhere={g.label: away for g in study.groups if (away := elsewhere(g.runs))},
-        )
-        for study in comparisons(records)
-    ]
+    sections = [section(study) for study in comparisons(records)]
     return environment().get_template("report.html.j2").render(
         title=clean(title) if title else _title(sections),
         sections=sections,
         runs=sum(len(section.study.runs) for section in sections),
+        pooled=pool([section.study for section in sections]),
         meanings=MEANINGS,
         version=holdfast.__version__,
         written=max(clean(record.created) for record in records),
@@ -125,13 +106,21 @@ def _title(sections: list[Section]) -> str:
 def environment() -> Any:
     """The templates with their filters; everything is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+    )
+    style, script = ((TEMPLATES / name).read_text("utf-8") for name in ("style.css", "sort.js"))
+    environment.globals.update(
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
+        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'",
     )
     environment.filters.update(
         score=number,
@@ -142,11 +131,12 @@ def environment() -> Any:
         signed_spread=lambda spread: spread_text(spread, sign=True),
         gap=_gap,
         value=_value,
-        count=_count,
+        count=amount,
         short=short,
-        noise_note=noise_note,
+        size=size,
+        cost=cost,
+        shared=_shared,
         meaning=meaning,
-        sentences=lambda study: [*study_sentences(study), *terms(study)],
         scenario=scenario_sentence,
         rows=_layout,
         command=_command,
@@ -155,7 +145,19 @@ def environment() -> Any:
     return environment
 
 
-def _gap(gap: Difference | None) -> str:
+def _hash(text: str) -> str:
+    """What a policy calls a style or a script by."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _shared(settings: dict[str, Any], group: GroupFacts) -> dict[str, Any]:
+    """The settings that all runs of a group have in common."""
+    others = [run.body["settings"] for run in group.runs[1:]]
+    return {k: v for k, v in settings.items() if all(o.get(k) == v for o in others)}
+
+
+def _gap(gap: Difference | PooledFacts | None) -> str:
     if gap is None or gap.mean is None:
         return DASH
     text = number(gap.mean, sign=True)
@@ -179,10 +181,6 @@ def _value(value: object) -> str:
     return clean(value)
 
 
-def _count(value: float | int | None) -> str:
-    return DASH if value is None else f"{value:,.0f}".replace(",", "\u202f")
-
-
 def _command(words: object) -> str:
     if not isinstance(words, list) or not words:
         return DASH
@@ -203,7 +201,3 @@ def _layout(pictures: Sequence[Picture]) -> list[tuple[str, Picture]]:
         last = i + 1 == len(pictures) or len(pictures[i + 1].panels) > 1
         classes.append("wide" if wide else "second" if second else "alone" if last else "first")
     return list(zip(classes, pictures, strict=True))
-
-
-def _unique(texts: Iterable[object]) -> list[str]:
-    return list(dict.fromkeys(clean(text) for text in texts if text))

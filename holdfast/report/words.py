@@ -49,3 +49,16 @@ def spread_text(spread: Spread, *, sign: bool = False, digits: int = 3) -> str:
 def points(value: Cell) -> str:
     """A difference of scores in points: `−21.1 points`."""
     return DASH if value is None else f"{number(100 * value, sign=True, digits=1)} points"
+
+
+def amount(value: Cell) -> str:
+    """A count with its thousands set apart: `12 345`."""
+    return DASH if value is None else f"{value:,.0f}".replace(",", "\u202f")
+
+
+def size(value: Cell) -> str:
+    """Bytes: `86.6 MB`."""
+    if value is None:
+        return DASH
+    power = min(int(math.log10(max(value, 1)) // 3), 3)
+    return f"{value / 1000**power:.3g}\u00a0{('B', 'kB', 'MB', 'GB')[power]}"

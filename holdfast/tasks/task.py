@@ -105,6 +105,19 @@ class Task:
             "evaluation": len(self.evaluation),
         }
 
+    @property
+    def classes(self) -> dict[str, list[int]] | None:
+        """Split -> how often each label stands in it, in id order; None without labels."""
+        if self.labels is None:
+            return None
+        counts = {split: [0] * len(self.labels) for split in self.rows}
+        for split, count in counts.items():
+            for row in getattr(self, split):
+                for label in row.label if isinstance(row.label, tuple) else (row.label,):
+                    if label >= 0:  # not the tag of a word that is left out
+                        count[label] += 1
+        return counts
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over labels, metric and all rows in order: what a checkpoint remembers."""

@@ -47,6 +47,8 @@ def without_history(folder: Path) -> dict[str, Any]:
         record.pop(key, None)
     for task in record["tasks"]:
         task.pop("chosen", None)
+    for moved in record["movement"].values():
+        moved.pop("overlap", None)  # it needs the folders of both tasks
     return record
 
 

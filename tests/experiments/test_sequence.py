@@ -14,12 +14,15 @@ from safetensors.torch import load_file
 from sequences import RECIPE, SETTINGS, files, forbid, run, told
 from transformers import AutoModelForSequenceClassification
 
-from holdfast import Rates, Recipe, Refused, run_sequence
+from holdfast import PEFT, Rates, Recipe, Refused, run_sequence
 from holdfast.experiments import sequence
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import WEIGHTS
+from holdfast.methods import ChildTuning
 from holdfast.tasks.kinds import pretrained
 from holdfast.tasks.kinds.pretrained import files_hash
+
+TOPICS = tuple(models.TOPICS)
 
 # --- the record ---------------------------------------------------------------------------------
 
@@ -32,6 +35,8 @@ def test_the_record_is_complete(place: Path, whole: Path) -> None:
             assert [cell is None for cell in row] == [j > i for j in range(3)]
             assert all(0 <= cell <= 1 for cell in row[: i + 1])
     assert [t["name"] for t in record["tasks"]] == list(models.TOPICS)
+    for task in record["tasks"]:
+        assert {split: sum(n) for split, n in task["classes"].items()} == task["rows"]
     assert record["tasks"][1]["labels"] == ["count", "person", "place"]
     for task in record["tasks"]:
         assert sum(task["rows"].values()) == 40 and len(task["hash"]) == 64
@@ -324,3 +329,31 @@ def test_every_file_a_model_is_loaded_from_counts(
         (folder / name).write_bytes(content)
         found.append(files_hash(str(folder)))
     assert len({*found}) == 4
+
+
+@pytest.mark.parametrize("peft", [None, PEFT("lora", r=2)])
+def test_how_far_tasks_moved_is_what_their_checkpoints_say(
+    peft: Any, place: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(methods=[] if peft else [ChildTuning(share=0.3)], peft=peft)
+    moved = run(place, tmp_path / "r", TOPICS[:2], recipe, epochs=1.0).movement
+    homes = [place / "bert", *sorted((tmp_path / "r" / "tasks").iterdir())]
+    kept = [load_file(home / "model.safetensors") for home in homes]
+    first, second, third = [
+        {n.removeprefix("bert."): w for n, w in named.items()} for named in kept
+    ]
+    for before, after, task in ((first, second, TOPICS[0]), (second, third, TOPICS[1])):
+        for part in ("layer.0", "layer.1"):
+            names = [n for n in after if f"encoder.{part}." in n]
+            off = sum((after[n] - before[n]).double().norm() ** 2 for n in names)
+            size = sum(before[n].double().norm() ** 2 for n in names)
+            assert moved[task]["parts"][part] == pytest.approx(float((off / size) ** 0.5), rel=1e-4)
+    if peft:
+        assert "changed" not in moved[TOPICS[0]]
+        return
+    names = [n for n in first if "encoder.layer." in n]
+    a = torch.cat([(second[n] != first[n]).flatten() for n in names])
+    b = torch.cat([(third[n] != second[n]).flatten() for n in names])
+    assert moved[TOPICS[0]]["changed"] == pytest.approx(float(a.double().mean()))
+    assert "overlap" not in moved[TOPICS[0]] and 0 < moved[TOPICS[1]]["changed"] < 0.5
+    assert moved[TOPICS[1]]["overlap"] == pytest.approx(float((a & b).sum() / (a | b).sum()))
