@@ -77,11 +77,7 @@ class Learner:
         self.plan, self.seed, self.record, self.bar = plan, seed, record, bar
         self.place, self.loaded, self.scored, self.keeps = place, loaded, scored, keeps
         self.probes = probes
-        shown = [] if bar is None else [bar]
-        self._callbacks = callbacks or (lambda _, i: [
-            History(self, i), *also,
-            *(Bar(name, tasks[i].name, i, len(tasks), later=self._steps_after(i)) for name in shown),
-        ])  # fmt: skip
+        self._callbacks = callbacks or (lambda _, i: [History(self, i), *also, *self._bars(i)])
         self.kind = headed(kind_of(tasks), plan.head, tasks)
         self.processor = loaded.processor if loaded else self.kind.load_processor(source)
         self.collate = self.kind.collator(self.processor)
@@ -98,6 +94,10 @@ class Learner:
         self._restore(finished)
         for index in range(finished, len(tasks)):
             self.rows(index, "train")  # what cannot be encoded is refused before any training
+
+    def _bars(self, index: int) -> list[TrainerCallback]:
+        later, place = self._steps_after(index), (self.tasks[index].name, index, len(self.tasks))
+        return [] if self.bar is None else [Bar(self.bar, *place, later=later)]
 
     def home(self, index: int) -> Path:
         """A task's folder: the checkpoint of its model as it was when the task was learned."""
