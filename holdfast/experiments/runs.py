@@ -151,6 +151,20 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def disagreement(config: Mapping[str, Any], record: Record) -> str | None:
+    """What a run.json says otherwise than the record beside it, which has a checksum."""
+    alike = record.settings.keys() & dict(config.get("settings", {})).keys() - {"alone"}
+
+    def of(seed: Any, recipe: Any, settings: Any) -> dict[str, Any]:
+        recipe = {k: v for k, v in recipe.items() if k != "name"}
+        return {"seed": seed, "recipe": recipe, "settings": {k: settings[k] for k in alike}}
+
+    before = of(record.seed, record.recipe, record.settings)
+    now = of(config.get("seed"), config.get("recipe", {}), config.get("settings", {}))
+    told = ", ".join(differences(before, now)) if record.recipe else ""
+    return f"is not as its {RECORD} has it ({told})" if told else None
+
+
 def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
     """Every run at any depth, with its record and status: done, at work, stopped or damaged."""
     if not folder.is_dir():

@@ -222,6 +222,19 @@ def test_names_of_strangers_lead_nowhere(whole: Path, tmp_path: Path) -> None:
         serving.described(tmp_path / "evil" / "final")
 
 
+def test_a_configuration_that_is_not_its_records_is_not_gone_on_from(
+    whole: Path, tmp_path: Path
+) -> None:
+    """A flipped bit of it would be another recipe, without a word (faults P3)."""
+    shutil.copytree(whole, tmp_path / "run")
+    assert origin.origin_of(tmp_path / "run", None).seed is not None
+    path = tmp_path / "run" / "run.json"
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps(body | {"seed": body["seed"] + 1}))
+    with pytest.raises(Refused, match=r"run\.json: is not as its record\.json has it \(seed: "):
+        origin.origin_of(tmp_path / "run", None)
+
+
 @pytest.fixture
 def classifier(place: Path, tmp_path: Path) -> Path:
     """A model trained on the first topic, its labels in another order than holdfast's own."""

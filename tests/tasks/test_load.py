@@ -221,7 +221,10 @@ def test_a_text_must_be_a_text(tmp_path: Path) -> None:
         ({"labels": [0, 1]}, "list of names"),
         ({"labels": ["a", "\x1b[31m"]}, "cannot be printed"),
         ({"labels": ["a", "b"], "metrik": "f1"}, "unknown key 'metrik'; did you mean 'metric'?"),
-        ({"labels": ["a", "b"], "eval": "f1"}, "'eval' is not read, and says 'f1'; call it 'metric'"),
+        (
+            {"labels": ["a", "b"], "eval": "f1"},
+            "'eval' is not read, and says 'f1'; call it 'metric'",
+        ),
         ({"labels": ["a", "b"], "type": "multilabel"}, "call it 'kind'"),
         ({"labels": ["a", "b"], "Task": "x"}, "unknown key 'Task'; did you mean 'task'?"),
         ({"labels": ["a", "b"], "metric": 3}, "are texts"),
