@@ -60,6 +60,7 @@ def test_the_notebook_runs(
     display = pytest.importorskip("IPython.display", reason="of the notebook; not installed")
     shown: list[Any] = []
     monkeypatch.setattr(display, "display", lambda *pictures: shown.extend(pictures))
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
     first, *others = cells("code")
     assert first["metadata"]["tags"] == ["parameters"]
     names: dict[str, Any] = {}
@@ -71,6 +72,7 @@ def test_the_notebook_runs(
     assert [record.settings["train_size"] for record in names["records"]] == [24, 24]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert shown and all(panel.light in page for picture in shown for panel in picture.panels)
+    assert [record.command for record in [*names["records"], names["third"]]] == [None] * 3
     printed = capsys.readouterr().out
     assert "after learning" in printed and "vs control" in printed and "Prediction(" in printed
 
@@ -86,6 +88,7 @@ def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
     nbclient.NotebookClient(book, resources={"metadata": {"path": tmp_path}}).execute()
     made = [output for cell in book.cells for output in cell.get("outputs", [])]
     assert any('<img alt="' in o["data"].get("text/html", "") for o in made if "data" in o)
+    assert "vs control" in "".join(o.get("text", "") for o in made)
     assert (tmp_path / "runs" / "notebook" / "third" / "final" / "tasks.json").is_file()
 
 
