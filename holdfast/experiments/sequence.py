@@ -124,11 +124,16 @@ def run_sequence(
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
     away = Elsewhere(tests, loaded, head=plan.head, evaluation_size=plan.evaluation_size
                      ) if tests else None  # fmt: skip
-    job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
+    job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or ()) or _called(),
               bar=(label or "") if progress else None, origin=origin, probe=asked,
               elsewhere=away, protocol=protocol, report_to=tuple(report_to),
               arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
+
+
+def _called() -> list[str] | None:
+    """The words of this process; None in a notebook, whose kernel's repeat nothing."""
+    return None if Path(sys.argv[0]).name == "ipykernel_launcher.py" else list(sys.argv)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,7 @@ class Job:
     model: str
     recipe: Recipe
     seed: int
-    command: list[str]
+    command: list[str] | None
     bar: str | None
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks

@@ -116,11 +116,12 @@ def _cells(group: GroupFacts, single: bool) -> list[str]:
 
 
 def as_text(table: RenderableType, *, width: int = 120) -> str:
-    """The table without colours, for a file or a pipe."""
+    """The table without colours, for a file, a pipe or a notebook's `print`."""
     import io
 
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False)
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False,
+                      force_jupyter=False)  # fmt: skip
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]

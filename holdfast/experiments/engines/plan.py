@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy, Refused
+from holdfast.errors import Busy, Refused, tell_once
+from holdfast.experiments.compare import FIRST, TUNING
 from holdfast.experiments.engines import Job, Partly, finished
 
 
@@ -24,10 +25,12 @@ class Plan:
     def __call__(
         self, jobs: Sequence[Job], *, where: str
     ) -> Generator[tuple[int, Any], None, None]:
-        for job in jobs:
-            run = str(job.folder.relative_to(self.out))
+        runs = [job.folder.relative_to(self.out) for job in jobs]
+        for run in map(str, runs):
             command = shlex.join(["holdfast", *self.words, "--only", run])
             print(json.dumps({"run": run, "command": command}))
+        if any({FIRST, TUNING} & set(run.parts) for run in runs):
+            tell_once("further runs begin where these end: plan again when they are done")
         raise Partly
         yield
 
