@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from holdfast import EWC, L2SP, LwF, Merge, Recipe, Refused, Replay, compare, ru
 from holdfast.errors import TrainingDiverged
 from holdfast.experiments import compare as comparing
 from holdfast.experiments import learner, tuning
+from holdfast.experiments.engines import Partly
+from holdfast.experiments.engines.plan import Only, Plan
 from holdfast.experiments.metrics import new_plus_old
 from holdfast.experiments.processes import spread
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import ended
 from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
 from holdfast.report import find_records
@@ -322,6 +326,52 @@ def test_a_run_that_diverges_is_not_chosen_nor_tried_again(
         assert len(below) == 3 and asked[-1]["lr"] == max(below)  # of 2e-5 to 5e-4, and 2e-4 itself
         assert records[0].extra["tuned"]["diverged"] == 5
         asked.clear()
+
+
+def kept(asked: list[str], diverge: float) -> Any:
+    """As `pretended`, but the record is in its folder."""
+
+    def run(model: str, tasks: Any, recipe: Recipe, **job: Any) -> Record:
+        if ended(job["out"]):
+            return Record.load(job["out"])
+        asked.append(str(job["out"]))
+        if job["lr"] > diverge:
+            raise TrainingDiverged("diverged")
+        size = len(tasks)
+        scores = [[0.5 if j <= i else None for j in range(size)] for i in range(size)]
+        record = Record(tasks=[{"name": n} for n in tasks], scores=scores, seconds=[1.0] * size,
+                        selection_scores=scores, recipe=recipe.to_dict(),
+                        extra=dict(job["arm"].notes))  # fmt: skip
+        record.save(Path(job["out"]) / "record.json")
+        return record
+
+    return run
+
+
+def test_a_plan_comes_to_its_end_round_by_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First tasks, tuning runs of which one diverges, first tasks again, and the final runs."""
+    asked: list[str] = []
+    monkeypatch.setattr(comparing, "run_sequence", kept(asked, diverge=1e-4))
+    once = partial(compare, "m", ["a", "b"], EWC_ONLY, seeds=[0], out=tmp_path, budget=2, lr=1e-4,
+                   rates=[1e-3, 1e-2])  # fmt: skip
+    rounds = []
+    for _ in range(9):
+        with suppress(Partly):
+            once(engine=Plan(["compare"], tmp_path))
+        runs = [json.loads(line)["run"] for line in capsys.readouterr().out.splitlines()]
+        if not runs:
+            break
+        rounds.append(sorted({run.rsplit("/", 2)[0] if "first" in run else run for run in runs}))
+        for run in runs:
+            with suppress(Partly):
+                once(engine=Only(run, tmp_path))
+    tried = [f"tuning/{label}/{i}" for label in ("ewc", "plain") for i in range(2)]
+    assert rounds == [["tuning/first"], tried, ["first"], ["ewc/seed-0", "plain/seed-0"]]
+    records = once()
+    assert len(asked) == len({*asked}) == 2 + 2 + 1 + 2  # none of those whose first one diverged
+    assert [r.extra["tuned"]["diverged"] for r in records] == [1, 1]
 
 
 def test_settings_of_a_recipes_own_are_tuned_like_all(

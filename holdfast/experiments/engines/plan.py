@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Busy, Refused
-from holdfast.experiments.engines import Job, Partly, finished
+from holdfast.experiments.engines import Job, Partly
+from holdfast.experiments.runs import ended
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,6 @@ class Only:
 
     def end(self) -> None:
         """Refuse a name that was none."""
-        if not self.found and not finished(self.out / self.run):
+        if not self.found and not ended(self.out / self.run):
             raise Refused(f"{self.run} is none of the runs that can begin", where="--only",
                           remedy="holdfast plan lists them")  # fmt: skip
