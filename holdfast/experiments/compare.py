@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Refused, TrainingDiverged, tell_once
-from holdfast.experiments import tuning
+from holdfast.errors import Busy, Refused, TrainingDiverged, tell_once
+from holdfast.experiments import lease, tuning
 from holdfast.experiments.engines import Engine, carry_out
 from holdfast.experiments.engines.local import Local
 from holdfast.experiments.record import Record
@@ -123,7 +124,7 @@ def compare(
                          "arm": Arm(scored=("selection",), notes={"serves": TUNING})}  # fmt: skip
                 trials.append(job(label, plan.at(i), own, tuning.SEED) | BESIDE | place)
         found = iter(do(_tried, trials, below))
-        shutil.rmtree(below / FIRST, ignore_errors=True)
+        _delete(below / FIRST)
         for label, plan in plans.items():
             told = plan.told([next(found) for _ in plan.values])
             best, own = told["chosen"], recipes[label][1]
@@ -197,6 +198,14 @@ def _shared(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Job]]:
         kept[first["out"]] = first
         made.append(job | {"arm": replace(job["arm"], first=first["out"])})
     return list(kept.values()), made
+
+
+def _delete(folder: Path) -> None:
+    """Delete shared first tasks, but for those that another comparison in `out` is training."""
+    for run in folder.glob("*/*"):
+        with suppress(Busy):
+            lease.check_free(run)
+            shutil.rmtree(run, ignore_errors=True)
 
 
 def _first(job: Job, folder: Path) -> Job | None:

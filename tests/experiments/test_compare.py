@@ -26,7 +26,8 @@ from holdfast.experiments.engines.plan import Only, Plan
 from holdfast.experiments.metrics import new_plus_old
 from holdfast.experiments.processes import spread
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import ended
+from holdfast.experiments.runs import check_held, ended, open_run
+from holdfast.experiments.sequence import Arm
 from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
 from holdfast.report import find_records
@@ -248,6 +249,38 @@ def test_one_that_was_killed_goes_on_with_the_first_task_that_is_there(
     assert calls[3:] == [1]
     for name in recipes:
         assert files(tmp_path / name / "seed-3") == files(shared / name / "seed-3")
+
+
+def test_a_first_task_that_others_deleted_is_trained_by_itself(
+    place: Path, shared: Path, tmp_path: Path
+) -> None:
+    by_itself(place, IDLE["plain"], tmp_path / "run", arm=Arm(first=tmp_path / "gone"))
+    assert files(tmp_path / "run") == files(shared / "plain" / "seed-3")
+    assert "first" not in told(tmp_path / "run")
+
+
+def test_only_first_tasks_that_nobody_trains_are_deleted(tmp_path: Path) -> None:
+    """Another comparison may share the folder."""
+    runs = [tmp_path / key / "seed-1000" for key in ("a", "b")]
+    for run in runs:
+        run.mkdir(parents=True)
+    with open_run(runs[1], {}):
+        comparing._delete(tmp_path)
+        assert not runs[0].exists()
+        check_held(runs[1])
+    comparing._delete(tmp_path)
+    assert not runs[1].exists()
+
+
+@pytest.mark.parametrize("run", ["first/*/seed-3", "ewc/seed-3"])
+def test_what_is_of_one_run_of_a_comparison_is_not_of_those_that_go_on_from_it(
+    run: str, place: Path, shared: Path, tmp_path: Path
+) -> None:
+    """A report would leave them out, or call them tuned."""
+    last = next(shared.glob(run))
+    record = run_sequence(None, [place / "question.jsonl"], from_run=last, out=tmp_path,
+                          progress=False, epochs=0.1)  # fmt: skip
+    assert record.extra == {"from": str(last)} and len(find_records([tmp_path])) == 1
 
 
 def test_equal_configurations_are_told() -> None:
