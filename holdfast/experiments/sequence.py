@@ -198,11 +198,10 @@ class Job:
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
-            # One that others deleted meanwhile is trained here: the scores are the same.
-            shared = (
-                self.arm.first if self.arm.first and (self.arm.first / RECORD).is_file() else None
-            )
-            first = FromRun(shared) if shared and not path.is_file() else None
+            shared, first = self.arm.first, None
+            # One that others deleted meanwhile is trained here, to the same scores.
+            if shared and (shared / RECORD).is_file() and not path.is_file():
+                first = FromRun(shared)
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan, first)
             record.set_tasks(told)
             record.scenario = scenario
