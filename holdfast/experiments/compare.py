@@ -205,7 +205,7 @@ def _delete(folder: Path) -> None:
     for run in folder.glob("*/*"):
         with suppress(Busy):
             lease.check_free(run)
-            shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(run.parent, ignore_errors=True)
 
 
 def _first(job: Job, folder: Path) -> Job | None:

@@ -266,7 +266,7 @@ def test_only_first_tasks_that_nobody_trains_are_deleted(tmp_path: Path) -> None
         run.mkdir(parents=True)
     with open_run(runs[1], {}):
         comparing._delete(tmp_path)
-        assert not runs[0].exists()
+        assert not runs[0].parent.exists()
         check_held(runs[1])
     comparing._delete(tmp_path)
     assert not runs[1].exists()
