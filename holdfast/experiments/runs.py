@@ -152,7 +152,10 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
-    """Every run at any depth, with its record and status: done, at work, stopped or damaged."""
+    """Every run at any depth, with its record and status.
+
+    That is done, at work, stopped, diverged, or what is damaged.
+    """
     if not folder.is_dir():
         raise Refused("no such folder", where=str(folder), remedy="name one that holds runs")
     for home, folders, names in os.walk(folder):
@@ -173,10 +176,12 @@ def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
 
 
 def _status(folder: Path) -> str:
-    """Whether a process holds the folder, asked without writing into it.
+    """How a run that is not done stands, asked without writing into its folder.
 
     Of another host's by the time of its last sign of life, for which clocks must agree.
     """
+    if how_diverged(folder) is not None:
+        return "diverged"
     try:
         number = lease.newest(folder)
         if not number or lease.holder(folder, number) is None:
