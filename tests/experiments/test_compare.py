@@ -18,7 +18,7 @@ from sequences import files, told
 from tqdm.auto import tqdm
 
 from holdfast import EWC, L2SP, LwF, Merge, Recipe, Refused, Replay, compare, run_sequence
-from holdfast.errors import TrainingDiverged
+from holdfast.errors import NotFinite, TrainingDiverged
 from holdfast.experiments import compare as comparing
 from holdfast.experiments import learner, tuning
 from holdfast.experiments.engines import Partly
@@ -331,13 +331,15 @@ def test_a_budget_chooses_on_selection_rows_and_trains_anew(
     assert {p: p.read_bytes() for p in tmp_path.rglob("record.json")} == before
 
 
-def pretended(asked: list[dict[str, Any]], diverge: float) -> Any:
+def pretended(
+    asked: list[dict[str, Any]], diverge: float, error: type[Refused] = TrainingDiverged
+) -> Any:
     """Runs that are not trained: the score on selection rows is highest at 1e-4."""
 
     def run(model: str, tasks: Any, recipe: Recipe, **job: Any) -> Record:
         asked.append({"recipe": recipe, **job})
         if job["lr"] > diverge:
-            raise TrainingDiverged("diverged")
+            raise error("diverged")
         score = 1.0 - abs(job["lr"] - 1e-4)
         return Record(tasks=[{"name": "a"}], scores=[[None]], selection_scores=[[score]],
                       recipe=recipe.to_dict(), extra=dict(job["arm"].notes))  # fmt: skip
@@ -345,11 +347,12 @@ def pretended(asked: list[dict[str, Any]], diverge: float) -> Any:
     return run
 
 
+@pytest.mark.parametrize("error", [TrainingDiverged, NotFinite])  # while it learns, or at its end
 def test_a_run_that_diverges_is_not_chosen_nor_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Refused], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(comparing, "run_sequence", pretended(asked, diverge=1e-4))
+    monkeypatch.setattr(comparing, "run_sequence", pretended(asked, 1e-4, error))
     for expected in (8, 8 - 5):  # the second time but for those that diverged
         records = compare("m", ["a"], {}, seeds=[0], out=tmp_path, budget=8)
         tried = [job["lr"] for job in asked if job["seed"] == tuning.SEED]
