@@ -203,7 +203,10 @@ class Job:
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
-            first = FromRun(self.arm.first) if self.arm.first and not path.is_file() else None
+            shared, first = self.arm.first, None
+            # One that others deleted meanwhile is trained here, to the same scores.
+            if shared and (shared / RECORD).is_file() and not path.is_file():
+                first = FromRun(shared)
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan, first)
             record.set_tasks(told)
             record.scenario = scenario
@@ -245,13 +248,14 @@ class Job:
             record.settings = {**record.settings, **plan.to_dict()}
             record.command, record.commit = self.command, commit(Path(__file__).parent)
             record.seed, record.created = self.seed, now()
-            record.extra.pop("protocol", None)  # it had other tasks
+            for key in ("protocol", "first", "tuned", "serves"):  # they are of that run alone
+                record.extra.pop(key, None)
             if first is None:
                 record.versions, record.rates = versions(), None  # they are this recipe's
             else:
                 record.tasks = [describe(tasks[0])]
                 told = {"folder": str(first.folder), "seconds": record.seconds[0]}
-                record.extra = {"first": told}
+                record.extra["first"] = told
         else:
             record = Record(
                 tasks=[describe(t) for t in tasks],

@@ -51,7 +51,7 @@ def matrix_table(record: Record) -> Table:
         table.add_row("forgetting", *(number(t.forgetting, sign=True) for t in facts.tasks))
         shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
-        beside = [f"{m.name} {number(m.value)}" for m in facts.elsewhere if m.value is not None]
+        beside = [f"{m.name} {number(m.value)}" for m in facts.named if m.value is not None]
         notes = ["mean " + " · ".join(words), "forgetting: positive is worse",
                  *(["as others name them: " + " · ".join(beside)] if beside else []),
                  *([str(record.scenario)] if record.scenario else []), *notes]  # fmt: skip

@@ -456,6 +456,10 @@ def test_recipes_are_pooled_over_sequences() -> None:
     text = " ".join(as_text(comparison_table(runs), width=200).split())
     assert "dps over 3 sequences of tasks: +0.045, 95 % interval" in text
     assert pool(comparisons(runs[:4])) == []
+    for run in runs[:4]:
+        for task in run.tasks:
+            task["constant"] = 1.0
+    assert pool(comparisons(runs))[0].sequences == ["b → c", "c → d"]  # nothing learned of a, b
 
 
 def test_nothing_measured_gives_empty_facts() -> None:

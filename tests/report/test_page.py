@@ -112,6 +112,7 @@ def test_one_run() -> None:
     assert ["trec6", "0.952± 0.010", "–"] in page.cells
     assert ["snli", "0.741± 0.020", "0.800± 0.018"] in page.cells
     assert ["forgetting", "+0.211", "–"] in page.cells
+    assert ["BWT / T", "−0.105", "the same sum, over T (SEEKR, SAPT, TRACE)"] in page.cells
     assert not [cells for cells in page.cells if cells[0] == "trained alone"]  # not measured
     titles = [
         "What each task scored",

@@ -11,7 +11,8 @@ from typing import Any
 
 from holdfast.errors import Busy, Refused, tell_once
 from holdfast.experiments.compare import FIRST, TUNING
-from holdfast.experiments.engines import Job, Partly, finished
+from holdfast.experiments.engines import Job, Partly
+from holdfast.experiments.runs import ended
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,6 @@ class Only:
 
     def end(self) -> None:
         """Refuse a name that was none."""
-        if not self.found and not finished(self.out / self.run):
+        if not self.found and not ended(self.out / self.run):
             raise Refused(f"{self.run} is none of the runs that can begin", where="--only",
                           remedy="holdfast plan lists them")  # fmt: skip
