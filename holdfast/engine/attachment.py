@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -43,7 +44,7 @@ class Attachment:
         named = named_parameters(model)
         common = {id(p) for p in (shared or default_shared(model) or model).parameters()}
         key_of = {n: n if id(p) in common else f"{task}/{n}" for n, p in named.items()}
-        group_of = groups_by_id(optimizer)
+        group_of = groups_by_id(optimizer, named)
         strangers = group_of.keys() - {id(p) for p in named.values()}
         if strangers:
             raise Refused(
@@ -66,13 +67,18 @@ class Attachment:
         )
 
 
-def groups_by_id(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """The group of each parameter, by identity; a parameter listed twice is refused."""
+def groups_by_id(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter] | None = None
+) -> dict[int, dict[str, Any]]:
+    """The group of each parameter, by identity; one listed twice is refused, by its name."""
     held = [(id(p), group) for group in optimizer.param_groups for p in group["params"]]
     found = dict(held)
     if len(found) != len(held):
+        seen = Counter(key for key, _ in held)
+        twice = [name for name, p in (named or {}).items() if seen[id(p)] > 1]
         raise Refused(
-            f"the optimizer holds {len(held) - len(found)} parameters twice",
+            f"the optimizer holds {len(held) - len(found)} parameters twice"
+            + (f": {', '.join(twice[:5])}" if twice else ""),
             remedy="build it with recipe.param_groups(model, ...)",
         )
     return found

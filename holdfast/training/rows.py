@@ -27,6 +27,7 @@ else:
 
 
 LOG = logging.getLogger("holdfast")
+CLASSIFYING = ("ForSequenceClassification", "ForTokenClassification")
 UNTAKEN = "it does not take the"  # batches, in an error
 
 
@@ -123,6 +124,19 @@ class RowsMixin(_Base):
                           where="config.num_labels",
                           remedy="set it to the number of classes, or config.problem_type = "
                           '"regression"')  # fmt: skip
+
+    def _check_range(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a class the model has no output for: on a GPU it would end the process's CUDA."""
+        labels = batch.get("labels")
+        if getattr(self.model, "loss_type", None) not in CLASSIFYING or self.compute_loss_func:
+            return
+        outputs = getattr(getattr(self.model, "config", None), "num_labels", 1)
+        if outputs == 1 or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return
+        wrong = labels[(labels >= outputs) | (labels < 0) & (labels != -100)]
+        if len(wrong):
+            raise Refused(f"label {int(wrong[0])} is outside 0 to {outputs - 1}", where=self.task,
+                          remedy="set config.num_labels, or mend the row")  # fmt: skip
 
     def _loss_of(self, model: nn.Module, batch: Any) -> Any:
         """The trainer's own loss of a whole batch."""

@@ -224,6 +224,9 @@ class RecipeMixin(RowsMixin, SavingMixin):
         samples, items = super().get_batch_samples(*args, **kwargs)
         # Batches that are not mappings yet are split into steps later, as TRL's generated ones are.
         told = all(isinstance(batch, Mapping) for batch in samples)
+        if told and self.is_in_train:
+            for batch in samples:
+                self._check_range(batch)
         self._window = sum(self._weight(batch) for batch in samples) if told else None
         if self._window is not None and samples and self.is_in_train:
             self._windows.see(self._window, alone=self.args.world_size == 1)
