@@ -41,8 +41,9 @@ def write_csv(
     header = list(dict.fromkeys((*header, *(key for row in rows for key in row))))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([cell(key) for key in header])
-    writer.writerows([[cell(row.get(key)) for key in header] for row in rows])
+    # csv quotes no lone carriage return, behind which a formula would stand in a row of its own
+    table: list[list[object]] = [[*header], *([row.get(key) for key in header] for row in rows)]
+    writer.writerows([[re.sub(r"\r\n?", "\n", cell(value)) for value in line] for line in table])
     write_text_atomic(Path(path), out.getvalue())
 
 

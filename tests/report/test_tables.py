@@ -25,11 +25,11 @@ def test_numbers_and_words_stay(value: object) -> None:
 
 
 def test_a_file_round_trips(tmp_path: Path) -> None:
-    rows = [{"a,b": 'say "hi"\nthere', "n": -0.5}, {"=x": None, "n": None}]
+    rows = [{"a,b": 'say "hi"\r\nthere\r=1', "n": -0.5}, {"=x": None, "n": None}]
     write_csv(rows, tmp_path / "t.csv")
     with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [
-            ["a,b", "n", "'=x"], ['say "hi"\nthere', "-0.5", ""], ["", "", ""]
+            ["a,b", "n", "'=x"], ['say "hi"\nthere\n=1', "-0.5", ""], ["", "", ""]
         ]  # fmt: skip
 
 
