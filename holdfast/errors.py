@@ -38,8 +38,11 @@ class TrainingDiverged(Refused):
     """Training ended in non-finite numbers."""
 
 
-class NotFinite(Refused):
-    """What was to be remembered of rows, or written into weights, is NaN or infinite."""
+class NotFinite(TrainingDiverged):
+    """What was to be remembered of rows, or written into weights, is NaN or infinite.
+
+    A setting that is tried, by a budget or a search, has diverged with it.
+    """
 
 
 class Busy(Refused):

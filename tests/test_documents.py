@@ -11,7 +11,9 @@ import sys
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import models
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,61 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+
+
+def cells(kind: str) -> list[dict[str, Any]]:
+    """Those of the notebook, each with its source as one text."""
+    body = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    return [c | {"source": "".join(c["source"])} for c in body["cells"] if c["cell_type"] == kind]
+
+
+def test_the_notebook_has_no_outputs_and_its_links_lead_somewhere() -> None:
+    assert not [c for c in cells("code") if c["outputs"] or c["execution_count"] is not None]
+    told = "".join(cell["source"] for cell in cells("markdown"))
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", told)
+    assert links and not [to for to in links if not (NOTEBOOK.parent / to).exists()]
+
+
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code as it stands, with a tiny model: its first cell holds what may be set."""
+    display = pytest.importorskip("IPython.display", reason="of the notebook; not installed")
+    shown: list[Any] = []
+    monkeypatch.setattr(display, "display", lambda *pictures: shown.extend(pictures))
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    first, *others = cells("code")
+    assert first["metadata"]["tags"] == ["parameters"]
+    names: dict[str, Any] = {}
+    exec(first["source"], names)
+    names |= {"model": str(models.save_bert(tmp_path / "bert")), "rows": 24, "out": str(tmp_path)}
+    for cell in others:
+        exec(cell["source"], names)
+    assert len(names["third"].scores) == 3 and names["third"].status == "done"
+    assert [record.settings["train_size"] for record in names["records"]] == [24, 24]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert shown and all(panel.light in page for picture in shown for panel in picture.panels)
+    assert [record.command for record in [*names["records"], names["third"]]] == [None] * 3
+    printed = capsys.readouterr().out
+    assert "after learning" in printed and "vs control" in printed and "Prediction(" in printed
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
+    """As a reader runs it, with MiniLM."""
+    nbclient = pytest.importorskip("nbclient", reason="not installed")
+    pytest.importorskip("ipykernel", reason="not installed")
+    nbformat = pytest.importorskip("nbformat", reason="not installed")
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(book)
+    nbclient.NotebookClient(book, resources={"metadata": {"path": tmp_path}}).execute()
+    made = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert any('<img alt="' in o["data"].get("text/html", "") for o in made if "data" in o)
+    assert "vs control" in "".join(o.get("text", "") for o in made)
+    assert (tmp_path / "runs" / "notebook" / "third" / "final" / "tasks.json").is_file()
 
 
 def test_aspects_of_real_rows_are_written_learned_and_answered(

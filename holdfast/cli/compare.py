@@ -112,7 +112,11 @@ def protocol(
          {"tests": plan.tests, "protocol": plan.of(sequence)})
         for sequence, tasks in plan.sequences.items()
     ]  # fmt: skip
-    said = f"protocol {name}: {len(plan.told['differs'])} things differ from what was published"
+    count = len(plan.told["differs"])
+    said = (
+        f"protocol {name}: {count} {'thing differs' if count == 1 else 'things differ'} from what"
+    )
+    said += " was published"
     if left_out := plan.told["left_out"]:
         said += f"; left out: {', '.join(left_out)}"
     return sequences, plan.settings, [f"{said}; the page has them"]

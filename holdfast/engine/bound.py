@@ -234,6 +234,7 @@ class Bound(Passes):
         if needing and data is None:
             raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
                           where="end_task", remedy="pass data=")  # fmt: skip
+        self.check_made()
         steps = self.step, self.skipped
         distributed.require_aligned(self.randomness, self.weights, steps)
         for view in self.views.values():  # other methods measure all, and so does the next task

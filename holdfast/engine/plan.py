@@ -26,15 +26,17 @@ CHUNK = 1000  # rows of a table at a time
 STREAMED, UNREAD = "streamed: not compared", "cannot be read: not compared"
 FIRM = "order"  # moments are matched by position there: no flag makes another order right
 LEGACY = frozenset({"groups", "accumulation", "batch"})  # of checkpoints before `arguments`
-# Of a Trainer's arguments those that change no step that is made, by how their names begin.
+# Of a Trainer's arguments those that change no step that is made, but for rounding, by how their
+# names begin.
 ASIDE = (
     "output_dir", "logging_", "log_", "eval_", "batch_eval", "per_device_eval", "prediction_loss",
     "bf16_full_eval", "fp16_full_eval", "save_", "hub_", "push_", "report_to", "run_name",
     "project", "trackio_", "disable_tqdm", "do_", "load_best_model", "metric_for_best", "greater_",
     "resume_from", "restore_callback", "ddp_", "local_rank", "dataloader_num", "dataloader_pin",
     "dataloader_pers", "dataloader_pre", "dataloader_multi", "dataset_num_proc", "include_",
-    "skip_memory", "debug", "auto_find_batch", "enable_jit_checkpoint", "torch_empty_cache",
-    "use_cpu", "num_train_epochs", "max_steps", "max_grad_norm",
+    "skip_memory", "activation_check", "gradient_check", "torch_compile", "debug",
+    "auto_find_batch", "enable_jit_checkpoint", "torch_empty_cache", "use_cpu", "use_cache",
+    "generation_", "predict_with", "num_train_epochs", "max_steps", "max_grad_norm",
 )  # fmt: skip
 # Of an optimizer's options those that only change rounding, and what the rate is made of.
 ASIDE_OPTIONS = frozenset(
@@ -76,8 +78,8 @@ def arguments_of(args: Any) -> dict[str, Any]:
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two plans, as `key: old → new`.
 
-    More `steps` than it had are no difference: the training goes on. Arguments that only one
-    version of a library has are none either.
+    More `steps` than it had are no difference: the training goes on. Arguments and options that
+    only one version of a library has are none either.
     """
     one, two = (json.loads(json.dumps(dict(plan), default=str)) for plan in (before, now))
     old = {k: v for k, v in one.items() if k not in LEGACY}
@@ -87,11 +89,12 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if old.get("rows") in (STREAMED, UNREAD):
         tell_once(f"the training rows: {old['rows']} with those of the checkpoint")
     order = [old.pop(FIRM, None), new.pop(FIRM, None)]
-    args = old.pop("arguments", {}), new.pop("arguments", {})
-    both = args[0].keys() & args[1].keys()
-    was, are = ({k: each[k] for k in both} for each in args)
-    told = list(differences(was, are))
-    told += [line.removeprefix("options.") for line in differences(old, new)]
+    told = list[str]()
+    for key in ("arguments", "options"):
+        was, are = old.pop(key, {}), new.pop(key, {})
+        both = was.keys() & are.keys()
+        told += differences({k: was[k] for k in both}, {k: are[k] for k in both})
+    told += differences(old, new)
     if None not in order and order[0] != order[1]:
         told.append(f"{FIRM} changed: {_moved(*order)}")
     return told
@@ -162,7 +165,9 @@ def _pieces(rows: Any) -> Iterator[bytes]:
     elif hasattr(rows, "with_format") and hasattr(rows, "features"):
         table = rows.with_format("arrow")
         for at in range(0, len(rows), CHUNK):
-            part = table[at : at + CHUNK].combine_chunks()
+            part = table[at : at + CHUNK]
+            # Copied: bytes of a part of a table tell where it was cut.
+            part = part.take([*range(len(part))]).combine_chunks()
             yield str(part.schema.remove_metadata()).encode()
             yield from (bytes(batch.serialize()) for batch in part.to_batches())
     else:
@@ -170,7 +175,7 @@ def _pieces(rows: Any) -> Iterator[bytes]:
         step = 1 if _quick(rows) else max(1, -(-len(rows) // MOST))
         with _set_aside():
             for at in range(0, len(rows), step):
-                yield json.dumps(rows[at], default=_plain, skipkeys=True).encode()
+                yield json.dumps(rows[at], default=_plain).encode()
 
 
 def _quick(rows: Any) -> bool:
@@ -202,12 +207,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         return [str(value.dtype), list(value.shape), _bytes_of(value)]
+    if getattr(getattr(value, "dtype", None), "hasobject", False):  # an array of addresses
+        return [list(value.shape), value.tolist()]
     if callable(whole := getattr(value, "tobytes", None)):
         told = [str(getattr(value, name, "")) for name in ("dtype", "shape", "mode", "size")]
         return [*told, hashlib.sha256(whole()).hexdigest()]
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
-    return vars(value) if hasattr(value, "__dict__") else type(value).__name__
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, type):
+        return value.__qualname__
+    try:
+        told = value.__reduce_ex__(2)  # what it is made of, as copies of it would be
+    except TypeError:  # such as a file
+        return type(value).__name__
+    return told if isinstance(told, str) else [type(value).__name__, *told[1:3]]
 
 
 def _bytes_of(t: Tensor) -> str:

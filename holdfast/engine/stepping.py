@@ -127,27 +127,31 @@ class Stepping:
             method.penalty_grad_(self.views[method.name])
         self.norm = self.gradient_norm()
         self._scaled = getattr(self.optimizer, "found_inf", None) is not None
-        self._skip = not finite(self.optimizer, self.norm)
-        if self._wrapper is not None:  # Accelerate would only see that step() was called
-            self._wrapper._is_overflow = self._skip
-        if self._skip:
-            self._leave_out()
+        self._skip = False
+        if self._wrapper is not None:
+            self._wrapper._is_overflow = False
+        if not finite(self.optimizer, self.norm):
+            self.leave_out()
             return
         for method in self._defining("before_step"):
             method.before_step(self.views[method.name])
+            if self._skip:
+                return
         if self.max_grad_norm is not None:
             clip_(self._gradients(), self.gradient_norm(), self.max_grad_norm)
         asking = (m for m in self.methods if m.needs_previous)
         kept = {n for m in asking for n in m.previous_of(self.views[m.name])}
         self.previous = {n: w.detach().clone() for n, w in self.weights.items() if n in kept}
 
-    def _leave_out(self) -> None:
-        """Leave this step out of training altogether."""
+    def leave_out(self) -> None:
+        """Leave this step out of training altogether, as a method's `before_step` may ask too."""
+        self._skip = True
         for w in self.weights.values():
             w.grad = None  # the optimizer skips tensors without a gradient
         # Some optimizers count steps in their groups nevertheless.
         self._options = [{**group} for group in self.optimizer.param_groups]
-        if self._wrapper is not None:
+        if self._wrapper is not None:  # Accelerate would only see that step() was called
+            self._wrapper._is_overflow = True
             self._wrapper._accelerate_step_called = False
 
     @torch.no_grad()
@@ -172,18 +176,26 @@ class Stepping:
         """Say once that a step was left out, and stop where too many in a row were."""
         most = self.max_skipped
         if most is not None and self.in_a_row >= max(most, HALVINGS if self._scaled else 0):
-            raise TrainingDiverged(
-                f"diverged: the gradients of {self.in_a_row} steps in a row were not finite",
-                where=self.task,
-                remedy="they changed nothing; lower the learning rate, or look for rows that are "
-                "not finite",
-            )
+            raise self._diverged(f"the gradients of {self.in_a_row} steps in a row were not finite")
         if not self._told and self.in_a_row >= (SKIPS if self._scaled else 1):
             self._told = True
             logging.getLogger("holdfast").warning(
                 f"{self.task}: after {self.step} steps gradients are not finite: such steps are "
                 "left out and counted"
             )
+
+    def check_made(self) -> None:
+        """Raise `TrainingDiverged` where every step of the task was left out."""
+        if self.max_skipped is not None and self.in_a_row and not self.step:
+            raise self._diverged(f"no gradient of {self.in_a_row} steps was finite")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"diverged: {what}",
+            where=self.task,
+            remedy="they changed nothing; lower the learning rate, or look for rows that are not "
+            "finite",
+        )
 
     def _forget_step(self) -> None:
         self._asked, self._measured = False, None

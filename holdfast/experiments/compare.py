@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Refused, TrainingDiverged, tell_once
-from holdfast.experiments import tuning
-from holdfast.experiments.engines import Engine, carry_out, finished
+from holdfast.errors import Busy, Refused, TrainingDiverged, tell_once
+from holdfast.experiments import lease, tuning
+from holdfast.experiments.engines import Engine, carry_out
 from holdfast.experiments.engines.local import Local
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import DIVERGED, RECORD, digest, drop_weights
+from holdfast.experiments.runs import (
+    RECORD,
+    digest,
+    drop_weights,
+    ended,
+    how_diverged,
+    note_diverged,
+)
 from holdfast.experiments.sequence import Arm, run_sequence
 from holdfast.experiments.settings import Settings
-from holdfast.files import write_text_atomic
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
 
@@ -117,7 +124,7 @@ def compare(
                          "arm": Arm(scored=("selection",), notes={"serves": TUNING})}  # fmt: skip
                 trials.append(job(label, plan.at(i), own, tuning.SEED) | BESIDE | place)
         found = iter(do(_tried, trials, below))
-        shutil.rmtree(below / FIRST, ignore_errors=True)
+        _delete(below / FIRST)
         for label, plan in plans.items():
             told = plan.told([next(found) for _ in plan.values])
             best, own = told["chosen"], recipes[label][1]
@@ -161,15 +168,14 @@ def _done(
 def _tried(**job: Any) -> float | None:
     """A tuning run's score on selection rows, its weights deleted; None if it diverged."""
     folder, first = Path(job["out"]), job["arm"].first
-    gone = [at / DIVERGED for at in (folder, first) if at is not None]
     try:
-        if (said := next((path for path in gone if path.is_file()), None)) is not None:
-            raise TrainingDiverged(said.read_text(encoding="utf-8"))
+        for run in (folder, *([first] if first else [])):
+            if (said := how_diverged(run)) is not None:
+                raise TrainingDiverged(said)
         score = tuning.quality(run_sequence(**job))
     except TrainingDiverged as refusal:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(folder / DIVERGED, str(refusal))
-        score = None
+        note_diverged(folder, refusal)
+        return None
     if folder.parent.parent.name != FIRST:
         drop_weights(folder)
     return score
@@ -186,12 +192,20 @@ def _shared(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Job]]:
     kept: dict[Path, Job] = {}
     made = []
     for job, first in zip(jobs, firsts, strict=True):
-        if first is None or (wanted.count(first["out"]) == 1 and not finished(first["out"])):
+        if first is None or (wanted.count(first["out"]) == 1 and not ended(first["out"])):
             made.append(job)
             continue
         kept[first["out"]] = first
         made.append(job | {"arm": replace(job["arm"], first=first["out"])})
     return list(kept.values()), made
+
+
+def _delete(folder: Path) -> None:
+    """Delete shared first tasks, but for those that another comparison in `out` is training."""
+    for run in folder.glob("*/*"):
+        with suppress(Busy):
+            lease.check_free(run)
+            shutil.rmtree(run.parent, ignore_errors=True)
 
 
 def _first(job: Job, folder: Path) -> Job | None:
@@ -205,7 +219,7 @@ def _first(job: Job, folder: Path) -> Job | None:
     plan = Settings.from_dict({k: v for k, v in job.items() if k in known})
     idle = all(m.idle_at_first and not m.defines("prepare") for m in recipe.methods)
     other = recipe.peft or plan.mix or plan.head != "task" or any(job[name] for name in BESIDE)
-    begun = any((Path(job["out"]) / name).is_file() for name in (RECORD, DIVERGED))
+    begun = (Path(job["out"]) / RECORD).is_file() or how_diverged(Path(job["out"])) is not None
     if len(job["tasks"]) < 2 or not idle or other or begun:
         return None
     plain = replace(recipe, methods=(), name="first task")

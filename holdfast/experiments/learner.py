@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.peft import adapt, folded
-from holdfast.errors import Refused, TrainingDiverged, tell_once
+from holdfast.errors import Refused, tell_once
 from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, Held, History, drawn
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.mix import mixed
@@ -238,7 +238,7 @@ class Learner:
             unprepare(prepared)
         self.bound = trainer.bound
         steps = trainer.state.global_step
-        skipped = self._skipped(task, steps)
+        skipped = self._skipped(task)
         self.bound.evaluate = lambda: {"score": self.score(index, "selection")}
         if index and any(m.changes_weights for m in self.recipe.methods):
             self.record.before_end[task.name] = self._scores(index, "evaluation")
@@ -276,13 +276,9 @@ class Learner:
         """Seconds spent on this task so far, those of killed processes included."""
         self.record.elapsed = round(time.monotonic() - self._began, 3)
 
-    def _skipped(self, task: Task, steps: int) -> int:
+    def _skipped(self, task: Task) -> int:
         assert self.bound is not None
         skipped = self.bound.skipped - sum(n or 0 for n in self.record.skipped_steps)
-        if skipped == steps:
-            raise TrainingDiverged(f"diverged: no gradient of {steps} steps was finite",
-                                   where=task.name,
-                                   remedy="lower --lr, in another --out")  # fmt: skip
         if skipped:
             self.warn(f"{task.name}: {skipped} steps skipped for non-finite gradients.")
         return skipped

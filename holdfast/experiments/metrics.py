@@ -175,7 +175,7 @@ class Named(NamedTuple):
     value: Cell
 
 
-def elsewhere(
+def named(
     scores: Matrix,
     alone: Sequence[Cell] | None = None,
     history: Iterable[tuple[int, Sequence[Cell]]] = (),

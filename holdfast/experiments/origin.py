@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, RECORD
+from holdfast.experiments.runs import CONFIG, RECORD, disagreement
 from holdfast.files import no_archive
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
@@ -39,9 +39,12 @@ class FromRun:
             config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
             self.model, self.seed = str(config["model"]), int(config["seed"])
             self.recipe, self.settings = dict(config["recipe"]), dict(config["settings"])
+            wrong = disagreement(config, self.record)
         except (OSError, ValueError, KeyError, TypeError):
             raise Refused(f"{CONFIG} is missing or damaged", where=str(folder),
                           remedy="run its command again") from None  # fmt: skip
+        if wrong is not None:
+            raise Refused(wrong, where=str(folder / CONFIG), remedy="run its command again")
         for task in self.record.tasks:
             if lacking := {"source", "hash", "metric", "labels"} - {*task}:
                 raise Refused(f"damaged record: a task without {', '.join(sorted(lacking))}",

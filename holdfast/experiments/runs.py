@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy, Refused
+from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments import lease
 from holdfast.experiments.record import Record
 from holdfast.experiments.settings import defaults
@@ -25,7 +25,7 @@ from holdfast.files import differences, write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, RECORD, FINAL = "run.json", "record.json", "final"
-DIVERGED = "diverged"  # a file in a run's folder that says how it ended
+DIVERGED = "diverged"  # a file in the folder of a run that is not tried again: how it ended
 
 _held: dict[Path, lease.Lease] = {}  # by this process
 
@@ -151,8 +151,25 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def disagreement(config: Mapping[str, Any], record: Record) -> str | None:
+    """What a run.json says otherwise than the record beside it, which has a checksum."""
+    alike = record.settings.keys() & dict(config.get("settings", {})).keys() - {"alone"}
+
+    def of(seed: Any, recipe: Any, settings: Any) -> dict[str, Any]:
+        recipe = {k: v for k, v in recipe.items() if k != "name"}
+        return {"seed": seed, "recipe": recipe, "settings": {k: settings[k] for k in alike}}
+
+    before = of(record.seed, record.recipe, record.settings)
+    now = of(config.get("seed"), config.get("recipe", {}), config.get("settings", {}))
+    told = ", ".join(differences(before, now)) if record.recipe else ""
+    return f"is not as its {RECORD} has it ({told})" if told else None
+
+
 def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
-    """Every run at any depth, with its record and status: done, at work, stopped or damaged."""
+    """Every run at any depth, with its record and status.
+
+    That is done, at work, stopped, diverged, or what is damaged.
+    """
     if not folder.is_dir():
         raise Refused("no such folder", where=str(folder), remedy="name one that holds runs")
     for home, folders, names in os.walk(folder):
@@ -173,10 +190,12 @@ def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
 
 
 def _status(folder: Path) -> str:
-    """Whether a process holds the folder, asked without writing into it.
+    """How a run that is not done stands, asked without writing into its folder.
 
     Of another host's by the time of its last sign of life, for which clocks must agree.
     """
+    if how_diverged(folder) is not None:
+        return "diverged"
     try:
         number = lease.newest(folder)
         if not number or lease.holder(folder, number) is None:
@@ -200,6 +219,27 @@ def check_held(folder: Path) -> None:
                    where=str(folder), remedy="it goes on there")  # fmt: skip
     raise Refused("was deleted while it was worked on", where=str(folder),
                   remedy="remove what is left of it and start again")  # fmt: skip
+
+
+def ended(folder: Path) -> bool:
+    """Whether a run is over, by whichever process: its record says so, or it diverged."""
+    try:
+        return how_diverged(folder) is not None or Record.load(folder / RECORD).status == "done"
+    except Refused:  # none yet, or a damaged one, which the run itself reports
+        return False
+
+
+def how_diverged(folder: Path) -> str | None:
+    """What `note_diverged` wrote; None where it did not."""
+    path = folder / DIVERGED
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def note_diverged(folder: Path, why: TrainingDiverged) -> None:
+    """So that no process, now or later, tries it again; its weights are deleted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(folder / DIVERGED, str(why))
+    drop_weights(folder)
 
 
 def drop_weights(folder: Path) -> None:

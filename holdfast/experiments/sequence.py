@@ -124,11 +124,16 @@ def run_sequence(
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
     away = Elsewhere(tests, loaded, head=plan.head, evaluation_size=plan.evaluation_size
                      ) if tests else None  # fmt: skip
-    job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or sys.argv),
+    job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or ()) or _called(),
               bar=(label or "") if progress else None, origin=origin, probe=asked,
               elsewhere=away, protocol=protocol, report_to=tuple(report_to),
               arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
+
+
+def _called() -> list[str] | None:
+    """The words of this process; None in a notebook, whose kernel's repeat nothing."""
+    return None if Path(sys.argv[0]).name == "ipykernel_launcher.py" else list(sys.argv)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,7 @@ class Job:
     model: str
     recipe: Recipe
     seed: int
-    command: list[str]
+    command: list[str] | None
     bar: str | None
     place: int = 0  # of the first task in its sequence: seeds are those it has there
     origin: Origin | None = None  # of the first tasks
@@ -198,7 +203,10 @@ class Job:
         check_disk(folder, _bytes_needed(source, len(tasks)))
         with open_run(folder, config):
             path = folder / RECORD
-            first = FromRun(self.arm.first) if self.arm.first and not path.is_file() else None
+            shared, first = self.arm.first, None
+            # One that others deleted meanwhile is trained here, to the same scores.
+            if shared and (shared / RECORD).is_file() and not path.is_file():
+                first = FromRun(shared)
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan, first)
             record.set_tasks(told)
             record.scenario = scenario
@@ -240,13 +248,14 @@ class Job:
             record.settings = {**record.settings, **plan.to_dict()}
             record.command, record.commit = self.command, commit(Path(__file__).parent)
             record.seed, record.created = self.seed, now()
-            record.extra.pop("protocol", None)  # it had other tasks
+            for key in ("protocol", "first", "tuned", "serves"):  # they are of that run alone
+                record.extra.pop(key, None)
             if first is None:
                 record.versions, record.rates = versions(), None  # they are this recipe's
             else:
                 record.tasks = [describe(tasks[0])]
                 told = {"folder": str(first.folder), "seconds": record.seconds[0]}
-                record.extra = {"first": told}
+                record.extra["first"] = told
         else:
             record = Record(
                 tasks=[describe(t) for t in tasks],

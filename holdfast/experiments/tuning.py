@@ -95,6 +95,7 @@ class Tuning:
             "runs": len(scores),
             "chosen": best,
             "score": scores[best],
+            "scores": list(scores),
             "rows": "selection",
             "seed": SEED,
             "diverged": sum(score is None for score in scores),
@@ -140,7 +141,9 @@ def _at(u: float, where: Range, whole: bool) -> float | int:
     """The value at u in [0, 1]; whole numbers are equally likely on a linear scale."""
     low, high = (where.low - 0.5, where.high + 0.5) if whole else (where.low, where.high)
     value = low * (high / low) ** u if where.log else low + u * (high - low)
-    value = min(max(round(value) if whole else value, where.low), where.high)
+    # To six digits, which all machines draw alike: it is part of a run's configuration.
+    value = round(value) if whole else float(f"{value:.6g}")
+    value = min(max(value, where.low), where.high)
     return int(value) if whole else value
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, RECORD
+from holdfast.experiments.runs import CONFIG, RECORD, disagreement
 from holdfast.files import check_seal, no_archive, parse_json
 from holdfast.training.manifest import MANIFEST, damage, step_of
 
@@ -107,6 +107,14 @@ def _files(folder: Path, body: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _beside(config: Path, body: Mapping[str, Any]) -> str | None:
+    """What a configuration says otherwise than the record beside it."""
+    try:
+        return disagreement(body, Record.load(config.parent))
+    except Refused:  # none yet, or it is told by itself
+        return None
+
+
 def _gone(path: Path, _: Callable[[int], object]) -> str | None:
     return "is missing: the run cannot go on, nor be told from another"
 
@@ -126,8 +134,8 @@ def _json(path: Path, _: Callable[[int], object]) -> str | None:
             return "is not a holdfast record" if path.name == RECORD else "is no mapping"
         if path.name == RECORD:
             Record.from_dict(body)
-        if path.name == CONFIG:  # which is compared, key by key, with what is asked for
-            return None
+        if path.name == CONFIG:
+            return _beside(path, body)
         return _files(path.parent, body) if check_seal(body) else UNSEALED
     except Refused as refusal:
         return _line(refusal.what)

@@ -108,8 +108,7 @@ class SAM(Method):
         if scale is not None:
             torch._foreach_div_(grads, scale)
         if not bool(torch.isfinite(view.bound.gradient_norm())):
-            for w in held.values():
-                w.grad = None
+            view.bound.leave_out()
 
     @contextlib.contextmanager
     def _ahead(self, view: View, held: Mapping[str, nn.Parameter]) -> Iterator[None]:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,14 @@ class Picture:
     title: str
     caption: str
     panels: list[Panel]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows; its ground is white, whatever the notebook's theme."""
+        images = "".join(
+            f'<img alt="{escape(panel.alt)}" src="{panel.light}" style="background: white">'
+            for panel in self.panels
+        )
+        return f"<b>{escape(self.title)}</b><br>{images}<br>{escape(self.caption)}"
 
 
 def legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str]) -> None:

@@ -225,13 +225,15 @@ def training(study: Comparison) -> Picture | None:
             several = len(group.runs) > 1
             for k, (steps, columns) in enumerate(lines[group.label]):
                 for j, values in enumerate(columns):
+                    plain = several and len(_known(values)) > 1  # a single score is no line
                     axes.plot(
                         steps, [math.nan if v is None else v for v in values],
                         color=theme.colours[j % len(theme.colours)], ls=DASHES[k % len(DASHES)],
-                        marker=None if several else MARKERS[j % len(MARKERS)], markersize=3.2,
+                        marker=None if plain else MARKERS[j % len(MARKERS)], markersize=3.2,
                         lw=1.2 if several else 1.8, alpha=0.85 if several else 1,
                     )  # fmt: skip
             axes.set(xlabel="step", ylabel="score", ylim=limits)
+            axes.locator_params(axis="x", integer=True)
             for start in group.runs[0].starts[1:]:
                 axes.axvline(start, color=theme.muted, lw=1, ls=(0, (3, 3)), zorder=0)
             handles = [Line2D([], [], color=theme.colours[j % len(theme.colours)])

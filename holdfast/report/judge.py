@@ -233,15 +233,17 @@ def _more(mine: Sequence[Setting], theirs: Sequence[Setting]) -> tuple[Cell, Cel
 def pool(studies: Sequence[Comparison]) -> list[PooledFacts]:
     """Each recipe over the sequences of tasks that have it, by model and scenario.
 
-    Only recipes of two sequences or more: for one, its own table says it.
+    Only recipes of two sequences or more: for one, its own table says it. Sequences of which
+    nothing was learned tell no difference.
     """
     found: dict[tuple[str, str | None], dict[str, list[tuple[str, float, float]]]] = {}
     for study in studies:
+        if study.nothing_learned:
+            continue
         order = " → ".join(task.name for task in study.tasks)
-        main = "new" if len(study.tasks) == 1 else "new_plus_old"
         here = found.setdefault((study.model, study.scenario), {})
         for group in study.groups:
-            gap, sure = group.difference.get(main), group.judged.get(main)
+            gap, sure = group.difference.get(study.main), group.judged.get(study.main)
             if gap is not None and gap.mean is not None and sure is not None:
                 here.setdefault(group.label, []).append((order, gap.mean, sure.se or 0.0))
     made = []

@@ -19,6 +19,7 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.statistics import Difference, Spread
 from holdfast.files import dump_yaml, write_text_atomic
 from holdfast.report.canvas import Picture
+from holdfast.report.draw import comparing, within
 from holdfast.report.facts import GroupFacts, PooledFacts, comparisons, pool
 from holdfast.report.general import meaning
 from holdfast.report.sections import Section, section
@@ -79,6 +80,11 @@ def write_report(records: Sequence[Record], path: str | Path, title: str | None 
         raise Refused("is a folder", where=str(path), remedy="name a file, such as report.html")
     write_text_atomic(target, page)
     return target
+
+
+def pictures(records: Sequence[Record]) -> list[Picture]:
+    """The page's pictures, the most telling first; `display(*pictures(records))` in a notebook."""
+    return [p for study in comparisons(records) for p in (*comparing(study), *within(study))]
 
 
 def render(records: Sequence[Record], title: str | None = None) -> str:

@@ -47,7 +47,7 @@ class RunFacts:
     starts: list[float]  # step, counted over the sequence, at which each task began, if known
     history: list[tuple[float, list[Cell]]]  # step over the sequence; scores (T,)
     body: dict[str, Any]  # the record, cleaned of credentials
-    elsewhere: list[Named]  # metrics by the names that papers use, with their divisors
+    named: list[Named]  # metrics by the names that papers use, each with its formula
 
     @property
     def learned(self) -> list[bool]:
@@ -86,7 +86,7 @@ def run_facts(record: Record, label: str | None = None) -> RunFacts:
         starts=starts,
         history=history,
         body=body,
-        elsewhere=metrics.elsewhere(
+        named=metrics.named(
             scores,
             [body["alone"].get(task.name) for task in tasks],
             [(int(h["learning"]), _measured(h, size)) for h in body["history"]

@@ -146,14 +146,21 @@ def _verdict(group: GroupFacts, main: str, *, sure: bool) -> str:
 
 
 def judge_sentences(study: Comparison) -> list[str]:
-    """How the control was chosen, what more seeds would show, the noise floor, matched scores.
+    """What failed, how the control was chosen, what more seeds would show, noise, matched scores.
 
     Empty for one recipe alone, and for runs that learned nothing.
     """
     if len(study.groups) < 2 or study.nothing_learned:
         return []
-    return [*_chosen(study), *_needed(study), _floor(study),
+    return [*_failed(study), *_chosen(study), *_needed(study), _floor(study),
             *(_kept(front) for front in study.fronts if not front.control)]  # fmt: skip
+
+
+def _failed(study: Comparison) -> list[str]:
+    if not any(group.failed for group in study.groups):
+        return []
+    return ["Failed: runs in which a task, just learned, scored no better than one answer for all "
+            "its rows; they stay in all means."]  # fmt: skip
 
 
 def _chosen(study: Comparison) -> list[str]:

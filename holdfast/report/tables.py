@@ -99,6 +99,8 @@ def run_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "metric": run.tasks[j].metric,
             "score": run.scores[i][j],
             "noise": run.noise[i][j],
+            "tasks": " > ".join(task.name for task in run.tasks),
+            "scenario": study.scenario,
         }
         for study in comparisons(records)
         for group in study.groups

@@ -51,7 +51,7 @@ def matrix_table(record: Record) -> Table:
         table.add_row("forgetting", *(number(t.forgetting, sign=True) for t in facts.tasks))
         shown = ("forgetting", "average", "plasticity", "new_plus_old", "forward_transfer")
         words = [f"{key.replace('_', ' ')} {number(facts.metrics[key])}" for key in shown]
-        beside = [f"{m.name} {number(m.value)}" for m in facts.elsewhere if m.value is not None]
+        beside = [f"{m.name} {number(m.value)}" for m in facts.named if m.value is not None]
         notes = ["mean " + " · ".join(words), "forgetting: positive is worse",
                  *(["as others name them: " + " · ".join(beside)] if beside else []),
                  *([str(record.scenario)] if record.scenario else []), *notes]  # fmt: skip
@@ -116,11 +116,12 @@ def _cells(group: GroupFacts, single: bool) -> list[str]:
 
 
 def as_text(table: RenderableType, *, width: int = 120) -> str:
-    """The table without colours, for a file or a pipe."""
+    """The table without colours, for a file, a pipe or a notebook's `print`."""
     import io
 
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False)
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False,
+                      force_jupyter=False)  # fmt: skip
     console.print(table)
     return console.file.getvalue()  # type: ignore[attr-defined]

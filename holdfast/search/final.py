@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Busy, Refused, TrainingDiverged
-from holdfast.experiments.record import Record
-from holdfast.experiments.runs import DIVERGED, RECORD, drop_weights
+from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
 from holdfast.experiments.sequence import Job
-from holdfast.files import write_text_atomic
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE
@@ -110,16 +108,6 @@ def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
     ]
 
 
-def ended(job: FinalJob) -> bool:
-    """Whether a final run is over, by whichever process."""
-    if (job.folder / DIVERGED).is_file():
-        return True
-    try:
-        return Record.load(job.folder / RECORD).status == "done"
-    except Refused:  # none yet, or a damaged one, which the run itself reports
-        return False
-
-
 def finish(
     work: Sequence[FinalJob], evaluate: Evaluate, *, look: Callable[[], None] = lambda: None
 ) -> dict[tuple[str, int], Result]:
@@ -155,9 +143,8 @@ class Evaluation:
         plan, c = self.plan, job.contender
         if job.seed not in self._pairs:
             self._pairs[job.seed] = plan.pair(job.seed)
-        gone = job.folder / DIVERGED
-        if gone.is_file():  # else every process of the search, now and later, would try again
-            return Result(None, None, None, 0, gone.read_text(encoding="utf-8"))
+        if (said := how_diverged(job.folder)) is not None:
+            return Result(None, None, None, 0, said)
         recipe = plan.space.recipe(plan.base, c.params, name=c.label)
         run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)
         try:
@@ -165,8 +152,7 @@ class Evaluation:
                 list(self._pairs[job.seed]), replace(plan.settings, lr=c.rate), job.folder
             )
         except TrainingDiverged as refusal:
-            write_text_atomic(gone, str(refusal))
-            drop_weights(job.folder)
+            note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))
         except (MemoryError, RuntimeError) as error:
             if (reason := out_of_memory(error)) is None:

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from holdfast.errors import Refused
 from holdfast.experiments.processes import EVERY, check_workers, spread
+from holdfast.experiments.runs import ended
 from holdfast.search import result, storage
-from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, ended, finish, jobs
+from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, finish, jobs
 from holdfast.search.plan import Plan
 from holdfast.search.rows import best, rows
 from holdfast.search.study import ATTEMPTS, FINISHED, Study
@@ -151,7 +152,7 @@ class Line:
         if self.open is None:
             self._trials()
         else:
-            self.open = [job for job in self.open if not ended(job)]
+            self.open = [job for job in self.open if not ended(job.folder)]
             self._draw(self.bar.total - len(self.open))
 
     def _trials(self) -> None:
@@ -162,7 +163,7 @@ class Line:
         if study.over:
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
-            self.open = [job for job in todo if not ended(job)]
+            self.open = [job for job in todo if not ended(job.folder)]
             self.bar = self._bar("fresh seeds", "run", len(todo), len(todo) - len(self.open))
 
     def _draw(self, done: int) -> None:

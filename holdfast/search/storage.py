@@ -72,12 +72,12 @@ def address(storage: str | None, folder: Path) -> str:
         return JOURNAL + str(path.resolve())
     if "://" not in storage:
         remedy = "as sqlite:///FILE, postgresql://HOST/NAME or journal:PATH"
-        raise Refused(f"{storage!r} is no URL", where="--storage", remedy=remedy)
+        raise Refused("is no URL", where="--storage", remedy=remedy)  # it may hold a password
     return _sqlite(storage) if storage.startswith("sqlite") else _server(storage)
 
 
 def _server(storage: str) -> str:
-    """A server's URL; refused if an unescaped @ in a password would be taken for its end.
+    """A server's URL; refused if a password has signs in it that may be taken for its end.
 
     The rest of the password would be taken for the host, and show up in error messages.
     """
@@ -86,11 +86,13 @@ def _server(storage: str) -> str:
 
     try:
         url = make_url(storage)
-        whole = "@" not in (url.host or "") + (url.database or "")
+        user = storage.partition("://")[2].rpartition("@")[0]
+        hidden = not user or user not in scrub(storage)  # as it is from a blank on, or 12/34
+        whole = hidden and "@" not in (url.host or "") + (url.database or "")
     except (ValueError, ArgumentError):  # such as a port that is no number: maybe a password's end
         whole = False
     if not whole:
-        remedy = "in a user or password write @ as %40, : as %3A, / as %2F"
+        remedy = "in a user or password write @ as %40, : as %3A, / as %2F, a space as %20"
         raise Refused("is no URL of a database", where="--storage", remedy=remedy)
     return storage
 

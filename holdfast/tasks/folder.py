@@ -11,6 +11,7 @@ from holdfast.tasks.files import label, must_exist, parse_json
 from holdfast.tasks.labels import MAX_CLASSES, MAX_NAME
 from holdfast.tasks.spec import TYPES
 from holdfast.tasks.table import shown
+from holdfast.tasks.task import METRICS
 
 _MAX_META = 2**20  # bytes
 _KEYS = ("task", "labels", "metric", "kind")
@@ -50,6 +51,11 @@ def meta(folder: Path) -> Meta:
         if near and near[0] not in found:
             raise Refused(f"unknown key {shown(key)}", where=where,
                           remedy=f"did you mean {near[0]!r}?")  # fmt: skip
+        one = "kind" if key in ("type", "task_type") else "metric"
+        known = TYPES if one == "kind" else METRICS
+        if key not in _KEYS and one not in found and found[key] in known:
+            raise Refused(f"{shown(key)} is not read, and says {shown(found[key])}",
+                          where=where, remedy=f"call it {one!r}")  # fmt: skip
     named = kind in ("classification", "multilabel", "tokens")
     if kind is not None and (found.get("labels") is not None) != named:
         raise Refused(f"kind {shown(kind)} {'needs' if named else 'has no'} 'labels'",

@@ -74,8 +74,11 @@ SEPARATOR = "|"  # between the labels of one row, where a cell is text
 def several(read: Read) -> Read:
     """Labels of a row that may have any number of them: ids in ascending order."""
 
-    def ids(cell: Any, where: str) -> tuple[int, ...]:
-        found = sorted(i for i in each_of(read)(cell, where) if i is not None)
+    def ids(cell: Any, where: str) -> tuple[int, ...] | None:
+        every = each_of(read)(cell, where)
+        if None in every:  # a label that is not known is not one that the row has not
+            return None
+        found = sorted(every)
         if len(set(found)) < len(found):
             raise Refused(f"a label twice: {shown(cell)}", where=where)
         return tuple(found)

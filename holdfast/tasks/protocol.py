@@ -129,6 +129,8 @@ class Protocol(_Strict):
             most = None if "train_size" in given else self.per_class
             more = {"metric": metric, "per_class": most, "name": task}
             specs[task] = with_options(spec, **{k: str(v) for k, v in more.items() if v})
+            if most and parse(specs[task]).options.per_class is None:
+                differs.append(f"{task}: all training rows; per_class is not for its kind of task")
         sequences = {s: [specs[t] for t in o if t in specs] for s, o in self.sequences.items()}
         sequences = {name: order for name, order in sequences.items() if order}
         if missing and not (only_served and sequences):

@@ -22,7 +22,7 @@ _ALLOWED = {
     "file": (*_ROWS, "quotes", "separator"),
     "hub": (*_ROWS, "config", "revision"),
     "text": ("name",),
-    "builtin": ("name",),
+    "builtin": ("name", "per_class"),
     "module": ("name",),
 }
 

@@ -89,6 +89,8 @@ class RecipeCallback(TrainerCallback):
         self.bound.plan = functools.cache(
             lambda: {"arguments": arguments_of(args), "rows": rows_hash(rows)}
         )
+        if args.save_strategy != "no":
+            self.bound.plan()  # of rows as they are before a collator or a draw changes them
         if state.global_step:
             load_state(self.bound, _checkpoint(args, state), exact=self.exact_resume)
 
@@ -100,6 +102,7 @@ class RecipeCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bound.unbind()
+        self.bound.check_made()
 
     def end_task(self) -> None:
         """Close the task: methods estimate importance, and may change weights."""

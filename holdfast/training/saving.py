@@ -20,6 +20,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.peft import folded
 from holdfast.engine.plan import arguments_of, changed, refuse_changed, rows_hash, weights_hash
 from holdfast.errors import Refused
+from holdfast.network.parts import named_parameters
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.training import stopping
@@ -115,6 +116,7 @@ class SavingMixin(_Base):
                         saver.saved = self.state.global_step
                 if self._windows.empty and not self._windows.others and self.args.world_size == 1:
                     self._windows.refuse()
+                cast(Bound, self.bound).check_made()
                 return done
         except stopping.Stopped as stopped:
             if self.stop_on_signals:
@@ -278,7 +280,7 @@ class SavingMixin(_Base):
         groups, ours = self.bound.optimizer.param_groups, self.bound.weights
         names = {id(w): name for name, w in ours.items()}
         model = self.accelerator.unwrap_model(self.model)
-        frozen = ((n, p) for n, p in model.named_parameters() if id(p) not in names)
+        frozen = ((n, p) for n, p in named_parameters(model).items() if id(p) not in names)
         return {
             "arguments": arguments_of(self.args),
             "rows": rows_hash(self.train_dataset),

@@ -197,6 +197,8 @@ class RecipeMixin(RowsMixin, SavingMixin):
         finally:
             self.bound.head_first = fitted
         self.bound.plan = functools.cache(self._planned)
+        if self.args.save_strategy != "no":
+            self.bound.plan()  # of rows as they are before a collator or a draw changes them
         self.bound.max_skipped = self.max_skipped
         self._labels_seen = False
         self._at_work = True

@@ -91,6 +91,26 @@ def test_a_scaler_that_finds_none_is_stopped_too() -> None:
     assert bound.skipped == 60
 
 
+@pytest.mark.parametrize("most", [20, None])
+def test_a_task_of_which_no_step_was_made_does_not_end(most: int | None) -> None:
+    """Three steps are too few to be stopped at the twentieth (faults N3)."""
+    model = net()
+    optimizer = adamw(model)
+    bound = bind(model, optimizer)
+    bound.max_skipped = most
+    for _ in range(3):
+        step(model, optimizer, bad=True)
+    if most is None:
+        bound.end_task()
+        return
+    with pytest.raises(TrainingDiverged, match="task: diverged: no gradient of 3 steps was finite"):
+        bound.end_task()
+    assert bound.finished == []
+    step(model, optimizer)
+    bound.end_task()
+    assert bound.finished == ["task"]
+
+
 # --- what is remembered of rows -------------------------------------------------------------------
 
 

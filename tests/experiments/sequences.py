@@ -36,7 +36,7 @@ def run(place: Path, out: Path | None, topics: tuple[str, ...] = tuple(models.TO
 def told(folder: Path) -> dict[str, Any]:
     """What a record says, without what differs from one run to the next by nature."""
     record = json.loads((folder / "record.json").read_text())
-    for key in ("seconds", "created", "command", "commit", "versions", "warnings"):
+    for key in ("seconds", "created", "command", "commit", "versions", "warnings", "sha256"):
         record.pop(key)
     record["settings"].pop("out")
     return record  # type: ignore[no-any-return]

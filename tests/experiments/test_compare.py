@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,16 @@ from sequences import files, told
 from tqdm.auto import tqdm
 
 from holdfast import EWC, L2SP, LwF, Merge, Recipe, Refused, Replay, compare, run_sequence
-from holdfast.errors import TrainingDiverged
+from holdfast.errors import NotFinite, TrainingDiverged
 from holdfast.experiments import compare as comparing
 from holdfast.experiments import learner, tuning
+from holdfast.experiments.engines import Partly
+from holdfast.experiments.engines.plan import Only, Plan
 from holdfast.experiments.metrics import new_plus_old
 from holdfast.experiments.processes import spread
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import check_held, ended, open_run
+from holdfast.experiments.sequence import Arm
 from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
 from holdfast.report import find_records
@@ -246,6 +251,38 @@ def test_one_that_was_killed_goes_on_with_the_first_task_that_is_there(
         assert files(tmp_path / name / "seed-3") == files(shared / name / "seed-3")
 
 
+def test_a_first_task_that_others_deleted_is_trained_by_itself(
+    place: Path, shared: Path, tmp_path: Path
+) -> None:
+    by_itself(place, IDLE["plain"], tmp_path / "run", arm=Arm(first=tmp_path / "gone"))
+    assert files(tmp_path / "run") == files(shared / "plain" / "seed-3")
+    assert "first" not in told(tmp_path / "run")
+
+
+def test_only_first_tasks_that_nobody_trains_are_deleted(tmp_path: Path) -> None:
+    """Another comparison may share the folder."""
+    runs = [tmp_path / key / "seed-1000" for key in ("a", "b")]
+    for run in runs:
+        run.mkdir(parents=True)
+    with open_run(runs[1], {}):
+        comparing._delete(tmp_path)
+        assert not runs[0].parent.exists()
+        check_held(runs[1])
+    comparing._delete(tmp_path)
+    assert not runs[1].exists()
+
+
+@pytest.mark.parametrize("run", ["first/*/seed-3", "ewc/seed-3"])
+def test_what_is_of_one_run_of_a_comparison_is_not_of_those_that_go_on_from_it(
+    run: str, place: Path, shared: Path, tmp_path: Path
+) -> None:
+    """A report would leave them out, or call them tuned."""
+    last = next(shared.glob(run))
+    record = run_sequence(None, [place / "question.jsonl"], from_run=last, out=tmp_path,
+                          progress=False, epochs=0.1)  # fmt: skip
+    assert record.extra == {"from": str(last)} and len(find_records([tmp_path])) == 1
+
+
 def test_equal_configurations_are_told() -> None:
     recipes = {"a": (Recipe(methods=[EWC()], name="x"), {}), "b": (PRESETS["ewc"](), {"lr": 2e-4}),
                "c": (PRESETS["ewc"](), {"lr": 1e-4})}  # fmt: skip
@@ -294,13 +331,15 @@ def test_a_budget_chooses_on_selection_rows_and_trains_anew(
     assert {p: p.read_bytes() for p in tmp_path.rglob("record.json")} == before
 
 
-def pretended(asked: list[dict[str, Any]], diverge: float) -> Any:
+def pretended(
+    asked: list[dict[str, Any]], diverge: float, error: type[Refused] = TrainingDiverged
+) -> Any:
     """Runs that are not trained: the score on selection rows is highest at 1e-4."""
 
     def run(model: str, tasks: Any, recipe: Recipe, **job: Any) -> Record:
         asked.append({"recipe": recipe, **job})
         if job["lr"] > diverge:
-            raise TrainingDiverged("diverged")
+            raise error("diverged")
         score = 1.0 - abs(job["lr"] - 1e-4)
         return Record(tasks=[{"name": "a"}], scores=[[None]], selection_scores=[[score]],
                       recipe=recipe.to_dict(), extra=dict(job["arm"].notes))  # fmt: skip
@@ -308,11 +347,12 @@ def pretended(asked: list[dict[str, Any]], diverge: float) -> Any:
     return run
 
 
+@pytest.mark.parametrize("error", [TrainingDiverged, NotFinite])  # while it learns, or at its end
 def test_a_run_that_diverges_is_not_chosen_nor_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: type[Refused], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(comparing, "run_sequence", pretended(asked, diverge=1e-4))
+    monkeypatch.setattr(comparing, "run_sequence", pretended(asked, 1e-4, error))
     for expected in (8, 8 - 5):  # the second time but for those that diverged
         records = compare("m", ["a"], {}, seeds=[0], out=tmp_path, budget=8)
         tried = [job["lr"] for job in asked if job["seed"] == tuning.SEED]
@@ -322,6 +362,52 @@ def test_a_run_that_diverges_is_not_chosen_nor_tried_again(
         assert len(below) == 3 and asked[-1]["lr"] == max(below)  # of 2e-5 to 5e-4, and 2e-4 itself
         assert records[0].extra["tuned"]["diverged"] == 5
         asked.clear()
+
+
+def kept(asked: list[str], diverge: float) -> Any:
+    """As `pretended`, but the record is in its folder."""
+
+    def run(model: str, tasks: Any, recipe: Recipe, **job: Any) -> Record:
+        if ended(job["out"]):
+            return Record.load(job["out"])
+        asked.append(str(job["out"]))
+        if job["lr"] > diverge:
+            raise TrainingDiverged("diverged")
+        size = len(tasks)
+        scores = [[0.5 if j <= i else None for j in range(size)] for i in range(size)]
+        record = Record(tasks=[{"name": n} for n in tasks], scores=scores, seconds=[1.0] * size,
+                        selection_scores=scores, recipe=recipe.to_dict(),
+                        extra=dict(job["arm"].notes))  # fmt: skip
+        record.save(Path(job["out"]) / "record.json")
+        return record
+
+    return run
+
+
+def test_a_plan_comes_to_its_end_round_by_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First tasks, tuning runs of which one diverges, first tasks again, and the final runs."""
+    asked: list[str] = []
+    monkeypatch.setattr(comparing, "run_sequence", kept(asked, diverge=1e-4))
+    once = partial(compare, "m", ["a", "b"], EWC_ONLY, seeds=[0], out=tmp_path, budget=2, lr=1e-4,
+                   rates=[1e-3, 1e-2])  # fmt: skip
+    rounds = []
+    for _ in range(9):
+        with suppress(Partly):
+            once(engine=Plan(["compare"], tmp_path))
+        runs = [json.loads(line)["run"] for line in capsys.readouterr().out.splitlines()]
+        if not runs:
+            break
+        rounds.append(sorted({run.rsplit("/", 2)[0] if "first" in run else run for run in runs}))
+        for run in runs:
+            with suppress(Partly):
+                once(engine=Only(run, tmp_path))
+    tried = [f"tuning/{label}/{i}" for label in ("ewc", "plain") for i in range(2)]
+    assert rounds == [["tuning/first"], tried, ["first"], ["ewc/seed-0", "plain/seed-0"]]
+    records = once()
+    assert len(asked) == len({*asked}) == 2 + 2 + 1 + 2  # none of those whose first one diverged
+    assert [r.extra["tuned"]["diverged"] for r in records] == [1, 1]
 
 
 def test_settings_of_a_recipes_own_are_tuned_like_all(

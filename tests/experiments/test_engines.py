@@ -136,6 +136,24 @@ def test_a_plan_has_one_command_a_run(
     assert not (tmp_path / "a b" / "runs.csv").exists()
 
 
+@pytest.mark.parametrize("more, first", [([], "first"), (["--budget", "1"], "tuning/first")])
+def test_a_plan_says_that_more_comes_after_it(
+    more: list[str], first: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr("holdfast.experiments.engines.plan.tell_once", said.append)
+    words = ["plan", "compare", "--model", str(place / "bert"), "--recipes", "plain", "ewc", *SHORT,
+             "--tasks", *(str(place / f"{topic}.jsonl") for topic in ("mood", "question")), *more,
+             "--seeds", "3", "--out", str(tmp_path / "first" / "out")]  # fmt: skip
+    assert cli.main(words) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["run"].startswith(f"{first}/")
+    assert said == ["further runs begin where these end: plan again when they are done"]
+    assert cli.main([*words, "--head", "shared"]) == 0  # no first task is
+    assert len(said) == (2 if more else 1)
+
+
 def test_only_a_run_that_is_there(tmp_path: Path) -> None:
     other = Only("5", tmp_path)
     with pytest.raises(Partly):

@@ -215,11 +215,26 @@ def test_names_of_strangers_lead_nowhere(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "evil")
     for file in ("record.json", "final/tasks.json"):
         path = tmp_path / "evil" / file
-        path.write_text(path.read_text().replace(f'"name": "{TOPICS[0]}"', '"name": "x/../../y"'))
+        body = path.read_text().replace(f'"name": "{TOPICS[0]}"', '"name": "x/../../y"')
+        unsealed = {k: v for k, v in json.loads(body).items() if k != "sha256"}
+        path.write_text(json.dumps(unsealed))
     with pytest.raises(Refused, match="a task's name is not a plain name"):
         origin.origin_of(tmp_path / "evil", None)
     with pytest.raises(Refused, match=r"tasks\.json is damaged"):
         serving.described(tmp_path / "evil" / "final")
+
+
+def test_a_configuration_that_is_not_its_records_is_not_gone_on_from(
+    whole: Path, tmp_path: Path
+) -> None:
+    """A flipped bit of it would be another recipe, without a word (faults P3)."""
+    shutil.copytree(whole, tmp_path / "run")
+    assert origin.origin_of(tmp_path / "run", None).seed is not None
+    path = tmp_path / "run" / "run.json"
+    body = json.loads(path.read_text())
+    path.write_text(json.dumps(body | {"seed": body["seed"] + 1}))
+    with pytest.raises(Refused, match=r"run\.json: is not as its record\.json has it \(seed: "):
+        origin.origin_of(tmp_path / "run", None)
 
 
 @pytest.fixture

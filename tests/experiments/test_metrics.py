@@ -170,7 +170,7 @@ def test_what_cannot_be_scored_says_so() -> None:
 def test_metrics_by_the_names_of_others() -> None:
     history = [(0, [0.5, None, None]), (1, [0.85, 0.3, None]), (1, [0.9, 0.7, None]),
                (2, [0.4, 0.8, 0.2]), (2, [0.6, None, 0.7])]  # fmt: skip
-    found = {m.name: m.value for m in metrics.elsewhere(THREE, [None, 0.7, 0.6], history)}
+    found = {m.name: m.value for m in metrics.named(THREE, [None, 0.7, 0.6], history)}
     assert found["BWT / (T - 1)"] == pytest.approx((-0.3 + 0.05) / 2)
     assert found["BWT / T"] == pytest.approx((-0.3 + 0.05) / 3)
     # after one task .9, after two (.95 + .8) / 2, after three 2.15 / 3
@@ -184,7 +184,7 @@ def test_metrics_by_the_names_of_others() -> None:
     with pytest.raises(ValueError, match="2 untrained scores for 3 tasks"):
         metrics.zero_shot_transfer(zero, [0.5, 0.5])
     assert metrics.minimum_old(history[:3], 3) is None  # task 1 was not yet old
-    alone = {m.name: m.value for m in metrics.elsewhere([[0.9]])}
+    alone = {m.name: m.value for m in metrics.named([[0.9]])}
     assert {k for k, v in alone.items() if v is not None} == {"average incremental accuracy"}
 
 

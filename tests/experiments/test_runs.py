@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.errors import Refused
+from holdfast.errors import Refused, TrainingDiverged
 from holdfast.experiments.lease import LEASE
-from holdfast.experiments.runs import CONFIG, RECORD, check_disk, digest, open_run
+from holdfast.experiments.runs import (
+    CONFIG,
+    RECORD,
+    check_disk,
+    digest,
+    ended,
+    how_diverged,
+    note_diverged,
+    open_run,
+    runs_below,
+)
 from holdfast.experiments.settings import Settings
 from holdfast.training.manifest import commit
 
@@ -106,6 +116,17 @@ def test_a_damaged_configuration_is_refused(content: str | None, tmp_path: Path)
         (tmp_path / CONFIG).write_text(content)
     with pytest.raises(Refused, match=r"run\.json"), open_run(tmp_path, {}):
         pass
+
+
+def test_a_run_that_diverged_is_over_and_says_so(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", {"tasks": []}):
+        (tmp_path / "run" / "tasks").mkdir()
+    assert [status for _, _, status in runs_below(tmp_path)] == ["stopped"]
+    assert not ended(tmp_path / "run")
+    note_diverged(tmp_path / "run", TrainingDiverged("no gradient was finite", where="mood"))
+    assert [status for _, _, status in runs_below(tmp_path)] == ["diverged"]
+    assert ended(tmp_path / "run") and not (tmp_path / "run" / "tasks").exists()
+    assert how_diverged(tmp_path / "run") == "mood: no gradient was finite"
 
 
 def test_tuples_and_numbers_of_like_value_are_no_difference(tmp_path: Path) -> None:

@@ -130,5 +130,6 @@ def test_what_a_record_is_told_of_the_choice() -> None:
     told = tuned(budget=3).told([None, 0.4, 0.6])
     assert (told["runs"], told["chosen"], told["score"], told["diverged"]) == (3, 2, 0.6, 1)
     assert told["values"] == tuned().values[2] and told["seed"] == tuning.SEED
+    assert told["scores"] == [None, 0.4, 0.6]
     assert told["ranges"][RATE] == [2e-5, 5e-4, True]
     assert tuned(budget=1).told([0.1])["edges"] == {"ewc.decay": "high"}  # 1 of 0.5 to 1

@@ -81,6 +81,15 @@ def resaved(file: Path, metric: str = "accuracy", **more: Any) -> None:
     Record(tasks=[{"name": "mood", "metric": metric}], **more).save(file)
 
 
+def recorded(config: Path, **other: Any) -> None:
+    """A run.json that says something else than the record."""
+    body: dict[str, Any] = {"seed": 1, "recipe": {"ewc": {"strength": 5}}, "settings": {"lr": 5.0}}
+    resaved(config.with_name("record.json"), **body)
+    config.write_text(json.dumps({"model": "m", "tasks": [], **body}))
+    assert verify([config.parent], lambda _: None) == 0
+    config.write_text(json.dumps({"model": "m", "tasks": [], **body, **other}))
+
+
 HARMS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a bit": ("tasks/1-mood/in/shard", flip, "in/shard is not as it was written"),
     "cut": ("tasks/1-mood/model.safetensors", lambda p: p.write_bytes(b"we"), "has 2 bytes of 7"),
@@ -91,6 +100,12 @@ HARMS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "twice": ("record.json", lambda p: p.write_text('{"schema": 1, "schema": 1}'), "given twice"),
     "NaN": ("run.json", lambda p: p.write_text('{"lr": NaN}'), "NaN is no number"),
     "deep": ("run.json", lambda p: p.write_text("[" * 200_000), "cannot be read"),
+    "another seed": ("run.json", lambda p: recorded(p, seed=3), "seed: 1 → 3"),
+    "other settings": (
+        "run.json",
+        lambda p: recorded(p, settings={"lr": 7.0, "alone": True}),
+        "settings.lr: 5.0 → 7.0",
+    ),
     "list": ("run.json", lambda p: p.write_text("[]"), "is no mapping"),
     "no record": ("record.json", lambda p: p.write_text("{}"), "not a holdfast record"),
     "no run.json": ("run.json", Path.unlink, "is missing: the run cannot go on"),

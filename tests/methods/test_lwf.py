@@ -313,7 +313,7 @@ def test_answers_are_loaded_and_no_row_is_read_again() -> None:
     for task, model in again.models.items():
         model.load_state_dict(saved["models"][task])
     calls = Calls(again.models["two"].encoder)
-    optimizer = torch.optim.AdamW(again.models["two"].parameters(), lr=0.02)
+    optimizer = torch.optim.AdamW(again.models["two"].parameters(), lr=0.02, weight_decay=0.1)
 
     def rows() -> Iterator[Batch]:
         raise AssertionError("read again")

@@ -202,8 +202,10 @@ def test_a_second_gradient_that_is_not_finite_moves_nothing() -> None:
     learn(model, bound, 1, [8])
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name])
+    assert (bound.step, bound.skipped, bound.in_a_row) == (0, 1, 1)  # told, and in the end stopped
     learn(model, bound, 1, [8])
     assert not torch.equal(model.a.weight, before["a.weight"])
+    assert (bound.step, bound.skipped, bound.in_a_row) == (1, 1, 0)
 
 
 def test_what_it_cannot_stand_beside_is_refused() -> None:

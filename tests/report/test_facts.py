@@ -363,6 +363,9 @@ def test_failed_runs_are_counted() -> None:
     assert [g.failed for g in found.groups] == [0, 2, None]
     assert not found.nothing_learned
     assert any(line.startswith("dps (3 runs, 2 failed): ") for line in study_sentences(found))
+    assert judge_sentences(found)[0].startswith("Failed: ")
+    (found,) = comparisons([*runs[:3], runs[4]])
+    assert not any("ailed" in s for s in [*study_sentences(found), *judge_sentences(found)])
     (dps,) = [row for row in comparison_rows(runs) if row["recipe"] == "dps"]
     assert (dps["failed"], dps["new_min"], dps["new_max"]) == (2, 0.4, 0.51)
 
@@ -453,6 +456,10 @@ def test_recipes_are_pooled_over_sequences() -> None:
     text = " ".join(as_text(comparison_table(runs), width=200).split())
     assert "dps over 3 sequences of tasks: +0.045, 95 % interval" in text
     assert pool(comparisons(runs[:4])) == []
+    for run in runs[:4]:
+        for task in run.tasks:
+            task["constant"] = 1.0
+    assert pool(comparisons(runs))[0].sequences == ["b → c", "c → d"]  # nothing learned of a, b
 
 
 def test_nothing_measured_gives_empty_facts() -> None:

@@ -16,7 +16,8 @@ from made_records import EXPOSURE, HOSTILE, record, study, two
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
-from holdfast.report import as_text, find_records, matrix_table, write_report
+from holdfast.report import as_text, find_records, matrix_table, pictures, write_report
+from holdfast.report.canvas import LIGHT
 from holdfast.report.page import TEMPLATES, render
 
 VOID = {"meta", "img", "source", "br"}
@@ -111,6 +112,7 @@ def test_one_run() -> None:
     assert ["trec6", "0.952± 0.010", "–"] in page.cells
     assert ["snli", "0.741± 0.020", "0.800± 0.018"] in page.cells
     assert ["forgetting", "+0.211", "–"] in page.cells
+    assert ["BWT / T", "−0.105", "the same sum, over T (SEEKR, SAPT, TRACE)"] in page.cells
     assert not [cells for cells in page.cells if cells[0] == "trained alone"]  # not measured
     titles = [
         "What each task scored",
@@ -145,6 +147,29 @@ def test_recipes_over_seeds() -> None:
     assert page.text.index("Take dps: new plus old is higher than plain's by +0.100") < (
         page.text.index("A run took 60 s (the control 60 s); it holds nothing beside the model.")
     ) < page.text.index("Learned against kept")  # fmt: skip
+
+
+def test_a_task_scored_once_while_training_is_seen() -> None:
+    """Of one epoch a task the last one has a single score in each seed, which no line shows."""
+    runs = [two(0.8, 0.9, 0.7, seed=s) for s in range(2)]
+    for run in runs:
+        run.history = [{"learning": i, "epoch": 1.0, "step": 30, "scores": scores}
+                       for i, scores in enumerate(([0.9, None], [0.7, 0.8]))]  # fmt: skip
+    (shown,) = [p for p in pictures(runs) if p.title == "Scores while training"]
+    (svg,) = {base64.b64decode(p.light.split(",")[1]).decode() for p in shown.panels}
+    assert f"fill: {LIGHT.colours[1]}" in svg and f"fill: {LIGHT.colours[0]}" not in svg
+
+
+def test_a_notebook_shows_the_pictures_of_the_page() -> None:
+    page, shown = inert(render(study())), pictures(study())
+    assert shown[0].title == "Learned against kept"
+    for picture in shown:
+        html = Page(picture._repr_html_())
+        assert set(html.pictures) <= set(page.pictures) and len(html.pictures) == len(
+            picture.panels
+        )
+    hostile = pictures([two(0.8, 0.9, 0.7, recipe=HOSTILE[0])])[0]._repr_html_()
+    assert {tag for tag, _ in Page(hostile).tags} <= {"b", "br", "img"}
 
 
 def test_hostile_names_are_text() -> None:

@@ -48,3 +48,11 @@ def test_run_rows_are_the_matrix() -> None:
         ("trec6", "trec6", 0.9), ("trec6", "snli", None), ("snli", "trec6", 0.7),
         ("snli", "snli", 0.8),
     ]  # fmt: skip
+
+
+def test_run_rows_tell_sequences_of_the_same_tasks_apart() -> None:
+    back = two(0.8, 0.9, 0.7, tasks=list(reversed(two(0.8, 0.9, 0.7).tasks)))
+    rows = run_rows([two(0.8, 0.9, 0.7), back])
+    keys = [(row["recipe"], row["seed"], row["tasks"], row["learned"], row["tested"])
+            for row in rows]  # fmt: skip
+    assert len({*keys}) == len(keys) == 8

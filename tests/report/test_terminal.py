@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from made_records import HOSTILE, record, study, two
 
 from holdfast.report import as_text, comparison_table, matrix_table
@@ -25,6 +26,13 @@ def test_the_table_is_the_matrix() -> None:
     ]
     assert "task-incremental" in text
     assert "new plus old 1.541" in " ".join(text.split())
+
+
+def test_a_notebook_gets_text_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There rich shows what it prints, whatever the file, and leaves that empty."""
+    said = as_text(matrix_table(two(0.8, 0.952, 0.741)))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert as_text(matrix_table(two(0.8, 0.952, 0.741))) == said
 
 
 def test_a_single_task_has_no_forgetting_row() -> None:

@@ -120,6 +120,12 @@ def test_a_password_with_an_at_is_refused_untold(after: str, place: Path, tmp_pa
     with pytest.raises(Refused, match=r"--storage: .* write @ as %40") as refusal:
         Study(tmp_path, plan(place), f"postgresql://ann:SE@{after}")
     assert not re.search("SE|CR|ET", str(refusal.value))
+    for hard in ("ann:SE CRET@host/x", "ann:12/SECRET@host/x"):  # which no report could hide
+        with pytest.raises(Refused, match="a space as %20"):
+            storage.address(f"postgresql://{hard}", tmp_path)
+    for mistyped in ("postgres//ann:SECRET@host/x", "ann:SECRET@host/x"):
+        with pytest.raises(Refused, match="--storage: is no URL; as"):
+            storage.address(mistyped, tmp_path)
     whole = "postgresql://ann@firm:SE%40CR/ET@host:5432/x?sslmode=require"
     assert storage.address(whole, tmp_path) == whole
 

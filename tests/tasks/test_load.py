@@ -221,6 +221,11 @@ def test_a_text_must_be_a_text(tmp_path: Path) -> None:
         ({"labels": [0, 1]}, "list of names"),
         ({"labels": ["a", "\x1b[31m"]}, "cannot be printed"),
         ({"labels": ["a", "b"], "metrik": "f1"}, "unknown key 'metrik'; did you mean 'metric'?"),
+        (
+            {"labels": ["a", "b"], "eval": "f1"},
+            "'eval' is not read, and says 'f1'; call it 'metric'",
+        ),
+        ({"labels": ["a", "b"], "type": "multilabel"}, "call it 'kind'"),
         ({"labels": ["a", "b"], "Task": "x"}, "unknown key 'Task'; did you mean 'task'?"),
         ({"labels": ["a", "b"], "metric": 3}, "are texts"),
         ({"labels": ["a", "b"], "metric": "acuracy"}, "did you mean 'accuracy'"),
@@ -235,7 +240,7 @@ def test_a_wrong_meta_is_refused(tmp_path: Path, meta: Any, said: str) -> None:
 
 def test_a_meta_may_say_more(tmp_path: Path) -> None:
     meta = {"labels": ["a", "b"], "metric": "f1", "metrics": ["f1"], "rows": {},
-            "tags": ["short"]}  # fmt: skip
+            "tags": ["short"], "unit": "tokens"}  # fmt: skip
     spec = folder(tmp_path, meta, train=toy(20), validation=toy(10, 50))
     assert load_task(spec).metric == "f1"
 

@@ -61,6 +61,15 @@ def test_every_label_reaches_the_selection_rows(tmp_path: Path) -> None:
     assert any(1 in row.label for row in found.evaluation)
 
 
+@pytest.mark.parametrize("cell", [[-100], ["-100.0"], "-100", ["a", "-100"], "-100|b"])
+def test_a_row_whose_labels_are_not_known_is_left_out(cell: Any, tmp_path: Path) -> None:
+    """It was learned as one that has none of the labels (faults D12)."""
+    known = [["a"], ["b"], ["a", "b"], []] * 9
+    one = load_task(f"{written(tmp_path, [*known, cell])}?type=multilabel")
+    assert one.hash == load_task(f"{written(tmp_path, known)}?type=multilabel").hash
+    assert any("1 row labelled -100 skipped" in line for line in one.warnings)
+
+
 def test_labels_are_stripped_one_by_one(tmp_path: Path) -> None:
     clean = [["Joy", "fear"], ["fear"], ["Joy"]] * 9
     odd = [[" Joy", "FEAR "], *clean[1:]]

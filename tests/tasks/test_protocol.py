@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from holdfast.errors import Refused
 from holdfast.experiments.settings import Settings
 from holdfast.files import dump_yaml
-from holdfast.tasks import hub, protocol
+from holdfast.tasks import hub, load_task, protocol
 from holdfast.tasks.protocol import Protocol, names, places
 from holdfast.tasks.spec import parse
 
@@ -220,3 +221,16 @@ def test_settings_of_ones_own_win_and_are_told(own: Any, data: Path) -> None:
         "head task was asked for; the protocol has head shared",
     ]
     assert parse(plan.sequences["there"][0]).options.per_class is None
+
+
+def test_rows_a_class_hold_for_builtin_tasks_and_what_has_none_says_so(
+    own: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "talk.txt").write_text("some words\n")
+    places = {"mood": {"spec": "builtin:intents"}, "tint": {"spec": str(tmp_path / "talk.txt")}}
+    plan = own(tasks=places, per_class=5).plan("mine", {})
+    intents, _ = plan.sequences["there"]
+    assert Counter(row.label for row in load_task(intents).train) == dict.fromkeys(range(8), 5)
+    assert plan.told["differs"] == [
+        "tint: all training rows; per_class is not for its kind of task"
+    ]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
 from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -75,8 +80,50 @@ def test_a_trainer_names_what_differs(more: Any, named: str, saved: Path, tmp_pa
 
 
 def test_what_changes_no_step_is_no_difference(saved: Path, tmp_path: Path) -> None:
-    more = {"logging_steps": 3, "run_name": "b", "save_strategy": "epoch", "data": list(ROWS)}
+    more = {"logging_steps": 3, "run_name": "b", "save_strategy": "epoch", "data": list(ROWS),
+            "gradient_checkpointing": True, "dataloader_num_workers": 1}  # fmt: skip
     made(tmp_path, **more).train(resume_from_checkpoint=str(saved))
+
+
+class Drawing(Dataset[Any]):
+    """Rows from a generator of their own; reading one changes what is read next."""
+
+    def __init__(self) -> None:
+        self.draw = random.Random(0)
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def __getitem__(self, place: int) -> Any:
+        return dict(ROWS[place], labels=self.draw.randrange(2))
+
+
+def popping(batch: Any) -> Any:
+    """A collator that changes its rows in place."""
+    made = collate([{k: v for k, v in row.items() if k != "place"} for row in batch])
+    for row in batch:
+        row.pop("place", None)
+    return made
+
+
+@pytest.mark.parametrize("callback", [False, True])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_rows_are_compared_as_they_are_before_training(
+    drawn: bool, callback: bool, tmp_path: Path
+) -> None:
+    """At the first checkpoint they were others than at the beginning of a process."""
+
+    def trainer() -> Any:
+        own = {"callbacks": [RecipeCallback(Recipe(methods=[L2SP()]))]} if callback else None
+        cls = transformers.Trainer if callback else holdfast.Trainer
+        more = {"save_strategy": "steps", "save_steps": 3, "remove_unused_columns": False}
+        data = Drawing() if drawn else [dict(row, place=i) for i, row in enumerate(ROWS)]
+        again = made(tmp_path, cls=cls, own=own, data=data, max_grad_norm=0.0, **more)
+        again.data_collator = popping
+        return again
+
+    trainer().train()
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 def test_the_new_rate_is_at_work_where_it_is_asked_for_and_noted(
@@ -249,6 +296,38 @@ def test_equal_rows_have_equal_hashes_and_others_have_not() -> None:
     assert rows_hash(None) is None and rows_hash(iter(ROWS)) == STREAMED
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    label: int
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (Slotted(0), Slotted(1)),
+        ({0, 1}, {0, 2}),
+        (Decimal(1), Decimal(2)),
+        (date(2020, 1, 1), date(2020, 1, 2)),
+        (b"a", b"b"),
+        (SimpleNamespace(a=[Slotted(0)]), SimpleNamespace(a=[Slotted(1)])),
+        (Slotted, SimpleNamespace),
+    ],
+)
+def test_rows_of_any_object_are_told_apart(one: Any, two: Any) -> None:
+    """Of all but the first kinds only the name of the type counted (faults D13)."""
+    assert rows_hash([{"x": one}]) == rows_hash([{"x": copy.deepcopy(one)}])
+    assert rows_hash([{"x": one}]) != rows_hash([{"x": two}])
+
+
+def test_arrays_of_objects_are_not_their_addresses() -> None:
+    one, two = (numpy.array([f"a{i}" for i in range(3)], dtype=object) for _ in range(2))
+    assert rows_hash([one]) == rows_hash([two]) != rows_hash([two[:2]])
+
+
+def test_rows_with_keys_that_are_no_text_are_said_not_to_be_compared() -> None:
+    assert rows_hash([{(0, 1): 2}]) == UNREAD
+
+
 def test_packed_rows_are_hashed_as_arrays() -> None:
     packed, other = (Packed.of(few, lambda r: list(r)) for few in (ROWS, OTHER))
     assert rows_hash(packed) == rows_hash(Packed.of(ROWS, lambda r: list(r)))
@@ -262,6 +341,9 @@ def test_a_table_is_its_rows_however_it_lies_in_memory() -> None:
     picked = table.select([*range(15, -1, -1)]).select([*range(15, -1, -1)])
     assert rows_hash(table) == rows_hash(pieces) == rows_hash(picked)
     others = (datasets.Dataset.from_list(OTHER), table.select(range(15, -1, -1)))
+    long = datasets.Dataset.from_list([{"text": "a" * (i % 7), "x": [i]} for i in range(1500)])
+    halves = [long.select(range(700)), long.select(range(700, 1500))]
+    assert rows_hash(long) == rows_hash(datasets.concatenate_datasets(halves))
     assert rows_hash(table) not in {rows_hash(other) for other in others}
 
 
@@ -283,6 +365,14 @@ def test_rows_that_cannot_be_read_stop_nothing() -> None:
             raise OSError("gone")
 
     assert rows_hash(Broken()) == UNREAD
+
+
+def test_an_option_that_only_one_version_of_torch_has_is_no_difference() -> None:
+    one = bind(model := net(), adamw(model), L2SP()).state_dict()
+    one["meta"]["plan"]["options"] |= {"of_another": True}
+    two = bind(model := net(), adamw(model), L2SP())
+    two.load_state_dict(one)
+    assert two.changes == []
 
 
 # --- forms of other versions ----------------------------------------------------------------------

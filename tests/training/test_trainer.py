@@ -874,6 +874,8 @@ def test_gradients_that_are_never_finite_stop_a_trainer(
     with pytest.raises(TrainingDiverged, match="3 steps"):
         fewer.train()
     unlearned(tmp_path, Exploding(), rows(120), own={"max_skipped": None}).train()
+    with pytest.raises(TrainingDiverged, match="no gradient of 2 steps was finite"):
+        unlearned(tmp_path, Exploding(), rows(8)).train()
     with pytest.raises(Refused, match="max_skipped: must be above 0"):
         unlearned(tmp_path, Exploding(), rows(8), own={"max_skipped": 0})
 

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Busy, Refused
+from holdfast.errors import Busy
 from holdfast.experiments import lease
-from holdfast.experiments.record import Record
-from holdfast.experiments.runs import RECORD
+from holdfast.experiments.runs import ended
 from holdfast.training import stopping
 
 
@@ -61,7 +60,7 @@ def carry_out(
 ) -> list[Any]:
     """`what(**job)` of every job, by whichever process or host; the results in the jobs' order.
 
-    jobs: arguments, among them `out`, the run's folder, and `label`. Runs that are finished, also
+    jobs: arguments, among them `out`, the run's folder, and `label`. Runs that are over, also
     meanwhile and by others, are read here.
     """
     made = [Job(Path(j["out"]), str(j["label"]), partial(attempt, what, **j)) for j in jobs]
@@ -79,14 +78,14 @@ def carry_out(
 
         while len(results) < len(made):
             before = len(results)
-            todo = [i for i, job in enumerate(made) if i not in results and not finished(job.folder)
+            todo = [i for i, job in enumerate(made) if i not in results and not ended(job.folder)
                     and (i not in held or watch.free(job.folder))]  # fmt: skip
             if todo:
-                with closing(engine([made[i] for i in todo], where=str(where))) as ended:
-                    for place, result in ended:
+                with closing(engine([made[i] for i in todo], where=str(where))) as coming:
+                    for place, result in coming:
                         note(todo[place], result)
             for number, job in enumerate(made):
-                if number not in results and finished(job.folder):
+                if number not in results and ended(job.folder):
                     note(number, job.work())
             if len(results) == before:
                 stopping.check()
@@ -102,11 +101,3 @@ def attempt(what: Callable[..., Any], **job: Any) -> Any:
         return what(**job)
     except Busy as busy:
         return busy
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run's record says so."""
-    try:
-        return (folder / RECORD).is_file() and Record.load(folder).status == "done"
-    except Refused:  # which the run itself reports
-        return False

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy, Refused
-from holdfast.experiments.engines import Job, Partly, finished
+from holdfast.errors import Busy, Refused, tell_once
+from holdfast.experiments.compare import FIRST, TUNING
+from holdfast.experiments.engines import Job, Partly
+from holdfast.experiments.runs import ended
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Plan:
     def __call__(
         self, jobs: Sequence[Job], *, where: str
     ) -> Generator[tuple[int, Any], None, None]:
-        for job in jobs:
-            run = str(job.folder.relative_to(self.out))
+        runs = [job.folder.relative_to(self.out) for job in jobs]
+        for run in map(str, runs):
             command = shlex.join(["holdfast", *self.words, "--only", run])
             print(json.dumps({"run": run, "command": command}))
+        if any({FIRST, TUNING} & set(run.parts) for run in runs):
+            tell_once("further runs begin where these end: plan again when they are done")
         raise Partly
         yield
 
@@ -54,6 +58,6 @@ class Only:
 
     def end(self) -> None:
         """Refuse a name that was none."""
-        if not self.found and not finished(self.out / self.run):
+        if not self.found and not ended(self.out / self.run):
             raise Refused(f"{self.run} is none of the runs that can begin", where="--only",
                           remedy="holdfast plan lists them")  # fmt: skip

@@ -186,7 +186,8 @@ def source_hash(source: str) -> str | None:
     files = [here] if here.suffix == ".py" else sorted(here.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.read_bytes())
+        with file.open("rb") as opened:  # in pieces: it may be larger than the memory
+            hashlib.file_digest(opened, lambda: digest)
     return digest.hexdigest() if files else None
 
 
