@@ -58,7 +58,8 @@ def _elsewhere(place: Place, how: str, task: Path, count: int) -> subprocess.Com
     words = ["train", "--task", task, "--model", place.bert, "--out", place / "run", "--epochs=1",
              "--batch-size=8", "--max-length=16", "--recipe=dps", "--save-steps=1"]  # fmt: skip
     code = [sys.executable, "-c", KILLED, str(count), how, *map(str, words)]
-    return subprocess.run(code, capture_output=True, text=True, timeout=300)
+    return subprocess.run(code, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
 
 
 def ends(folder: Path) -> list[Any]:

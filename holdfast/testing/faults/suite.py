@@ -207,7 +207,7 @@ def _outcome(each: Try, place: Place, *, slow: bool) -> Outcome:
         return Outcome(each.fault, each.door, UNTRIED, each.why or "slow: say --slow")
     began, came, why = time.monotonic(), SURVIVED, ""
     try:
-        with isolated():
+        with isolated(place.folder):
             each.run(place)
     except KeyboardInterrupt:
         raise
@@ -228,7 +228,7 @@ def _lines_of(error: BaseException, run: Callable[[Place], None]) -> Iterator[st
 
 
 @contextlib.contextmanager
-def isolated() -> Iterator[None]:
+def isolated(folder: Path) -> Iterator[None]:
     """What a try may change of the process is put back, and what it prints is dropped."""
     import torch
 
@@ -242,6 +242,7 @@ def isolated() -> Iterator[None]:
                 warnings.catch_warnings():  # fmt: skip
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
+            os.chdir(folder)
             yield
     finally:
         random.setstate(states[0])
