@@ -126,12 +126,17 @@ class RowsMixin(_Base):
                           '"regression"')  # fmt: skip
 
     def _check_range(self, batch: Mapping[str, Any]) -> None:
-        """Refuse a class the model has no output for: on a GPU it would end the process's CUDA."""
+        """Refuse a class the model has no output for: on a GPU it would end the process's CUDA.
+
+        There only before the first step: a look at each batch would wait for the device.
+        """
         labels = batch.get("labels")
         if getattr(self.model, "loss_type", None) not in CLASSIFYING or self.compute_loss_func:
             return
         outputs = getattr(getattr(self.model, "config", None), "num_labels", 1)
         if outputs == 1 or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+            return
+        if labels.device.type != "cpu" and self.state.global_step:
             return
         wrong = labels[(labels >= outputs) | (labels < 0) & (labels != -100)]
         if len(wrong):
