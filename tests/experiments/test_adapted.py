@@ -21,7 +21,7 @@ from holdfast.engine.forwarding import without_adapters
 from holdfast.engine.peft import adapt, adapter_weights
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG
+from holdfast.experiments.runs import CONFIG, RECORD
 from holdfast.methods import GPM, L2SP, KfacEWC, Replay, WiSE
 from holdfast.training.checkpoints import ADAPTERS, BEFORE, load_adapters
 from holdfast.training.manifest import commit
@@ -143,11 +143,12 @@ def test_a_run_of_the_older_key_is_gone_on_with(place: Path, tmp_path: Path) -> 
     recipe = Recipe(peft=LoRA(rank=2, alpha=6.0), methods=[EWC(rows=8)])
     run(place, tmp_path / "a", TOPICS[:1], recipe=recipe, **FAST)
     go_on(tmp_path / "a", TOPICS[1], tmp_path / "b", place=place)
-    config = tmp_path / "a" / CONFIG
-    said = json.loads(config.read_text())
-    del said["recipe"]["peft"]
-    said["recipe"]["lora"] = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
-    config.write_text(json.dumps(said))
+    for name in (CONFIG, RECORD):
+        said = json.loads((tmp_path / "a" / name).read_text())
+        said.pop("sha256", None)
+        del said["recipe"]["peft"]
+        said["recipe"]["lora"] = {"rank": 2, "alpha": 6.0, "dropout": 0.0, "targets": "all-linear"}
+        (tmp_path / "a" / name).write_text(json.dumps(said))
     home = next((tmp_path / "a" / "tasks").iterdir())
     (home / ADAPTERS).rename(home / BEFORE)
     commit(home)
