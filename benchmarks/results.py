@@ -53,7 +53,8 @@ def listed(folder: Path) -> list[tuple[str, float | None, list[str]]]:
     for path in sorted(folder.glob("*.json")):
         body = json.loads(path.read_text(encoding="utf-8"))
         commands = [body["command"]] if "command" in body else [p["command"] for p in body["pairs"]]
-        each = [body.get("seconds", 0), *(run.get("seconds", 0) for run in body.get("runs", ()))]
+        runs = body["runs"] if isinstance(body.get("runs"), list) else []
+        each = [body.get("seconds", 0), *(run.get("seconds", 0) for run in runs)]
         spent = sum(sum(s) if isinstance(s, list) else s for s in each)  # some by task
         found.append((path.stem, spent / 3600 or None, commands))
     return found
