@@ -193,7 +193,8 @@ def source_hash(source: str) -> str | None:
 
 def files_hash(source: str) -> str | None:
     """A hash of what a model is loaded from: weights, configuration and tokenizer of a local one,
-    the commit of a Hub id; None where a Hub id's is not known.
+    the commit of a Hub id; None where a Hub id's is not known, and for a Python file of your own,
+    of which a run tells that it was edited.
 
     Of files above 1 GB, which would take seconds to read, the size, the first MiB (names, types and
     shapes) and 256 evenly spaced pieces of 64 KiB count.
@@ -201,8 +202,10 @@ def files_hash(source: str) -> str | None:
     here = Path(source)
     if not here.exists():
         return getattr(load_config(source), "_commit_hash", None)
+    if here.is_file():
+        return None
     kinds = {".safetensors", ".json", ".txt", ".model", ".py"}
-    files = [here] if here.is_file() else sorted(f for f in here.iterdir() if f.suffix in kinds)
+    files = sorted(f for f in here.iterdir() if f.suffix in kinds)
     digest = hashlib.sha256()
     for path in files:
         size = path.stat().st_size
