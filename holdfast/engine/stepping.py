@@ -37,7 +37,7 @@ class Stepping:
     group_of: Mapping[str, dict[str, Any]]
     previous: dict[str, Tensor]
     norm: Tensor | None = None
-    rates: Mapping[int, float]  # of the last step, by the id of an optimizer's group
+    rates: Mapping[int, float | Tensor]  # of the last step, by the id of an optimizer's group
     inputs: Mapping[str, Any] | None = None
     outputs: Any = None
     loss: Tensor | None = None
@@ -156,7 +156,9 @@ class Stepping:
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        self.rates = {id(group): float(group["lr"]) for group in self.optimizer.param_groups}
+        # Not as floats: of a rate that is a tensor that would wait for the device.
+        rates = ((id(group), group["lr"]) for group in self.optimizer.param_groups)
+        self.rates = {k: r.clone() if isinstance(r, Tensor) else r for k, r in rates}
         if self._skip:
             self.skipped += 1
             self.in_a_row += 1

@@ -335,7 +335,8 @@ class RecipeMixin(RowsMixin, SavingMixin):
         if self.bound is not None and "learning_rate" in logs:
             # Of the step that was made, as `learning_rate` is: the groups have the next one's.
             part_of, made = self.bound.part_of, self.bound.rates
-            rates = {part_of[k]: made.get(id(g), g["lr"]) for k, g in self.bound.group_of.items()}
+            groups = self.bound.group_of
+            rates = {part_of[k]: float(made.get(id(g), g["lr"])) for k, g in groups.items()}
             if len(set(rates.values())) > 1:
                 logs |= {f"holdfast/rate/{part}": lr for part, lr in rates.items()}
             penalties = self.bound.penalties()
