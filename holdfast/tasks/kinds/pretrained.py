@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -208,14 +209,20 @@ def files_hash(source: str) -> str | None:
     files = sorted(f for f in here.iterdir() if f.suffix in kinds)
     digest = hashlib.sha256()
     for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            if size <= WHOLE:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            digest.update(file.read(1 << 20))
-            for piece in range(256):
-                file.seek(size * piece // 256)
-                digest.update(file.read(1 << 16))
+        told = path.stat()
+        digest.update(f"{path.name} {told.st_size}".encode())
+        digest.update(_content(path, told.st_size, told.st_mtime_ns, told.st_size > WHOLE))
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _content(path: Path, size: int, changed: int, sampled: bool) -> bytes:
+    """A hash of a file, read once by a process for all its runs until the file is `changed`."""
+    with path.open("rb") as file:
+        if not sampled:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256(file.read(1 << 20))
+        for piece in range(256):
+            file.seek(size * piece // 256)
+            digest.update(file.read(1 << 16))
+        return digest.digest()
