@@ -35,13 +35,9 @@ from holdfast.tasks.task import slug
 
 FIRST, TUNING = "first", "tuning"  # folders beside those of the recipes
 CONTROL = "plain"
-BESIDE: dict[str, Any] = {
-    "reference": None,
-    "lm_eval": (),
-    "tests": None,
-}  # no measuring beside the tasks
+BESIDE: dict[str, Any] = {"reference": None, "lm_eval": (), "tests": None}  # nothing is measured
 
-Job = dict[str, Any]  # the arguments of `run_sequence`
+Arguments = dict[str, Any]  # of `run_sequence`
 Recipes = Mapping[str, tuple[Recipe, Mapping[str, Any]]]
 
 
@@ -99,7 +95,7 @@ def compare(
     for _, own in recipes.values():  # refuse bad settings before any run, not after some
         Settings.from_dict({**settings, **own})
 
-    def job(label: str, recipe: Recipe, own: Mapping[str, Any], seed: int) -> Job:
+    def job(label: str, recipe: Recipe, own: Mapping[str, Any], seed: int) -> Arguments:
         return {"model": model, "tasks": list(tasks), "recipe": recipe, "seed": seed,
                 "out": folders[label] / f"seed-{seed}", "label": f"{label} · seed {seed}",
                 "progress": progress, "reference": reference, "lm_eval": lm_eval,
@@ -110,7 +106,7 @@ def compare(
     arms: dict[str, Arm] = {}
     if budget is not None:
         usual, below = Settings.from_dict(settings).lr, out / TUNING
-        around, trials = tuning.rates_around(usual, rates), list[Job]()
+        around, trials = tuning.rates_around(usual, rates), list[Arguments]()
         plans = {
             label: tuning.Tuning.of(recipe, label, rate=own.get("lr", usual), rates=around,
                                     budget=budget)
@@ -156,7 +152,7 @@ def _same(recipes: Recipes, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _done(
-    what: Callable[..., Any], jobs: list[Job], folder: Path, *,
+    what: Callable[..., Any], jobs: list[Arguments], folder: Path, *,
     engine: Engine, where: Path, progress: bool,
 ) -> list[Any]:  # fmt: skip
     """`what` of each job, after the first tasks that several of them share, kept in `folder`."""
@@ -184,12 +180,12 @@ def _tried(**job: Any) -> float | None:
 # --- first tasks that are shared ------------------------------------------------------------------
 
 
-def _shared(jobs: Sequence[Job], folder: Path) -> tuple[list[Job], list[Job]]:
+def _shared(jobs: Sequence[Arguments], folder: Path) -> tuple[list[Arguments], list[Arguments]]:
     """The first tasks that several jobs, not begun, would train alike, and the jobs that go on
     from them."""
     firsts = [_first(job, folder) for job in jobs]
     wanted = [first["out"] for first in firsts if first is not None]
-    kept: dict[Path, Job] = {}
+    kept: dict[Path, Arguments] = {}
     made = []
     for job, first in zip(jobs, firsts, strict=True):
         if first is None or (wanted.count(first["out"]) == 1 and not ended(first["out"])):
@@ -208,7 +204,7 @@ def _delete(folder: Path) -> None:
             shutil.rmtree(run.parent, ignore_errors=True)
 
 
-def _first(job: Job, folder: Path) -> Job | None:
+def _first(job: Arguments, folder: Path) -> Arguments | None:
     """The job of its first task alone; None where its recipe acts in it, or it is begun.
 
     Nor where more is measured beside it, other rows are mixed in or the head is not the task's own:

@@ -17,7 +17,6 @@ import transformers
 from models import arguments, bert, collate, rows, same, weights
 from test_trainer import sft
 from torch import Tensor
-from transformers import TrainerCallback
 
 import holdfast
 from holdfast import (
@@ -34,6 +33,7 @@ from holdfast import (
     Refused,
     Replay,
 )
+from holdfast.testing.faults.place import StopAt
 from holdfast.training.checkpoints import META, TENSORS, load_state, save_state
 from holdfast.training.manifest import newest_complete
 
@@ -61,17 +61,6 @@ RECIPES = {
     ),
 }
 DROPOUT = {"hidden_dropout_prob": 0.2}
-
-
-class StopAt(TrainerCallback):
-    """Saves at a step and stops there, as a kill right after a checkpoint would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def everything(trainer: Any) -> dict[str, Tensor]:

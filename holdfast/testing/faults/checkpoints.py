@@ -11,27 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from holdfast.methods import DPS
 from holdfast.recipe import Recipe
-from holdfast.testing.faults.place import Loop, Place, equal, refuses, same, weights
+from holdfast.testing.faults.place import Loop, Place, StopAt, equal, refuses, same, weights
 from holdfast.testing.faults.suite import Wrong, swapped, tried
 from holdfast.training.loop import load_checkpoint, save_checkpoint
 from holdfast.training.manifest import commit, damage, newest_complete, rotate
 
 RECIPE = Recipe(methods=[DPS(stage=2)])
-
-
-class StopAt(TrainerCallback):
-    """Saves at a step and stops there."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            control.should_save = control.should_training_stop = True
 
 
 def stopped_trainer(place: Place, *, step: int, **more: Any) -> Path:

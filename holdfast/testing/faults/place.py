@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from holdfast.cli import main
 from holdfast.engine.bound import Bound
@@ -286,3 +287,14 @@ def warned() -> Iterator[list[str]]:
         yield told
     finally:
         log.removeHandler(handler)
+
+
+class StopAt(TrainerCallback):
+    """Saves at a step and stops there, as a kill right after a checkpoint would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
