@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import Busy, Refused
 from holdfast.experiments.engines import Job
-from holdfast.experiments.processes import ATTEMPTS, EVERY
+from holdfast.experiments.processes import ATTEMPTS, EVERY, check_workers
 from holdfast.training import stopping
 
 END = 60.0  # seconds that tasks have to finish their step and save
@@ -19,30 +20,47 @@ END = 60.0  # seconds that tasks have to finish their step and save
 
 @dataclass(frozen=True)
 class Ray:
-    """address: of a cluster (without: a Ray of its own, which only this machine reaches). cpus,
-    gpus: of one run; 0.5 GPUs let two runs share one."""
+    """address: of a cluster (without: a Ray of its own, which only this machine reaches). jobs: how
+    many run at once, at most. cpus, gpus: of one run; 0.5 GPUs let two runs share one."""
 
     address: str | None = None
+    jobs: int | None = None
     cpus: float = 1.0
     gpus: float = 0.0
     drawn = True
 
+    def __post_init__(self) -> None:
+        if self.jobs is not None:
+            check_workers(self.jobs, "--jobs")
+
+    @property
+    def at_once(self) -> int | None:
+        return self.jobs
+
+    @property
+    def far(self) -> bool:
+        return self.address is not None
+
     def __call__(
-        self, jobs: Sequence[Job], *, where: str
-    ) -> Generator[tuple[int, Any], None, None]:
+        self, jobs: Sequence[Job], *, where: str, look: Callable[[], None] = lambda: None,
+        attempts: int = ATTEMPTS,
+    ) -> Generator[tuple[int, Any], None, None]:  # fmt: skip
         try:
             import ray
         except ImportError:
             raise Refused("is not installed", where="--engine ray",
                           remedy="pip install 'holdfast[ray]'") from None  # fmt: skip
         self._begin(ray)
-        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_carry)
-        threads = max(1, int(self.cpus))
-        open_ = {task.remote(job.work, os.getcwd(), threads): i for i, job in enumerate(jobs)}
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=attempts - 1)(_carry)
+        here = os.getcwd(), sys.argv, max(1, int(self.cpus))
+        waiting, open_ = list(range(len(jobs))), dict[Any, int]()
         try:
-            while open_:
+            while waiting or open_:
+                while waiting and len(open_) < (self.jobs or len(jobs)):
+                    open_[task.remote(jobs[waiting[0]].work, *here)] = waiting.pop(0)
                 ended, _ = ray.wait(list(open_), timeout=EVERY)
                 stopping.check()
+                look()
                 for each in ended:
                     error, result = self._result(ray, each, where)
                     if error is not None:
@@ -81,7 +99,9 @@ class Ray:
         return found
 
 
-def _carry(work: Callable[[], Any], folder: str, threads: int) -> tuple[Exception | None, Any]:
+def _carry(
+    work: Callable[[], Any], folder: str, words: list[str], threads: int
+) -> tuple[Exception | None, Any]:
     """Do one job in a worker of Ray: an error and the result, one of them None."""
     import torch
 
@@ -90,6 +110,7 @@ def _carry(work: Callable[[], Any], folder: str, threads: int) -> tuple[Exceptio
     except OSError:
         return Refused("is not on this node", where=folder, remedy="share the folder"), None
     torch.set_num_threads(threads)
+    sys.argv = words  # which records name as their command
     # Ray cancels a task by what stands for Ctrl-C, and ends a node's workers by SIGTERM.
     restore = stopping.install(only=(signal.SIGTERM, signal.SIGINT), patient=True)
     try:
