@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from holdfast.experiments.engines import Job
 from holdfast.experiments.processes import ATTEMPTS, EVERY, check_workers
 from holdfast.training import stopping
 
+REACH = 10.0  # seconds in which a cluster has to be reached
 END = 60.0  # seconds that tasks have to finish their step and save
 
 
@@ -57,7 +60,8 @@ class Ray:
         try:
             while waiting or open_:
                 while waiting and len(open_) < (self.jobs or len(jobs)):
-                    open_[task.remote(jobs[waiting[0]].work, *here)] = waiting.pop(0)
+                    number = waiting.pop(0)
+                    open_[task.remote(jobs[number].work, *here)] = number
                 ended, _ = ray.wait(list(open_), timeout=EVERY)
                 stopping.check()
                 look()
@@ -77,10 +81,14 @@ class Ray:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if self.address is not None:
             try:
+                if at := re.fullmatch(r"([\w.-]+):(\d+)", self.address):  # Ray tries for minutes
+                    socket.create_connection((at[1], int(at[2])), timeout=REACH).close()
                 ray.init(address=self.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as why:
-                raise Refused(f"no Ray answers ({str(why).splitlines()[0]})",
-                              where=f"--address {self.address}") from None  # fmt: skip
+            except (OSError, ValueError, RuntimeError) as why:
+                raise Refused(f"no Ray answers ({str(why).partition(chr(10))[0]})",
+                              where=f"--address {self.address}",
+                              remedy="begin one with `ray start`; where it asks for a token, set "
+                              "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None  # fmt: skip
             return
         # Who may send tasks runs code: nobody from elsewhere, and here who knows the token, which a
         # Ray of one's own asks for by default.
@@ -92,8 +100,9 @@ class Ray:
         try:
             found: tuple[Exception | None, Any] = ray.get(ended)
         except ray.exceptions.RayError as why:
-            raise Refused("its processes were ended too often, or could not begin "
-                          f"({type(why).__name__})", where=where,
+            said = repr(getattr(why, "cause", None) or type(why).__name__)
+            raise Refused(f"its processes were ended too often, or could not begin ({said})",
+                          where=where,
                           remedy="the same command goes on; where memory is short, with more "
                           "--cpus a run") from None  # fmt: skip
         return found
