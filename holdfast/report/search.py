@@ -49,6 +49,7 @@ WITHIN: dict[str, dict[str, Any]] = {
     "gain": {"verdict": str, "sentence": str},
     "steps": {"spent": int, "final": int},
     "importance": {"shares": dict, "note": str},
+    "confirmation": {"sentence": str, "seeds": list, "trials": list},
     "space": {"parts": list, "layers": (int, NONE), "rate": list, "multiplier": list,
               "tuned": dict},
 }  # fmt: skip
@@ -75,7 +76,8 @@ def load_search(path: str | Path) -> dict[str, Any]:
     check_seal(body, where=where)
     _check(body, NEEDED, "the facts", where)
     for key, inner in WITHIN.items():
-        for entry in body[key] if isinstance(body[key], list) else [body[key]]:
+        found = body.get(key)  # not every search has a confirmation
+        for entry in found if isinstance(found, list) else [found] * (found is not None):
             _check(entry, inner, key, where)
     return body
 
@@ -105,20 +107,23 @@ def render(body: Mapping[str, Any]) -> str:
     from holdfast.report.search_draw import pictures
 
     body = _cleaned(body)
-    verdict, sentence = said(body)
+    (verdict, sentence), again = said(body), body.get("confirmation")
     template = environment().get_template("search.html.j2")
     return str(
         template.render(
             title=" → ".join(short(task["name"]) for task in body["tasks"]),
             body=body,
             verdict=verdict,
-            sentences=[sentence, cost(body)],
+            sentences=[sentence, *confirmed(body), cost(body)],
             notes=notes(body),
             pictures=pictures(body),
             counts=counts(body),
             winner=winner(body),
             differences=differences(body),
             seeds=seeds,
+            confirmation=again,
+            seed_names=[f"seed {seed}" for seed in again["seeds"]] if again else [],
+            learn_old=body["config"].get("learn_old", "each"),
             rungs=", ".join(f"{100 * share:.0f}" for share in body["config"]["rungs"]),
             reasons={REASONS.get(k, k): n for k, n in body["reasons"].items()},
             best=best_trials(body),
@@ -146,13 +151,22 @@ def said(body: Mapping[str, Any]) -> tuple[str, str]:
     return verdict, sentence[:1].upper() + sentence[1:]
 
 
+def confirmed(body: Mapping[str, Any]) -> list[str]:
+    """Who led before and after further selection seeds, the lead and the noise; or nothing."""
+    found = body.get("confirmation")
+    return [clean(found["sentence"])] if found else []
+
+
 def cost(body: Mapping[str, Any]) -> str:
     """What was spent, in training steps."""
     spent = body["steps"]
     share = spent.get("share")
     less = "" if share is None else f", {100 * share:.0f} % of what they take unpruned"
-    trials, final = (f"{spent[key]:,}".replace(",", "\u202f") for key in ("spent", "final"))
-    return f"{trials} training steps on trials{less}; {final} on the final runs."
+    told = {"spent": f"training steps on trials{less}", "first": "on task one, once a seed",
+            "confirming": "on confirming runs", "final": "on the final runs"}  # fmt: skip
+    shown = [f"{spent[key]:,}".replace(",", "\u202f") + f" {words}" for key, words in told.items()
+             if spent.get(key) or key in ("spent", "final")]  # fmt: skip
+    return "; ".join(shown) + "."
 
 
 def notes(body: Mapping[str, Any]) -> list[str]:
@@ -269,7 +283,7 @@ def search_table(body: Mapping[str, Any]) -> Table:
         made.add_row(*map(Text, cells))
     if not body["final"]:
         made.add_row(DASH, *[DASH] * 6)
-    below = notes(body)
+    below = [*confirmed(body), *notes(body)]
     if won := winner(body):
         below.append(f"To use {won['label']}: --recipe recipe.yaml --lr {won['rate']}")
     made.caption = Text("\n".join(below)) if below else None

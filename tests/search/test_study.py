@@ -190,6 +190,7 @@ def test_the_other_studies_of_a_database_stay_apart(place: Path, tmp_path: Path)
         ({"seed": 1}, "seed: 0 → 1"),
         ({"epochs": 2.0}, "settings.epochs: 1.0 → 2.0"),
         ({"tune": ["dps.drop"]}, "tune"),
+        ({"learn_old": "once"}, 'learn_old: "each" → "once"'),
     ],
 )
 def test_another_search_is_refused_with_what_differs(
