@@ -69,7 +69,7 @@ OPTIONS = {
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
-        --reference --lm-eval --report-to --workers --engine --address --partition --time --jobs
+        --repeat --reference --lm-eval --report-to --workers --engine --address --partition --time --jobs
         --cpus --gpus --only {TRAINING}""",
     "plan": "work",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
@@ -662,7 +662,7 @@ def test_from_october_to_a_gate(
     (tmp_path / "november" / "record.json").write_text("{")
     assert main(["runs", str(tmp_path)]) == 0
     listed = capsys.readouterr().out
-    assert "1 of 1" in listed and "not JSON" in listed
+    assert "1 of 1" in listed and "not JSON" in listed and " lr " in listed
     assert not list((tmp_path / "november").glob("*.tmp"))
     assert main(["doctor"]) == 0 and "torch" in capsys.readouterr().out
 
