@@ -69,8 +69,8 @@ OPTIONS = {
         --choose --alpha --phce --student-lr
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
-        --repeat --reference --lm-eval --report-to --workers --engine --address --partition --time --jobs
-        --cpus --gpus --only {TRAINING}""",
+        --repeat --reference --lm-eval --report-to --workers --engine --address --partition --time
+        --jobs --cpus --gpus --only {TRAINING}""",
     "plan": "work",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --recipe --seed
