@@ -61,19 +61,19 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size
     --accumulation --lr --weight-decay --warmup --schedule --head --max-length --selection
     --save-steps --bf16 --bf16-eval --mix"""
+ENGINE = "--engine --address --partition --time --cpus --gpus"
 OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval --report-to {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
         --max-forgetting --trust-code --reference --lm-eval --report-to {TRAINING}""",
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
-        --choose --alpha --phce --student-lr
+        --choose --alpha --phce --student-lr {ENGINE}
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
-        --repeat --reference --lm-eval --report-to --workers --engine --address --partition --time
-        --jobs --cpus --gpus --only {TRAINING}""",
+        --repeat --reference --lm-eval --report-to --workers --jobs {ENGINE} --only {TRAINING}""",
     "plan": "work",
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
-        --tune --flat --seeds --storage --workers --recipe --seed
+        --tune --flat --seeds --storage --workers --jobs {ENGINE} --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",

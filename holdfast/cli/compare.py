@@ -17,6 +17,7 @@ from holdfast.cli.options import (
     asked_engine,
     asked_tasks,
     given,
+    group,
     show,
 )
 from holdfast.errors import Refused
@@ -49,6 +50,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_loggers(parser)
     add_probe(parser)
     add_engine(parser)
+    group(parser, "where it runs").add_argument(
+        "--only", metavar="RUN", help="carry out one run that `holdfast plan` listed, and no more"
+    )
 
 
 def run(chosen: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import Busy, Refused, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
 from holdfast.experiments.sequence import Job
 from holdfast.search.plan import Plan
@@ -113,6 +114,7 @@ def finish(
 ) -> dict[tuple[str, int], Result]:
     """Run, or read, every job; returns (label, seed) → result once all are done."""
     found: dict[tuple[str, int], Result] = {}
+    watch = lease.Watch()
     while True:
         before = len(found)
         for job in work:
@@ -120,6 +122,8 @@ def finish(
             if key in found:
                 continue
             stopping.check()
+            if not watch.free(job.folder):
+                continue
             try:
                 found[key] = evaluate(job)
             except Busy:

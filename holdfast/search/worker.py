@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
 from holdfast.recipe import Recipe
 from holdfast.search import storage as stores
 from holdfast.search.objective import Diverged, Scores, Stop, Watch
@@ -58,6 +58,9 @@ def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None)
                 # Leases end with a folder or a disk they lie on; what was told first stands.
                 said = "trial %d was finished by another worker, whose result stands"
                 logging.getLogger("holdfast").warning(said, claim.number)
+            except Busy as busy:
+                logging.getLogger("holdfast").warning("%s", busy)
+                wait(POLL, stopping.check)
             finally:
                 claim.close()
         elif study.over:
