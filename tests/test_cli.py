@@ -76,7 +76,8 @@ OPTIONS = {
         --tune --flat --seeds --storage --workers --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
     "rates": f"""--tasks --from --old-task --from-probe --tolerance --confirm --parts --rows
-        --recipe --seed --trust-code {TRAINING.replace("--head", "").replace("--save-steps", "")}""",
+        --recipe --seed --trust-code
+        {TRAINING.replace("--head", "").replace("--save-steps", "")}""",
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --license --trust-code",
