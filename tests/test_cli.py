@@ -29,8 +29,8 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "rates", "combine", "predict", "export",
+    "delta", "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -75,6 +75,9 @@ OPTIONS = {
     "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
         --tune --flat --seeds --storage --workers --jobs {ENGINE} --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
+    "rates": f"""--tasks --from --old-task --from-probe --tolerance --confirm --parts --rows
+        --recipe --seed --trust-code
+        {TRAINING.replace("--head", "").replace("--save-steps", "")}""",
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --license --trust-code",

@@ -97,6 +97,9 @@ def compare(
     if taken := {FIRST, TUNING} & {folder.name for folder in folders.values()}:
         raise Refused(f"{min(taken)} is a folder of the comparison's own", where="--recipes",
                       remedy="give the recipe another name")  # fmt: skip
+    if "auto" in (settings.get("bf16"), *(own.get("bf16") for _, own in recipes.values())):
+        raise Refused("auto would differ between machines, and runs that are compared may not",
+                      where="--bf16", remedy="say --bf16 or leave it out")  # fmt: skip
     for _, own in recipes.values():  # refuse bad settings before any run, not after some
         Settings.from_dict({**settings, **own})
 

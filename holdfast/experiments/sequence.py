@@ -22,6 +22,7 @@ from holdfast.experiments.runs import (
     check_held,
     digest,
     open_run,
+    setting_of,
 )
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
@@ -108,6 +109,8 @@ def run_sequence(
         raise Refused("no model" if model is None else "--old-task and --without-old-rows need it",
                       where="--from", remedy="name a run or a saved model")  # fmt: skip
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
+    if settings.get("bf16") == "auto" and out is not None:  # a run keeps what it began with
+        settings["bf16"] = before if (before := setting_of(out, "bf16")) is not None else "auto"
     plan, seed = Settings.from_dict(settings), 0 if seed is None else seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**20:
         raise Refused(f"must be a whole number from 0 to 2^20, not {seed!r}", where="--seed")
