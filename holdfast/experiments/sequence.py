@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.elsewhere import Elsewhere
+from holdfast.experiments.memory import HALVED, within_memory
 from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
 from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import (
@@ -251,6 +252,7 @@ class Job:
             for key in ("protocol", "first", "tuned", "serves"):  # they are of that run alone
                 record.extra.pop(key, None)
             if first is None:
+                record.extra.pop(HALVED, None)
                 record.versions, record.rates = versions(), None  # they are this recipe's
             else:
                 record.tasks = [describe(tasks[0])]
@@ -292,25 +294,28 @@ class Job:
                 spent = time.monotonic() - started
                 record.seconds[0] = round((record.seconds[0] or 0.0) + spent, 3)
 
-        learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record, bar=self.bar,
-                          place=self.place, scored=self.arm.scored,
-                          probes=[p for p in (probe, self.elsewhere) if p],
-                          also=[loggers] if self.report_to else [],
-                          begin=None if begun is None else begin)  # fmt: skip
-        with loggers.over(learner):
-            for index in range(len(record.seconds), len(tasks)):
-                try:
-                    learner.learn(index)
-                except Refused as refusal:  # training diverged, or a disk is full
-                    record.warn(f"{tasks[index].name} was not learned: {refusal}")
-                    with suppress(Refused):
-                        check_held(folder)
-                        record.save(folder / RECORD)
-                    raise
-                check_held(folder)
-                record.save(folder / RECORD)
-                loggers.tell()
-        learner.finish()
+        def learn(plan: Settings) -> None:
+            learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record,
+                              bar=self.bar, place=self.place, scored=self.arm.scored,
+                              probes=[p for p in (probe, self.elsewhere) if p],
+                              also=[loggers] if self.report_to else [],
+                              begin=None if begun is None else begin)  # fmt: skip
+            with loggers.over(learner):
+                for index in range(len(record.seconds), len(tasks)):
+                    try:
+                        learner.learn(index)
+                    except Refused as refusal:  # training diverged, or a disk is full
+                        record.warn(f"{tasks[index].name} was not learned: {refusal}")
+                        with suppress(Refused):
+                            check_held(folder)
+                            record.save(folder / RECORD)
+                        raise
+                    check_held(folder)
+                    record.save(folder / RECORD)
+                    loggers.tell()
+            learner.finish()
+
+        within_memory(learn, plan, record, folder)
 
 
 def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: str | None) -> None:
