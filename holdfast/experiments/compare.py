@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy, Refused, TrainingDiverged, tell_once
+from holdfast.errors import Busy, OutOfMemory, Refused, TrainingDiverged, tell_once
 from holdfast.experiments import lease, tuning
 from holdfast.experiments.engines import Engine, carry_out
 from holdfast.experiments.engines.local import Local
@@ -143,7 +143,9 @@ def compare(
         for label, (recipe, own) in recipes.items()
         for seed, again in [*((seed, "") for seed in seeds), *[(seeds[0], AGAIN)] * repeat]
     ]
-    records: list[Record] = do(run_sequence, finals, out)
+    records = do(_ran, finals, out)
+    if failed := [each for each in records if isinstance(each, OutOfMemory)]:
+        raise failed[0]
     return records
 
 
@@ -169,6 +171,14 @@ def _done(
     firsts, jobs = _shared(jobs, folder / FIRST)
     carry_out(what, firsts, engine, where=where, progress=progress)
     return carry_out(what, jobs, engine, where=where, progress=progress)
+
+
+def _ran(**job: Any) -> Record | OutOfMemory:
+    """A run's record; why, where memory does not suffice: the others go on before it is told."""
+    try:
+        return run_sequence(**job)
+    except OutOfMemory as refusal:
+        return refusal
 
 
 def _tried(**job: Any) -> float | None:
