@@ -107,7 +107,7 @@ def render(body: Mapping[str, Any]) -> str:
     from holdfast.report.search_draw import pictures
 
     body = _cleaned(body)
-    (verdict, sentence), again = said(body), body.get("confirmation")
+    (verdict, sentence), again, won = said(body), body.get("confirmation"), winner(body)
     template = environment().get_template("search.html.j2")
     return str(
         template.render(
@@ -118,7 +118,8 @@ def render(body: Mapping[str, Any]) -> str:
             notes=notes(body),
             pictures=pictures(body),
             counts=counts(body),
-            winner=winner(body),
+            winner=won,
+            to_use=to_use(body, won) if won else "",
             differences=differences(body),
             seeds=seeds,
             confirmation=again,
@@ -236,6 +237,12 @@ def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def to_use(body: Mapping[str, Any], won: Mapping[str, Any]) -> str:
+    """The arguments of `holdfast sequence` that train with the winner's curve what it was for."""
+    after = body["config"].get("learn_old") == "once"
+    return f"{'--from RUN ' if after else ''}--recipe recipe.yaml --lr {won['rate']}"
+
+
 def differences(body: Mapping[str, Any]) -> dict[str, Difference | None]:
     """new + old of every final contender minus the best flat rate's, paired by seed."""
     scores = {f["label"]: {s["seed"]: s["new_plus_old"] for s in f["seeds"]} for f in body["final"]}
@@ -285,7 +292,7 @@ def search_table(body: Mapping[str, Any]) -> Table:
         made.add_row(DASH, *[DASH] * 6)
     below = [*confirmed(body), *notes(body)]
     if won := winner(body):
-        below.append(f"To use {won['label']}: --recipe recipe.yaml --lr {won['rate']}")
+        below.append(f"To use {won['label']}: {to_use(body, won)}")
     made.caption = Text("\n".join(below)) if below else None
     return made
 

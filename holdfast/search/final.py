@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy, Refused, TrainingDiverged
+from holdfast.errors import Busy, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
-from holdfast.experiments.sequence import Job
+from holdfast.experiments.sequence import Arm, Job
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE
 from holdfast.search.study import wait
-from holdfast.search.worker import out_of_memory
 from holdfast.tasks.task import slug
 from holdfast.training import stopping
 
@@ -116,6 +116,7 @@ def finish(
 ) -> dict[tuple[str, int], Result]:
     """Run, or read, every job; returns (label, seed) → result once all are done."""
     found: dict[tuple[str, int], Result] = {}
+    watch = lease.Watch()
     while True:
         before = len(found)
         for job in work:
@@ -123,6 +124,8 @@ def finish(
             if key in found:
                 continue
             stopping.check()
+            if not watch.free(job.folder):
+                continue
             try:
                 found[key] = evaluate(job)
             except Busy:
@@ -155,16 +158,12 @@ class Evaluation:
 
             origin = learned_first(plan, tasks[0], job.seed, job.first)
         run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None,
-                  origin=origin)  # fmt: skip
+                  origin=origin, arm=Arm(notes={"learn_old": plan.learn_old}))  # fmt: skip
         try:
             record = run.run(tasks, replace(plan.settings, lr=c.rate), job.folder)
         except TrainingDiverged as refusal:
             note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))
-        except (MemoryError, RuntimeError) as error:
-            if (reason := out_of_memory(error)) is None:
-                raise
-            raise Refused(reason, where=str(job.folder)) from None
         drop_weights(job.folder)
         scores = record.scores
         steps = sum(n or 0 for n in record.steps[1 if origin else 0 :])

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,12 +23,15 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from holdfast.errors import Busy, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.learner import Learner
 from holdfast.experiments.loaded import Loaded
+from holdfast.experiments.memory import within_memory
 from holdfast.experiments.origin import FromRun
 from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import RECORD, ended, open_run
 from holdfast.experiments.sequence import Arm, Job, describe
+from holdfast.experiments.settings import Settings
 from holdfast.search.objective import Diverged, Scores, Stop, Watch, rung_steps
 from holdfast.search.plan import Plan
 from holdfast.search.study import wait
@@ -135,19 +139,20 @@ class Training:
         return _scores(record, watch.begun)
 
     def _learn(
-        self, job: Replicate, tasks: list[Task], plan: Any, record: Record, watch: Watch,
+        self, job: Replicate, tasks: list[Task], plan: Settings, record: Record, watch: Watch,
         first: FromRun | None,
     ) -> None:  # fmt: skip
         _drop_damaged(job.folder)
-        watch.made = watch.shared
-        learner = Learner(
-            job.folder, self.plan.source, tasks, job.recipe, plan, job.seed, record,
-            loaded=self.loaded, callbacks=lambda learner, task: [_Rungs(learner, task, watch)],
-            scored=("selection",),  # evaluation rows decide nothing here
-            keeps=_keeps,
-            begin=first.begin if first else None,
-        )  # fmt: skip
-        try:
+
+        def learn(plan: Settings) -> None:
+            watch.made = watch.shared
+            learner = Learner(
+                job.folder, self.plan.source, tasks, job.recipe, plan, job.seed, record,
+                loaded=self.loaded, callbacks=lambda learner, task: [_Rungs(learner, task, watch)],
+                scored=("selection",),  # evaluation rows decide nothing here
+                keeps=_keeps,
+                begin=first.begin if first else None,
+            )  # fmt: skip
             for index in range(len(record.seconds), len(tasks)):
                 learner.learn(index)
                 if index + 1 == len(tasks):
@@ -156,6 +161,9 @@ class Training:
                 row = cast(Any, record.selection_scores)[index]
                 watch.at(watch.rung(index, len(watch.rungs)), old=row[0], new=row[1],
                          steps=learner.steps_before(index + 1))  # fmt: skip
+
+        try:
+            within_memory(learn, plan, record, job.folder)
         except (Stop, TrainingDiverged) as end:
             stop = end if isinstance(end, Stop) else Diverged(str(end), watch.spent)
             record.warn(stop.reason)
@@ -173,7 +181,9 @@ class Training:
         record.settings = {**plan.to_dict(), "model": self.plan.model,
                            "optimizer": "adamw_torch_fused", "out": str(job.folder)}  # fmt: skip
         record.recipe = job.recipe.to_dict()
-        record.extra = {"from": str(first.folder)} if first else {}
+        record.extra = {"learn_old": self.plan.learn_old}
+        if first:
+            record.extra["from"] = str(first.folder)
         for key, value in copy.deepcopy(self.origin).items():
             setattr(record, key, value)
         return record
@@ -201,11 +211,13 @@ def learned_first(
     recipe = replace(plan.base, methods=(), name="first task")
     first = Job(model=plan.model, recipe=recipe, seed=seed, command=list(sys.argv), bar=None,
                 arm=Arm(scored=scored, notes={"serves": "first"}))  # fmt: skip
+    watch = lease.Watch()
     while not ended(folder):
-        try:
-            first.run([task], replace(plan.settings, lr=plan.old_rate), folder)
-        except Busy:
-            wait(POLL, stopping.check)
+        with suppress(Busy):
+            if watch.free(folder):
+                first.run([task], replace(plan.settings, lr=plan.old_rate), folder)
+                break
+        wait(POLL, stopping.check)
     return FromRun(folder)
 
 

@@ -86,7 +86,10 @@ def test_who_led_before_and_after_confirming_is_shown_with_every_score() -> None
     assert ["7", "1.350", "1.500", "1.300", "1.250"] in page.cells
     assert ["5", "1.390", "1.380", "1.400", "–"] in page.cells
     assert "Task two has 3 rungs" in page.text and "while task one" not in page.text
-    assert "noise sd 0.035" in " ".join(as_text(search_table(body), width=140).split())
+    text = " ".join(as_text(search_table(body), width=140).split())
+    assert "noise sd 0.035" in text
+    for shown in (text, page.text):
+        assert "--from RUN --recipe recipe.yaml --lr 0.001" in shown
     assert "confirm" not in inert(render(search())).text
 
 

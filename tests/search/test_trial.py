@@ -106,6 +106,28 @@ def test_trials_share_seed_rows_and_head(
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def test_a_trial_that_does_not_fit_is_tried_with_half_the_rows(
+    place: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trial that asks for them, bit for bit; with one row at a time it has failed."""
+    half = fake_plan(place, rungs=3, **SETTINGS | {"batch_size": 2, "accumulation": 2})
+    wanted = Training(half)(job(tmp_path / "half"), Told().watch)
+    step, room, train = learner.Trainer.training_step, [2], Training(plan)
+
+    def limited(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        if len(inputs["labels"]) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(learner.Trainer, "training_step", limited)
+    found = train(job(tmp_path / "whole"), Told().watch)
+    assert replace(found, seconds=0.0) == replace(wanted, seconds=0.0)
+    assert "2 and an accumulation of 2" in Record.load(tmp_path / "whole").warnings[0]
+    room[0] = 1
+    with pytest.raises(Diverged, match="out of memory with 2 rows at a time"):
+        train(job(tmp_path / "none"), Told().watch)
+
+
 def test_evaluation_rows_are_not_looked_at(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,7 +320,7 @@ def test_a_shared_first_task_is_that_of_an_undisturbed_run(
     assert sorted(told.rungs) == [1, 2, 3] and told.rungs[3] == found.new + found.old_after
     record = Record.load(tmp_path / "trials" / "1")
     assert record.status == "done" and record.scores == [[None, None], [None, None]]
-    assert record.extra["from"] == str(tmp_path / "first" / "seed-0")
+    assert record.extra == {"from": str(tmp_path / "first" / "seed-0"), "learn_old": "once"}
     assert record.settings["lr"] == LR / 3 and record.recipe["methods"]
     assert not (tmp_path / "trials" / "1" / "tasks").exists()
 
