@@ -79,6 +79,9 @@ def load_search(path: str | Path) -> dict[str, Any]:
         found = body.get(key)  # not every search has a confirmation
         for entry in found if isinstance(found, list) else [found] * (found is not None):
             _check(entry, inner, key, where)
+    for entry in (body.get("confirmation") or {}).get("trials", []):
+        _check(entry, {"number": int, "mean": NUMBER, "value": NUMBER, "by_seed": dict},
+               "confirmed trials", where)  # fmt: skip
     return body
 
 

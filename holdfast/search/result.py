@@ -164,8 +164,8 @@ def confirmation(found: Sequence[TrialRow]) -> dict[str, Any] | None:
         "before": before.number,
         "after": won.number,
         "seeds": sorted({c["seed"] for r in again for c in r.confirming}),
-        "trials": [{"number": r.number, "value": r.value, "mean": r.rank[1], "by_seed": [
-            {"seed": seed, "new_plus_old": v} for seed, v in r.by_seed.items()]} for r in again],
+        "trials": [{"number": r.number, "value": r.value, "mean": r.rank[1], "by_seed": r.by_seed}
+                   for r in again],
         "counts": dict(ended),
         "lead": None,
         "noise_sd": noise(again),

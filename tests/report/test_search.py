@@ -65,16 +65,9 @@ def test_what_makes_a_result_doubtful_stands_above_the_pictures() -> None:
 
 
 def test_who_led_before_and_after_confirming_is_shown_with_every_score() -> None:
-    by_seed = {7: {0: 1.5, 9: 1.3, 10: 1.25}, 5: {0: 1.38, 9: 1.4}}
-    trials = [
-        {
-            "number": n,
-            "value": s[0],
-            "mean": sum(s.values()) / len(s),
-            "by_seed": [{"seed": seed, "new_plus_old": v} for seed, v in s.items()],
-        }
-        for n, s in by_seed.items()
-    ]
+    by_seed = {7: {"0": 1.5, "9": 1.3, "10": 1.25}, 5: {"0": 1.38, "9": 1.4}}
+    trials = [{"number": n, "value": s["0"], "mean": sum(s.values()) / len(s), "by_seed": s}
+              for n, s in by_seed.items()]  # fmt: skip
     said = "Trial 7 leads, before it trial 9 did: lead of +0.100, noise sd 0.035 of one score."
     again = {"sentence": said, "seeds": [9, 10], "trials": trials}
     body = search(confirmation=again)

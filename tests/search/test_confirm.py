@@ -248,7 +248,7 @@ def test_the_files_say_who_led_and_who_won(place: Path, tmp_path: Path) -> None:
     assert said["seeds"] == FURTHER and said["counts"] == {"complete": 4}
     for trial in said["trials"]:
         wanted = {s: value(trial["number"], s) for s in (0, *FURTHER)}
-        assert {s["seed"]: s["new_plus_old"] for s in trial["by_seed"]} == pytest.approx(wanted)
+        assert {int(s): v for s, v in trial["by_seed"].items()} == pytest.approx(wanted)
         assert trial["mean"] == pytest.approx(math.fsum(wanted.values()) / 3)
     assert body["steps"]["spent"] == 11 * STEPS and body["steps"]["confirming"] == 4 * STEPS
     assert body["planned"] == 11 and len((tmp_path / "trials.csv").read_text().splitlines()) == 12

@@ -352,6 +352,10 @@ def test_pareto_has_two_values_and_tells_no_rungs(place: Path, tmp_path: Path) -
     assert second.state.name == "PRUNED"
 
 
+def test_the_gaussian_process_is_told_that_scores_are_noisy() -> None:
+    assert vars(storage.sampler("gp", 0))["_deterministic"] is False
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random", "nsga2"])
 def test_every_sampler_draws_within_the_space(sampler: str, place: Path, tmp_path: Path) -> None:
     study = Study(tmp_path, plan(place, sampler=sampler, trials=13))
