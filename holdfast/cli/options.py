@@ -190,7 +190,12 @@ def add_fields(
         if field.default not in (None, False):
             about += f" ({field.default})"
         how: dict[str, Any] = {"help": about, "default": None}
-        how |= {"action": "store_true"} if kind is bool else {"type": kind}
+        if kind is bool:
+            how["action"] = "store_true"
+        elif get_origin(kind) is not None:  # true, or a word
+            how |= {"nargs": "?", "const": True, "choices": get_args(get_args(kind)[1])}
+        else:
+            how["type"] = kind
         group(parser, title(field.name)).add_argument(cls.where(field.name), **how)
 
 
@@ -233,4 +238,6 @@ def _described(hint: Any) -> tuple[str, Any]:
     about = next(note.description for note in notes if getattr(note, "description", None))
     if get_origin(kind) is UnionType:
         return about, number
+    if bool in get_args(kind):
+        return about, kind
     return about, kind if kind in (int, float, bool) else str
