@@ -61,12 +61,12 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
         held.release()
 
 
-def setting_of(folder: str | Path, name: str) -> Any:
-    """A setting of the run that a folder holds; None where there is no such run."""
+def setting_of(folder: str | Path, name: str, otherwise: Any = None) -> Any:
+    """A setting of the run that a folder holds; `otherwise` where there is no such run."""
     try:
         return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["settings"][name]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return otherwise
 
 
 def _refuse_links(folder: Path) -> None:

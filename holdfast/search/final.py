@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import Busy, Refused, TrainingDiverged
+from holdfast.errors import Busy, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
-from holdfast.experiments.sequence import Job
+from holdfast.experiments.sequence import Arm, Job
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE
 from holdfast.search.study import wait
-from holdfast.search.worker import out_of_memory
 from holdfast.tasks.task import slug
 from holdfast.training import stopping
 
@@ -51,6 +51,7 @@ class FinalJob:
     contender: Contender
     seed: int
     folder: Path
+    first: Path | None = None  # the run of task one from which it goes on; None: it learns it
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
 def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
     """Every contender with every fresh seed; all of them with one seed before the next."""
     return [
-        FinalJob(c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}")
+        FinalJob(
+            c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}", plan.first(folder, seed)
+        )
         for seed in plan.fresh_seeds
         for c in contenders(plan, found)
     ]
@@ -113,6 +116,7 @@ def finish(
 ) -> dict[tuple[str, int], Result]:
     """Run, or read, every job; returns (label, seed) → result once all are done."""
     found: dict[tuple[str, int], Result] = {}
+    watch = lease.Watch()
     while True:
         before = len(found)
         for job in work:
@@ -120,6 +124,8 @@ def finish(
             if key in found:
                 continue
             stopping.check()
+            if not watch.free(job.folder):
+                continue
             try:
                 found[key] = evaluate(job)
             except Busy:
@@ -146,19 +152,19 @@ class Evaluation:
         if (said := how_diverged(job.folder)) is not None:
             return Result(None, None, None, 0, said)
         recipe = plan.space.recipe(plan.base, c.params, name=c.label)
-        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)
+        tasks, origin = list(self._pairs[job.seed]), None
+        if job.first is not None:
+            from holdfast.search.trial import learned_first  # it loads transformers: late
+
+            origin = learned_first(plan, tasks[0], job.seed, job.first)
+        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None,
+                  origin=origin, arm=Arm(notes={"learn_old": plan.learn_old}))  # fmt: skip
         try:
-            record = run.run(
-                list(self._pairs[job.seed]), replace(plan.settings, lr=c.rate), job.folder
-            )
+            record = run.run(tasks, replace(plan.settings, lr=c.rate), job.folder)
         except TrainingDiverged as refusal:
             note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))
-        except (MemoryError, RuntimeError) as error:
-            if (reason := out_of_memory(error)) is None:
-                raise
-            raise Refused(reason, where=str(job.folder)) from None
         drop_weights(job.folder)
         scores = record.scores
-        steps = sum(n or 0 for n in record.steps)
+        steps = sum(n or 0 for n in record.steps[1 if origin else 0 :])
         return Result(scores[1][1], scores[0][0], scores[1][0], steps)

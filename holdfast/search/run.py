@@ -6,14 +6,19 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Refused
-from holdfast.experiments.processes import EVERY, check_workers, spread
+from holdfast.errors import Busy, Refused
+from holdfast.experiments import engines
+from holdfast.experiments.engines.local import Local
+from holdfast.experiments.processes import EVERY
+from holdfast.experiments.record import Record
 from holdfast.experiments.runs import ended
 from holdfast.search import result, storage
 from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, finish, jobs
@@ -40,6 +45,7 @@ def search(
     out: str | Path,
     url: str | None = None,
     workers: int = 1,
+    engine: engines.Engine | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
     train: MakeTrain = training,
@@ -50,7 +56,8 @@ def search(
 
     asked: see `Plan.make`, and `holdfast.experiments.settings.Settings` for how each task is
     trained. url: where Optuna keeps the study (a SQLite file in `out`). workers: processes of one
-    thread each; further calls with the same `out`, at the same time or later, join the study.
+    thread each; another engine starts them elsewhere, see `holdfast.experiments.engines`. Further
+    calls with the same `out`, at the same time or later, join the study.
     train, evaluate: how a plan's trials and final runs are made.
 
     All input is checked, and `Refused` raised, before any training.
@@ -59,7 +66,8 @@ def search(
         >>> body = search("minilm", ["data/trec6", "data/sst2"], trials=50, out="runs/s")  # doctest: +SKIP
         >>> body["gain"]["sentence"]  # doctest: +SKIP
     """  # noqa: E501
-    check_workers(workers)
+    chosen: engines.Engine = engine or Local(workers)
+    storage.check_engine(url, chosen)
     storage.check(str(asked.get("sampler", "tpe")))
     plan = Plan.make(model, tasks, **asked)
     folder = Path(out)
@@ -68,26 +76,29 @@ def search(
     for said in plan.warnings:
         logging.getLogger("holdfast").warning(said)
     study = Study(folder, plan, url)
-    if workers == 1:
-        labour(study, train, evaluate, progress=progress)
+    if chosen.drawn:
+        together(study, chosen, train, evaluate, progress=progress)
     else:
-        together(study, workers, train, evaluate, progress=progress)
+        labour(study, train, evaluate, progress=progress)
     return conclude(study, evaluate(plan), command or sys.argv)
 
 
 def together(
-    study: Study, workers: int, train: MakeTrain, evaluate: MakeEvaluate, *, progress: bool
-) -> None:
-    """`labour` in `workers` processes, each with its own view of the study."""
-    line = Line(study, shown=progress)
-    each = partial(_joined, study.folder, study.plan, study.url, train, evaluate)
+    study: Study, engine: engines.Engine, train: MakeTrain, evaluate: MakeEvaluate, *,
+    progress: bool,
+) -> None:  # fmt: skip
+    """`labour` in as many processes as the engine runs, each with its own view of the study."""
+    line, folder = Line(study, shown=progress), study.folder
+    each = partial(_joined, folder, study.plan, study.url, train, evaluate)
+    workers = min(engine.at_once or study.plan.trials, study.plan.trials)
+    jobs = [engines.Job(folder, f"worker {i}", each) for i in range(workers)]
     # A trial that kills its processes fails after ATTEMPTS of them, maybe all of one job.
-    most = workers * ATTEMPTS + 1
+    most, stopped = workers * ATTEMPTS + 1, True
     try:
-        for _ in spread(
-            [each] * workers, workers, where=str(study.folder), look=line.look, attempts=most
-        ):
-            pass
+        while stopped:  # all of them, by whoever manages their nodes
+            with closing(engine(jobs, where=str(folder), look=line.look, attempts=most)) as coming:
+                # The first that is through leaves nothing to do for those that wait for a place.
+                stopped = all(isinstance(result, Busy) for _, result in coming)
     finally:
         line.close()
 
@@ -95,7 +106,10 @@ def together(
 def _joined(
     folder: Path, plan: Plan, url: str | None, train: MakeTrain, evaluate: MakeEvaluate
 ) -> None:
-    labour(Study(folder, plan, url), train, evaluate)
+    from holdfast.tasks.kinds.pretrained import locate
+
+    here = replace(plan, source=locate(plan.model))  # which may lie elsewhere on another machine
+    labour(Study(folder, here, url), train, evaluate)
 
 
 def labour(
@@ -123,6 +137,7 @@ def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[s
     body = result.facts(
         plan, found, contenders(plan, found), results, name=study.name,
         storage=storage.kept(study.url, study.folder), command=command,
+        first=[Record.load(path) for path in sorted(study.folder.glob("first/*/record.json"))],
     )  # fmt: skip
     with study.lock():
         result.write(study.folder, plan, found, body)
@@ -159,7 +174,8 @@ class Line:
         study = self.study
         found = rows(study.trials(), study.plan.space)
         self.bar.set_postfix_str(words(found), refresh=False)
-        self._draw(sum(r.state in FINISHED for r in found))
+        counts = study.counts()
+        self._draw(sum(counts[s] for s in FINISHED))
         if study.over:
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
@@ -178,7 +194,7 @@ class Line:
 def words(found: Any) -> str:
     """`best 1.652 (trial 17), 2 running, 9 pruned, 1 failed`."""
     top = best(found)
-    said = ["best –" if top is None else f"best {top.value:.3f} (trial {top.number})"]
+    said = ["best –" if top is None else f"best {top.rank[1]:.3f} (trial {top.number})"]
     for state, word in (("running", "running"), ("pruned", "pruned"), ("fail", "failed")):
         said.append(f"{sum(r.state == state for r in found)} {word}")
     return ", ".join(said)
