@@ -60,7 +60,7 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 
 TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size
     --accumulation --lr --weight-decay --warmup --schedule --head --max-length --selection
-    --save-steps --bf16 --bf16-eval --mix"""
+    --save-steps --group-by-length --bf16 --compile --bf16-eval --mix"""
 ENGINE = "--engine --address --partition --time --cpus --gpus"
 OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval --report-to {TRAINING}",

@@ -14,11 +14,12 @@ scaled to geometric mean 1. A part without harm has nothing to balance: 1. One w
 new loss gets the lowest.
 
 The base rate r follows from the harm τ that is tolerated at the end of the task, ρ times as long as
-the probe, as if all of it led straight on (weights that turn do less harm):
+the probe. Steps add up as in a random walk, so that u grows with √ρ and harm with ρ (straight on it
+would be ρ²):
 
-    c · (ρ r / r₀)² Σ m_k² h_k = τ            c = KL that the probe did / Σ h_k
+    c · ρ (r / r₀)² Σ m_k² h_k = τ            c = KL that the probe did / Σ h_k
 
-c is measured on selection rows. It is well above 1: weights that move together do more than the
+c is measured on selection rows. It is far above 1: weights that move together do more than the
 diagonal knows. A confirming run, as short as the probe, measures the KL at these rates; the rate is
 corrected by the root of what was aimed at over what it did.
 """
@@ -109,11 +110,11 @@ def base_rate(
     found: Sequence[Measured], curve: Sequence[float], *, lr: float, times: float,
     tolerance: float, scale: float = 1.0,
 ) -> float:  # fmt: skip
-    """r with scale · (times · r / lr)² Σ m_k² h_k = tolerance.
+    """r with scale · times · (r / lr)² Σ m_k² h_k = tolerance.
 
     lr: the probe's rate; times: ρ; scale: c, see the module.
     """
-    return lr / times * math.sqrt(tolerance / (scale * harm_of(found, curve)))
+    return lr * math.sqrt(tolerance / (scale * times * harm_of(found, curve)))
 
 
 def mean_gradient(

@@ -290,7 +290,7 @@ def rates_from_probe(
                                **more)  # fmt: skip
 
     for _ in range(confirm):
-        run, aimed = short.train(lr=rate, rates=rates()), tolerance / times**2
+        run, aimed = short.train(lr=rate, rates=rates()), tolerance / times
         spent["confirm"].append(run.steps)
         predicted = scale * (rate / plan.lr) ** 2 * harm_of(found, curve)
         runs.append({"rate": rate, "predicted": predicted, "aimed": aimed, "measured": run.kl,

@@ -83,7 +83,7 @@ def trainer(out: Path, *, stop: int | None = None, **more: Any) -> Any:
     return made
 
 
-@pytest.mark.parametrize("stop", [4, 8, 12])
+@pytest.mark.parametrize("stop", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 12))])
 def test_stopped_within_an_epoch_it_goes_on_bit_for_bit(stop: int, tmp_path: Path) -> None:
     """Six steps an epoch of two micro-batches, the last a half; dropout draws as it would have."""
     whole = trainer(tmp_path / "whole")
