@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,52 +15,20 @@ from fakes import curve, plan, take
 
 from holdfast.search.study import Study
 from holdfast.search.worker import work
+from holdfast.testing.faults.servers import Server, postgresql
+from holdfast.testing.faults.suite import Missing
 
 psycopg = pytest.importorskip("psycopg", reason="the driver of PostgreSQL")
-FOUND = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
-if not FOUND:
-    pytest.skip("no PostgreSQL server is installed", allow_module_level=True)
 TRIALS = 24
 
 
-class Server:
-    """A server of its own on a socket in a folder; as the user postgres where we are root."""
-
-    def __init__(self, home: Path) -> None:
-        self.home, self.data = home, home / "data"
-        self.user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
-        if self.user:
-            shutil.chown(home, "postgres")
-        self._run("initdb", "-D", str(self.data), "-U", "ann", "-A", "trust", "-N")
-        self.url = f"postgresql+psycopg://ann@/postgres?host={home}"
-
-    def _run(self, tool: str, *words: str) -> None:
-        subprocess.run([*self.user, str(FOUND[-1].with_name(tool)), *words], check=True,
-                       timeout=60, stdout=subprocess.DEVNULL, cwd="/")  # fmt: skip
-
-    def do(self, what: str) -> None:
-        listening = f"-k {self.home} -c listen_addresses= -c fsync=off"
-        more = [] if what == "start" else ["-m", "immediate"]  # as a crash
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-l", str(self.home / "log"), what,
-                  "-o", listening, *more)  # fmt: skip
-
-    def drop(self) -> None:
-        """End all connections."""
-        self._run("psql", "-h", str(self.home), "-U", "ann", "postgres", "-qc",
-                  "select pg_terminate_backend(pid) from pg_stat_activity "
-                  "where pid <> pg_backend_pid() and backend_type = 'client backend'")  # fmt: skip
-
-
 @pytest.fixture
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    home = Path(subprocess.check_output(["mktemp", "-d", "/tmp/pg.XXXX"], text=True).strip())
-    made = Server(home)
+def server() -> Iterator[Server]:
     try:
-        made.do("start")
-        yield made
-    finally:
-        made.do("stop")
-        shutil.rmtree(home, ignore_errors=True)
+        with postgresql() as made:
+            yield made
+    except Missing as needed:
+        pytest.skip(str(needed))
 
 
 def labour(place: str, out: str, url: str) -> None:
@@ -87,7 +54,7 @@ def test_a_restart_and_dropped_connections_lose_no_trial(
         for _ in range(2)
     ]  # fmt: skip
     try:
-        for share, harm in ((0.25, server.drop), (0.5, lambda: server.do("restart")),
+        for share, harm in ((0.25, server.drop), (0.5, server.restart),
                             (0.75, server.drop)):  # fmt: skip
             end = time.monotonic() + 120
             while of.counts()["complete"] < share * TRIALS and time.monotonic() < end:
