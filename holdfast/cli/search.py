@@ -17,7 +17,7 @@ RESUMES = True
 
 
 ASKED = ("shift", "recipe", "tune", "parts", "flat", "sampler", "pruner", "objective", "trials",
-         "replicates", "seed")  # fmt: skip
+         "population", "replicates", "seed")  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser, "the old and the new one; one for other shifts than task. ")
     add("--shift", default="task", help="task (two tasks), or two halves of one: length, cluster, "
         "labels")  # fmt: skip
-    add("--trials", type=int, default=50, help="in all, controls among them (50)")
+    add("--trials", type=int, help="in all, controls among them (50)")
+    add("--population", type=int, help="members, of --sampler pbt (8)")
     add("--replicates", type=int, default=1, help="seeds a trial, averaged (1)")
     add("--sampler", default="tpe", help=f"{', '.join(get_args(Sampler))} (tpe)")
     add("--pruner", help=f"{', '.join(get_args(Pruner))} (halving; none for pareto)")

@@ -215,8 +215,10 @@ def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
     if won is None or won["multipliers"] is None:
         return None
     curve = zip(body["space"]["parts"], won["multipliers"], strict=True)
+    lr = found if isinstance(found := won.get("lr"), int | float) else won["rate"]
     return {
         "label": trial_label(won), "flat": won["kind"] == "flat", "rate": f"{won['rate']:.4g}",
+        "lr": f"{lr:.4g}",
         "curve": [(part, m, won["rate"] * m) for part, m in curve],
         "tuned": {name: won["params"][name] for name in body["space"]["tuned"]},
     }  # fmt: skip
@@ -271,7 +273,9 @@ def search_table(body: Mapping[str, Any]) -> Table:
         made.add_row(DASH, *[DASH] * 6)
     below = notes(body)
     if won := winner(body):
-        below.append(f"To use {won['label']}: --recipe recipe.yaml --lr {won['rate']}")
+        below.append(f"To use {won['label']}: --recipe recipe.yaml --lr {won['lr']}")
+        if won["lr"] != won["rate"]:
+            below.append("Its rates change while it trains; those shown are their geometric means.")
     made.caption = Text("\n".join(below)) if below else None
     return made
 

@@ -23,7 +23,7 @@ from holdfast.files import differences, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly
-from holdfast.search.space import Control, Space, controls, flat_rates, with_tuned
+from holdfast.search.space import INTERVALS, Control, Space, controls, flat_rates, with_tuned
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import kind_of
 from holdfast.tasks.shifts import SHIFTS, Shifted
@@ -32,6 +32,7 @@ from holdfast.tasks.task import slug
 
 FILE = "study.json"
 SEEDS = 2**20  # as those of `run_sequence`
+TRIALS = 50
 POOL = 4  # rows that a shift looks at, for each training row
 
 
@@ -51,6 +52,7 @@ class Plan:
     objective: Objective
     rungs: Rungs  # of each task
     trials: int
+    population: int  # of the trials, members of a population; 0: another sampler
     replicates: int
     seed: int
     fresh: int  # seeds of the final runs
@@ -74,7 +76,8 @@ class Plan:
         pruner: str | None = None,
         objective: str = "new_plus_old",
         rungs: int | None = None,
-        trials: int = 50,
+        trials: int | None = None,
+        population: int | None = None,
         replicates: int = 1,
         seed: int = 0,
         fresh: int = 3,
@@ -82,9 +85,13 @@ class Plan:
     ) -> Plan:
         """The checked plan; `Refused` names what is wrong."""
         from holdfast.experiments.mix import check_mix
+        from holdfast.search import pbt
         from holdfast.tasks.kinds.pretrained import check_length, load_config, locate
 
         chosen = check_choice(sampler, pruner, objective)
+        members = pbt.check(sampler, population, trials=trials, tune=tune, rungs=rungs,
+                            replicates=replicates != 1)  # fmt: skip
+        trials = TRIALS if trials is None else trials
         for name, value, least in (
             ("--trials", trials, 1), ("--replicates", replicates, 1), ("--seeds", fresh, 3),
             ("--seed", seed, 0), ("rungs", rungs or 1, 1),
@@ -99,7 +106,8 @@ class Plan:
                               remedy="the base rate is searched around --flat")  # fmt: skip
         plan = Settings.from_dict({"save_steps": 0, **settings})
         base = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-        if base.rates.multipliers != Rates.flat().multipliers or base.rates.freeze_below:
+        own = base.rates.freeze_below or base.rates.pieces
+        if base.rates.multipliers != Rates.flat().multipliers or own:
             raise Refused(
                 f"has rates of its own ({base.rates.name}), and rates are what is searched",
                 where="--recipe", remedy="take one with flat rates",
@@ -119,6 +127,8 @@ class Plan:
         layers = getattr(config, "num_hidden_layers", None)
         space = Space.of(parts=parts, layers=layers, flat=rates, tune=tune)
         first = len(controls(space, base, rates))
+        if members:
+            trials, rungs = first + members, INTERVALS
         if trials <= first:
             raise Refused(f"{trials} trials, of which {first} are controls", where="--trials",
                           remedy=f"at least {first + 1}")  # fmt: skip
@@ -126,6 +136,8 @@ class Plan:
         halves = made.first, made.second
         two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
         kind_of(two).check(source, max_length=plan.max_length)
+        if members:
+            pbt.check_steps(plan, two)
         if plan.mix is not None:
             check_mix(plan.mix, kind_of(two), source)
         for task in two:
@@ -137,8 +149,8 @@ class Plan:
             space=space, flat=tuple(sorted(rates)), settings=plan, pruner=chosen,
             sampler=sampler, objective=objective,  # type: ignore[arg-type]
             rungs=evenly(rungs) if rungs else RUNGS[chosen], trials=trials,
-            replicates=replicates, seed=seed, fresh=fresh, tasks=two, halves=halves,
-            source=source, facts=made.facts,
+            population=members, replicates=replicates, seed=seed, fresh=fresh, tasks=two,
+            halves=halves, source=source, facts=made.facts,
         )  # fmt: skip
 
     @property
@@ -150,6 +162,11 @@ class Plan:
             told.append(f"{points} points over {layers} layers: some reach no layer, and are "
                         f"searched for nothing (--parts {layers + 2})")  # fmt: skip
         return told
+
+    @property
+    def asked(self) -> int:
+        """How many trials Optuna is asked for; a population's members are none of its."""
+        return self.trials - self.population
 
     @property
     def controls(self) -> list[Control]:
@@ -199,6 +216,8 @@ class Plan:
             "seed": self.seed,
             "settings": settings,
         }
+        if self.population:
+            body["population"] = self.population
         plain: dict[str, Any] = json.loads(json.dumps(body))
         return plain
 

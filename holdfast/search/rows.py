@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.search import storage
-from holdfast.search.space import RATE, Space
+from holdfast.search.space import RATE, Ancestor, Space
 from holdfast.search.trials import Trial, part_names
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class TrialRow:
     attempts: int
     rungs: Mapping[int, float] = field(default_factory=dict)  # rung → the value reported there
     replicates: Sequence[Mapping[str, Any]] = ()
+    lineage: tuple[Ancestor, ...] = ()  # of a population's member: params are the mean over it
 
     @property
     def value(self) -> float | None:
@@ -54,6 +55,10 @@ class TrialRow:
         """Plain JSON values."""
         body = asdict(self)
         body["rungs"] = {str(k): v for k, v in self.rungs.items()}
+        if self.lineage:
+            body["lr"] = self.lineage[0].rate  # which its recipe is relative to
+        else:
+            del body["lineage"]
         return {**body, "value": self.value}
 
 

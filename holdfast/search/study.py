@@ -168,7 +168,7 @@ class Study:
         """Whether every trial that was planned is finished."""
         counts = self.counts()
         done = sum(counts[state] for state in FINISHED)
-        return done >= self.plan.trials and done == sum(counts.values())
+        return done >= self.plan.asked and done == sum(counts.values())
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Study:
                 return claim
             lease.close()
         waiting = any(t.state == states.WAITING for t in trials)
-        if not waiting and len(trials) >= self.plan.trials:
+        if not waiting and len(trials) >= self.plan.asked:
             return None
         self._seed(len(trials))
         asked = self.study.ask()
