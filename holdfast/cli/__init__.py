@@ -29,8 +29,8 @@ from holdfast.plugins import plugin
 from holdfast.training import stopping
 
 VERBS = (
-    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "rates", "combine", "predict", "export",
+    "delta", "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 GROUP = "holdfast.verbs"
 # What other trainers call our options.

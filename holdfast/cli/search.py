@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from holdfast.cli.options import add_run, add_settings, add_tasks, asked_tasks, given, show
+from holdfast.cli.options import (
+    add_engine,
+    add_run,
+    add_settings,
+    add_tasks,
+    asked_engine,
+    asked_tasks,
+    given,
+    show,
+)
 from holdfast.search.objective import Pruner, Sampler
 
 ABOUT = "find how fast each part should learn, to take up a task and keep another"
@@ -40,9 +49,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, help="fresh seeds of the final runs (3)")
     add("--storage", metavar="URL",
         help="journal:PATH, or a database that Optuna takes (a SQLite file in --out)")  # fmt: skip
-    add("--workers", type=int, default=1, help="processes of one thread each (1)")
     add_run(parser, recipe="plain")
     add_settings(parser, without=["alone", "head", "lr"])
+    add_engine(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -52,8 +61,8 @@ def run(chosen: argparse.Namespace) -> None:
 
     asked = {name: getattr(chosen, name) for name in ASKED}
     body = search(
-        chosen.model, tasks, fresh=chosen.seeds, url=chosen.storage, workers=chosen.workers,
-        out=chosen.out, **asked, **given(chosen),
+        chosen.model, tasks, fresh=chosen.seeds, url=chosen.storage, out=chosen.out,
+        engine=asked_engine(chosen), **asked, **given(chosen),
     )  # fmt: skip
     page = write_search_report(body, chosen.out / "report.html")
     rates = chosen.out / "rates.yaml"

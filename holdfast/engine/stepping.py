@@ -16,8 +16,7 @@ from holdfast.errors import Refused, TrainingDiverged
 from holdfast.network.groups import factors
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
-from holdfast.ops import distributed
-from holdfast.ops.gradients import clip_, total_norm, unscale_
+from holdfast.ops.gradients import Norms, clip_, unscale_
 
 SKIPS = 20  # steps in a row that may be left out
 HALVINGS = 60  # … under a GradScaler, which halves its scale at each until no gradient overflows
@@ -62,8 +61,7 @@ class Stepping:
     _added: dict[str, tuple[Any, int]]  # by method: the sum of its penalties, and their number
     _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
-    # The last norm measured, its gradients, and their ids and versions at that time.
-    _measured: tuple[Tensor, list[Tensor], list[tuple[int, int]]] | None = None
+    _norms: Norms  # of this step's gradients
 
     def _model(self) -> nn.Module:
         if not self.task:
@@ -238,7 +236,7 @@ class Stepping:
 
     def _forget_step(self) -> None:
         self._put_back()
-        self._asked, self._measured = False, None
+        self._asked, self._norms = False, Norms()
         self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.again = self.features = None
         self.previous, self.seen, self._drew = {}, {}, {}
@@ -249,18 +247,11 @@ class Stepping:
     def gradient_norm(self) -> Tensor:
         """The global norm of the gradients as they are: under a GradScaler, `unscale_` them first.
 
-        Cached within a step until a gradient is written (writes through `.data` are not seen).
-        For shards it is always measured: all ranks must call this together, whatever each has
-        written.
+        Each gradient is measured once a step for every time that it is written (writes through
+        `.data` are not seen). Shards always are: all ranks must call this together, whatever each
+        has written.
         """
-        grads = self._gradients()
-        # Ids are unique while the gradients are kept; `_version` counts in-place writes.
-        now = [(id(g), distributed.local(g)._version) for g in grads]
-        norm, _, then = self._measured or (None, [], [])
-        if norm is None or now != then or any(map(distributed.sharded, grads)):
-            norm = total_norm(grads)
-            self._measured = norm, grads, now
-        return norm
+        return self._norms.total(self._gradients())
 
     def _gradients(self) -> list[Tensor]:
         grads = [w.grad for w in self.weights.values() if w.grad is not None]

@@ -61,6 +61,14 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
         held.release()
 
 
+def setting_of(folder: str | Path, name: str, otherwise: Any = None) -> Any:
+    """A setting of the run that a folder holds; `otherwise` where there is no such run."""
+    try:
+        return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["settings"][name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return otherwise
+
+
 def _refuse_links(folder: Path) -> None:
     """Refuse links inside the folder, which could redirect our writes; it may be one itself."""
     for inner, folders, files in os.walk(folder):

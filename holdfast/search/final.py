@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from holdfast.errors import Busy, Refused, TrainingDiverged
+from holdfast.errors import Busy, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
 from holdfast.experiments.sequence import Job
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE, Ancestor
 from holdfast.search.study import wait
-from holdfast.search.worker import out_of_memory
 from holdfast.tasks.task import slug
 from holdfast.training import stopping
 
@@ -133,12 +133,15 @@ def finish(
 ) -> dict[Any, R]:
     """Run, or read, every job; returns key → result once all are done."""
     found: dict[Any, R] = {}
+    watch = lease.Watch()
     while True:
         before = len(found)
         for job in work:
             if job.key in found:
                 continue
             stopping.check()
+            if not watch.free(job.folder):
+                continue
             try:
                 found[job.key] = evaluate(job)
             except Busy:
@@ -172,10 +175,6 @@ class Evaluation:
         except TrainingDiverged as refusal:
             note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))
-        except (MemoryError, RuntimeError) as error:
-            if (reason := out_of_memory(error)) is None:
-                raise
-            raise Refused(reason, where=str(job.folder)) from None
         drop_weights(job.folder)
         scores = record.scores
         steps = sum(n or 0 for n in record.steps)

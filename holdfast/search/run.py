@@ -6,14 +6,18 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Refused
-from holdfast.experiments.processes import EVERY, check_workers, spread
+from holdfast.errors import Busy, Refused
+from holdfast.experiments import engines
+from holdfast.experiments.engines.local import Local
+from holdfast.experiments.processes import EVERY
 from holdfast.experiments.runs import ended
 from holdfast.search import pbt, result, storage
 from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, finish, jobs
@@ -40,6 +44,7 @@ def search(
     out: str | Path,
     url: str | None = None,
     workers: int = 1,
+    engine: engines.Engine | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
     train: MakeTrain = training,
@@ -50,7 +55,8 @@ def search(
 
     asked: see `Plan.make`, and `holdfast.experiments.settings.Settings` for how each task is
     trained. url: where Optuna keeps the study (a SQLite file in `out`). workers: processes of one
-    thread each; further calls with the same `out`, at the same time or later, join the study.
+    thread each; another engine starts them elsewhere, see `holdfast.experiments.engines`. Further
+    calls with the same `out`, at the same time or later, join the study.
     train, evaluate: how a plan's trials and final runs are made.
 
     All input is checked, and `Refused` raised, before any training.
@@ -59,7 +65,8 @@ def search(
         >>> body = search("minilm", ["data/trec6", "data/sst2"], trials=50, out="runs/s")  # doctest: +SKIP
         >>> body["gain"]["sentence"]  # doctest: +SKIP
     """  # noqa: E501
-    check_workers(workers)
+    chosen: engines.Engine = engine or Local(workers)
+    storage.check_engine(url, chosen)
     storage.check(str(asked.get("sampler", "tpe")))
     plan = Plan.make(model, tasks, **asked)
     if plan.population and url is not None:
@@ -70,26 +77,29 @@ def search(
     for said in plan.warnings:
         logging.getLogger("holdfast").warning(said)
     study = Study(folder, plan, url)
-    if workers == 1:
-        labour(study, train, evaluate, progress=progress)
+    if chosen.drawn:
+        together(study, chosen, train, evaluate, progress=progress)
     else:
-        together(study, workers, train, evaluate, progress=progress)
+        labour(study, train, evaluate, progress=progress)
     return conclude(study, evaluate(plan), command or sys.argv)
 
 
 def together(
-    study: Study, workers: int, train: MakeTrain, evaluate: MakeEvaluate, *, progress: bool
-) -> None:
-    """`labour` in `workers` processes, each with its own view of the study."""
-    line = Line(study, shown=progress)
-    each = partial(_joined, study.folder, study.plan, study.url, train, evaluate)
+    study: Study, engine: engines.Engine, train: MakeTrain, evaluate: MakeEvaluate, *,
+    progress: bool,
+) -> None:  # fmt: skip
+    """`labour` in as many processes as the engine runs, each with its own view of the study."""
+    line, folder = Line(study, shown=progress), study.folder
+    each = partial(_joined, folder, study.plan, study.url, train, evaluate)
+    workers = min(engine.at_once or study.plan.trials, study.plan.trials)
+    jobs = [engines.Job(folder, f"worker {i}", each) for i in range(workers)]
     # A trial that kills its processes fails after ATTEMPTS of them, maybe all of one job.
-    most = workers * ATTEMPTS + 1
+    most, stopped = workers * ATTEMPTS + 1, True
     try:
-        for _ in spread(
-            [each] * workers, workers, where=str(study.folder), look=line.look, attempts=most
-        ):
-            pass
+        while stopped:  # all of them, by whoever manages their nodes
+            with closing(engine(jobs, where=str(folder), look=line.look, attempts=most)) as coming:
+                # The first that is through leaves nothing to do for those that wait for a place.
+                stopped = all(isinstance(result, Busy) for _, result in coming)
     finally:
         line.close()
 
@@ -97,7 +107,10 @@ def together(
 def _joined(
     folder: Path, plan: Plan, url: str | None, train: MakeTrain, evaluate: MakeEvaluate
 ) -> None:
-    labour(Study(folder, plan, url), train, evaluate)
+    from holdfast.tasks.kinds.pretrained import locate
+
+    here = replace(plan, source=locate(plan.model))  # which may lie elsewhere on another machine
+    labour(Study(folder, here, url), train, evaluate)
 
 
 def labour(

@@ -21,8 +21,9 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from holdfast.errors import Refused, TrainingDiverged
+from holdfast.errors import OutOfMemory, Refused, TrainingDiverged
 from holdfast.experiments.learner import Learner
+from holdfast.experiments.memory import out_of_memory
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, open_run
 from holdfast.files import write_text_atomic
@@ -32,7 +33,7 @@ from holdfast.search.pbt import OUTCOME, Outcome, Segment, read
 from holdfast.search.plan import Plan
 from holdfast.search.space import INTERVALS
 from holdfast.search.trial import Training, some_rows
-from holdfast.search.worker import Replicate, out_of_memory
+from holdfast.search.worker import Replicate
 from holdfast.training.checkpoints import META, TENSORS
 from holdfast.training.manifest import checkpoints_in, commit, damage, newest_complete
 from holdfast.training.tensors import write_tensors
@@ -143,9 +144,11 @@ class Segments:
             steps = sum(w.made - w.begun for w in watched)
             return Outcome(steps=steps, seconds=_since(began), reason=str(end))
         except (MemoryError, RuntimeError) as error:
-            if (reason := out_of_memory(error)) is None:
+            if not out_of_memory(error):
                 raise
-            raise Refused(reason, where=str(job.folder)) from None
+            raise OutOfMemory(f"out of memory with {settings.batch_size} rows at a time",
+                              where=str(job.folder), remedy="a smaller --batch-size with more "
+                              "--accumulation makes the same steps") from None  # fmt: skip
         finally:
             gc.collect()  # a Trainer forms reference cycles with its model and moments
         if not all(map(math.isfinite, scores)):

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from holdfast.errors import TrainingDiverged
 from holdfast.experiments.learner import Learner
 from holdfast.experiments.loaded import Loaded
+from holdfast.experiments.memory import within_memory
 from holdfast.experiments.record import Record, commit, versions
 from holdfast.experiments.runs import RECORD, open_run
 from holdfast.experiments.sequence import describe
@@ -136,14 +137,15 @@ class Training:
         self, job: Replicate, tasks: list[Task], plan: Settings, record: Record, watch: Watch
     ) -> None:
         _drop_damaged(job.folder)
-        watch.made = 0
-        learner = Learner(
-            job.folder, self.plan.source, tasks, job.recipe, plan, job.seed, record,
-            loaded=self.loaded, callbacks=lambda learner, task: [_Rungs(learner, task, watch)],
-            scored=("selection",),  # evaluation rows decide nothing here
-            keeps=_keeps,
-        )  # fmt: skip
-        try:
+
+        def learn(plan: Settings) -> None:
+            watch.made = 0
+            learner = Learner(
+                job.folder, self.plan.source, tasks, job.recipe, plan, job.seed, record,
+                loaded=self.loaded, callbacks=lambda learner, task: [_Rungs(learner, task, watch)],
+                scored=("selection",),  # evaluation rows decide nothing here
+                keeps=_keeps,
+            )  # fmt: skip
             for index in range(len(record.seconds), len(tasks)):
                 learner.learn(index)
                 if index + 1 == len(tasks):
@@ -152,6 +154,9 @@ class Training:
                 row = cast(Any, record.selection_scores)[index]
                 watch.at((index + 1) * len(watch.rungs), steps=learner.steps_before(index + 1),
                          old=row[0], new=row[1])  # fmt: skip
+
+        try:
+            within_memory(learn, plan, record, job.folder)
         except (Stop, TrainingDiverged) as end:
             stop = end if isinstance(end, Stop) else Diverged(str(end), watch.made)
             record.warn(stop.reason)

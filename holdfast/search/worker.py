@@ -8,14 +8,14 @@ it may also raise `Stop` itself.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
+from holdfast.experiments.memory import out_of_memory
 from holdfast.recipe import Recipe
 from holdfast.search import storage as stores
 from holdfast.search.objective import Diverged, Scores, Stop, Watch
@@ -58,6 +58,9 @@ def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None)
                 # Leases end with a folder or a disk they lie on; what was told first stands.
                 said = "trial %d was finished by another worker, whose result stands"
                 logging.getLogger("holdfast").warning(said, claim.number)
+            except Busy as busy:
+                logging.getLogger("holdfast").warning("%s", busy)
+                wait(POLL, stopping.check)
             finally:
                 claim.close()
         elif study.over:
@@ -89,8 +92,9 @@ def run(claim: Claim, train: Train) -> None:
         claim.excuse()
         raise
     except (MemoryError, RuntimeError) as error:
-        if (reason := out_of_memory(error)) is None:
+        if not out_of_memory(error):
             raise
+        reason = "out of memory: half --batch-size and twice --accumulation make the same steps"
         claim.failed(reason, steps, round(time.monotonic() - began, 3))
         return
     mean = Scores(
@@ -101,18 +105,6 @@ def run(claim: Claim, train: Train) -> None:
     rows = [{"seed": seed, "old": s.old, "new": s.new, "old_after": s.old_after}
             for seed, s in zip(plan.seeds, scores, strict=True)]  # fmt: skip
     claim.done(mean, rows)
-
-
-def out_of_memory(error: Exception) -> str | None:
-    """Why a trial failed, if its model or its batches did not fit; else None.
-
-    torch.OutOfMemoryError is a RuntimeError, as is what its allocator on the CPU raises.
-    """
-    said = str(error).strip().partition("\n")[0]
-    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not short and not re.search("out of memory|can't allocate memory", said, re.I):
-        return None
-    return "out of memory: half --batch-size and twice --accumulation make the same steps"
 
 
 def job_of(claim: Claim, replicate: int, seed: int) -> Replicate:

@@ -6,9 +6,12 @@ import json
 import os
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,3 +264,97 @@ def test_ray_replaces_what_is_killed_and_stops_with_a_checkpoint(tmp_path: Path)
     begun(tmp_path)
     making.close()
     assert (tmp_path / "saved").read_text() == str(int(signal.SIGINT))
+
+
+class Nodes:
+    """A Ray cluster of two nodes on this machine, for those who know its token."""
+
+    def __init__(self, home: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.2", 0))
+            self.address = f"127.0.0.2:{free.getsockname()[1]}"
+        self.home, self.token = home, "f" * 64
+        self.head = self._begin("--head", "--port", self.address.partition(":")[2], "--num-cpus",
+                                "1", "--include-dashboard", "false", at="127.0.0.2")  # fmt: skip
+        self.far = self._begin("--address", self.address, "--num-cpus", "2", "--resources",
+                               '{"far": 1}', at="127.0.0.3")  # fmt: skip
+
+    @property
+    def env(self) -> dict[str, str]:
+        return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+
+    def _begin(self, *words: str, at: str) -> subprocess.Popen[bytes]:
+        log, said = self.home / at, b"Ray runtime started"
+        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address"]
+        with log.open("wb") as file:
+            made = subprocess.Popen([*ray, at, "--disable-usage-stats", *words], stdout=file,
+                                    stderr=file, env=self.env, start_new_session=True)  # fmt: skip
+        end = time.monotonic() + 120
+        while said not in log.read_bytes():
+            assert made.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        return made
+
+    @staticmethod
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        """A node with all its processes, as when its power fails."""
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, _importable: None) -> Iterator[Nodes]:
+    pytest.importorskip("ray", reason="the engine ray")
+    (tmp_path / "nodes").mkdir()
+    made = Nodes(tmp_path / "nodes")
+    try:
+        yield made
+    finally:
+        made.kill(made.far)
+        made.kill(made.head)
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from test_engines import counted, jobs
+from holdfast.experiments.engines import carry_out
+from holdfast.experiments.engines.ray import Ray
+place, runs = Path(sys.argv[1]), int(sys.argv[2])
+found = carry_out(counted, jobs(place, runs, seconds=0.5), Ray(address=sys.argv[3]), where=place)
+assert found == [f"run {i}" for i in range(runs)]
+"""
+
+
+@pytest.mark.slow
+def test_a_node_and_the_driver_are_killed_and_nothing_is_done_twice(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    runs, place = 24, tmp_path / "runs"
+
+    def driver(**more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", DRIVER, str(place), str(runs), nodes.address]
+        return subprocess.Popen(words, env=nodes.env | more, text=True, stderr=subprocess.PIPE)
+
+    def until(done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not done():
+            assert first.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+
+    stranger = driver(RAY_AUTH_TOKEN="0" * 64)
+    said = stranger.communicate(timeout=120)[1]
+    assert stranger.returncode and "no Ray answers" in said and not place.exists()
+
+    first = driver()
+    until(lambda: len(times(place)) >= runs // 4)
+    nodes.kill(nodes.far)
+    until(lambda: len(times(place)) >= runs // 2)
+    first.kill()
+    first.wait()
+    assert len(times(place)) < runs, "the kills were to fall into the grid"
+    again = driver()
+    said = again.communicate(timeout=200)[1]
+    assert again.returncode == 0, said
+    assert times(place) == [1] * runs

@@ -80,6 +80,28 @@ def test_a_trial_is_the_run_of_its_recipe(
     assert told.rungs[3] == wanted[0][0] and told.rungs[6] == sum(wanted[1])  # type: ignore[arg-type]
 
 
+def test_a_trial_that_does_not_fit_is_tried_with_half_the_rows(
+    place: Path, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trial that asks for them, bit for bit; with one row at a time it has failed."""
+    half = fake_plan(place, rungs=3, **SETTINGS | {"batch_size": 2, "accumulation": 2})
+    wanted = Training(half)(job(tmp_path / "half"), Told().watch)
+    step, room, train = learner.Trainer.training_step, [2], Training(plan)
+
+    def limited(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        if len(inputs["labels"]) > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, model, inputs, *more)
+
+    monkeypatch.setattr(learner.Trainer, "training_step", limited)
+    found = train(job(tmp_path / "whole"), Told().watch)
+    assert replace(found, seconds=0.0) == replace(wanted, seconds=0.0)
+    assert "2 and an accumulation of 2" in Record.load(tmp_path / "whole").warnings[0]
+    room[0] = 1
+    with pytest.raises(Diverged, match="out of memory with 2 rows at a time"):
+        train(job(tmp_path / "none"), Told().watch)
+
+
 def test_evaluation_rows_are_not_looked_at(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

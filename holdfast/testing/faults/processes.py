@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from holdfast.experiments import lease
@@ -160,7 +161,7 @@ def p6(place: Place) -> None:
 
 
 SEARCH = "needs several workers: tests/search/test_processes.py, test_worker.py"
-for _fault in ("P7", "P8", "P9", "P12"):
+for _fault in ("P7", "P8", "P9"):
     untried(_fault, "command line", SEARCH)
 
 
@@ -216,6 +217,34 @@ def p11_twice(place: Place) -> None:
     assert "Traceback" not in ended.stderr, "a traceback"
     assert place.train(task, **how)[0] == 0
     equal(ends(place / "run"), ends(place / "whole"), "weights and scores")
+
+
+@contextmanager
+def room_for(rows: int) -> Iterator[None]:
+    """Memory holds so many rows, as if on a GPU."""
+    step = Trainer.training_step
+
+    def limited(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        if len(inputs["labels"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, model, inputs, *more)
+
+    with swapped(Trainer, "training_step", limited):
+        yield
+
+
+@tried("P12", "command line")
+def p12(place: Place) -> None:
+    task = place.rows()
+    assert place.train(task, out="half", batch_size=4, accumulation=2)[0] == 0
+    with room_for(4):
+        code, said = place.train(task)
+    assert code == 0, said
+    equal(ends(place / "run"), ends(place / "half"), "weights and scores")
+    if "4 and an accumulation of 2" not in said or not place.record().get("halved"):
+        raise Wrong("other micro-batches than were asked for, and nobody is told")
+    with room_for(3):
+        check_refusal(*place.train(task, out="none"), "out of memory")
 
 
 @tried("P13", "command line")
