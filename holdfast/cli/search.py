@@ -15,7 +15,7 @@ from holdfast.cli.options import (
     given,
     show,
 )
-from holdfast.search.objective import Pruner, Sampler
+from holdfast.search.objective import LearnOld, Pruner, Sampler
 
 ABOUT = "find how fast each part should learn, to take up a task and keep another"
 EXAMPLE = (
@@ -26,7 +26,7 @@ RESUMES = True
 
 
 ASKED = ("shift", "recipe", "tune", "parts", "flat", "sampler", "pruner", "objective", "trials",
-         "population", "replicates", "seed")  # fmt: skip
+         "population", "replicates", "seed", "confirm", "confirm_seeds", "learn_old")  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +34,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser, "the old and the new one; one for other shifts than task. ")
     add("--shift", default="task", help="task (two tasks), or two halves of one: length, cluster, "
         "labels")  # fmt: skip
-    add("--trials", type=int, help="in all, controls among them (50)")
+    add("--trials", type=int, help="in all, controls and what confirms among them (50)")
     add("--population", type=int, help="members, of --sampler pbt (8)")
     add("--replicates", type=int, default=1, help="seeds a trial, averaged (1)")
+    add("--confirm", type=int, default=0, metavar="K",
+        help="the best K trials run again with further selection seeds, before one of them is "
+        "called the winner; each run counts as a trial (0)")  # fmt: skip
+    add("--confirm-seeds", type=int, default=2, metavar="R", help="the further seeds of each (2)")
+    add("--learn-old", default="each", help=f"{' or '.join(get_args(LearnOld))}: task one in every "
+        "trial, with its curve, or once a seed at the middle flat rate for all (each)")  # fmt: skip
     add("--sampler", default="tpe", help=f"{', '.join(get_args(Sampler))} (tpe)")
     add("--pruner", help=f"{', '.join(get_args(Pruner))} (halving; none for pareto)")
     add("--objective", default="new_plus_old", help="new_plus_old, or pareto: both scores")

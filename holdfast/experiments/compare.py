@@ -224,20 +224,29 @@ def _delete(folder: Path) -> None:
             shutil.rmtree(run.parent, ignore_errors=True)
 
 
+def busy_at_first(recipe: Recipe, plan: Settings) -> str | None:
+    """What of a recipe and settings is at work in the first task, in words; None for nothing.
+
+    Where other rows are mixed in or the head is not the task's own, what goes on is not the same by
+    construction.
+    """
+    busy = [m.name for m in recipe.methods if not m.idle_at_first or m.defines("prepare")]
+    busy += [name for name, it in (("peft", recipe.peft), ("--mix", plan.mix)) if it]
+    return ", ".join(busy + [f"--head {plan.head}"] * (plan.head != "task")) or None
+
+
 def _first(job: Arguments, folder: Path) -> Arguments | None:
     """The job of its first task alone; None where its recipe acts in it, or it is begun.
 
-    Nor where more is measured beside it, other rows are mixed in or the head is not the task's own:
-    what goes on is then not the same by construction.
+    Nor where more is measured beside it: what goes on is then not the same by construction.
     """
     recipe: Recipe = job["recipe"]
     known = {f.name for f in fields(Settings)}
     plan = Settings.from_dict({k: v for k, v in job.items() if k in known})
-    idle = all(m.idle_at_first and not m.defines("prepare") for m in recipe.methods)
-    other = recipe.peft or plan.mix or plan.head != "task" or any(job[name] for name in BESIDE)
+    busy = busy_at_first(recipe, plan) or any(job[name] for name in BESIDE)
     begun = (Path(job["out"]) / RECORD).is_file() or how_diverged(Path(job["out"])) is not None
     whole = Path(job["out"]).name.endswith(AGAIN)
-    if len(job["tasks"]) < 2 or not idle or other or begun or whole:
+    if len(job["tasks"]) < 2 or busy or begun or whole:
         return None
     plain = replace(recipe, methods=(), name="first task")
     key = digest({"recipe": plain.to_dict(), "settings": plan.to_dict()})

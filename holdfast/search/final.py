@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from holdfast.errors import Busy, TrainingDiverged
 from holdfast.experiments import lease
 from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
-from holdfast.experiments.sequence import Job
+from holdfast.experiments.sequence import Arm, Job
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
 from holdfast.search.space import RATE, Ancestor
@@ -52,6 +52,7 @@ class FinalJob:
     contender: Contender
     seed: int
     folder: Path
+    first: Path | None = None  # the run of task one from which it goes on; None: it learns it
 
     @property
     def key(self) -> tuple[str, int]:
@@ -122,7 +123,9 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
 def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
     """Every contender with every fresh seed; all of them with one seed before the next."""
     return [
-        FinalJob(c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}")
+        FinalJob(
+            c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}", plan.first(folder, seed)
+        )
         for seed in plan.fresh_seeds
         for c in contenders(plan, found)
     ]
@@ -169,13 +172,19 @@ class Evaluation:
             return Result(None, None, None, 0, said)
         recipe = plan.space.recipe(plan.base, c.params, name=c.label, lineage=c.lineage)
         lr = c.lineage[0].rate if c.lineage else c.rate
-        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)
+        tasks, origin = list(self._pairs[job.seed]), None
+        if job.first is not None:
+            from holdfast.search.trial import learned_first  # it loads transformers: late
+
+            origin = learned_first(plan, tasks[0], job.seed, job.first)
+        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None,
+                  origin=origin, arm=Arm(notes={"learn_old": plan.learn_old}))  # fmt: skip
         try:
-            record = run.run(list(self._pairs[job.seed]), replace(plan.settings, lr=lr), job.folder)
+            record = run.run(tasks, replace(plan.settings, lr=lr), job.folder)
         except TrainingDiverged as refusal:
             note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))
         drop_weights(job.folder)
         scores = record.scores
-        steps = sum(n or 0 for n in record.steps)
+        steps = sum(n or 0 for n in record.steps[1 if origin else 0 :])
         return Result(scores[1][1], scores[0][0], scores[1][0], steps)

@@ -18,6 +18,7 @@ from holdfast.errors import Busy, Refused
 from holdfast.experiments import engines
 from holdfast.experiments.engines.local import Local
 from holdfast.experiments.processes import EVERY
+from holdfast.experiments.record import Record
 from holdfast.experiments.runs import ended
 from holdfast.search import pbt, result, storage
 from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, finish, jobs
@@ -152,6 +153,7 @@ def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[s
     body = result.facts(
         plan, found, contenders(plan, found), results, name=study.name,
         storage=storage.kept(study.url, study.folder), command=command,
+        first=[Record.load(path) for path in sorted(study.folder.glob("first/*/record.json"))],
     )  # fmt: skip
     with study.lock():
         result.write(study.folder, plan, found, body)
@@ -188,8 +190,10 @@ class Line:
         study = self.study
         found = tried(study)
         self.bar.set_postfix_str(words(found), refresh=False)
-        self._draw(done := sum(r.state in FINISHED for r in found))
-        if study.over and done == len(found):
+        counts, members = study.counts(), [r for r in found if r.lineage]
+        through = sum(r.state in FINISHED for r in members)
+        self._draw(sum(counts[s] for s in FINISHED) + through)
+        if study.over and through == len(members):
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
             self.open = [job for job in todo if not ended(job.folder)]
@@ -207,7 +211,7 @@ class Line:
 def words(found: Any) -> str:
     """`best 1.652 (trial 17), 2 running, 9 pruned, 1 failed`."""
     top = best(found)
-    said = ["best –" if top is None else f"best {top.value:.3f} (trial {top.number})"]
+    said = ["best –" if top is None else f"best {top.rank[1]:.3f} (trial {top.number})"]
     for state, word in (("running", "running"), ("pruned", "pruned"), ("fail", "failed")):
         said.append(f"{sum(r.state == state for r in found)} {word}")
     return ", ".join(said)

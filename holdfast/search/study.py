@@ -25,6 +25,7 @@ from holdfast.experiments.record import scrub
 from holdfast.search import storage as stores
 from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan, keep, known, refuse_other
+from holdfast.search.rows import CONFIRMS, best_of, rows
 from holdfast.search.space import Control
 
 if TYPE_CHECKING:
@@ -45,13 +46,21 @@ class Claim:
     params: dict[str, float]
     control: str | None  # its label, or None for a searched trial
     lease: Lease
+    confirms: int | None = None  # the number of the trial that it trains again
+    seeds: Sequence[int] = ()  # of its replicates
+
+    @property
+    def whole(self) -> bool:
+        """Whether it runs to its end, whatever it scores."""
+        return self.control is not None or self.confirms is not None
 
     def report(self, rung: int, value: float) -> bool:
         """Report the value at a rung; returns whether to prune. Controls are never pruned.
 
-        A trial that is repeated, after its worker was killed, reports no rung twice.
+        A trial that is repeated, after its worker was killed, reports no rung twice. What confirms
+        reports none: other trials are compared at one seed.
         """
-        if self.study.plan.objective == "pareto":
+        if self.study.plan.objective == "pareto" or self.confirms is not None:
             return False
         return bool(self.study.ask(lambda: self._judge(rung, value)))
 
@@ -166,10 +175,26 @@ class Study:
 
     @property
     def over(self) -> bool:
-        """Whether every trial that was planned is finished."""
-        counts = self.counts()
-        done = sum(counts[state] for state in FINISHED)
-        return done >= self.plan.asked and done == sum(counts.values())
+        """Whether every trial that was planned is finished, and the best of them confirmed."""
+        trials = self.trials()
+        if _searched(trials) < self.plan.searching or not all(
+            t.state.is_finished() for t in trials
+        ):
+            return False
+        return not self._unconfirmed(trials)
+
+    def _unconfirmed(self, trials: list[FrozenTrial]) -> list[tuple[FrozenTrial, int]]:
+        """The best trials and the further seeds with which none of them was begun.
+
+        All of them with one seed before the next. None before all others are finished: which are
+        the best, on the seeds that all trials share, is then settled.
+        """
+        if not all(t.state.is_finished() for t in trials if CONFIRMS not in t.user_attrs):
+            return []
+        there = {(t.user_attrs.get(CONFIRMS), t.user_attrs.get("seed")) for t in trials}
+        top = best_of(rows(trials, self.plan.space), self.plan.confirm)
+        return [(trials[r.number], seed) for seed in self.plan.further_seeds for r in top
+                if (r.number, seed) not in there]  # fmt: skip
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -198,8 +223,12 @@ class Study:
                 return claim
             held.release()
         waiting = any(t.state == states.WAITING for t in trials)
-        if not waiting and len(trials) >= self.plan.asked:
-            return None
+        if not waiting and _searched(trials) >= self.plan.searching:
+            for trial, seed in (again := self._unconfirmed(trials)):
+                marks = {CONFIRMS: trial.number, "seed": seed}
+                self.study.enqueue_trial(trial.params, user_attrs=marks)
+            if not again:
+                return None
         self._seed(len(trials))
         asked = self.study.ask()
         taken = self.lease(asked.number)
@@ -230,10 +259,10 @@ class Study:
 
     def _take(self, trial: FrozenTrial | Trial, held: Lease) -> Claim | None:
         """The claim on a trial; None, and the trial failed, if its workers ended too often."""
-        attempts = int(trial.user_attrs.get("attempts", 0))
-        control = trial.user_attrs.get("control")
-        identity = self._id(trial.number)
-        claim = Claim(self, trial.number, identity, {}, control, held)
+        told, identity = trial.user_attrs, self._id(trial.number)
+        attempts, control = int(told.get("attempts", 0)), told.get("control")
+        claim = Claim(self, trial.number, identity, {}, control, held, told.get(CONFIRMS),
+                      [told["seed"]] if CONFIRMS in told else self.plan.seeds)  # fmt: skip
         if attempts >= ATTEMPTS:
             claim.failed(f"its worker ended {attempts} times before it did")
             return None
@@ -255,6 +284,11 @@ class Study:
                     trial.suggest_float(name, r.low, r.high, log=r.log)
         claim.params.update({name: trial.params[name] for name in ranges})
         return claim
+
+
+def _searched(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials there are, but for those that confirm others."""
+    return sum(CONFIRMS not in t.user_attrs for t in trials)
 
 
 def refuse_links(folder: Path, names: Sequence[str]) -> None:

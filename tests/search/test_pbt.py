@@ -459,6 +459,8 @@ def test_a_search_by_a_population(
         ({"trials": 20}, "--trials: does not go with --sampler pbt"),
         ({"replicates": 2}, "--replicates: does not go"),
         ({"tune": ["dps.drop"]}, "--tune: does not go"),
+        ({"confirm": 2}, "--confirm: does not go"),
+        ({"learn_old": "once"}, "--learn-old: does not go"),
         ({"sampler": "tpe"}, "--population: is of --sampler pbt"),
         ({"epochs": 0.1}, "steps, of which a population needs 6"),
         ({"recipe": Recipe(rates=Rates.from_list(

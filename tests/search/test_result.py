@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fakes import STEPS, curve, make_curve, make_result, plan, result
 
-from holdfast import Rates, Recipe
+from holdfast import LoRA, Rates, Recipe
 from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments import lease
 from holdfast.experiments.runs import open_run
@@ -464,6 +464,13 @@ def test_too_few_trials_have_no_importance_and_rungs_stand_in(place: Path) -> No
         ({"workers": 0}, "--workers"),
         ({"fresh": 2}, "--seeds"),
         ({"replicates": 0}, "--replicates"),
+        ({"confirm": 1}, "--confirm: 1 trial leaves no choice"),
+        ({"confirm_seeds": 1}, "--confirm-seeds"),
+        ({"trials": 15, "confirm": 4}, "7 are controls and 8 confirm the best 4; at least 16"),
+        ({"trials": 25, "confirm": 9}, "at least 27"),
+        ({"learn_old": "twice"}, "--learn-old: unknown .twice."),
+        ({"learn_old": "once", "recipe": Recipe(peft=LoRA(rank=2))}, "without peft"),
+        ({"learn_old": "once", "tune": ["r3f.strength"]}, "without r3f; take --learn-old each"),
         ({"seed": -1}, "--seed"),
         ({"epochs": 0.0}, "--epochs"),
         ({"url": "nonsense"}, "--storage"),

@@ -221,6 +221,7 @@ def test_the_other_studies_of_a_database_stay_apart(place: Path, tmp_path: Path)
         ({"seed": 1}, "seed: 0 → 1"),
         ({"epochs": 2.0}, "settings.epochs: 1.0 → 2.0"),
         ({"tune": ["dps.drop"]}, "tune"),
+        ({"learn_old": "once"}, 'learn_old: "each" → "once"'),
     ],
 )
 def test_another_search_is_refused_with_what_differs(
@@ -349,6 +350,10 @@ def test_pareto_has_two_values_and_tells_no_rungs(place: Path, tmp_path: Path) -
     first, second = study.trials()[:2]
     assert first.values == [0.8, 0.7] and not first.intermediate_values
     assert second.state.name == "PRUNED"
+
+
+def test_the_gaussian_process_is_told_that_scores_are_noisy() -> None:
+    assert vars(storage.sampler("gp", 0))["_deterministic"] is False
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random", "nsga2"])
