@@ -267,32 +267,37 @@ def trials(count: int, folder: Path, storage: str | None) -> dict[str, list[floa
 OTHERS = {"tasks": (tasks, 50), "runs": (runs, 1000), "trials": (trials, 1000)}
 
 
+def told(of: str, count: int, found: dict[str, list[float]]) -> str:
+    """Markdown: means over the first tenth, the middle one and the last; of runs the sums."""
+    if of == "runs":
+        lines = [[name, f"{v:.1f}", f"{v / count:.3f}"] for name, (v,) in found.items()]
+        return markdown(["", "seconds", "of each run"], lines)
+    tenth = max(1, count // 10)
+    lines = [
+        [name, *(f"{statistics.fmean(values[at : at + tenth]):.3f}"
+                 for at in (0, (count - tenth) // 2, count - tenth))]
+        for name, values in found.items()
+    ]  # fmt: skip
+    return markdown(["", "first tenth", "in the middle", "last tenth"], lines)
+
+
 def other(chosen: argparse.Namespace) -> int:
-    """Measure one of `OTHERS`: means over the first tenth, the middle one and the last."""
+    """Measure one of `OTHERS`."""
     from engines import tiny
 
-    measure_, usual = OTHERS[chosen.of]
+    measured, usual = OTHERS[chosen.of]
     count, load = chosen.count or usual, [os.getloadavg()]
     torch.set_num_threads(chosen.threads or 1)
     with tempfile.TemporaryDirectory() as folder:
         tiny(Path(folder) / "tiny")
-        found = measure_(count, Path(folder), chosen.storage)
+        found = measured(count, Path(folder), chosen.storage)
     load.append(os.getloadavg())
-    tenth = max(1, count // 10)
-    lines = []
-    for name, values in found.items():
-        if len(values) == 1:
-            lines.append([name, f"{values[0]:.1f} in all", f"{values[0] / count:.4f} each", ""])
-            continue
-        each = [values[i : i + tenth] for i in (0, (count - tenth) // 2, count - tenth)]
-        lines.append([name, *(f"{statistics.fmean(part):.4f}" for part in each)])
     facts = f"{count} {chosen.of}, load average {load[0][0]:.1f} before, {load[1][0]:.1f} after"
     if chosen.of == "trials":
         kind = (chosen.storage or "sqlite").partition(":")[0]
         facts += f"; {kind}, {count / sum(found['seconds']):.1f} trials a second"
-    heads = ["", "first tenth", "in the middle", "last tenth"]
-    save(chosen.json, {"of": chosen.of, "count": count, "load_average": load, "found": found},
-         f"{facts}\n\n{markdown(heads, lines)}")  # fmt: skip
+    body = {"of": chosen.of, "count": count, "load_average": load, "found": found}
+    save(chosen.json, body, f"{facts}\n\n{told(chosen.of, count, found)}")
     return 0
 
 
