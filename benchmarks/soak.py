@@ -163,7 +163,7 @@ class Soak:
     def killed(self, worker: BaseProcess, kind: str, kills: int) -> int:
         """The exit code of a process that is killed, unless it ends before."""
         enough = self.body["kills"] >= kills
-        worker.join(LIMIT if enough else self.draw.expovariate(3 / self.takes[kind]))
+        worker.join(LIMIT if enough else self.draw.expovariate(1 / self.takes[kind]))
         if worker.exitcode is None:
             worker.kill()
             worker.join(60)

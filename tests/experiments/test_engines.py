@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from holdfast.experiments.engines.ray import Ray
 from holdfast.experiments.engines.slurm import Slurm
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, open_run
+from holdfast.testing.nodes import Nodes
 from holdfast.training import stopping
 
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
@@ -266,43 +266,6 @@ def test_ray_replaces_what_is_killed_and_stops_with_a_checkpoint(tmp_path: Path)
     assert (tmp_path / "saved").read_text() == str(int(signal.SIGINT))
 
 
-class Nodes:
-    """A Ray cluster of two nodes on this machine, for those who know its token."""
-
-    def __init__(self, home: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.2", 0))
-            self.address = f"127.0.0.2:{free.getsockname()[1]}"
-        self.home, self.token = home, "f" * 64
-        self.head = self._begin("--head", "--port", self.address.partition(":")[2], "--num-cpus",
-                                "1", "--include-dashboard", "false", at="127.0.0.2")  # fmt: skip
-        self.far = self._begin("--address", self.address, "--num-cpus", "2", "--resources",
-                               '{"far": 1}', at="127.0.0.3")  # fmt: skip
-
-    @property
-    def env(self) -> dict[str, str]:
-        return os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-
-    def _begin(self, *words: str, at: str) -> subprocess.Popen[bytes]:
-        log, said = self.home / at, b"Ray runtime started"
-        ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address"]
-        with log.open("wb") as file:
-            made = subprocess.Popen([*ray, at, "--disable-usage-stats", *words], stdout=file,
-                                    stderr=file, env=self.env, start_new_session=True)  # fmt: skip
-        end = time.monotonic() + 120
-        while said not in log.read_bytes():
-            assert made.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        return made
-
-    @staticmethod
-    def kill(process: subprocess.Popen[bytes]) -> None:
-        """A node with all its processes, as when its power fails."""
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 @pytest.fixture
 def nodes(tmp_path: Path, _importable: None) -> Iterator[Nodes]:
     pytest.importorskip("ray", reason="the engine ray")
@@ -311,8 +274,7 @@ def nodes(tmp_path: Path, _importable: None) -> Iterator[Nodes]:
     try:
         yield made
     finally:
-        made.kill(made.far)
-        made.kill(made.head)
+        made.end()
 
 
 DRIVER = """

@@ -248,3 +248,79 @@ def test_twenty_kills_lose_nothing(place: Path, tmp_path: Path) -> None:
         for key in ("params", "state", "value", "rungs", "reason"):
             assert mine[key] == theirs[key]
     assert one["final"] == two["final"] and one["gain"] == two["gain"]
+
+
+# --- on several hosts, and elsewhere ------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_importable")
+def test_two_hosts_share_a_study_and_lose_nothing(place: Path, tmp_path: Path) -> None:
+    """A folder that both see, and a journal in it. One host is killed again and again, the other is
+    paused until it is taken for dead: the study ends as one that was left alone."""
+    import random
+
+    draw, silence = random.Random(3), 3.0
+    host = f"""
+import sys
+from holdfast.experiments import lease
+lease.HOST, lease.STALE, lease.BEAT = sys.argv.pop(), {silence}, {silence / 8}
+"""
+    code = (
+        host
+        + SLOW
+        + JOIN.replace("train=make_curve", "train=slow, url='journal:' + str(out / 'log')")
+    )
+    code = code.replace("trials=12", "trials=30").replace("sleep(0.03)", "sleep(0.15)")
+
+    def start(folder: Path, name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code, str(place), str(folder), name])
+
+    out = tmp_path / "shared"
+    one, two = start(out, "one"), start(out, "two")
+    for kill in range(4):
+        before, end = told(out), time.monotonic() + 90
+        while told(out) < min(before + 4, 29) and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0.0, 0.5))
+        if kill == 2:
+            one.send_signal(signal.SIGSTOP)
+            time.sleep(2 * silence)
+            one.send_signal(signal.SIGCONT)
+        two.kill()
+        two.wait()
+        two = start(out, "two")
+    assert [p.wait(300) for p in (one, two)] == [0, 0]
+    whole = start(tmp_path / "whole", "one")
+    assert whole.wait(300) == 0
+    alone, both = (json.loads((f / "search.json").read_text()) for f in (tmp_path / "whole", out))
+    for key in ("counts", "reasons", "winner", "best_flat", "front", "final", "gain"):
+        assert alone[key] == both[key]
+    for mine, theirs in zip(alone["trials"], both["trials"], strict=True):
+        for key in ("params", "state", "value", "rungs", "reason"):
+            assert mine[key] == theirs[key]
+    assert any(t["attempts"] > 1 for t in both["trials"]), "the kills were to fall into trials"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_importable")
+@pytest.mark.parametrize("name", ["ray", "submitit"])
+def test_a_search_by_another_engine_is_that_of_this_process(
+    name: str, place: Path, tmp_path: Path
+) -> None:
+    from holdfast.experiments.engines.ray import Ray
+    from holdfast.experiments.engines.slurm import Slurm
+
+    pytest.importorskip(name, reason="the engine")
+    engine = Ray(jobs=2, cpus=0.5) if name == "ray" else Slurm(cluster="local", jobs=2, time="10")
+    asked: dict[str, Any] = {
+        "trials": 12, "sampler": "random", "pruner": "none", "epochs": 1.0, "max_length": 16,
+        "selection": 12, "parts": 4, "progress": False, "train": make_curve,
+        "evaluate": make_result,
+    }  # fmt: skip
+    model, tasks = str(place / "bert"), [place / "mood.jsonl", place / "question.jsonl"]
+    here = search(model, tasks, out=tmp_path / "here", **asked)
+    there = search(model, tasks, out=tmp_path / "there", engine=engine, **asked)
+    for key in ("counts", "winner", "final", "gain", "steps"):
+        assert here[key] == there[key]
+    assert [t["params"] for t in here["trials"]] == [t["params"] for t in there["trials"]]

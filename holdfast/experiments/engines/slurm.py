@@ -63,10 +63,15 @@ class Slurm:
     ) -> Generator[tuple[int, Any], None, None]:  # fmt: skip
         executor = self._executor(Path(where) / FOLDER)
         do = Carried(int(self.cpus))
-        open_ = dict(enumerate(executor.map_array(do, [job.work for job in jobs])))
-        lost = dict.fromkeys(open_, 0)
+        waiting, open_, lost = list(range(len(jobs))), dict[int, Any](), [0] * len(jobs)
+        if self.far:  # Slurm itself lets so many at once
+            open_ = dict(enumerate(executor.map_array(do, [job.work for job in jobs])))
+            waiting.clear()
         try:
-            while open_:
+            while waiting or open_:
+                while waiting and len(open_) < self.jobs:
+                    number = waiting.pop(0)
+                    open_[number] = executor.submit(do, jobs[number].work)
                 for number in [n for n, submitted in open_.items() if submitted.done()]:
                     if (why := open_[number].exception()) is None:
                         error, result = open_.pop(number).result()
