@@ -18,7 +18,7 @@ from typing import Any, get_args
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.experiments.sequence import load_tasks
-from holdfast.experiments.settings import Settings
+from holdfast.experiments.settings import Settings, defaults
 from holdfast.files import differences, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
@@ -366,7 +366,11 @@ def keep(folder: Path, plan: Plan, storage: str) -> str:
 
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuse another configuration, naming what differs."""
+    """Refuse another configuration, naming what differs; a setting that came later than `before`
+    had its default there."""
+    if "settings" in now:
+        usual = {k: v for k, v in defaults().items() if k in now["settings"]}
+        before = {**before, "settings": {**usual, **before.get("settings", {})}}
     if "learn_old" in now:
         before = {"learn_old": "each", **before}  # of before it could be chosen
     if told := ", ".join(differences(before, now)):
