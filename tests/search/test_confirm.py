@@ -16,6 +16,7 @@ import pytest
 from fakes import CONTROLS, STEPS, finish, make_result, plan, take
 from test_result import row
 
+from holdfast.experiments.engines.local import Local
 from holdfast.search.objective import Scores, Watch
 from holdfast.search.plan import Plan, refuse_other
 from holdfast.search.result import confirmation
@@ -215,7 +216,7 @@ def test_a_process_killed_while_confirming_is_replaced(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("HOLDFAST_TEST_MARK", str(tmp_path / "mark"))
     of = Study(tmp_path / "out", confirming(place))
-    together(of, 2, killed_while_confirming, make_result, progress=False)
+    together(of, Local(2), killed_while_confirming, make_result, progress=False)
     assert of.counts() == {"complete": 15}
     assert Counter(t.user_attrs["attempts"] for t in of.trials()) == {1: 14, 2: 1}
     assert best(rows(of.trials(), of.plan.space)).number == 9  # type: ignore[union-attr]
