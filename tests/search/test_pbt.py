@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,12 +45,41 @@ def plan(place: Path, **more: Any) -> Plan:
     return fake_plan(place, **asked)
 
 
+def halve(patch: pytest.MonkeyPatch) -> None:
+    for module in (space, pbt, segment, plans):
+        patch.setattr(module, "INTERVALS", 2)
+    patch.setattr(pbt, "GENERATIONS", 4)
+
+
 @pytest.fixture
 def halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two intervals a task instead of six."""
-    for module in (space, pbt, segment, plans):
-        monkeypatch.setattr(module, "INTERVALS", 2)
-    monkeypatch.setattr(pbt, "GENERATIONS", 4)
+    halve(monkeypatch)
+
+
+class Begun:
+    """Two members after the first half of task one; the second is to take over from the first."""
+
+    def __init__(self, place: Path, folder: Path) -> None:
+        self.plan, self.folder = plan(place, **SETTINGS, schedule="constant", warmup=0), folder
+        made = self.plan
+        self.first = [Segment(folder, 0, k, k, (pbt.first(made, k),)) for k in (0, 1)]
+        train = Segments(made)
+        for one in self.first:
+            train(one)
+        self.taker = pbt.succeed(self.first, [0.9, 0.1], made.seed)[1]
+
+    def copied(self, out: Path) -> Segment:
+        """The taker's segment, in a copy of the population."""
+        shutil.copytree(self.folder, out)
+        return replace(self.taker, population=out)
+
+
+@pytest.fixture(scope="module")
+def begun(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Begun:
+    with pytest.MonkeyPatch.context() as patch:
+        halve(patch)
+        return Begun(place, tmp_path_factory.mktemp("begun"))
 
 
 # --- who, and at which rates ----------------------------------------------------------------------
@@ -175,13 +206,10 @@ def moments(state: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def test_who_takes_over_has_the_donors_weights_and_moments_and_its_own_rates(
-    place: Path, tmp_path: Path, halves: None, monkeypatch: pytest.MonkeyPatch
+    begun: Begun, tmp_path: Path, halves: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, population = plan(place, **SETTINGS, schedule="constant", warmup=0), tmp_path
+    made, first, taker = begun.plan, begun.first, begun.copied(tmp_path / "p")
     train = Segments(made)
-    first = [Segment(population, 0, k, k, (pbt.first(made, k),)) for k in (0, 1)]
-    for one in first:
-        train(one)
     seen: list[Any] = []
 
     class Seen(segment._Until):
@@ -203,7 +231,6 @@ def test_who_takes_over_has_the_donors_weights_and_moments_and_its_own_rates(
             seen.append(("data", (args.seed, args.data_seed, torch.get_rng_state())))
 
     monkeypatch.setattr(segment, "_Until", Seen)
-    taker = pbt.succeed(first, [0.9, 0.1], made.seed)[1]
     assert (taker.parent, taker.member) == (0, 1)
     donor, before = checkpoint(first[0].folder), checkpoint(first[1].folder)
     files = {name: sha(donor / name) for name in ("model.safetensors", "optimizer.pt")}
@@ -230,11 +257,7 @@ def test_who_takes_over_has_the_donors_weights_and_moments_and_its_own_rates(
     cpu = torch.load(before / "rng_state.pth", weights_only=False)["cpu"]
     assert torch.equal(state, cpu)
     assert not torch.equal(cpu, torch.load(donor / "rng_state.pth", weights_only=False)["cpu"])
-    placed = tmp_path / "placed"
-    again = replace(taker, population=placed)
-    for one in first:  # what was put there, before it was trained on
-        (placed / "1").mkdir(parents=True, exist_ok=True)
-        (placed / "1" / f"{one.member}").symlink_to(one.folder)
+    again = begun.copied(tmp_path / "placed")  # what was put there, before it was trained on
     again.folder.mkdir(parents=True)
     train._place(again, made.space.recipe(made.base, {}, name="t", lineage=again.lineage))
     start = checkpoint(again.folder)
@@ -300,40 +323,21 @@ class Kill(KeyboardInterrupt):
             raise cls
 
 
-@pytest.mark.parametrize("last", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_population_that_is_killed_goes_on_bit_for_bit(
-    last: int, place: Path, tmp_path: Path, halves: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pbt, "GENERATIONS", last)  # 3: up to the middle of task two
-    made = plan(place, **SETTINGS)
-
-    def whole(out: Path) -> dict[str, str]:
-        digests: dict[str, str] = {}
-
-        def look() -> None:
-            for path in (out / "population").glob("*/*/tasks/**/*"):
-                if path.name in ("model.safetensors", "optimizer.pt", "rng_state.pth"):
-                    digests[str(path.relative_to(out))] = sha(path)
-
-        while True:
-            try:
-                pbt.evolve(out, made, Segments(made), look=look)
-                return digests
-            except Kill:
-                continue
-
-    wanted = whole(tmp_path / "whole")
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Processes end at several places, each once: the places so far."""
+    Kill.done = set()
     link, rename = segment._link, Path.rename
     save, text = segment.Record.save, segment.write_text_atomic
     step = segment._Until.on_step_end
 
     def stepping(self: Any, args: Any, state: Any, control: Any, **how: Any) -> None:
-        if self.segment.key == (1, 0):
+        if self.segment.key == (1, 1):
             Kill.at("within a segment")
         step(self, args, state, control, **how)
 
     def linking(source: Any, path: Any) -> None:
-        if "/2/" in str(path):
+        if "/2/1/" in str(path):
             Kill.at("while files are placed")
         link(source, path)
 
@@ -347,37 +351,82 @@ def test_a_population_that_is_killed_goes_on_bit_for_bit(
             Kill.at("after a task, before its record")
         save(self, path)
 
-    def writing(path: Any, *text_: Any) -> None:
-        if str(path).endswith(("/1/0/outcome.json", "/2/1/outcome.json")):
-            Kill.at("before the outcome of " + "/".join(Path(path).parts[-3:-1]))
-        text(path, *text_)
+    def writing(path: Any, *content: Any) -> None:
+        if str(path).endswith("/2/1/outcome.json"):
+            Kill.at("before the outcome")
+        if str(path).endswith("/1/0/outcome.json"):
+            Kill.at("before the outcome of a segment within a task")
+        text(path, *content)
 
     monkeypatch.setattr(segment._Until, "on_step_end", stepping)
     monkeypatch.setattr(segment, "_link", linking)
     monkeypatch.setattr(Path, "rename", renaming)
     monkeypatch.setattr(segment.Record, "save", saving)
     monkeypatch.setattr(segment, "write_text_atomic", writing)
-    Kill.done = set()
+    return Kill.done
+
+
+def digests(population: Path) -> dict[str, str]:
+    """Weights, moments and random states by path."""
+    names = ("model.safetensors", "optimizer.pt", "rng_state.pth", "holdfast.safetensors")
+    return {str(path.relative_to(population)): sha(path)
+            for path in population.glob("*/*/tasks/**/*") if path.name in names}  # fmt: skip
+
+
+def test_a_segment_that_is_killed_goes_on_bit_for_bit(
+    begun: Begun, tmp_path: Path, halves: None, request: pytest.FixtureRequest
+) -> None:
+    """One that takes over and ends a task, wherever its process ends."""
+    train, whole = Segments(begun.plan), begun.copied(tmp_path / "whole")
+    wanted = train(whole)
+    places, again = request.getfixturevalue("killed"), begun.copied(tmp_path / "killed")
+    found = None
+    while found is None:
+        with suppress(Kill):
+            found = train(again)
+    assert len(places) == 5
+    assert replace(found, seconds=0.0) == replace(wanted, seconds=0.0)
+    files = digests(tmp_path / "whole")
+    assert digests(tmp_path / "killed") == files and len(files) > 4
+
+
+@pytest.mark.slow
+def test_a_population_that_is_killed_goes_on_bit_for_bit(
+    place: Path, tmp_path: Path, halves: None, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(pbt, "GENERATIONS", 3)  # up to the middle of task two
+    made = plan(place, **SETTINGS)
+
+    def whole(out: Path) -> dict[str, str]:
+        seen: dict[str, str] = {}
+        while True:
+            with suppress(Kill):
+                pbt.evolve(out, made, Segments(made),
+                           look=lambda: seen.update(digests(out / "population")))  # fmt: skip
+                return seen
+
+    wanted = whole(tmp_path / "whole")
+    places = request.getfixturevalue("killed")
     found = whole(tmp_path / "killed")
-    assert len(Kill.done) == 4 + 2
+    assert len(places) == 6
     for name, digest in found.items():
         assert wanted.get(name, digest) == digest, name
     outcomes = [
         [replace(o, seconds=0.0) for _, told in pbt.lives(tmp_path / out, made) for o in told]
         for out in ("whole", "killed")
     ]
-    assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 2 * last
-    assert {name for name in wanted if name.startswith(f"population/{last}")} <= found.keys()
+    assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 6
+    assert {name for name in wanted if name.startswith("3/")} <= found.keys()
 
 
-def test_what_diverged_goes_on_from_another(
-    place: Path, tmp_path: Path, halves: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_diverged_goes_on_from_another(begun: Begun, tmp_path: Path, halves: None) -> None:
     """It has no state of its own yet: its random states begin anew, and are not the donor's."""
-    made = plan(place, **SETTINGS)
-    low, high = Ancestor(0, 1e-3, (1.0,) * 4), Ancestor(1, 1e30, (1.0,) * 4)
-    train = Segments(made)
-    good, bad = (Segment(tmp_path, 0, k, k, (a,)) for k, a in enumerate((low, high)))
+    train = Segments(begun.plan)
+    begun.copied(tmp_path / "p")
+    shutil.rmtree(tmp_path / "p" / "1" / "1")
+    good = replace(begun.first[0], population=tmp_path / "p")
+    bad = Segment(tmp_path / "p", 0, 1, 1, (Ancestor(1, 1e30, (1.0,) * 4),))
     values = [train(good).value, train(bad).value]
     assert values[0] is not None and values[1] is None
     ended = bad.outcome
