@@ -134,7 +134,7 @@ def _around(scores: Any, rank: int, row: int) -> tuple[Any, int]:
     low, high = max(low, 0), min(high, size - 1)
     sample.partition([low, high])
     below = scores < sample[low]
-    near, place = scores[(scores <= sample[high]) ^ below], rank - np.count_nonzero(below)
+    near, place = scores[(scores <= sample[high]) ^ below], rank - int(np.count_nonzero(below))
     return (near, place) if 0 < place <= len(near) else (scores.copy(), rank)
 
 
