@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := holdfast tests benchmarks examples
 
-.PHONY: demo test test-slow check wheel results docs clean
+.PHONY: demo test test-slow check audit lock soak wheel results docs clean
 
 demo: .venv/demo.stamp
 	$(BIN)/holdfast demo --out runs/demo
@@ -38,6 +38,29 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory audit
+
+# Known weaknesses of what is tested, where pip-audit is installed and PyPI tells of them.
+audit:
+	@if $(BIN)/python -c 'import json, pip_audit, urllib.request as web; \
+		json.load(web.urlopen("https://pypi.org/pypi/pip/24.0/json", timeout=4))["vulnerabilities"]' \
+		2> /dev/null; \
+	then sed 's/^torch==\([^+]*\)+cpu/torch==\1/' requirements.lock > .venv/audit.txt; \
+		$(BIN)/python -m pip_audit --progress-spinner off --disable-pip -r .venv/audit.txt; \
+	else echo 'not audited: needs pip-audit, and PyPI to tell of weaknesses'; fi
+
+# What is installed for the tests, with hashes; needs uv.
+lock: .venv/dev.stamp
+	$(PIP) list --format=freeze | grep -v '^holdfast==' > .venv/tested.txt
+	grep '^torch==' .venv/tested.txt > .venv/torch.txt
+	uv pip compile pyproject.toml --extra dev -c .venv/tested.txt --override .venv/torch.txt \
+		--python $(BIN)/python --generate-hashes --no-annotate --no-header -q -o .venv/lock.txt
+	(sed -n '/^#/p' requirements.lock; grep -v '^ *#' .venv/lock.txt) > .venv/new.lock
+	mv .venv/new.lock requirements.lock
+
+# 1,000 kills at random moments, over days; stopped, it goes on.
+soak: .venv/dev.stamp
+	nice -n 10 $(BIN)/python benchmarks/soak.py --kills 1000 --json docs/results/soak.json
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

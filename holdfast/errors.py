@@ -45,6 +45,10 @@ class NotFinite(TrainingDiverged):
     """
 
 
+class OutOfMemory(TrainingDiverged):
+    """Memory did not suffice, nor with half the rows at a time: what was tried has failed."""
+
+
 class Busy(Refused):
     """Another process is working on this run."""
 

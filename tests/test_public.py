@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 import holdfast
 from holdfast.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
 
 
 def fresh(code: str) -> str:
@@ -96,3 +99,32 @@ def test_the_plain_loop_of_the_design_runs(tmp_path: Path) -> None:
 def test_a_refusal_is_a_value_error_of_one_line() -> None:
     error = holdfast.Refused("is wrong", where="here", remedy="mend it")
     assert isinstance(error, ValueError) and str(error) == "here: is wrong; mend it"
+
+
+def test_the_lock_holds_what_is_tested_by_hashes() -> None:
+    """Each pin of constraints.txt, each dependency that `make test` installs, nothing unhashed."""
+    import tomllib
+
+    def plain(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    def pins(file: str) -> dict[str, str]:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        found = re.findall(r"^([\w.-]+)==([^\s+]+)", text, re.M)
+        return {plain(name): version for name, version in found}
+
+    locked = pins("requirements.lock")
+    assert pins("constraints.txt").items() <= locked.items()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = {
+        plain(re.split(r"[\[>=]", line)[0])
+        for extra in ("demo", "search", "slurm", "dev")
+        for line in [*project["dependencies"], *project["optional-dependencies"][extra]]
+    }
+    assert wanted - {"holdfast"} <= locked.keys()
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+        if re.match(r"[\w.-]+==", line):
+            assert line.endswith(" \\") and re.match(r"    --hash=sha256:[0-9a-f]{64}\b", after), (
+                line
+            )

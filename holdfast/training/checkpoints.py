@@ -13,7 +13,8 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from holdfast.engine.bound import Bound, saved_by
 from holdfast.engine.method import Method
 from holdfast.engine.peft import adapter_weights
 from holdfast.engine.state import check_fit, check_schema, describe
-from holdfast.errors import Refused
+from holdfast.errors import Refused, printable
 from holdfast.files import write_text_atomic
 from holdfast.ops import distributed
 from holdfast.training.manifest import listed
@@ -156,17 +157,33 @@ def _link(old: _Kept, path: Path) -> bool:
     return True
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """`Refused` where a state is of another form than ours: its checksums anybody can make."""
+    try:
+        yield
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        said = printable(f"{type(error).__name__}: {error}")[:200]
+        raise Refused(f"its state is not of the form that holdfast writes ({said})",
+                      where=str(folder), remedy="load the one before it, into a model and an "
+                      "optimizer made anew") from error  # fmt: skip
+
+
 def load_state(bound: Bound, folder: str | Path, *, exact: bool = True) -> None:
     """Load the state in a folder; `Refused` if there is none or it does not fit.
 
     exact: see `Bound.load_state_dict`.
     """
     folder = Path(folder)
-    meta, files = _read(folder)
-    try:
-        bound.load_state_dict({"meta": meta, "tensors": _together(files)}, exact=exact)
-    except Refused as error:
-        raise error.within(str(folder)) from None
+    with reading(folder):
+        meta, files = _read(folder)
+        try:
+            bound.load_state_dict({"meta": meta, "tensors": _together(files)}, exact=exact)
+        except Refused as error:
+            raise error.within(str(folder)) from None
     # The next checkpoint may link to the files that were read here.
     names, recorded = {frozenset(held): name for name, held in files.items()}, listed(folder)
     slots, _ = _slots(bound.state_dict()["tensors"])

@@ -28,7 +28,7 @@ from holdfast.engine.state import SCHEMA, check_fit, check_schema, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
 from holdfast.ops import distributed
-from holdfast.training.checkpoints import load_state, require_shared, save_state
+from holdfast.training.checkpoints import load_state, reading, require_shared, save_state
 from holdfast.training.manifest import MANIFEST, commit, damage, rotate
 from holdfast.training.tensors import write_tensors
 
@@ -112,46 +112,48 @@ def load_checkpoint(
     `others`. Raises `Refused`, and changes nothing, if the folder is damaged or does not fit, or
     if the optimizer's options, the clipping, the number of steps (more are no difference) or the
     `plan` are others. With `exact_resume=False` these are told, and noted in `bound.changes`;
-    options are those that were saved: set others after this call.
+    options are those that were saved: set others after this call. Only a state that somebody else
+    than holdfast wrote, checksums and all, may be refused once some of it is loaded.
     """
     folder = Path(folder)
     if wrong := damage(folder):
         raise Refused(wrong, where=str(folder), remedy="load the one before it")
-    try:
-        body = json.loads((folder / _own(LOOP)).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Refused(f"{_own(LOOP)} is missing", where=str(folder), remedy="load one that "
-                      "save_checkpoint wrote, on as many ranks") from None  # fmt: skip
-    check_schema(body, LOOP, str(folder))
-    if (ranks := body.get("ranks", 1)) != distributed.world():
-        raise Refused(f"was saved on {ranks} ranks, not on {distributed.world()}",
-                      where=str(folder), remedy="load it on as many")  # fmt: skip
-    weights, saved = _weights(bound), load_file(folder / WEIGHTS)
-    check_fit(describe(saved), describe(weights))
-    if body["others"].keys() != others.keys():
-        raise Refused(f"holds the state of {sorted(body['others'])}, not of {sorted(others)}",
-                      where=str(folder), remedy="pass the same objects")  # fmt: skip
-    tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / _own(OTHERS))
-    likes = {name: _state_of(name, thing) for name, thing in others.items()}
-    groups = _matching_groups(bound, body["optimizer"])
-    steps = bound.total_steps
-    bound.plan = lambda: plan or {}
-    # Refuses a state that does not fit before changing anything.
-    load_state(bound, folder, exact=exact_resume)
-    bound.total_steps = max(steps, bound.total_steps) if exact_resume else steps
-    with torch.no_grad():
-        for name, w in weights.items():
-            w.copy_(saved[name])
-    _unpack_optimizer(bound, body["optimizer"], groups, tensors)
-    for name, thing in others.items():
-        state = _unpack(body["others"][name], likes[name], f"others/{name}", rest)
-        if isinstance(thing, torch.Generator):
-            thing.set_state(state)
-        else:
-            thing.load_state_dict(state)
-    _restore_random(body["random"], rest)
-    position: dict[str, Any] = body["position"]
-    return position
+    with reading(folder):
+        try:
+            body = json.loads((folder / _own(LOOP)).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise Refused(f"{_own(LOOP)} is missing", where=str(folder), remedy="load one that "
+                          "save_checkpoint wrote, on as many ranks") from None  # fmt: skip
+        check_schema(body, LOOP, str(folder))
+        if (ranks := body.get("ranks", 1)) != distributed.world():
+            raise Refused(f"was saved on {ranks} ranks, not on {distributed.world()}",
+                          where=str(folder), remedy="load it on as many")  # fmt: skip
+        weights, saved = _weights(bound), load_file(folder / WEIGHTS)
+        check_fit(describe(saved), describe(weights))
+        if body["others"].keys() != others.keys():
+            raise Refused(f"holds the state of {sorted(body['others'])}, not of {sorted(others)}",
+                          where=str(folder), remedy="pass the same objects")  # fmt: skip
+        tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / _own(OTHERS))
+        likes = {name: _state_of(name, thing) for name, thing in others.items()}
+        groups = _matching_groups(bound, body["optimizer"])
+        steps = bound.total_steps
+        bound.plan = lambda: plan or {}
+        # Refuses a state that does not fit before changing anything.
+        load_state(bound, folder, exact=exact_resume)
+        bound.total_steps = max(steps, bound.total_steps) if exact_resume else steps
+        with torch.no_grad():
+            for name, w in weights.items():
+                w.copy_(saved[name])
+        _unpack_optimizer(bound, body["optimizer"], groups, tensors)
+        for name, thing in others.items():
+            state = _unpack(body["others"][name], likes[name], f"others/{name}", rest)
+            if isinstance(thing, torch.Generator):
+                thing.set_state(state)
+            else:
+                thing.load_state_dict(state)
+        _restore_random(body["random"], rest)
+        position: dict[str, Any] = body["position"]
+        return position
 
 
 def _own(name: str, rank: int | None = None) -> str:

@@ -10,19 +10,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from holdfast.experiments import lease
 from holdfast.methods import DPS
+from holdfast.search.worker import work
+from holdfast.testing.faults import studies
 from holdfast.testing.faults.checkpoints import dying, flip, goes_on, looped
-from holdfast.testing.faults.place import Loop, Place, check_refusal, equal, refuses
-from holdfast.testing.faults.suite import Wrong, swapped, tried, untried
+from holdfast.testing.faults.place import Loop, Place, check_refusal, equal, refuses, warned
+from holdfast.testing.faults.suite import Wrong, swapped, tried
 from holdfast.training.loop import save_checkpoint
 from holdfast.training.manifest import newest_complete
 
@@ -159,9 +163,60 @@ def p6(place: Place) -> None:
         equal(len(read.trials), 4, "trials after it went on")
 
 
-SEARCH = "needs several workers: tests/search/test_processes.py, test_worker.py"
-for _fault in ("P7", "P8", "P9", "P12"):
-    untried(_fault, "command line", SEARCH)
+LOCKED = """
+import os, signal, sys
+from optuna.storages.journal import JournalFileSymlinkLock
+JournalFileSymlinkLock(sys.argv[1]).acquire()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@tried("P7", "command line", slow=True)
+def p7(place: Place) -> None:
+    url, path = f"journal:{place / 'log'}", place / "log"
+    of = studies.study(place, "search", url=url, trials=8)
+    held = subprocess.run([sys.executable, "-c", LOCKED, str(path)], timeout=60, check=False)
+    assert held.returncode == -signal.SIGKILL and os.path.lexists(f"{path}.lock"), "nothing is held"
+    worker = studies.started(place, "search", url=url, trials=8)
+    try:
+        said = worker.communicate(timeout=150)[1]
+    except subprocess.TimeoutExpired:
+        raise AssertionError("it waits for a dead process after 150 s") from None
+    finally:
+        worker.kill()
+    assert worker.returncode == 0, said[-300:]
+    equal(dict(of.counts()), {"complete": 8}, "trials")
+
+
+@tried("P8", "command line", slow=True)
+def p8(place: Place) -> None:
+    of = studies.study(place, "search", trials=12)
+    for killed, code in ((9, -signal.SIGKILL), (-1, 0)):
+        worker = studies.started(place, "search", trials=12, killed=killed)
+        said = worker.communicate(timeout=150)[1]
+        equal(worker.returncode, code, f"a worker's exit code ({said[-200:]})")
+    equal(dict(of.counts()), {"complete": 12}, "trials")
+    equal([t.user_attrs["attempts"] for t in of.trials()], [1] * 9 + [2] + [1] * 2, "attempts")
+    whole = studies.study(place, "whole", trials=12)
+    work(whole, studies.curve)
+    equal([(t.params, t.value) for t in of.trials()],
+          [(t.params, t.value) for t in whole.trials()], "trials")  # fmt: skip
+
+
+@tried("P9", "command line")
+def p9(place: Place) -> None:
+    """The lease is lost, and another worker ends the trial first."""
+    of = studies.study(place, "search", trials=8)
+
+    def train(job: Any, watch: Any) -> Any:
+        if job.number == 3:
+            of.study.tell(3, 1.25)
+        return studies.curve(job, watch)
+
+    with warned() as told:
+        equal(work(of, train), 7, "trials that this worker made")
+    equal((dict(of.counts()), of.trials()[3].value), ({"complete": 8}, 1.25), "trials")
+    assert any("trial 3 was finished by another" in line for line in told), "nothing is said of it"
 
 
 @tried("P10", "command line")
@@ -218,6 +273,34 @@ def p11_twice(place: Place) -> None:
     equal(ends(place / "run"), ends(place / "whole"), "weights and scores")
 
 
+@contextmanager
+def room_for(rows: int) -> Iterator[None]:
+    """Memory holds so many rows, as if on a GPU."""
+    step = Trainer.training_step
+
+    def limited(self: Any, model: Any, inputs: Any, *more: Any) -> Any:
+        if len(inputs["labels"]) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(self, model, inputs, *more)
+
+    with swapped(Trainer, "training_step", limited):
+        yield
+
+
+@tried("P12", "command line")
+def p12(place: Place) -> None:
+    task = place.rows()
+    assert place.train(task, out="half", batch_size=4, accumulation=2)[0] == 0
+    with room_for(4):
+        code, said = place.train(task)
+    assert code == 0, said
+    equal(ends(place / "run"), ends(place / "half"), "weights and scores")
+    if "4 and an accumulation of 2" not in said or not place.record().get("halved"):
+        raise Wrong("other micro-batches than were asked for, and nobody is told")
+    with room_for(3):
+        check_refusal(*place.train(task, out="none"), "out of memory")
+
+
 @tried("P13", "command line")
 def p13(place: Place) -> None:
     task, file = place.rows(), place.write("file", "")
@@ -242,4 +325,34 @@ def p14(place: Place) -> None:
             refuses(lambda u=url: storage.address(u, place.folder), "postgresql://")  # type: ignore[misc]
 
 
-untried("P15", "command line", "needs two processes and a clock: tests/experiments/test_lease.py")
+HOLDING = """
+import sys
+from pathlib import Path
+from holdfast.experiments import lease
+held = lease.take(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@tried("P15", "command line")
+def p15(place: Place) -> None:
+    """Three years on, and a lease of 1970: who lives keeps it."""
+    task, run, now = place.rows(), place / "run", time.time
+    run.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for path in run.iterdir():
+            os.utime(path, (0, 0))
+        for years in (3, -3):
+            with swapped(time, "time", lambda y=years: now() + y * 365 * 86400):
+                check_refusal(*place.train(task), str(other.pid))
+    finally:
+        other.kill()
+        other.communicate()
+    code, said = place.train(task)
+    assert code == 0, said

@@ -117,6 +117,10 @@ class Wrong(AssertionError):
     """A result changed, or may have, and nobody was told."""
 
 
+class Missing(Exception):
+    """Something that a try needs is not installed here."""
+
+
 @dataclass(frozen=True)
 class Try:
     """One fault through one door. `why`: why it is not tried here, and what tries it instead."""
@@ -211,6 +215,8 @@ def _outcome(each: Try, place: Place, *, slow: bool) -> Outcome:
             each.run(place)
     except KeyboardInterrupt:
         raise
+    except Missing as needed:
+        came, why = UNTRIED, str(needed)
     except BaseException as error:  # a SystemExit is a failure as well
         came = WRONG if isinstance(error, Wrong) else FAILED
         said = str(error) if isinstance(error, AssertionError) else repr(error)
