@@ -72,9 +72,9 @@ OPTIONS = {
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
         --repeat --reference --lm-eval --report-to --workers --jobs {ENGINE} --only {TRAINING}""",
     "plan": "work",
-    "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
-        --tune --flat --seeds --storage --workers --jobs {ENGINE} --confirm
-        --confirm-seeds --learn-old --recipe --seed
+    "search": f"""--tasks --shift --trials --replicates --confirm --confirm-seeds --learn-old
+        --sampler --population --pruner --objective --parts --tune --flat --seeds --storage
+        --workers --jobs {ENGINE} --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
     "rates": f"""--tasks --from --old-task --from-probe --tolerance --confirm --parts --rows
         --recipe --seed --trust-code

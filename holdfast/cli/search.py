@@ -26,7 +26,7 @@ RESUMES = True
 
 
 ASKED = ("shift", "recipe", "tune", "parts", "flat", "sampler", "pruner", "objective", "trials",
-         "replicates", "seed", "confirm", "confirm_seeds", "learn_old")  # fmt: skip
+         "population", "replicates", "seed", "confirm", "confirm_seeds", "learn_old")  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser, "the old and the new one; one for other shifts than task. ")
     add("--shift", default="task", help="task (two tasks), or two halves of one: length, cluster, "
         "labels")  # fmt: skip
-    add("--trials", type=int, default=50, help="in all, controls and what confirms among them (50)")
+    add("--trials", type=int, help="in all, controls and what confirms among them (50)")
+    add("--population", type=int, help="members, of --sampler pbt (8)")
     add("--replicates", type=int, default=1, help="seeds a trial, averaged (1)")
     add("--confirm", type=int, default=0, metavar="K",
         help="the best K trials run again with further selection seeds, before one of them is "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from holdfast.engine.attachment import Held, finite
 from holdfast.engine.method import Method, View
 from holdfast.engine.state import State
 from holdfast.errors import Refused, TrainingDiverged
+from holdfast.network.groups import factors
+from holdfast.network.parts import parts
+from holdfast.network.rates import Rates
 from holdfast.ops.gradients import Norms, clip_, unscale_
 
 SKIPS = 20  # steps in a row that may be left out
@@ -27,8 +30,11 @@ class Stepping:
     generator: torch.Generator  # the bound's own; each method has one in its state
     states: dict[str, State]
     models: dict[str, nn.Module]
+    parts: Mapping[str, str]
     task: str
     step: int
+    total_steps: int
+    finished: list[str]
     skipped: int
     max_grad_norm: float | None
     optimizer: torch.optim.Optimizer
@@ -37,6 +43,9 @@ class Stepping:
     previous: dict[str, Tensor]
     norm: Tensor | None = None
     rates: Mapping[int, float | Tensor]  # of the last step, by the id of an optimizer's group
+    scheduled: Rates | None = None  # the recipe's, where they come in pieces
+    _pieces: Mapping[int, list[float]]  # by a piece's first step: a factor for each group
+    _moved: Sequence[tuple[dict[str, Any], Any]] = ()  # groups, with their rates outside of a step
     inputs: Mapping[str, Any] | None = None
     outputs: Any = None
     loss: Tensor | None = None
@@ -114,9 +123,37 @@ class Stepping:
         added, self._added = self._added, {}
         return {name: float(total) / number for name, (total, number) in added.items()}
 
+    def _take_piece(self) -> None:
+        """Move every group to the rates in force, for this step only.
+
+        Schedulers see the rates of the beginning, and what they make of them is kept.
+        """
+        self._put_back()
+        groups = self.optimizer.param_groups
+        if self.scheduled is None:
+            return
+        if not self._pieces:
+            task, total, curve = len(self.finished) + 1, self.total_steps, self.scheduled
+            named = parts(self._model(), self.parts)
+            starts = {0, *(p.start(total) for p in curve.pieces if p.task == task)}
+            self._pieces = {
+                start: factors(groups, curve, curve.in_force(task, start, total), named)
+                for start in starts
+            }
+        now = self._pieces[max(start for start in self._pieces if start <= self.step)]
+        self._moved = [(group, group["lr"]) for group in groups]
+        for group, factor in zip(groups, now, strict=True):
+            group["lr"] = group["lr"] * factor
+
+    def _put_back(self) -> None:
+        for group, rate in self._moved:
+            group["lr"] = rate
+        self._moved = ()
+
     @torch.no_grad()
     def _before_step(self) -> None:
         self.group_of = self._held.changed(self.weights) or self.group_of
+        self._take_piece()
         if self.has_penalty and not self._asked:
             raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
         unscale_(self.optimizer, self._gradients())
@@ -198,6 +235,7 @@ class Stepping:
         )
 
     def _forget_step(self) -> None:
+        self._put_back()
         self._asked, self._norms = False, Norms()
         self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.again = self.features = None

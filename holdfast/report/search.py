@@ -233,8 +233,10 @@ def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
     if won is None or won["multipliers"] is None:
         return None
     curve = zip(body["space"]["parts"], won["multipliers"], strict=True)
+    lr = found if isinstance(found := won.get("lr"), int | float) else won["rate"]
     return {
         "label": trial_label(won), "flat": won["kind"] == "flat", "rate": f"{won['rate']:.4g}",
+        "lr": f"{lr:.4g}",
         "curve": [(part, m, won["rate"] * m) for part, m in curve],
         "tuned": {name: won["params"][name] for name in body["space"]["tuned"]},
     }  # fmt: skip
@@ -243,7 +245,7 @@ def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
 def to_use(body: Mapping[str, Any], won: Mapping[str, Any]) -> str:
     """The arguments of `holdfast sequence` that train with the winner's curve what it was for."""
     after = body["config"].get("learn_old") == "once"
-    return f"{'--from RUN ' if after else ''}--recipe recipe.yaml --lr {won['rate']}"
+    return f"{'--from RUN ' if after else ''}--recipe recipe.yaml --lr {won['lr']}"
 
 
 def differences(body: Mapping[str, Any]) -> dict[str, Difference | None]:
@@ -296,6 +298,8 @@ def search_table(body: Mapping[str, Any]) -> Table:
     below = [*confirmed(body), *notes(body)]
     if won := winner(body):
         below.append(f"To use {won['label']}: {to_use(body, won)}")
+        if won["lr"] != won["rate"]:
+            below.append("Its rates change while it trains; those shown are their geometric means.")
     made.caption = Text("\n".join(below)) if below else None
     return made
 

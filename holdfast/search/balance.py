@@ -64,7 +64,8 @@ def benefit_and_harm(
     benefit, harm = ([0.0] * len(groups) for _ in range(2))
     for name, u in update.items():
         u, k = u.double(), group_of[name]
-        benefit[k] -= float((gradient[name].double() * u).sum())
+        if name in gradient:  # a method may have switched it off
+            benefit[k] -= float((gradient[name].double() * u).sum())
         if name in fisher:
             harm[k] += float((fisher[name].double() * u * u).sum()) / 2
     moved = {group_of[name] for name in update}

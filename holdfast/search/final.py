@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from holdfast.errors import Busy, TrainingDiverged
 from holdfast.experiments import lease
@@ -21,7 +21,7 @@ from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
 from holdfast.experiments.sequence import Arm, Job
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
-from holdfast.search.space import RATE
+from holdfast.search.space import RATE, Ancestor
 from holdfast.search.study import wait
 from holdfast.tasks.task import slug
 from holdfast.training import stopping
@@ -38,6 +38,7 @@ class Contender:
     kind: str  # searched, flat, ablation, layer_decay, bertcl
     trial: int
     params: dict[str, float]
+    lineage: tuple[Ancestor, ...] = ()  # of a population's member: its rates change on the way
 
     @property
     def rate(self) -> float:
@@ -52,6 +53,10 @@ class FinalJob:
     seed: int
     folder: Path
     first: Path | None = None  # the run of task one from which it goes on; None: it learns it
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.contender.label, self.seed
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,20 @@ class Result:
 Evaluate = Callable[[FinalJob], Result]
 
 
+class Keyed(Protocol):
+    """Something to do once, by whichever process."""
+
+    @property
+    def key(self) -> Any: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+
+J = TypeVar("J", bound=Keyed)
+R = TypeVar("R")
+
+
 def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     """The winner, its ablation, the best flat rate, and the shapes at that rate.
 
@@ -83,7 +102,8 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     if winner is not None and winner.kind != "flat":
         shape = winner.control  # None: it was searched
         label = f"{shape}@{winner.rate:g}" if shape else f"trial {winner.number}"
-        made.append(Contender(label, "searched", winner.number, dict(winner.params)))
+        made.append(Contender(label, "searched", winner.number, dict(winner.params),
+                              winner.lineage))  # fmt: skip
         params = {**winner.params, **dict.fromkeys(plan.space.shape, 1.0)}
         if flat is None or params != flat.params:
             made.append(Contender(f"flat as {label}", "ablation", winner.number, params))
@@ -112,22 +132,21 @@ def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
 
 
 def finish(
-    work: Sequence[FinalJob], evaluate: Evaluate, *, look: Callable[[], None] = lambda: None
-) -> dict[tuple[str, int], Result]:
-    """Run, or read, every job; returns (label, seed) → result once all are done."""
-    found: dict[tuple[str, int], Result] = {}
+    work: Sequence[J], evaluate: Callable[[J], R], *, look: Callable[[], None] = lambda: None
+) -> dict[Any, R]:
+    """Run, or read, every job; returns key → result once all are done."""
+    found: dict[Any, R] = {}
     watch = lease.Watch()
     while True:
         before = len(found)
         for job in work:
-            key = job.contender.label, job.seed
-            if key in found:
+            if job.key in found:
                 continue
             stopping.check()
             if not watch.free(job.folder):
                 continue
             try:
-                found[key] = evaluate(job)
+                found[job.key] = evaluate(job)
             except Busy:
                 continue
             look()
@@ -151,7 +170,8 @@ class Evaluation:
             self._pairs[job.seed] = plan.pair(job.seed)
         if (said := how_diverged(job.folder)) is not None:
             return Result(None, None, None, 0, said)
-        recipe = plan.space.recipe(plan.base, c.params, name=c.label)
+        recipe = plan.space.recipe(plan.base, c.params, name=c.label, lineage=c.lineage)
+        lr = c.lineage[0].rate if c.lineage else c.rate
         tasks, origin = list(self._pairs[job.seed]), None
         if job.first is not None:
             from holdfast.search.trial import learned_first  # it loads transformers: late
@@ -160,7 +180,7 @@ class Evaluation:
         run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None,
                   origin=origin, arm=Arm(notes={"learn_old": plan.learn_old}))  # fmt: skip
         try:
-            record = run.run(tasks, replace(plan.settings, lr=c.rate), job.folder)
+            record = run.run(tasks, replace(plan.settings, lr=lr), job.folder)
         except TrainingDiverged as refusal:
             note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))

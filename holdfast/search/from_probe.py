@@ -96,6 +96,9 @@ class Watch(TrainerCallback):
         assert self.learner.bound is not None  # that of the old tasks, now at work on the last
         return self.learner.bound
 
+    def _draws(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.learner.seed)
+
     def _fisher(self, bound: Bound) -> dict[str, Tensor]:
         """The mean over old tasks of their Fisher information, of what they share."""
         total: dict[str, Tensor] = {}
@@ -104,7 +107,7 @@ class Watch(TrainerCallback):
                 functools.partial(bound.forward, task=task.name, training=False),
                 self._batches(index, "train"), bound.shared, modules=bound.owners,
                 model=bound.models[task.name],
-                generator=torch.Generator().manual_seed(self.learner.seed),
+                generator=self._draws(),
             )  # fmt: skip
             for name, f in found.items():
                 total[name] = total[name] + f / self.last if name in total else f / self.last
@@ -124,7 +127,7 @@ class Watch(TrainerCallback):
     def _batches(self, index: int, split: str) -> Iterator[Any]:
         """A task's rows in batches, up to `rows` of them, in an order drawn from the seed."""
         rows = self.learner.rows(index, split)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        order = torch.randperm(len(rows), generator=self._draws()).tolist()
         for chosen in torch.tensor(order[: self.rows]).split(BATCH):
             yield self.learner.collate([rows[i] for i in chosen.tolist()]).to(device())
 

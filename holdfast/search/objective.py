@@ -20,7 +20,7 @@ from holdfast.errors import Refused, nearest
 
 Objective = Literal["new_plus_old", "pareto"]
 Pruner = Literal["halving", "hyperband", "none"]
-Sampler = Literal["tpe", "gp", "cmaes", "random", "nsga2"]
+Sampler = Literal["tpe", "gp", "cmaes", "random", "nsga2", "pbt"]
 LearnOld = Literal["each", "once"]  # the first task: in every trial, or once a seed for all
 Rungs = tuple[float, ...]  # of a task: the shares of its steps after which they come, the last 1
 # Halving decides at rungs 1, 2 and 4: before task one costs much, when it is nearly learned, and
@@ -124,6 +124,14 @@ def check_choice(sampler: str, pruner: str | None, objective: str) -> Pruner:
     ):
         if value not in known:
             raise Refused(f"unknown {value!r}", where=name, remedy=nearest(str(value), known))
+    if sampler == "pbt":
+        if pruner not in (None, "none"):
+            raise Refused("a population stops none: its worst go on from its best",
+                          where="--pruner", remedy="leave it out")  # fmt: skip
+        if objective == "pareto":
+            raise Refused("pbt compares members by one objective", where="--sampler",
+                          remedy="take nsga2, tpe or gp, or --objective new_plus_old")  # fmt: skip
+        return "none"
     if objective == "pareto":
         if pruner not in (None, "none"):
             raise Refused("no pruner can compare trials by two objectives", where="--pruner",

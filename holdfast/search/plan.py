@@ -18,7 +18,7 @@ from typing import Any, get_args
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.experiments.sequence import load_tasks
-from holdfast.experiments.settings import Settings
+from holdfast.experiments.settings import Settings, defaults
 from holdfast.files import differences, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
@@ -32,7 +32,7 @@ from holdfast.search.objective import (
     check_choice,
     evenly,
 )
-from holdfast.search.space import Control, Space, controls, flat_rates, with_tuned
+from holdfast.search.space import INTERVALS, Control, Space, controls, flat_rates, with_tuned
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import kind_of
 from holdfast.tasks.shifts import SHIFTS, Shifted
@@ -41,6 +41,7 @@ from holdfast.tasks.task import slug
 
 FILE = "study.json"
 SEEDS = 2**20  # as those of `run_sequence`
+TRIALS = 50
 POOL = 4  # rows that a shift looks at, for each training row
 
 
@@ -60,6 +61,7 @@ class Plan:
     objective: Objective
     rungs: Rungs  # of each task
     trials: int
+    population: int  # of the trials, members of a population; 0: another sampler
     replicates: int
     seed: int
     fresh: int  # seeds of the final runs
@@ -86,7 +88,8 @@ class Plan:
         pruner: str | None = None,
         objective: str = "new_plus_old",
         rungs: int | None = None,
-        trials: int = 50,
+        trials: int | None = None,
+        population: int | None = None,
         replicates: int = 1,
         seed: int = 0,
         fresh: int = 3,
@@ -98,9 +101,14 @@ class Plan:
         """The checked plan; `Refused` names what is wrong."""
         from holdfast.experiments.compare import busy_at_first
         from holdfast.experiments.mix import check_mix
+        from holdfast.search import pbt
         from holdfast.tasks.kinds.pretrained import check_length, load_config, locate
 
         chosen = check_choice(sampler, pruner, objective)
+        members = pbt.check(sampler, population, trials=trials, tune=tune, rungs=rungs,
+                            replicates=replicates != 1, confirm=confirm,
+                            **{"learn-old": learn_old != "each"})  # fmt: skip
+        trials = TRIALS if trials is None else trials
         for name, value, least in (
             ("--trials", trials, 1), ("--replicates", replicates, 1), ("--seeds", fresh, 3),
             ("--seed", seed, 0), ("rungs", rungs or 1, 1), ("--confirm", confirm, 0),
@@ -121,7 +129,8 @@ class Plan:
                               remedy="the base rate is searched around --flat")  # fmt: skip
         plan = Settings.from_dict({"save_steps": 0, **settings})
         base = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-        if base.rates.multipliers != Rates.flat().multipliers or base.rates.freeze_below:
+        own = base.rates.freeze_below or base.rates.pieces
+        if base.rates.multipliers != Rates.flat().multipliers or own:
             raise Refused(
                 f"has rates of its own ({base.rates.name}), and rates are what is searched",
                 where="--recipe", remedy="take one with flat rates",
@@ -145,6 +154,8 @@ class Plan:
             raise Refused(f"task one is learned flat and plain for all trials, without {busy}",
                           where="--learn-old once", remedy="take --learn-old each")  # fmt: skip
         first, again = len(controls(space, base, rates)), confirm * confirm_seeds
+        if members:
+            trials, rungs = first + members, INTERVALS
         if trials < (least := max(first + 1, confirm) + again):
             confirming = f" and {again} confirm the best {confirm}" if again else ""
             raise Refused(f"{trials} trials, of which {first} are controls{confirming}",
@@ -153,6 +164,8 @@ class Plan:
         halves = made.first, made.second
         two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
         kind_of(two).check(source, max_length=plan.max_length)
+        if members:
+            pbt.check_steps(plan, two)
         if plan.mix is not None:
             check_mix(plan.mix, kind_of(two), source)
         for task in two:
@@ -165,8 +178,8 @@ class Plan:
             sampler=sampler, objective=objective, learn_old=learn_old,  # type: ignore[arg-type]
             confirm=confirm, confirm_seeds=confirm_seeds,
             rungs=evenly(rungs) if rungs else RUNGS[chosen], trials=trials,
-            replicates=replicates, seed=seed, fresh=fresh, tasks=two, halves=halves,
-            source=source, facts=made.facts,
+            population=members, replicates=replicates, seed=seed, fresh=fresh, tasks=two,
+            halves=halves, source=source, facts=made.facts,
         )  # fmt: skip
 
     @property
@@ -185,8 +198,11 @@ class Plan:
 
     @property
     def searching(self) -> int:
-        """Of `trials`, those that draw a curve or are controls; the others confirm the best."""
-        return self.trials - self.confirm * self.confirm_seeds
+        """Of `trials`, those that draw a curve or are controls.
+
+        The others confirm the best, or are members of a population.
+        """
+        return self.trials - self.population - self.confirm * self.confirm_seeds
 
     @property
     def old_rate(self) -> float:
@@ -247,6 +263,8 @@ class Plan:
             "learn_old": self.learn_old,
             "settings": settings,
         }
+        if self.population:
+            body["population"] = self.population
         plain: dict[str, Any] = json.loads(json.dumps(body))
         return plain
 
@@ -348,7 +366,11 @@ def keep(folder: Path, plan: Plan, storage: str) -> str:
 
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuse another configuration, naming what differs."""
+    """Refuse another configuration, naming what differs; a setting that came later than `before`
+    had its default there."""
+    if "settings" in now:
+        usual = {k: v for k, v in defaults().items() if k in now["settings"]}
+        before = {**before, "settings": {**usual, **before.get("settings", {})}}
     if "learn_old" in now:
         before = {"learn_old": "each", **before}  # of before it could be chosen
     if told := ", ".join(differences(before, now)):

@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from holdfast.network.rates import Rates
 from holdfast.search.final import Contender, Result
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, as_trials, best, best_of, front, importance, noise
-from holdfast.search.space import MULTIPLIER
+from holdfast.search.space import MULTIPLIER, Ancestor
 from holdfast.search.trials import NAME, part_names, write_trials
 
 SCHEMA = 1
@@ -70,7 +71,7 @@ def facts(
             "multiplier": [MULTIPLIER.low, MULTIPLIER.high],
             "tuned": {k: [r.low, r.high] for k, r in plan.space.tuned.items()},
         },
-        "planned": plan.searching,
+        "planned": plan.searching + plan.population,
         "confirmation": confirmation(found),
         "first": [
             {
@@ -317,10 +318,12 @@ def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
         "commit": body["commit"],
         "versions": body["versions"],
     }  # fmt: skip
-    return Rates.from_list(
-        won["multipliers"], layers=plan.space.layers, name="searched",
-        geometric_mean_rate=won["rate"], provenance=_finite(provenance),
-    )  # fmt: skip
+    if "lineage" in won:
+        lineage = [Ancestor(**ancestor) for ancestor in won["lineage"]]
+        curve = plan.space.in_pieces(lineage, name="searched")
+    else:
+        curve = plan.space.rates(won["params"])
+    return replace(curve, provenance=_finite(provenance))
 
 
 def _of_winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -344,7 +347,8 @@ def write(
     if rates is not None:
         rates.save(folder / RATES)
         won = next(r for r in found if r.number == body["winner"])
-        plan.space.recipe(plan.base, won.params, name="searched").save(folder / RECIPE)
+        recipe = plan.space.recipe(plan.base, won.params, name="searched", lineage=won.lineage)
+        recipe.save(folder / RECIPE)
         written += [folder / RATES, folder / RECIPE]
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
     text = json.dumps(sealed({**body, "files": files}), **STRICT)

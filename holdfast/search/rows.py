@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.experiments.statistics import mean_spread
 from holdfast.search import storage
-from holdfast.search.space import RATE, Space
+from holdfast.search.space import RATE, Ancestor, Space
 from holdfast.search.trials import Trial, part_names
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class TrialRow:
     rungs: Mapping[int, float] = field(default_factory=dict)  # rung → the value reported there
     replicates: Sequence[Mapping[str, Any]] = ()
     confirming: Sequence[Mapping[str, Any]] = ()  # its runs with further selection seeds
+    lineage: tuple[Ancestor, ...] = ()  # of a population's member: params are the mean over it
 
     @property
     def value(self) -> float | None:
@@ -79,6 +80,10 @@ class TrialRow:
         """Plain JSON values."""
         body = asdict(self)
         body["rungs"] = {str(k): v for k, v in self.rungs.items()}
+        if self.lineage:
+            body["lr"] = self.lineage[0].rate  # which its recipe is relative to
+        else:
+            del body["lineage"]
         return {**body, "value": self.value, "mean": None if self.value is None else self.rank[1]}
 
 

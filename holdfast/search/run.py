@@ -20,10 +20,10 @@ from holdfast.experiments.engines.local import Local
 from holdfast.experiments.processes import EVERY
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import ended
-from holdfast.search import result, storage
+from holdfast.search import pbt, result, storage
 from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, finish, jobs
 from holdfast.search.plan import Plan
-from holdfast.search.rows import best, rows
+from holdfast.search.rows import TrialRow, best, rows
 from holdfast.search.study import ATTEMPTS, FINISHED, Study
 from holdfast.search.worker import Train, work
 
@@ -70,6 +70,8 @@ def search(
     storage.check_engine(url, chosen)
     storage.check(str(asked.get("sampler", "tpe")))
     plan = Plan.make(model, tasks, **asked)
+    if plan.population and url is not None:
+        raise Refused("a population lies in --out", where="--storage", remedy="leave it out")
     folder = Path(out)
     if folder.is_file():
         raise Refused("is a file", where=str(folder), remedy="name a folder")
@@ -123,16 +125,30 @@ def labour(
             made = train(plan)
             work(study, made, look=line.look)
             del made  # frees its weights; the final runs load their own
-        found = rows(study.trials(), plan.space)
+        if plan.population:
+            pbt.evolve(study.folder, plan, members(plan), look=line.look)
+        found = tried(study)
         finish(jobs(study.folder, plan, found), evaluate(plan), look=line.look)
     finally:
         line.close()
 
 
+def members(plan: Plan) -> Callable[[pbt.Segment], pbt.Outcome]:
+    """How the members of a population are trained."""
+    from holdfast.search.segment import Segments
+
+    return Segments(plan)
+
+
+def tried(study: Study) -> list[TrialRow]:
+    """All trials by number; a population's members come last."""
+    found, plan = rows(study.trials(), study.plan.space), study.plan
+    return [*found, *pbt.rows(study.folder, plan)] if plan.population else found
+
+
 def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[str, Any]:
     """Read all results and write the files; the same whichever process does it."""
-    plan = study.plan
-    found = rows(study.trials(), plan.space)
+    plan, found = study.plan, tried(study)
     results = finish(jobs(study.folder, plan, found), evaluate)
     body = result.facts(
         plan, found, contenders(plan, found), results, name=study.name,
@@ -172,11 +188,12 @@ class Line:
 
     def _trials(self) -> None:
         study = self.study
-        found = rows(study.trials(), study.plan.space)
+        found = tried(study)
         self.bar.set_postfix_str(words(found), refresh=False)
-        counts = study.counts()
-        self._draw(sum(counts[s] for s in FINISHED))
-        if study.over:
+        counts, members = study.counts(), [r for r in found if r.lineage]
+        through = sum(r.state in FINISHED for r in members)
+        self._draw(sum(counts[s] for s in FINISHED) + through)
+        if study.over and through == len(members):
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
             self.open = [job for job in todo if not ended(job.folder)]

@@ -297,6 +297,7 @@ def sampler(name: str, seed: int) -> BaseSampler:
         "gp": lambda: samplers.GPSampler(seed=seed, deterministic_objective=False),
         "cmaes": lambda: samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
+        "pbt": lambda: samplers.RandomSampler(seed=seed),  # it only has the controls
         "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=20),
     }
     return made[name]()

@@ -58,7 +58,8 @@ class _Rungs(TrainerCallback):
         inner = rung_steps(state.max_steps, rungs)[:-1]
         if state.global_step not in inner or state.global_step == state.max_steps:
             return
-        scores = [learner.score(j, "selection", most=_some(learner, j)) for j in range(index + 1)]
+        scores = [learner.score(j, "selection", most=some_rows(learner, j))
+                  for j in range(index + 1)]  # fmt: skip
         number = self.watch.rung(index, sum(at <= state.global_step for at in inner))
         row = [*scores, *[None] * (1 - index)]
         learner.record.history.append({"learning": index, "step": self.watch.made, "epoch": None,
@@ -71,7 +72,7 @@ class _Rungs(TrainerCallback):
         self.learner.record.save(self.learner.folder / RECORD)
 
 
-def _some(learner: Learner, index: int) -> int:
+def some_rows(learner: Learner, index: int) -> int:
     """How many rows to score: every k-th, for the least k that gives at most `RUNG_ROWS`."""
     size = len(learner.rows(index, "selection"))
     return size // math.ceil(size / RUNG_ROWS)
@@ -108,35 +109,41 @@ class Training:
         return self._pairs[seed]
 
     def __call__(self, job: Replicate, watch: Watch) -> Scores:
-        plan, tasks = replace(self.plan.settings, lr=job.lr), list(self.pair(job.seed))
+        tasks = list(self.pair(job.seed))
         one = tasks[0]
         watch.floor = constant_score(
             one.metric, [row.label for row in one.selection],
             None if one.labels is None else len(one.labels),
         )  # fmt: skip
-        config = {
-            "model": self.plan.model,
-            "tasks": [[t.name, t.hash] for t in tasks],
-            "recipe": job.recipe.to_dict(),
-            "seed": job.seed,
-            "settings": plan.to_dict(),
-            "scored": "selection",  # so that `run_sequence` does not resume such a run
-        }
-        first = None
+        config, first = self.config(job), None
         if job.first is not None:
             first = learned_first(self.plan, one, job.seed, job.first, scored=("selection",))
             config["from"] = first.mark
             watch.begun, watch.shared = 1, sum(n or 0 for n in first.record.steps)
         with open_run(job.folder, config):
             path = job.folder / RECORD
-            record = Record.load(path) if path.is_file() else self._record(job, tasks, plan, first)
+            record = Record.load(path) if path.is_file() else self.record(job, first)
             try:
                 if record.status != "done":
-                    self._learn(job, tasks, plan, record, watch, first)
+                    self._learn(job, tasks, self.settings(job), record, watch, first)
             finally:
                 gc.collect()  # a Trainer forms reference cycles with its model and moments
             self._clear(job.folder)
         return _scores(record, watch.begun)
+
+    def settings(self, job: Replicate) -> Settings:
+        return replace(self.plan.settings, lr=job.lr)
+
+    def config(self, job: Replicate) -> dict[str, Any]:
+        """What makes a job's run what it is."""
+        return {
+            "model": self.plan.model,
+            "tasks": [[t.name, t.hash] for t in self.pair(job.seed)],
+            "recipe": job.recipe.to_dict(),
+            "seed": job.seed,
+            "settings": self.settings(job).to_dict(),
+            "scored": "selection",  # so that `run_sequence` does not resume such a run
+        }
 
     def _learn(
         self, job: Replicate, tasks: list[Task], plan: Settings, record: Record, watch: Watch,
@@ -171,14 +178,13 @@ class Training:
             self._clear(job.folder)
             raise stop from None
 
-    def _record(
-        self, job: Replicate, tasks: list[Task], plan: Any, first: FromRun | None
-    ) -> Record:
-        told = [describe(task) for task in tasks]
+    def record(self, job: Replicate, first: FromRun | None = None) -> Record:
+        """The record of a job that nobody has begun."""
+        told = [describe(task) for task in self.pair(job.seed)]
         record = first.record if first else Record(tasks=told, seed=job.seed)
         record.set_tasks(told)
         record.status, record.created, record.rates = "running", now(), None
-        record.settings = {**plan.to_dict(), "model": self.plan.model,
+        record.settings = {**self.settings(job).to_dict(), "model": self.plan.model,
                            "optimizer": "adamw_torch_fused", "out": str(job.folder)}  # fmt: skip
         record.recipe = job.recipe.to_dict()
         record.extra = {"learn_old": self.plan.learn_old}

@@ -179,7 +179,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
                 logging.getLogger("holdfast").warning(idle)
         clip = self.recipe.max_grad_norm
         self.bound.max_grad_norm = self.args.max_grad_norm or None if clip is None else clip
-        self.bound.evaluate = self.evaluate
+        self.bound.evaluate, self.bound.scheduled = self.evaluate, self.recipe.scheduled
         self._check_rows()
         fitted = self.bound.head_first
         self.bound.head_first = None if self._bare else fitted

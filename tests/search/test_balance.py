@@ -85,6 +85,13 @@ def test_neither_batch_size_nor_the_order_of_parameters_counts(size: int) -> Non
             assert mine.harm == pytest.approx(theirs.harm, rel=1e-6)
 
 
+def test_a_weight_without_gradient_or_importance_counts_for_the_other() -> None:
+    one, two, three = (torch.tensor([value]) for value in (1.0, 2.0, 3.0))
+    update, gradient = {"a.weight": two, "c.weight": three}, {"c.weight": -one}
+    a, c = benefit_and_harm(update, gradient, {"a.weight": one}, GROUPS, ["a", "c"])
+    assert (a.benefit, a.harm, c.benefit, c.harm) == (0.0, 2.0, 3.0, 0.0)
+
+
 def test_labels_that_do_not_count_weigh_nothing_in_a_gradient() -> None:
     """A loss that is a mean over labels: batches of 3 and 1 rows with unequal numbers of labels."""
     model = models.bert("TokenClassification", num_labels=2)

@@ -247,6 +247,16 @@ def test_a_study_may_be_extended(place: Path, tmp_path: Path) -> None:
     assert not longer.over and take(longer).number == 12
 
 
+def test_a_setting_that_came_later_is_no_other_search(place: Path, tmp_path: Path) -> None:
+    Study(tmp_path, plan(place))
+    body = json.loads((tmp_path / plans.FILE).read_text())
+    del body["config"]["settings"]["group_by_length"]
+    (tmp_path / plans.FILE).write_text(json.dumps(body))
+    Study(tmp_path, plan(place))
+    with pytest.raises(Refused, match="group_by_length: false → true"):
+        Study(tmp_path, plan(place, group_by_length=True))
+
+
 def test_another_storage_is_refused(place: Path, tmp_path: Path) -> None:
     Study(tmp_path, plan(place))
     with pytest.raises(Refused, match="storage"):
