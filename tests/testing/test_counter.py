@@ -1,4 +1,4 @@
-"""The n-th call that writes fails: a command ends as undisturbed, or says in a line that it did not."""
+"""The n-th call that writes fails: a command ends as undisturbed, or says why not in a line."""
 
 from __future__ import annotations
 
