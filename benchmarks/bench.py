@@ -85,20 +85,21 @@ class Bench:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
     def train(self, name: str, model: Any, seed: int, recipe: Recipe, lr: float,
-              *, steps: int, **how: Any) -> Any:  # fmt: skip
-        """A Trainer of a task, of `steps` steps at a base rate of `lr`."""
+              *, steps: int, arguments: Run | None = None, **how: Any) -> Any:  # fmt: skip
+        """A Trainer of a task, of `steps` steps at a base rate of `lr`; `arguments` are its own."""
         from transformers import PrinterCallback, TrainingArguments
 
         from holdfast import Trainer
 
-        arguments = TrainingArguments(
+        told = TrainingArguments(
             output_dir=str(self.home / "unused"), max_steps=steps, per_device_train_batch_size=ROWS,
             per_device_eval_batch_size=32, learning_rate=lr, weight_decay=0.01, warmup_steps=0.1,
             bf16=self.bf16, optim="adamw_torch_fused", seed=seed, data_seed=seed, use_cpu=True,
             save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
+            **(arguments or {}),
         )  # fmt: skip
         trainer = Trainer(
-            model=model, args=arguments, train_dataset=self.rows(name, seed, "train"),
+            model=model, args=told, train_dataset=self.rows(name, seed, "train"),
             data_collator=self.collate, processing_class=self.tokenizer, recipe=recipe, task=name,
             shared=model.base_model, **how,
         )  # fmt: skip

@@ -5,6 +5,8 @@
 Time: MiniLM on each task for one epoch, (a) as published scripts train it, every row padded to 128
 tokens and AdamW unfused, (b) by Trainer's own defaults with rows padded per batch, (c) by
 holdfast's. The clock stops while scores are computed; the target is the score of (a) at its end.
+Fast (`--fast`): instead, an epoch by Trainer's defaults beside holdfast's with batches of like
+length, and with bf16 too, by turns; and a compiled encoder: after how many steps it pays.
 Saving: the seconds within each checkpoint, by Trainer and by holdfast, and their difference as a
 share of 100 steps; a second Trainer shows the noise. Repetitions are interleaved. Writes the JSON
 and, beside it, the tables (.md).
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -30,6 +33,7 @@ from results import DATA, markdown, need_data, save
 from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments
 
 import holdfast
+from holdfast.engine.forwarding import uncompiled
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import evaluate
@@ -37,42 +41,53 @@ from holdfast.tasks.kinds.classification import KIND
 from holdfast.tasks.kinds.pretrained import load_tokenizer, locate, quiet
 
 LOOKS = 8  # how often the score is computed during training
+LIKE, FAST = "holdfast, like lengths", "holdfast, like lengths, bf16"
+COMPILED = "trainer, compiled"
 PADDED, DYNAMIC, OURS = "published (padded to 128, unfused)", "trainer (per batch)", "holdfast"
 SAVERS = ("trainer", "trainer again", "holdfast")
+
+
+def processor_time() -> float:
+    """Seconds that processors worked for this process and the ended ones that it started."""
+    return sum(os.times()[:4])
 
 
 class Clock(TrainerCallback):
     """Seconds of training alone, and the score on selection rows at a few points."""
 
-    def __init__(self, score: Callable[[Any], float] | None, every: int) -> None:
-        self.score, self.every = score, every
+    def __init__(
+        self, score: Callable[[Any], float] | None, every: int, now: Callable[[], float]
+    ) -> None:
+        self.score, self.every, self.now = score, every, now
         self.seconds, self.points = 0.0, list[tuple[int, float, float]]()
         self.saves = list[float]()  # seconds in each checkpoint
+        self.steps = list[float]()  # seconds of training at the end of each
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = self.now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step = state.global_step
+        self.steps.append(self.seconds + self.now() - self.began)
         if self.score is not None and (step % self.every == 0 or step == state.max_steps):
             self.pause()
             self.points.append((step, self.seconds, self.score(model)))
             model.train()
-            self.began = time.perf_counter()
+            self.began = self.now()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.pause()
 
     def pause(self) -> None:
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += self.now() - self.began
 
     def timed(self, save: Callable[..., None]) -> Callable[..., None]:
         """`save`, with its seconds recorded."""
 
         def measured(*args: Any, **kwargs: Any) -> None:
-            began = time.perf_counter()
+            began = self.now()
             save(*args, **kwargs)
-            self.saves.append(time.perf_counter() - began)
+            self.saves.append(self.now() - began)
 
         return measured
 
@@ -93,7 +108,14 @@ class Work:
         self.steps = min(epoch, chosen.steps or epoch)
 
     def score(self, model: Any) -> float:
-        return evaluate(model, self.selection, self.task, self.collate)
+        """In full precision and uncompiled, however it is trained."""
+        autocast = model.__dict__.pop("forward", None)
+        try:
+            with uncompiled():
+                return evaluate(model, self.selection, self.task, self.collate)
+        finally:
+            if autocast is not None:
+                model.forward = autocast
 
     def run(
         self, kind: str, out: Path, *, seed: int, save: int = 0, steps: int = 0, scored: bool = True
@@ -102,10 +124,14 @@ class Work:
         padded = DataCollatorWithPadding(
             self.tokenizer, padding="max_length", max_length=self.chosen.max_length
         )
-        ours = kind == OURS
+        ours = kind in (OURS, LIKE, FAST)
         steps = steps or self.steps
-        clock = Clock(self.score if scored else None, max(1, steps // LOOKS))
+        looks = 1 if self.chosen.fast else LOOKS
+        now = processor_time if self.chosen.processor_time else time.perf_counter
+        clock = Clock(self.score if scored else None, max(1, steps // looks), now)
         more: dict[str, Any] = {"optim": "adamw_torch"} if kind == PADDED else {}
+        if kind in (LIKE, FAST):
+            more |= {"train_sampling_strategy": "group_by_length", "bf16": kind == FAST}
         args = TrainingArguments(
             output_dir=str(out), max_steps=steps, learning_rate=self.chosen.lr, warmup_steps=0.1,
             per_device_train_batch_size=self.chosen.batch_size, weight_decay=0.01, seed=seed,
@@ -115,8 +141,12 @@ class Work:
         )  # fmt: skip
         cls = holdfast.Trainer if ours else transformers.Trainer
         own = {"recipe": Recipe.named(self.chosen.recipe)} if ours else {}
+        model = KIND.load_model(self.source, self.task, seed=seed)
+        if kind == COMPILED:
+            torch.compiler.reset()
+            model.base_model.compile(dynamic=True)
         trainer = cls(
-            model=KIND.load_model(self.source, self.task, seed=seed), args=args, callbacks=[clock],
+            model=model, args=args, callbacks=[clock],
             train_dataset=self.train, data_collator=padded if kind == PADDED else self.collate,
             processing_class=self.tokenizer, **own,
         )  # fmt: skip
@@ -154,6 +184,39 @@ def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str
             "seconds_to_target": reached,
         })  # fmt: skip
     return rows
+
+
+def fast(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
+    """Trainer's defaults and holdfast's faster settings by turns, then the compiled encoder."""
+    found: dict[str, list[Clock]] = {DYNAMIC: [], LIKE: [], FAST: []}
+    for repeat in range(chosen.repeats):
+        for kind in _turned(list(found), repeat):
+            clock = work.run(kind, out / "fast", seed=repeat)
+            found[kind].append(clock)
+            tell(f"{work.task.name} · {kind} · {clock.seconds:.1f} s, {clock.points[-1][2]:.3f}")
+    rows = [
+        {
+            "task": work.task.name, "kind": kind, "steps": work.steps,
+            "seconds": [round(c.seconds, 3) for c in clocks],
+            "median_seconds": statistics.median(c.seconds for c in clocks),
+            "times_faster": statistics.median(
+                p.seconds / c.seconds for c, p in zip(clocks, found[DYNAMIC], strict=True)
+            ),
+            "scores": [c.points[-1][2] for c in clocks],
+            "mean_score": statistics.fmean(c.points[-1][2] for c in clocks),
+        }
+        for kind, clocks in found.items()
+    ]  # fmt: skip
+    clock = work.run(COMPILED, out / "fast", seed=0, scored=False)
+    tell(f"{work.task.name} · {COMPILED} · {clock.seconds:.1f} s")
+    # In the later half of the steps, which are of the same rows, all is compiled.
+    half, eager = work.steps // 2, found[DYNAMIC][0]
+    before, now = ((c.steps[-1] - c.steps[half - 1]) / (work.steps - half) for c in (eager, clock))
+    spent = clock.steps[-1] - work.steps * now  # on compiling
+    pays = math.ceil(spent / (before - now)) if now < before else None
+    told = {"task": work.task.name, "seconds_a_step": before, "compiled": now,
+            "seconds_to_compile": spent, "pays_after_steps": pays}  # fmt: skip
+    return rows, told
 
 
 def saving(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
@@ -195,6 +258,32 @@ def table(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> str:
     return markdown(keys, [[row[k] for k in keys] for row in rows])
 
 
+def run_fast(works: Sequence[Work], chosen: argparse.Namespace) -> int:
+    """Measure `fast` of every task."""
+    runs = len(works) * (3 * chosen.repeats + 1)
+    steps = (3 * chosen.repeats + 1) * sum(work.steps for work in works)
+    print(f"{steps} training steps in {runs} runs", flush=True)
+    done, began, load = itertools.count(1), time.monotonic(), os.getloadavg()
+
+    def tell(line: str) -> None:
+        print(f"[{next(done)}/{runs}, {time.monotonic() - began:.0f} s] {line}", flush=True)
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for kind in (DYNAMIC, FAST):  # not counted: what is loaded and allocated once
+            works[0].run(kind, Path(folder) / "warm", seed=0, steps=min(10, works[0].steps))
+        made = [fast(work, chosen, Path(folder), tell) for work in works]
+    rows, compiled = [row for each, _ in made for row in each], [told for _, told in made]
+    found = {
+        "training_steps": steps, "seconds": time.monotonic() - began,
+        "load_average": [load, os.getloadavg()],
+        "settings": {k: str(v) for k, v in vars(chosen).items()},
+        "speed": rows, "compiled": compiled,
+    }  # fmt: skip
+    keys = ("task", "kind", "steps", "median_seconds", "times_faster", "mean_score")
+    save(chosen.json, found, f"{table(rows, keys)}\n\n{table(compiled, list(compiled[0]))}")
+    return 0
+
+
 def main() -> int:
     """Run the benchmark; --quick takes at most 25 minutes on two cores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -212,6 +301,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="fewer than an epoch, to try it out")
     parser.add_argument("--save-steps", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--save-runs", type=int, help="checkpoints of each training that saves")
+    parser.add_argument("--fast", action="store_true", help="only holdfast's faster settings")
+    parser.add_argument("--processor-time", action="store_true",
+                        help="of --fast on a machine that others use; with one thread")  # fmt: skip
     parser.add_argument("--only-saving", action="store_true", help="not the time of trainings")
     parser.add_argument("--threads", type=int, help="of torch (as many as it takes)")
     chosen = parser.parse_args()
@@ -219,10 +311,14 @@ def main() -> int:
     chosen.repeats = chosen.repeats or (2 if chosen.quick else 5)
     chosen.train_size = chosen.train_size or (1280 if chosen.quick else None)
     chosen.save_runs = chosen.save_runs or (2 if chosen.quick else 5)
+    if chosen.processor_time:  # compiling counts where it is waited for
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     quiet()
     works = [Work(path, chosen) for path in chosen.tasks]
+    if chosen.fast:
+        return run_fast(works, chosen)
     saves = chosen.save_runs * chosen.save_steps
     timed = [] if chosen.only_saving else works
     runs = chosen.repeats * (3 * len(timed) + len(SAVERS))

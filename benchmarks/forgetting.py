@@ -16,7 +16,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 
 import torch
 from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, save, show, task
-from results import need_data
+from results import DATA, need_data
 from torch import nn
 
 from holdfast import DPS, EWC, PEFT, HeadFirst, KfacEWC, LwF, Merge, Recipe, Replay
@@ -46,6 +48,7 @@ ALONE = [
 ]
 STEPS = 100  # of a task
 FIRST = 2e-4  # the rate of the shared first task
+PROBED = 2e-4  # the rate of a probe
 
 
 def flat(lr: float) -> tuple[Recipe, float]:
@@ -98,6 +101,8 @@ ARMS: dict[str, Callable[[], tuple[Recipe, float]]] = {
     "recadam": lambda: preset("recadam"),
     "mixout": lambda: preset("mixout"),
     "dynamic_subset": lambda: preset("dynamic_subset", 1e-3),
+    "from probe": lambda: flat(PROBED),
+    "flat 2e-4, like lengths": lambda: flat(2e-4),
 }
 MAIN = list(ARMS)[:4]
 # Tried on the tuning pairs only; on request.
@@ -145,16 +150,35 @@ class Forgetting(Bench):
         """All tasks after the first with one arm: scores after each, on both kinds of rows."""
         began = time.monotonic()
         recipe, lr = KNOWN[arm]()
+        if arm == "from probe" and len(names) > 1:
+            recipe, lr = self._probed(names, seed, lr)
         if len(names) == 1:
             _, found = self.alone(names[0], seed, recipe, lr, steps=STEPS)
         elif arm == "joint":
             found = self._joint(names, seed, lr)
         else:
-            found = self._sequence(names, seed, recipe, lr)
+            like = {"train_sampling_strategy": "group_by_length"} if "like" in arm else {}
+            found = self._sequence(names, seed, recipe, lr, like)
         return {"sequence": ">".join(names), "seed": seed, "arm": arm, "lr": lr, **found,
                 "commit": self.commit, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
 
-    def _sequence(self, names: list[str], seed: int, recipe: Recipe, lr: float) -> dict[str, Any]:
+    def _probed(self, names: list[str], seed: int, lr: float) -> tuple[Recipe, float]:
+        """Rates by a probe of the second task, which later ones of a chain take too."""
+        from holdfast.search.from_probe import rates_from_probe
+
+        with tempfile.TemporaryDirectory(dir=self.home) as folder:
+            begun = shutil.copytree(self.first(names[0], seed), Path(folder) / "first")
+            self.tokenizer.save_pretrained(begun)
+            rates = rates_from_probe(
+                None, [DATA / names[1]], "plain", from_run=begun, old_task=DATA / names[0],
+                out=Path(folder) / "rates", seed=seed, lr=lr, batch_size=ROWS, max_length=LENGTH,
+                epochs=STEPS * ROWS / SIZES["train_size"], bf16=self.bf16, **SIZES,
+            )  # fmt: skip
+        return Recipe(rates=rates, name="from probe"), rates.geometric_mean_rate or lr
+
+    def _sequence(
+        self, names: list[str], seed: int, recipe: Recipe, lr: float, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         from transformers import AutoModelForSequenceClassification
 
         begun = self.first(names[0], seed)
@@ -172,7 +196,7 @@ class Forgetting(Bench):
             model = self.heads.add_head(one, task(name, seed), seed=1000 * seed + i)
             models[name] = model
             trainer = self.train(name, model, 1000 * seed + i, recipe, lr, steps=STEPS,
-                                 bound=bound)  # fmt: skip
+                                 bound=bound, arguments=arguments)  # fmt: skip
             for old in models.values():
                 trainer.accelerator.prepare_model(old, evaluation_mode=True)
             trainer.train()

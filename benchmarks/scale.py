@@ -1,7 +1,11 @@
-"""How the work on weights grows with their number, from 10 million to a thousand million.
+"""How the work grows: with the number of weights, tasks, runs or trials.
 
     python benchmarks/scale.py --quick --json docs/results/scale-quick.json
+    python benchmarks/scale.py --of tasks --json docs/results/scale-tasks.json
+    python benchmarks/scale.py --of runs --json docs/results/scale-runs.json
+    python benchmarks/scale.py --of trials --storage URL --json docs/results/scale-trials.json
 
+**Weights**, from 10 million to a thousand million.
 Synthetic float32 tensors, as one large one and as many small ones: summing squares (DPS), adding a
 squared gradient to Fisher information, selecting a subnetwork, marking it, zeroing its gradients,
 restoring weights. For each the slope of log time over log size (1 is linear) and GB/s beside a
@@ -9,16 +13,25 @@ plain copy, measured in the same run. A size that would need more than --memory 
 reported. Writes the JSON and beside it the table (.md) and a picture (.png).
 
 For whole models of up to a thousand million weights at the end of a task see `task_end.py`.
+
+**Tasks**: a sequence of 50 small ones of a tiny model; of each the seconds without its tests, those
+of its tests (of all tasks so far, so they grow), and the process's memory. **Runs**: a grid of
+1,000 that train nothing: what leases, records and looking for what is to do cost a run. **Trials**:
+a search of 1,000 that train nothing, each with its reports at rungs: how many are asked and told a
+second.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import random
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +172,135 @@ def available() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
+# --- tasks, runs, trials --------------------------------------------------------------------------
+
+
+def rows_of(number: int) -> list[str]:
+    """Forty rows of a task: which of two words stands in a row of five."""
+    draw = random.Random(number)
+    words = ["red", "blue", "warm", "cold", "river", "city", "film", "book"]
+    one, two, *rest = draw.sample(words, len(words))
+    rows = [(word, [*draw.sample(rest, 4), word]) for word in (one, two) for _ in range(20)]
+    return [json.dumps({"text": " ".join(draw.sample(t, 5)), "label": w}) for w, t in rows]
+
+
+def tasks(count: int, folder: Path, _: str | None) -> dict[str, list[float]]:
+    """Of each task of a sequence: seconds without its tests, of its tests, GiB of this process."""
+    from holdfast import run_sequence
+    from holdfast.experiments import learner
+
+    found: dict[str, list[float]] = {"seconds": [], "tests": [], "GiB": []}
+    evaluate, learn, spent = learner.evaluate, learner.Learner.learn, [0.0]
+
+    def timed(*args: Any) -> float:
+        began = time.perf_counter()
+        try:
+            return evaluate(*args)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    def noted(self: Any, index: int) -> None:
+        began, spent[0] = time.perf_counter(), 0.0
+        learn(self, index)
+        found["seconds"].append(time.perf_counter() - began - spent[0])
+        found["tests"].append(spent[0])
+        held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found["GiB"].append(held / 2**30)
+
+    learner.evaluate, learner.Learner.learn = timed, noted  # type: ignore[method-assign]
+    for i in range(count):
+        (folder / f"t{i}.jsonl").write_text("\n".join(rows_of(i)))
+    names = [folder / f"t{i}.jsonl" for i in range(count)]
+    run_sequence(str(folder / "tiny"), names, "plain", out=folder / "out", epochs=2.0,
+                 batch_size=4, save_steps=0, max_length=16, progress=False)  # fmt: skip
+    return found
+
+
+def nothing(*, out: Path, label: str) -> None:
+    """A run that trains nothing."""
+    from holdfast.experiments.record import Record
+    from holdfast.experiments.runs import RECORD, open_run
+
+    with open_run(out, {"tasks": []}):
+        if not (out / RECORD).exists():
+            Record(tasks=[{"name": label, "metric": "accuracy"}]).save(out / RECORD)
+
+
+def runs(count: int, folder: Path, _: str | None) -> dict[str, list[float]]:
+    """Seconds of a grid when it is made, by one process and by two, and when it is read again."""
+    from holdfast.experiments.engines import carry_out
+    from holdfast.experiments.engines.local import Local
+
+    found: dict[str, list[float]] = {}
+    for name, place, workers in (("one process", "a", 1), ("read again", "a", 1),
+                                 ("two processes", "b", 2)):  # fmt: skip
+        jobs = [{"out": folder / place / str(i), "label": str(i)} for i in range(count)]
+        began = time.perf_counter()
+        carry_out(nothing, jobs, Local(workers), where=folder, progress=False)
+        found[name] = [time.perf_counter() - began]
+    return found
+
+
+def trials(count: int, folder: Path, storage: str | None) -> dict[str, list[float]]:
+    """Seconds of each trial of a search by one process: asked, told at its rungs, and ended."""
+    from holdfast.search.objective import Scores
+    from holdfast.search.plan import Plan
+    from holdfast.search.study import Study
+
+    two = ["builtin:inference", "builtin:intents"]
+    plan = Plan.make(str(folder / "tiny"), two, trials=count, sampler="random", train_size=100,
+                     evaluation_size=100, max_length=16)  # fmt: skip
+    study, taken = Study(folder / "out", plan, storage), list[float]()
+    draw = random.Random(0)
+    while True:
+        began = time.perf_counter()
+        if (claim := study.claim()) is None:
+            return {"seconds": taken}
+        if any(claim.report(k, draw.random()) for k in range(1, 2 * len(plan.rungs) + 1)):
+            claim.pruned("as told", 1, 0.0)
+        else:
+            claim.done(Scores(0.5, 0.5, draw.random(), 1, 0.0), [])
+        claim.close()
+        taken.append(time.perf_counter() - began)
+
+
+OTHERS = {"tasks": (tasks, 50), "runs": (runs, 1000), "trials": (trials, 1000)}
+
+
+def told(of: str, count: int, found: dict[str, list[float]]) -> str:
+    """Markdown: means over the first tenth, the middle one and the last; of runs the sums."""
+    if of == "runs":
+        lines = [[name, f"{v:.1f}", f"{v / count:.3f}"] for name, (v,) in found.items()]
+        return markdown(["", "seconds", "of each run"], lines)
+    tenth = max(1, count // 10)
+    lines = [
+        [name, *(f"{statistics.fmean(values[at : at + tenth]):.3f}"
+                 for at in (0, (count - tenth) // 2, count - tenth))]
+        for name, values in found.items()
+    ]  # fmt: skip
+    return markdown(["", "first tenth", "in the middle", "last tenth"], lines)
+
+
+def other(chosen: argparse.Namespace) -> int:
+    """Measure one of `OTHERS`."""
+    from engines import tiny
+
+    measured, usual = OTHERS[chosen.of]
+    count, load = chosen.count or usual, [os.getloadavg()]
+    torch.set_num_threads(chosen.threads or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny(Path(folder) / "tiny")
+        found = measured(count, Path(folder), chosen.storage)
+    load.append(os.getloadavg())
+    facts = f"{count} {chosen.of}, load average {load[0][0]:.1f} before, {load[1][0]:.1f} after"
+    if chosen.of == "trials":
+        kind = (chosen.storage or "sqlite").partition(":")[0]
+        facts += f"; {kind}, {count / sum(found['seconds']):.1f} trials a second"
+    body = {"of": chosen.of, "count": count, "load_average": load, "found": found}
+    save(chosen.json, body, f"{facts}\n\n{told(chosen.of, count, found)}")
+    return 0
+
+
 def main() -> int:
     """Measure every size that fits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -169,7 +311,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="of up to 100 M entries (5, 15)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch (its own choice)")
+    parser.add_argument("--of", choices=["weights", *OTHERS], default="weights")
+    parser.add_argument("--count", type=int, help="of tasks (50), runs or trials (1000)")
+    parser.add_argument("--storage", help="of a search's trials (a SQLite file)")
     chosen = parser.parse_args()
+    if chosen.of != "weights":
+        return other(chosen)
     chosen.repeats = chosen.repeats or (5 if chosen.quick else 15)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)

@@ -4,11 +4,14 @@
 
 Each method steps beside plain fused AdamW in one process, in pairs of random order on the same
 batch, each on its own copy of the model; "plain again" is a second plain copy: the noise. Both
-sides clip (plain by `clip_grad_norm_`), which counts as optimizer phase, like everything between
-backward and the end of `optimizer.step()`. Cycles of DPS that are longer than the run are measured
-by kinds of step (accumulate, select, mask, turn back), weighted as they occur in a cycle; so are
-the steps in which K-FAC EWC pulls. EWC's importance comes from 512 rows of --rows: its cost depends
-on the words they use. The Gram matrices of GPM, K-FAC EWC and Merge are of the same rows.
+sides clip: plain by `clip_grad_norm_`, ours by the recipe, or with `--loop-clips` as plain does, so
+that the engine measures once more what the loop has measured. Clipping counts as optimizer phase,
+like everything between backward and the end of `optimizer.step()`. Cycles of DPS that are longer
+than the run are measured by kinds of step (accumulate, select, mask, turn back), weighted as they
+occur in a cycle; so are the steps in which K-FAC EWC pulls. EWC's importance comes from 512 rows of
+--rows: its cost depends on the words they use. The Gram matrices of GPM, K-FAC EWC and Merge are of
+the same rows. Two models are held at a time, and what they leave in cycles is collected between the
+pairs. `--quick` takes the arms that the engine's own targets are of; `--arms all` every method.
 Writes the JSON, and beside it the table (.md) and a picture (.png). `--costs` writes what
 `holdfast methods` shows: the ratio of each method's whole step to plain's at the longest length.
 
@@ -24,6 +27,7 @@ import gc
 import json
 import os
 import random
+import resource
 import statistics
 import sys
 import time
@@ -64,6 +68,8 @@ ARMS: dict[str, Method | None] = {
     "lwf": LwF(),
     "merge": Merge(),
 }
+QUICK = ["plain again", "engine alone", "dps-dense-50", "dps-dense-5", "dps-mix-50", "dps-mix-5",
+         "retention-50", "retention-5", "ewc", "l2sp", "replay-off", "merge"]  # fmt: skip
 ARMS |= {name: kind() for name, kind in METHODS.items() if name not in (*ARMS, *NAMED)}
 SIZES = {
     "bert-base": {},
@@ -123,7 +129,7 @@ class Arm:
         self.scaler.scale(loss).backward()
         self._wait()
         middle = time.perf_counter()
-        if self.bound is None and self.chosen.clip:
+        if self.chosen.clip and (self.bound is None or self.chosen.loop_clips):
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.chosen.clip)
         self.scaler.step(self.optimizer)
@@ -141,13 +147,12 @@ class Arm:
         parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         found: dict[int, int] = {}
 
-        def see(t: Tensor) -> Tensor:
+        def see(t: Tensor) -> None:  # an output that is kept would keep its graph, and that it
             storage = t.untyped_storage()
             if storage.data_ptr() not in parameters:
                 found[storage.data_ptr()] = storage.nbytes()
-            return t
 
-        with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda nothing: nothing):
             out = self.model(**batch)
         del out
         for view in self.bound.views.values() if self.bound else ():
@@ -246,11 +251,13 @@ def measure(
     """Pairs of steps of an arm beside plain, and the bytes per covered weight that it adds."""
     method = ARMS[label]
     methods = [method] if method else []
-    recipe = Recipe(methods=methods, max_grad_norm=chosen.clip or None)
+    limit = None if chosen.loop_clips else chosen.clip or None
+    recipe = Recipe(methods=methods, max_grad_norm=limit)
     second = method is not None and method.needs_old_task and label != "replay-off"
     ours = Arm(chosen, None if label == "plain again" else recipe, batch, second=second)
     pairs, held, order = list[Pair](), 0, random.Random(label)
     gc.collect()
+    gc.freeze()  # what lives through all pairs is not looked at again
     gc.disable()
     for i, step in enumerate(schedule(method, chosen.pairs)):
         if ours.bound is not None and step is not None:
@@ -264,9 +271,14 @@ def measure(
             pairs.append(pair)
         if ours.bound is not None:
             held = max(held, sum(s.bytes() for s in ours.bound.states.values()))
+        gc.collect()
         bar.update(2)
     gc.enable()
-    return pairs, added_bytes(ours, plain, batch, held)
+    gc.unfreeze()
+    added = added_bytes(ours, plain, batch, held)
+    if ours.bound is not None:
+        ours.bound.unbind()  # while it mixes weights, it is held
+    return pairs, added
 
 
 def added_bytes(ours: Arm, plain: Arm, batch: dict[str, Tensor], held: int) -> dict[str, float]:
@@ -314,18 +326,27 @@ def row(label: str, length: int, pairs: list[Pair], added: dict[str, float]) -> 
     return found
 
 
+def tell(row: dict[str, Any], bar: Any) -> None:
+    """A line for an arm that is done, with the most memory that the process has held."""
+    whole, phase = (f"{row[part]['median']:.3f}" for part in ("whole", "optimizer"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    bar.write(f"{row['arm']}, {row['length']} tokens: whole step {whole}, optimizer phase {phase}; "
+              f"peak {peak:.1f} GiB")  # fmt: skip
+
+
 def main() -> int:
     """Measure every arm at every length."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="40 pairs an arm and length")
+    parser.add_argument("--quick", action="store_true", help="24 pairs an arm and length, few arms")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--costs", type=Path, help="write what `holdfast methods` shows there too")
     parser.add_argument("--model", default="minilm", help=f"{', '.join(SIZES)}, a folder, minilm")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--pairs", type=int, help="pairs of steps an arm and length (40, 200)")
+    parser.add_argument("--arms", nargs="+", choices=["all", *ARMS], help="what to measure (all)")
+    parser.add_argument("--pairs", type=int, help="pairs of steps an arm and length (24, 200)")
     parser.add_argument("--clip", type=float, default=1.0, help="0: neither side clips")
+    parser.add_argument("--loop-clips", action="store_true", help="both sides by clip_grad_norm_")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--rows", default=str(DATA / "trec6"), help="the old task of EWC (TREC)")
@@ -333,7 +354,9 @@ def main() -> int:
     chosen = parser.parse_args()
     need_data(chosen.rows)
     torch.set_num_threads(chosen.threads or torch.get_num_threads())
-    chosen.pairs = chosen.pairs or (40 if chosen.quick else 200)
+    chosen.pairs = chosen.pairs or (24 if chosen.quick else 200)
+    chosen.arms = chosen.arms or (QUICK if chosen.quick else ["all"])
+    chosen.arms = list(ARMS) if "all" in chosen.arms else chosen.arms
     schedules = [schedule(ARMS[arm], chosen.pairs) for arm in chosen.arms]
     steps = 2 * len(chosen.lengths) * sum(map(len, schedules))
     print(f"{steps} training steps", flush=True)
@@ -347,6 +370,9 @@ def main() -> int:
             for label in chosen.arms:
                 bar.set_description(f"{label}, {length} tokens", refresh=False)
                 rows.append(row(label, length, *measure(chosen, plain, label, batch, bar)))
+                gc.collect()  # the arm's model, before the next one's is made
+                tell(rows[-1], bar)
+            del plain
     load.append(os.getloadavg())
     told = (f"{torch.get_num_threads()} threads, load average {load[0][0]:.1f} before, "
             f"{load[1][0]:.1f} after\n\n{table(rows)}")  # fmt: skip

@@ -190,13 +190,20 @@ class Recipe:
 
     def unbound(self, *, seed: int = 0) -> Bound:
         """The `Bound` for a whole sequence of tasks, before its first."""
-        return Bound(
+        bound = Bound(
             self.methods,
             max_grad_norm=self.max_grad_norm,
             head_first=self.head_first,
             parts=self.parts,
             seed=seed,
         )
+        bound.scheduled = self.scheduled
+        return bound
+
+    @property
+    def scheduled(self) -> Rates | None:
+        """The rates, where they come in pieces: a `Bound` keeps to the piece in force."""
+        return self.rates if self.rates.pieces else None
 
     def check_bound(self, bound: Bound) -> None:
         """Refuse the bound of another recipe; rates and clipping may differ."""

@@ -29,8 +29,8 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.settings import Settings
 
 VERBS = (
-    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "rates", "combine", "predict", "export",
+    "delta", "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
 
@@ -60,21 +60,25 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
 
 TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size
     --accumulation --lr --weight-decay --warmup --schedule --head --max-length --selection
-    --save-steps --bf16 --bf16-eval --mix"""
+    --save-steps --group-by-length --bf16 --compile --bf16-eval --mix"""
+ENGINE = "--engine --address --partition --time --cpus --gpus"
 OPTIONS = {
     "train": f"--task --recipe --seed --reference --lm-eval --report-to {TRAINING}",
     "sequence": f"""--tasks --alone --recipe --seed --from --old-task --without-old-rows
         --max-forgetting --trust-code --reference --lm-eval --report-to {TRAINING}""",
     "selftrain": f"""--task --unlabelled --student --recipe --seed --rounds --rows --passes --pseudo
-        --choose --alpha --phce --student-lr
+        --choose --alpha --phce --student-lr {ENGINE}
         {TRAINING.replace("--head", "").replace("--mix", "")}""",
     "compare": f"""--tasks --protocol --data --only-served --recipes --flat --budget --rates --seeds
-        --reference --lm-eval --report-to --workers --engine --address --partition --time --jobs
-        --cpus --gpus --only {TRAINING}""",
+        --repeat --reference --lm-eval --report-to --workers --jobs {ENGINE} --only {TRAINING}""",
     "plan": "work",
-    "search": f"""--tasks --shift --trials --replicates --sampler --pruner --objective --parts
-        --tune --flat --seeds --storage --workers --recipe --seed
+    "search": f"""--tasks --shift --trials --replicates --confirm --confirm-seeds --learn-old
+        --sampler --population --pruner --objective --parts --tune --flat --seeds --storage
+        --workers --jobs {ENGINE} --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
+    "rates": f"""--tasks --from --old-task --from-probe --tolerance --confirm --parts --rows
+        --recipe --seed --trust-code
+        {TRAINING.replace("--head", "").replace("--save-steps", "")}""",
     "combine": "paths --out --base --layers",
     "predict": "run_folder rows --task --out --keep --batch-size --trust-code",
     "export": "run_folder --task --out --onnx --license --trust-code",
@@ -662,7 +666,7 @@ def test_from_october_to_a_gate(
     (tmp_path / "november" / "record.json").write_text("{")
     assert main(["runs", str(tmp_path)]) == 0
     listed = capsys.readouterr().out
-    assert "1 of 1" in listed and "not JSON" in listed
+    assert "1 of 1" in listed and "not JSON" in listed and " lr " in listed
     assert not list((tmp_path / "november").glob("*.tmp"))
     assert main(["doctor"]) == 0 and "torch" in capsys.readouterr().out
 

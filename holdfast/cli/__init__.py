@@ -29,8 +29,8 @@ from holdfast.plugins import plugin
 from holdfast.training import stopping
 
 VERBS = (
-    "train", "sequence", "selftrain", "compare", "search", "combine", "predict", "export", "delta",
-    "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
+    "train", "sequence", "selftrain", "compare", "search", "rates", "combine", "predict", "export",
+    "delta", "plan", "check", "runs", "report", "verify", "methods", "doctor", "demo",
 )  # fmt: skip
 GROUP = "holdfast.verbs"
 # What other trainers call our options.
@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = build_parser(words[:1]).parse_args(words, argparse.Namespace(words=words))
         resumes = chosen.verb.RESUMES
+        if resumes:
+            from holdfast.experiments.runs import check_alone
+
+            check_alone()
         if getattr(chosen, "trust_code", False):
             from holdfast.tasks.program import trust_all
 

@@ -17,6 +17,7 @@ from holdfast.cli.options import (
     asked_engine,
     asked_tasks,
     given,
+    group,
     show,
 )
 from holdfast.errors import Refused
@@ -42,10 +43,16 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--rates", nargs=2, type=float, metavar=("LOW", "HIGH"),
         help="the rates that tuning runs try (a tenth of --lr to 2.5 times it)")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    add("--repeat", action="store_true",
+        help="run the first seed of every recipe twice: what scores move by when nothing is "
+        "changed, below which no difference counts")  # fmt: skip
     add_settings(parser, without=["alone"])
     add_loggers(parser)
     add_probe(parser)
     add_engine(parser)
+    group(parser, "where it runs").add_argument(
+        "--only", metavar="RUN", help="carry out one run that `holdfast plan` listed, and no more"
+    )
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -84,7 +91,7 @@ def run(chosen: argparse.Namespace) -> None:
             records += compare(
                 chosen.model, tasks, recipes, seeds=chosen.seeds, out=out, engine=engine,
                 reference=chosen.reference, lm_eval=chosen.lm_eval, report_to=chosen.report_to,
-                budget=chosen.budget, rates=chosen.rates, **more, **settings,
+                budget=chosen.budget, rates=chosen.rates, repeat=chosen.repeat, **more, **settings,
             )  # fmt: skip
     if isinstance(engine, Only):
         engine.end()

@@ -113,13 +113,16 @@ def add_loggers(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
-    """Where many runs are carried out."""
+def add_engine(parser: argparse.ArgumentParser, *, several: bool = True) -> None:
+    """Where runs are carried out; several: whether they can be at once."""
     add = group(parser, "where it runs").add_argument
-    add("--workers", type=int, metavar="N",
-        help="processes of one thread each, on this machine (1)")  # fmt: skip
+    if several:
+        add("--workers", type=int, metavar="N",
+            help="processes of one thread each, on this machine (1)")  # fmt: skip
+        add("--jobs", type=int, metavar="N",
+            help="at once, of ray (all that there is room for) and slurm (20)")  # fmt: skip
     add("--engine", choices=["local", "ray", "slurm"], default="local",
-        help="local (these processes), ray or slurm; `holdfast plan` is for any other")  # fmt: skip
+        help="local (this machine), ray or slurm")  # fmt: skip
     add("--address", help="of a Ray cluster (one of its own, on this machine)")
     add("--partition", help="of Slurm")
     add(
@@ -127,10 +130,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="H:MM:SS",
         help="Slurm's limit of a job, after which it is renewed (4:00:00)",
     )
-    add("--jobs", type=int, metavar="N", help="at once, of Slurm (20)")
     add("--cpus", type=float, help="of a run, for ray and slurm (1)")
     add("--gpus", type=float, help="of a run, for ray and slurm; ray shares a half (0)")
-    add("--only", metavar="RUN", help="carry out one run that `holdfast plan` listed, and no more")
 
 
 def asked_engine(chosen: argparse.Namespace) -> Any:
@@ -139,13 +140,13 @@ def asked_engine(chosen: argparse.Namespace) -> Any:
 
     if getattr(chosen, "planned", False):
         return plan.Plan(chosen.words[1:], chosen.out)
-    if chosen.only is not None:
+    if getattr(chosen, "only", None) is not None:
         return plan.Only(chosen.only, chosen.out)
     made = {"local": local.Local, "ray": ray.Ray, "slurm": slurm.Slurm}[chosen.engine]
     known = {field.name for field in fields(made)}
     asked = {}
     for name in ("workers", "address", "partition", "time", "jobs", "cpus", "gpus"):
-        if (value := getattr(chosen, name)) is None:
+        if (value := getattr(chosen, name, None)) is None:
             continue
         if name not in known:
             raise Refused(f"is no option of the engine {chosen.engine}", where=f"--{name}")
@@ -189,7 +190,12 @@ def add_fields(
         if field.default not in (None, False):
             about += f" ({field.default})"
         how: dict[str, Any] = {"help": about, "default": None}
-        how |= {"action": "store_true"} if kind is bool else {"type": kind}
+        if kind is bool:
+            how["action"] = "store_true"
+        elif get_origin(kind) is not None:  # true, or a word
+            how |= {"nargs": "?", "const": True, "choices": get_args(get_args(kind)[1])}
+        else:
+            how["type"] = kind
         group(parser, title(field.name)).add_argument(cls.where(field.name), **how)
 
 
@@ -232,4 +238,6 @@ def _described(hint: Any) -> tuple[str, Any]:
     about = next(note.description for note in notes if getattr(note, "description", None))
     if get_origin(kind) is UnionType:
         return about, number
+    if bool in get_args(kind):
+        return about, kind
     return about, kind if kind in (int, float, bool) else str

@@ -24,14 +24,17 @@ def run(chosen: argparse.Namespace) -> None:
 
     from holdfast.experiments.runs import runs_below
 
-    table = Table("run", "recipe", "seed", "tasks", "learned", "status", "average", "forgetting")
+    table = Table(
+        "run", "recipe", "lr", "seed", "tasks", "learned", "status", "average", "forgetting"
+    )
     for folder, record, status in runs_below(chosen.folder):
         if record is None:
-            table.add_row(escape(printable(folder)), "", "", "", "", escape(status), "", "")
+            table.add_row(escape(printable(folder)), "", "", "", "", "", escape(status), "", "")
             continue
         scores = ("–" if v is None else f"{v:.3f}" for v in (record.average, record.forgetting))
         cells = [
-            folder, record.recipe.get("name", ""), record.seed, " > ".join(record.names),
+            folder, record.recipe.get("name", ""), record.settings.get("lr", ""), record.seed,
+            " > ".join(record.names),
             f"{len(record.seconds)} of {len(record.tasks)}", status, *scores,
         ]  # fmt: skip
         table.add_row(*(escape(printable(cell)) for cell in cells))

@@ -5,8 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from holdfast.cli.options import add_run, add_settings, add_tasks, asked_tasks, given, show
-from holdfast.search.objective import Pruner, Sampler
+from holdfast.cli.options import (
+    add_engine,
+    add_run,
+    add_settings,
+    add_tasks,
+    asked_engine,
+    asked_tasks,
+    given,
+    show,
+)
+from holdfast.search.objective import LearnOld, Pruner, Sampler
 
 ABOUT = "find how fast each part should learn, to take up a task and keep another"
 EXAMPLE = (
@@ -17,7 +26,7 @@ RESUMES = True
 
 
 ASKED = ("shift", "recipe", "tune", "parts", "flat", "sampler", "pruner", "objective", "trials",
-         "replicates", "seed")  # fmt: skip
+         "population", "replicates", "seed", "confirm", "confirm_seeds", "learn_old")  # fmt: skip
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +34,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     add_tasks(parser, "the old and the new one; one for other shifts than task. ")
     add("--shift", default="task", help="task (two tasks), or two halves of one: length, cluster, "
         "labels")  # fmt: skip
-    add("--trials", type=int, default=50, help="in all, controls among them (50)")
+    add("--trials", type=int, help="in all, controls and what confirms among them (50)")
+    add("--population", type=int, help="members, of --sampler pbt (8)")
     add("--replicates", type=int, default=1, help="seeds a trial, averaged (1)")
+    add("--confirm", type=int, default=0, metavar="K",
+        help="the best K trials run again with further selection seeds, before one of them is "
+        "called the winner; each run counts as a trial (0)")  # fmt: skip
+    add("--confirm-seeds", type=int, default=2, metavar="R", help="the further seeds of each (2)")
+    add("--learn-old", default="each", help=f"{' or '.join(get_args(LearnOld))}: task one in every "
+        "trial, with its curve, or once a seed at the middle flat rate for all (each)")  # fmt: skip
     add("--sampler", default="tpe", help=f"{', '.join(get_args(Sampler))} (tpe)")
     add("--pruner", help=f"{', '.join(get_args(Pruner))} (halving; none for pareto)")
     add("--objective", default="new_plus_old", help="new_plus_old, or pareto: both scores")
@@ -39,9 +55,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=3, help="fresh seeds of the final runs (3)")
     add("--storage", metavar="URL",
         help="journal:PATH, or a database that Optuna takes (a SQLite file in --out)")  # fmt: skip
-    add("--workers", type=int, default=1, help="processes of one thread each (1)")
     add_run(parser, recipe="plain")
     add_settings(parser, without=["alone", "head", "lr"])
+    add_engine(parser)
 
 
 def run(chosen: argparse.Namespace) -> None:
@@ -51,8 +67,8 @@ def run(chosen: argparse.Namespace) -> None:
 
     asked = {name: getattr(chosen, name) for name in ASKED}
     body = search(
-        chosen.model, tasks, fresh=chosen.seeds, url=chosen.storage, workers=chosen.workers,
-        out=chosen.out, **asked, **given(chosen),
+        chosen.model, tasks, fresh=chosen.seeds, url=chosen.storage, out=chosen.out,
+        engine=asked_engine(chosen), **asked, **given(chosen),
     )  # fmt: skip
     page = write_search_report(body, chosen.out / "report.html")
     rates = chosen.out / "rates.yaml"

@@ -138,6 +138,7 @@ class Bound(Passes):
         self.resuming, self.start, self.fitted, self._added = resuming, start, None, {}
         self.core, self._blocks = shared or default_shared(model), None
         self._forget_step()
+        self._pieces = {}
         for method in self.methods:
             if method.per_task:
                 self.states[method.name].weights.clear()
@@ -282,6 +283,8 @@ class Bound(Passes):
 
     def set_rates(self, rates: Rates, scheduler: Any = None) -> None:
         """Continue the task with other rates over the same base rate; see `groups.regroup_`."""
+        if self.scheduled is not None or rates.pieces:
+            raise Refused("are not for rates that come in pieces", where="set_rates")
         model = self._model()
         regroup_(self.optimizer, model, rates, scheduler, parts(model, self.parts))
         by_id = groups_by_id(self.optimizer)
@@ -328,8 +331,10 @@ class Bound(Passes):
         """What a run that goes on from here has to share with this one, as JSON."""
         if not self.weights:
             return {}
-        settings = {"steps": self.total_steps, "max_grad_norm": self.max_grad_norm}
+        settings: dict[str, Any] = {"steps": self.total_steps, "max_grad_norm": self.max_grad_norm}
         kind = type(self.optimizer).__name__
+        if self.scheduled is not None:
+            settings["pieces"] = [piece.to_dict() for piece in self.scheduled.pieces]
         return {"optimizer": kind, "options": self._began, **settings, **self.plan()}
 
     def load_state_dict(self, state: Mapping[str, Any], *, exact: bool = True) -> None:

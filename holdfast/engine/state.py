@@ -117,7 +117,10 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:
     """`NotFinite`, on every rank, if a tensor is not finite, naming the first such."""
     if not tensors:
         return
-    finite = torch.stack([distributed.local(t).isfinite().all() for t in tensors.values()])
+    here = [distributed.local(t) for t in tensors.values()]
+    finite = torch.stack([t.sum().isfinite() for t in here])  # faster; finite sums tell
+    if not finite.all():  # a sum may overflow
+        finite = torch.stack([t.isfinite().all() for t in here])
     every = distributed.gather(finite.int().tolist(), finite.device)
     bad = [name for name, good in zip(tensors, map(all, zip(*every, strict=True)), strict=True)
            if not good]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from holdfast.engine.attachment import Held, finite
 from holdfast.engine.method import Method, View
 from holdfast.engine.state import State
 from holdfast.errors import Refused, TrainingDiverged
-from holdfast.ops import distributed
-from holdfast.ops.gradients import clip_, total_norm, unscale_
+from holdfast.network.groups import factors
+from holdfast.network.parts import parts
+from holdfast.network.rates import Rates
+from holdfast.ops.gradients import Norms, clip_, unscale_
 
 SKIPS = 20  # steps in a row that may be left out
 HALVINGS = 60  # … under a GradScaler, which halves its scale at each until no gradient overflows
@@ -28,8 +30,11 @@ class Stepping:
     generator: torch.Generator  # the bound's own; each method has one in its state
     states: dict[str, State]
     models: dict[str, nn.Module]
+    parts: Mapping[str, str]
     task: str
     step: int
+    total_steps: int
+    finished: list[str]
     skipped: int
     max_grad_norm: float | None
     optimizer: torch.optim.Optimizer
@@ -38,6 +43,9 @@ class Stepping:
     previous: dict[str, Tensor]
     norm: Tensor | None = None
     rates: Mapping[int, float | Tensor]  # of the last step, by the id of an optimizer's group
+    scheduled: Rates | None = None  # the recipe's, where they come in pieces
+    _pieces: Mapping[int, list[float]]  # by a piece's first step: a factor for each group
+    _moved: Sequence[tuple[dict[str, Any], Any]] = ()  # groups, with their rates outside of a step
     inputs: Mapping[str, Any] | None = None
     outputs: Any = None
     loss: Tensor | None = None
@@ -53,8 +61,7 @@ class Stepping:
     _added: dict[str, tuple[Any, int]]  # by method: the sum of its penalties, and their number
     _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
-    # The last norm measured, its gradients, and their ids and versions at that time.
-    _measured: tuple[Tensor, list[Tensor], list[tuple[int, int]]] | None = None
+    _norms: Norms  # of this step's gradients
 
     def _model(self) -> nn.Module:
         if not self.task:
@@ -116,9 +123,37 @@ class Stepping:
         added, self._added = self._added, {}
         return {name: float(total) / number for name, (total, number) in added.items()}
 
+    def _take_piece(self) -> None:
+        """Move every group to the rates in force, for this step only.
+
+        Schedulers see the rates of the beginning, and what they make of them is kept.
+        """
+        self._put_back()
+        groups = self.optimizer.param_groups
+        if self.scheduled is None:
+            return
+        if not self._pieces:
+            task, total, curve = len(self.finished) + 1, self.total_steps, self.scheduled
+            named = parts(self._model(), self.parts)
+            starts = {0, *(p.start(total) for p in curve.pieces if p.task == task)}
+            self._pieces = {
+                start: factors(groups, curve, curve.in_force(task, start, total), named)
+                for start in starts
+            }
+        now = self._pieces[max(start for start in self._pieces if start <= self.step)]
+        self._moved = [(group, group["lr"]) for group in groups]
+        for group, factor in zip(groups, now, strict=True):
+            group["lr"] = group["lr"] * factor
+
+    def _put_back(self) -> None:
+        for group, rate in self._moved:
+            group["lr"] = rate
+        self._moved = ()
+
     @torch.no_grad()
     def _before_step(self) -> None:
         self.group_of = self._held.changed(self.weights) or self.group_of
+        self._take_piece()
         if self.has_penalty and not self._asked:
             raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss")
         unscale_(self.optimizer, self._gradients())
@@ -200,7 +235,8 @@ class Stepping:
         )
 
     def _forget_step(self) -> None:
-        self._asked, self._measured = False, None
+        self._put_back()
+        self._asked, self._norms = False, Norms()
         self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.again = self.features = None
         self.previous, self.seen, self._drew = {}, {}, {}
@@ -211,18 +247,11 @@ class Stepping:
     def gradient_norm(self) -> Tensor:
         """The global norm of the gradients as they are: under a GradScaler, `unscale_` them first.
 
-        Cached within a step until a gradient is written (writes through `.data` are not seen).
-        For shards it is always measured: all ranks must call this together, whatever each has
-        written.
+        Each gradient is measured once a step for every time that it is written (writes through
+        `.data` are not seen). Shards always are: all ranks must call this together, whatever each
+        has written.
         """
-        grads = self._gradients()
-        # Ids are unique while the gradients are kept; `_version` counts in-place writes.
-        now = [(id(g), distributed.local(g)._version) for g in grads]
-        norm, _, then = self._measured or (None, [], [])
-        if norm is None or now != then or any(map(distributed.sharded, grads)):
-            norm = total_norm(grads)
-            self._measured = norm, grads, now
-        return norm
+        return self._norms.total(self._gradients())
 
     def _gradients(self) -> list[Tensor]:
         grads = [w.grad for w in self.weights.values() if w.grad is not None]

@@ -34,6 +34,7 @@ from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
 
 FIRST, TUNING = "first", "tuning"  # folders beside those of the recipes
+AGAIN = "-again"  # ends the folder of a run that repeats another
 CONTROL = "plain"
 BESIDE: dict[str, Any] = {"reference": None, "lm_eval": (), "tests": None}  # nothing is measured
 
@@ -58,6 +59,7 @@ def compare(
     protocol: Mapping[str, Any] | None = None,
     budget: int | None = None,
     rates: Sequence[float] | None = None,
+    repeat: bool = False,
     **settings: Any,
 ) -> list[Record]:
     """Every recipe with every seed; finished runs are only read, killed ones are resumed.
@@ -73,6 +75,9 @@ def compare(
     and the ranges that the recipe's methods declare, see `holdfast.experiments.tuning`. The best on
     selection rows is trained anew with `seeds`. rates: the lowest and the highest rate to try
     (a tenth of `lr`, 2.5 times `lr`).
+
+    repeat: the first seed of every recipe runs twice, from its first task on, in `seed-<n>-again`:
+    what scores move by when nothing is changed, see `statistics.repeats`.
     """
     chosen: Engine = engine or Local(workers)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -92,12 +97,17 @@ def compare(
     if taken := {FIRST, TUNING} & {folder.name for folder in folders.values()}:
         raise Refused(f"{min(taken)} is a folder of the comparison's own", where="--recipes",
                       remedy="give the recipe another name")  # fmt: skip
+    if "auto" in (settings.get("bf16"), *(own.get("bf16") for _, own in recipes.values())):
+        raise Refused("auto would differ between machines, and runs that are compared may not",
+                      where="--bf16", remedy="say --bf16 or leave it out")  # fmt: skip
     for _, own in recipes.values():  # refuse bad settings before any run, not after some
         Settings.from_dict({**settings, **own})
 
-    def job(label: str, recipe: Recipe, own: Mapping[str, Any], seed: int) -> Arguments:
+    def job(label: str, recipe: Recipe, own: Mapping[str, Any], seed: int,
+            again: str = "") -> Arguments:  # fmt: skip
         return {"model": model, "tasks": list(tasks), "recipe": recipe, "seed": seed,
-                "out": folders[label] / f"seed-{seed}", "label": f"{label} · seed {seed}",
+                "out": folders[label] / f"seed-{seed}{again}",
+                "label": f"{label} · seed {seed}{again}",
                 "progress": progress, "reference": reference, "lm_eval": lm_eval,
                 "report_to": report_to, "tests": tests, "protocol": protocol,
                 **settings, **own}  # fmt: skip
@@ -129,9 +139,9 @@ def compare(
     for line in _same(recipes, settings):
         tell_once(line)
     finals = [
-        job(label, recipe, own, seed) | {"arm": arms.get(label, Arm())}
+        job(label, recipe, own, seed, again) | {"arm": arms.get(label, Arm())}
         for label, (recipe, own) in recipes.items()
-        for seed in seeds
+        for seed, again in [*((seed, "") for seed in seeds), *[(seeds[0], AGAIN)] * repeat]
     ]
     records = do(_ran, finals, out)
     if failed := [each for each in records if isinstance(each, OutOfMemory)]:
@@ -214,19 +224,29 @@ def _delete(folder: Path) -> None:
             shutil.rmtree(run.parent, ignore_errors=True)
 
 
+def busy_at_first(recipe: Recipe, plan: Settings) -> str | None:
+    """What of a recipe and settings is at work in the first task, in words; None for nothing.
+
+    Where other rows are mixed in or the head is not the task's own, what goes on is not the same by
+    construction.
+    """
+    busy = [m.name for m in recipe.methods if not m.idle_at_first or m.defines("prepare")]
+    busy += [name for name, it in (("peft", recipe.peft), ("--mix", plan.mix)) if it]
+    return ", ".join(busy + [f"--head {plan.head}"] * (plan.head != "task")) or None
+
+
 def _first(job: Arguments, folder: Path) -> Arguments | None:
     """The job of its first task alone; None where its recipe acts in it, or it is begun.
 
-    Nor where more is measured beside it, other rows are mixed in or the head is not the task's own:
-    what goes on is then not the same by construction.
+    Nor where more is measured beside it: what goes on is then not the same by construction.
     """
     recipe: Recipe = job["recipe"]
     known = {f.name for f in fields(Settings)}
     plan = Settings.from_dict({k: v for k, v in job.items() if k in known})
-    idle = all(m.idle_at_first and not m.defines("prepare") for m in recipe.methods)
-    other = recipe.peft or plan.mix or plan.head != "task" or any(job[name] for name in BESIDE)
+    busy = busy_at_first(recipe, plan) or any(job[name] for name in BESIDE)
     begun = (Path(job["out"]) / RECORD).is_file() or how_diverged(Path(job["out"])) is not None
-    if len(job["tasks"]) < 2 or not idle or other or begun:
+    whole = Path(job["out"]).name.endswith(AGAIN)
+    if len(job["tasks"]) < 2 or busy or begun or whole:
         return None
     plain = replace(recipe, methods=(), name="first task")
     key = digest({"recipe": plain.to_dict(), "settings": plan.to_dict()})

@@ -11,7 +11,7 @@ import torch
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import versions
-from holdfast.tasks.kinds.pretrained import device, locate
+from holdfast.tasks.kinds.pretrained import bf16_pays, device, locate
 
 
 def machine() -> Iterator[str]:
@@ -25,7 +25,7 @@ def machine() -> Iterator[str]:
         yield "! no accelerator: a model of 22M parameters takes about .3 s a step of 16 short rows"
         if torch.version.cuda:
             yield f"! torch, built for CUDA {torch.version.cuda}, finds no device: see its driver"
-        if torch.cpu._is_avx512_bf16_supported():
+        if bf16_pays():
             yield "! this processor multiplies in bfloat16: --bf16 is faster here"
         if threads > cores:
             yield f"! more threads than cores: OMP_NUM_THREADS={cores} is faster"

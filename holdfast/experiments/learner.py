@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PrinterCallback, TrainerCallback
 
 from holdfast.engine.bound import Bound
+from holdfast.engine.forwarding import uncompiled
 from holdfast.engine.peft import adapt, folded
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, Held, History, drawn
@@ -209,6 +210,9 @@ class Learner:
             self.bound.remember(task.name, model, [], shared=self.kind.shared(model))
             self.note(index, steps=0, skipped=0)
             return
+        if self.plan.compile and self.kind.shared(model)._compiled_call_impl is None:
+            # For rows of any length from the first on: one graph, which all tasks share.
+            self.kind.shared(model).compile(dynamic=True)
         trainer = Trainer(
             model=model,
             args=self.plan.arguments(self.training(index), seed=seed, rows=len(rows)),
@@ -325,7 +329,7 @@ class Learner:
             collate = Counting(collate, bar)
         device = next(model.parameters()).device.type
         try:
-            with torch.autocast(device, torch.bfloat16, enabled=self.plan.bf16_eval):
+            with uncompiled(), torch.autocast(device, torch.bfloat16, enabled=self.plan.bf16_eval):
                 return evaluate(model, rows, self.tasks[index], collate, self.kind)
         finally:
             if bar is not None:

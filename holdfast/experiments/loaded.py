@@ -22,6 +22,12 @@ class Loaded:
         self.rows: dict[int, dict[tuple[str, str], tuple[Packed, int]]] = {}
         self._untrained: dict[tuple[int, int], nn.Module] = {}  # by task and seed
 
+    def anew(self) -> Loaded:
+        """The same without untrained models: for a run of seeds that no other one has."""
+        other = copy.copy(self)
+        other._untrained = {}
+        return other
+
     def untrained(
         self, key: tuple[int, int], make: Callable[[], Any], before: nn.Module | None
     ) -> nn.Module:

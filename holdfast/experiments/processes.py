@@ -23,10 +23,10 @@ ATTEMPTS = 3  # worker processes that one job may lose
 EVERY = 1.0  # seconds between calls of `look`
 
 
-def check_workers(workers: int) -> None:
+def check_workers(workers: int, where: str = "--workers") -> None:
     """Refuse what is no number of processes."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise Refused(f"must be a whole number from 1 on, not {workers!r}", where="--workers")
+        raise Refused(f"must be a whole number from 1 on, not {workers!r}", where=where)
 
 
 def spread(

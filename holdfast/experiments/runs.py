@@ -37,13 +37,22 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def check_alone() -> None:
+    """Refuse to begin a run in one of several processes that share a model."""
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise Refused("a run is of one process", where="torchrun",
+                      remedy="train one model on several by holdfast.Trainer, or make several runs "
+                      "at once by --workers or --engine")  # fmt: skip
+
+
 @contextlib.contextmanager
 def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
     """Hold a run's folder for as long as the block lasts.
 
     Raises `Busy` where another live process holds it; `Refused` where it belongs to another
-    configuration, where a link lies in it, or where it cannot be written.
+    configuration, where a link lies in it, where it cannot be written, or under `torchrun`.
     """
+    check_alone()
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +68,14 @@ def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
     finally:
         _held.pop(folder, None)
         held.release()
+
+
+def setting_of(folder: str | Path, name: str, otherwise: Any = None) -> Any:
+    """A setting of the run that a folder holds; `otherwise` where there is no such run."""
+    try:
+        return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["settings"][name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return otherwise
 
 
 def _refuse_links(folder: Path) -> None:

@@ -23,6 +23,7 @@ from holdfast.experiments.runs import (
     check_held,
     digest,
     open_run,
+    setting_of,
 )
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
@@ -86,12 +87,10 @@ def run_sequence(
     given. Without `without_old_rows` their rows must be where they were, unchanged. Or a saved
     model, with `old_task`: rows of what it was trained on, so that methods can protect it; of a
     language model also running text (.txt).
-
     reference: running text by which general ability is measured before the first task and after
     each, see `holdfast.experiments.probe`; lm_eval: names of tasks of that package, run beside it.
     report_to: loggers of Transformers (`tensorboard`, …), which get the sequence as one run.
     arm: what `compare` asks of its runs.
-
     tests: tasks that are only tested on after each task, see `holdfast.experiments.elsewhere`.
     protocol: what the record keeps of the protocol that the run is part of.
 
@@ -109,6 +108,8 @@ def run_sequence(
         raise Refused("no model" if model is None else "--old-task and --without-old-rows need it",
                       where="--from", remedy="name a run or a saved model")  # fmt: skip
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
+    if settings.get("bf16") == "auto" and out is not None:  # a run keeps what it began with
+        settings["bf16"] = setting_of(out, "bf16", "auto")
     plan, seed = Settings.from_dict(settings), 0 if seed is None else seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**20:
         raise Refused(f"must be a whole number from 0 to 2^20, not {seed!r}", where="--seed")
@@ -249,10 +250,9 @@ class Job:
             record.settings = {**record.settings, **plan.to_dict()}
             record.command, record.commit = self.command, commit(Path(__file__).parent)
             record.seed, record.created = self.seed, now()
-            for key in ("protocol", "first", "tuned", "serves"):  # they are of that run alone
-                record.extra.pop(key, None)
+            for key in ("protocol", "first", "tuned", "serves", *[HALVED] * (first is None)):
+                record.extra.pop(key, None)  # they are of that run alone
             if first is None:
-                record.extra.pop(HALVED, None)
                 record.versions, record.rates = versions(), None  # they are this recipe's
             else:
                 record.tasks = [describe(tasks[0])]

@@ -38,6 +38,8 @@ class Settings(Checked):
 
     warmup and selection are a share below 1 or a number (of steps, of rows).
     save_steps: steps between checkpoints within a task; 0 saves none, null at every epoch's end.
+    bf16: "auto" becomes True or False here, by the machine it is made on.
+    compile: numbers then agree with uncompiled ones, and after a stop, up to rounding only.
     mix: see `holdfast.experiments.mix`; for language models.
     alone: also train each later task alone, which forward transfer needs.
     """
@@ -65,10 +67,24 @@ class Settings(Checked):
     save_steps: (
         Annotated[int, about("steps between checkpoints; 0: none (each epoch)", ge=0)] | None
     ) = None
-    bf16: Annotated[bool, about("train in bfloat16 mixed precision")] = False
+    group_by_length: Annotated[
+        bool, about("steps of rows of like length: faster, and may forget more")
+    ] = False
+    bf16: Annotated[
+        bool | Literal["auto"],
+        about("train in bfloat16 mixed precision; auto: where this machine is faster in it"),
+    ] = False
+    compile: Annotated[bool, about("compile what tasks share: pays in long runs only")] = False
     bf16_eval: Annotated[bool, about("score in bfloat16 mixed precision")] = False
     mix: Annotated[str, about("FILE:SHARE, rows of FILE among those of each task")] | None = None
     alone: Annotated[bool, about("train later tasks alone too: gives forward transfer")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bf16 == "auto":
+            from holdfast.tasks.kinds.pretrained import bf16_pays
+
+            object.__setattr__(self, "bf16", bf16_pays())
 
     @classmethod
     def where(cls, name: str) -> str:
@@ -93,7 +109,7 @@ class Settings(Checked):
             weight_decay=self.weight_decay,
             warmup_steps=self.warmup,
             lr_scheduler_type=self.schedule,
-            bf16=self.bf16,
+            bf16=self.bf16 is True,
             optim="adamw_torch_fused",
             seed=seed,
             data_seed=seed,
@@ -108,6 +124,7 @@ class Settings(Checked):
             dataloader_pin_memory=False,
             per_device_eval_batch_size=32,
             remove_unused_columns=False,  # collators keep what models take
+            **({"train_sampling_strategy": "group_by_length"} if self.group_by_length else {}),
         )
 
 

@@ -186,8 +186,14 @@ class _Merger:
                     self._write({name: change.add_(distributed.full(self.start[name]))})
                     del left[name]
         for name in left:
-            before, after = (distributed.full(w[name]).float() for w in (self.start, self.learned))
-            self._write({name: torch.lerp(before, after, self._share(name, strength))})
+            before, after = (distributed.full(w[name]) for w in (self.start, self.learned))
+            share = self._share(name, strength)
+            if not isinstance(share, Tensor):
+                self._write({name: torch.lerp(before.float(), after.float(), share)})
+                continue
+            seen = share.nonzero()[:, 0]  # few of an embedding's rows; the others go back
+            moved = torch.lerp(before[seen].float(), after[seen].float(), share[seen, None])
+            self._write({name: before.index_copy(0, seen, moved.to(before.dtype))})
 
     def _share(self, name: str, strength: float) -> Tensor | float:
         """The share of its change a weight keeps: by counts for embedding rows, else fixed."""
@@ -196,8 +202,7 @@ class _Merger:
         if name not in self.new.counts or name not in self.old.counts:
             return self.how.others
         mine, theirs = self.new.counts[name], strength * self.old.counts[name]
-        share = torch.where(mine > 0, mine / (mine + theirs).clamp(min=1e-30), 0.0)
-        return share[:, None]
+        return torch.where(mine > 0, mine / (mine + theirs).clamp(min=1e-30), 0.0)
 
     def _write(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():

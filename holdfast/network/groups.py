@@ -30,7 +30,8 @@ def param_groups(
     parts: Parts | None = None,
     no_decay: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for any torch optimizer, one for each distinct (rate, decay).
+    """Groups for any torch optimizer, one for each distinct (rate, decay), of rates that come in
+    pieces for each (part, decay).
 
     Each has `params`, `param_names` (canonical, same order), `lr`, `weight_decay`, `part_names`,
     `multiplier` and `base_lr`, the rate without the multiplier.
@@ -57,7 +58,8 @@ def param_groups(
         decay, times = 0.0 if name in spared else weight_decay, multiplier[part]
         fresh = {"params": [], "lr": lr * times, "weight_decay": decay, "base_lr": lr,
                  "multiplier": times}  # fmt: skip
-        group = groups.setdefault((times, decay), fresh)
+        alone = part if rates.pieces else None  # parts may differ later
+        group = groups.setdefault((alone, times, decay), fresh)
         group["params"].append(parameter)
         group.setdefault("param_names", []).append(name)
         group.setdefault("part_names", {})[part] = None
@@ -135,6 +137,24 @@ def _is_bias(name: str) -> bool:
 
 
 # --- other rates while it trains ----------------------------------------------------------------
+
+
+def factors(
+    groups: Sequence[Mapping[str, Any]], rates: Rates, now: Rates, parts: Parts
+) -> list[float]:
+    """For each group the multiplier of its part in `now` / that in `rates`, which it was made by.
+
+    Refused: groups that `param_groups` did not make of rates that come in pieces.
+    """
+    first, later, found = rates.of(parts), now.of(parts), []
+    for group in groups:
+        each = {later[part] / first[part] for part in group.get("part_names", ())}
+        if len(each) != 1:
+            raise Refused("rates that come in pieces need a group for each part",
+                          where="recipe.rates",
+                          remedy="build it with recipe.param_groups(model, ...)")  # fmt: skip
+        found.append(each.pop())
+    return found
 
 
 def regroup_(

@@ -9,6 +9,8 @@ the layers, one for the head::
 The published curves (BERTcL) have K = 8 points, found on 12 layers: layer i takes point
 ⌊i·8/12⌋. On a network of another depth those 12 values, at relative depths (i + ½)/12, are
 interpolated: log m is linear between neighbours and constant beyond the first and the last.
+
+A curve may change while it is used: each of its `pieces` holds from a step of a task on.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,53 @@ SCHEMA = 1
 _BERTCL = (1.0, 1.0, 0.3, 0.7, 1.0, 1.0, 1.0, 1.0, 1.0, 3.0)
 _BERTCL_AVERAGED = (3.295, 4.363, 0.921, 1.923, 2.849, 2.143, 3.267, 3.699, 3.186, 11.188)
 _BERTCL_SOURCE = "BERTcL, four task-shift pairs on bert-base-uncased (12 layers)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Other multipliers from a step on, until the next piece."""
+
+    task: int
+    """Which task of a sequence, the first is 1."""
+    at: float | int
+    """Steps of the task that come before it; below 1 a share of all its steps."""
+    multipliers: tuple[float, ...]
+    """[embeddings, points…, head], as many as the curve has, each above 0."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.task, bool) or not isinstance(self.task, int) or self.task < 1:
+            raise Refused(f"task {self.task!r} is no whole number from 1 on", where="pieces")
+        number(self.at, "pieces.at")
+        if isinstance(self.at, float) and self.at >= 1:
+            raise Refused(f"at {self.at!r} is no share below 1", where="pieces",
+                          remedy="write steps as a whole number")  # fmt: skip
+        if isinstance(self.multipliers, str) or not isinstance(self.multipliers, Sequence):
+            raise Refused(f"expected a list of numbers, found {self.multipliers!r}", where="pieces")
+        values = tuple(number(m, "pieces.multipliers") for m in self.multipliers)
+        if not all(values):
+            raise Refused("a multiplier of 0 would freeze a part on the way", where="pieces",
+                          remedy="freeze it from the beginning")  # fmt: skip
+        object.__setattr__(self, "multipliers", values)
+
+    def start(self, total: int) -> int:
+        """Steps before it, of a task of `total` steps; rounded up."""
+        return math.ceil(round(self.at * total, 6)) if isinstance(self.at, float) else self.at
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in a rates file."""
+        return {"task": self.task, "at": self.at, "multipliers": list(self.multipliers)}
+
+    @classmethod
+    def of(cls, given: Any) -> Piece:
+        """A piece, or what a rates file says of one."""
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise Refused(f"{given!r} is no piece", where="pieces",
+                          remedy="{task: 1, at: 0.5, multipliers: […]}")  # fmt: skip
+        keys = ("task", "at", "multipliers")
+        only_keys(given, keys, required=keys, where="pieces")
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +101,8 @@ class Rates:
     name: str = "rates"
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Where the curve comes from: plain data, kept in the file."""
+    pieces: Sequence[Piece] = ()
+    """What the multipliers become on the way, in order; see `Piece`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.points, str) or not isinstance(self.points, Sequence):
@@ -63,6 +115,7 @@ class Rates:
             "points": tuple(points),
             "head": number(self.head, "head"),
             "freeze_below": number(self.freeze_below, "freeze_below"),
+            "pieces": self._checked_pieces(),
         }
         if fixed["freeze_below"] > 1:
             raise Refused(f"{self.freeze_below} is above 1", where="freeze_below")
@@ -80,6 +133,21 @@ class Rates:
         fixed["provenance"] = dict(self.provenance)
         for key, value in fixed.items():
             object.__setattr__(self, key, value)
+
+    def _checked_pieces(self) -> tuple[Piece, ...]:
+        if isinstance(self.pieces, str) or not isinstance(self.pieces, Sequence):
+            raise Refused(f"{self.pieces!r} is no list", where="pieces")
+        pieces, parts = tuple(map(Piece.of, self.pieces)), len(self.points) + 2
+        for piece in pieces:
+            if len(piece.multipliers) != parts:
+                raise Refused(f"{len(piece.multipliers)} multipliers, the curve has {parts}",
+                              where="pieces")  # fmt: skip
+        for one, two in pairwise(pieces):
+            comparable = type(one.at) is type(two.at) and one.task == two.task
+            if one.task > two.task or (comparable and one.at >= two.at):
+                raise Refused(f"task {two.task} at {two.at:g} after task {one.task} at {one.at:g}",
+                              where="pieces", remedy="list them in order")  # fmt: skip
+        return pieces
 
     # --- curves --------------------------------------------------------------------------------
 
@@ -157,7 +225,12 @@ class Rates:
         mean = self.geometric_mean
         if mean == 0:
             raise Refused("all multipliers are 0", where=self.name, remedy="nothing to normalise")
-        first, *points, last = (m / mean for m in self.multipliers)
+        pieces = [replace(p, multipliers=tuple(m / mean for m in p.multipliers))
+                  for p in self.pieces]  # fmt: skip
+        return replace(self._with([m / mean for m in self.multipliers]), pieces=pieces)
+
+    def _with(self, multipliers: Sequence[float]) -> Rates:
+        first, *points, last = multipliers
         return replace(self, embeddings=first, points=tuple(points), head=last)
 
     @property
@@ -171,6 +244,16 @@ class Rates:
         return _geometric_mean(self.multipliers)
 
     # --- applying ------------------------------------------------------------------------------
+
+    def in_force(self, task: int, step: int, total: int) -> Rates:
+        """The curve after `step` of `total` steps of a task, without pieces.
+
+        It is that of the last piece listed which has begun, in this task or an earlier one.
+        """
+        begun = [p for p in self.pieces
+                 if p.task < task or (p.task == task and p.start(total) <= step)]  # fmt: skip
+        plain = replace(self, pieces=())
+        return plain._with(begun[-1].multipliers) if begun else plain
 
     def at(self, depth: float) -> float:
         """The layers' multiplier at a relative depth, ignoring `freeze_below`.
@@ -211,7 +294,7 @@ class Rates:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a rates file."""
-        return {
+        body = {
             "kind": "rates",
             "schema": SCHEMA,
             "name": self.name,
@@ -221,11 +304,14 @@ class Rates:
             "geometric_mean_rate": self.geometric_mean_rate,
             "provenance": dict(self.provenance),
         }
+        if self.pieces:  # left out where there are none, so that recipes keep their hash
+            body["pieces"] = [piece.to_dict() for piece in self.pieces]
+        return body
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> Rates:
         """Rates from the content of a file; unknown keys are Refused."""
-        fields = ("name", "layers", "freeze_below", "geometric_mean_rate", "provenance")
+        fields = ("name", "layers", "freeze_below", "geometric_mean_rate", "provenance", "pieces")
         header = ("kind", "schema", "multipliers")
         only_keys(data, header + fields, required=header, where=where)
         if data["kind"] != "rates":

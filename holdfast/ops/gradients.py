@@ -26,20 +26,33 @@ def total_norm(grads: list[Tensor]) -> Tensor:
 
     For sharded gradients it is the norm of the whole, equal on all ranks; all must call this.
     """
-    if any(distributed.sharded(g) for g in grads):
-        return _norm_of_shards(grads)
-    if not any(g.dtype.itemsize < 4 for g in grads):
-        return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-    # In their own dtype, float16 norms overflow above 65,504 and bfloat16 has three digits.
-    alike: dict[Any, list[Tensor]] = {}
-    for g in grads:
-        alike.setdefault((g.device, g.dtype), []).append(g)
-    norms = [
-        norm.to(grads[0].device)
-        for (_, dtype), same in alike.items()
-        for norm in torch._foreach_norm(same, 2.0, torch.promote_types(dtype, torch.float32))
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return Norms().total(grads)
+
+
+class Norms:
+    """The norms of a step's gradients, each measured once for every time that it was written."""
+
+    def __init__(self) -> None:
+        # By id, unique while the gradient is kept; `_version` counts in-place writes.
+        self._known: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def total(self, grads: list[Tensor]) -> Tensor:
+        """`total_norm`, bit for bit torch's of gradients that are alike; shards are read anew."""
+        if any(distributed.sharded(g) for g in grads):
+            return _norm_of_shards(grads)
+        known = {id(g): self._known.get(id(g), (g, -1, g)) for g in grads}
+        alike: dict[Any, list[Tensor]] = {}
+        for g, version, _ in known.values():
+            if g._version != version:
+                alike.setdefault((g.device, g.dtype), []).append(g)
+        for (_, dtype), same in alike.items():
+            # In their own dtype, float16 norms overflow above 65,504, bfloat16 has three digits.
+            wide = torch.promote_types(dtype, torch.float32)
+            for g, norm in zip(same, torch._foreach_norm(same, 2.0, wide), strict=True):
+                known[id(g)] = g, g._version, norm
+        self._known = known
+        norms = [norm for _, _, norm in known.values()]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 def _norm_of_shards(grads: list[Tensor]) -> Tensor:

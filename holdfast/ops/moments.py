@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+STRIP = 128  # rows that are mirrored at a time
 SMALL = 256  # matrices up to this size are solved in double
 
 
@@ -37,7 +38,8 @@ class Blocks:
     def cut(self, x: Tensor) -> Tensor:
         """(n, d) as (blocks, n, b)."""
         blocks, _, b = self.matrix.shape
-        x = functional.pad(x, (0, blocks * b - self.d))
+        if blocks * b > self.d:
+            x = functional.pad(x, (0, blocks * b - self.d))
         return x.reshape(len(x), blocks, b).transpose(0, 1)
 
     def joined(self, x: Tensor) -> Tensor:
@@ -54,8 +56,12 @@ class Blocks:
 
     def close_(self) -> None:
         """All inputs were seen: mirror the upper triangle."""
-        self.matrix = self.matrix.triu().contiguous()
-        self.matrix += self.matrix.triu(1).mT
+        self.matrix = self.matrix.contiguous()
+        for i in range(0, self.matrix.shape[-1], STRIP):
+            j = i + STRIP
+            self.matrix[:, j:, i:j] = self.matrix[:, i:j, j:].mT
+            corner = self.matrix[:, i:j, i:j]
+            corner.copy_(corner.triu() + corner.triu(1).mT)
 
     def add_(self, other: Blocks) -> None:
         """Add another's, not in place: other methods may hold the tensors."""

@@ -5,7 +5,9 @@ Floats of one sign sort as their bits do as integers. So the value at a rank is 
 go on with the next digit. It is exact, never sorts, and needs a bounded amount of extra memory
 (measured on one core: 4 to 6 times as fast as `kthvalue` for a million entries and more). Counts
 add up over processes, so sharded tensors need one small all-reduce per digit, for all tensors at
-once. Small scores are copied and partitioned instead.
+once. Small scores are partitioned instead: those between two entries of a sample, whose ranks in it
+enclose the one sought with near certainty (Floyd & Rivest, CACM 1975); where they do not, all of
+them.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +25,8 @@ from holdfast.config import exactly
 from holdfast.ops import distributed
 
 CHUNK = 1 << 20  # entries read at a time: it bounds the extra memory
-COPIED = 1 << 22  # up to this, numpy's vectorised partition of a copy is faster
+COPIED = 1 << 22  # up to this, numpy's partition is faster
+SAMPLE = 1 << 13  # entries of a sample
 SMALL = 1 << 15  # the same for `kthvalue` of a copy on an accelerator
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 Scope = Literal["tensor", "global"]
@@ -103,12 +107,35 @@ def thresholds(groups: Sequence[Sequence[Tensor]], drop: float | Fraction) -> li
 
 
 def _of_copy(group: Sequence[Tensor], rank: int) -> Tensor:
-    """The value at a rank, 1 for the smallest, from a copy of all scores."""
-    flat = torch.cat([s.detach().flatten() for s in group])
+    """The value at a rank, 1 for the smallest, from a copy of all scores, or of those near it."""
+    each = [s.detach().flatten() for s in group]
+    flat = torch.cat(each) if len(each) > 1 else each[0]
     if not flat.is_cpu or flat.dtype not in INTEGERS:
         return flat.kthvalue(rank).values
-    flat.numpy().partition(rank - 1)
-    return flat[rank - 1].clone()
+    near, rank = _around(flat.numpy(), rank, row=group[0].shape[-1:].numel() or 1)
+    near.partition(rank - 1)
+    return torch.tensor(near[rank - 1])
+
+
+def _around(scores: Any, rank: int, row: int) -> tuple[Any, int]:
+    """A copy of the scores near a rank, and the rank among them.
+
+    scores: numpy, (n,), flattened from rows of `row`.
+    """
+    step = len(scores) // SAMPLE
+    if step < 4:
+        return scores.copy(), rank
+    while math.gcd(step, row) > 1:  # else it would come by some columns only
+        step += 1
+    sample = scores[::step].copy()
+    size, share = len(sample), rank / len(scores)
+    spread = 3 * math.sqrt(size * share * (1 - share)) + 1  # three standard deviations
+    low, high = math.floor(size * share - spread), math.ceil(size * share + spread)
+    low, high = max(low, 0), min(high, size - 1)
+    sample.partition([low, high])
+    below = scores < sample[low]
+    near, place = scores[(scores <= sample[high]) ^ below], rank - int(np.count_nonzero(below))
+    return (near, place) if 0 < place <= len(near) else (scores.copy(), rank)
 
 
 def _by_digits(groups: Sequence[Sequence[Tensor]], ranks: list[int], *, bits: int) -> list[Tensor]:

@@ -64,13 +64,13 @@ def tradeoff(study: Comparison) -> Picture | None:
     apart = [group for group in groups if family[group.label] in named]
 
     def on(axes: Axes, theme: Theme) -> None:
-        styles, handles = _styles(study, theme), {}
+        style_of, handles = styles(study, theme), {}
         if rest := [pair for group in groups if group not in apart for pair in _pairs(group)]:
             old, new = zip(*rest, strict=True)
             axes.scatter(old, new, s=9, color=theme.muted, alpha=0.35, linewidths=0, zorder=1)
         for group in apart:
             old, new = zip(*_pairs(group), strict=True)
-            style = styles[group.label]
+            style = style_of[group.label]
             axes.scatter(old, new, s=20, alpha=0.5, linewidths=0, **style)
             handles[family[group.label]] = axes.scatter(
                 *_centre(group), s=80, edgecolors=theme.ink, linewidths=1, zorder=4, **style
@@ -78,7 +78,7 @@ def tradeoff(study: Comparison) -> Picture | None:
         for front in study.fronts:
             if len(front.points) > 1 and front.label in named:
                 by_new = [(old, new) for _, new, old in sorted(front.points, key=lambda p: p[1])]
-                colour = styles[front.points[0][0]]["color"]
+                colour = style_of[front.points[0][0]]["color"]
                 axes.plot(*zip(*by_new, strict=True), color=colour, lw=1.3, zorder=3,
                           ls="--" if front.control else "-")  # fmt: skip
         axes.margins(0.12)
@@ -152,10 +152,10 @@ def _by_recipe(study: Comparison, column: str, title: str, caption: str) -> Pict
     zero = column == "forgetting"
 
     def on(axes: Axes, theme: Theme) -> None:
-        styles = _styles(study, theme)
+        style_of = styles(study, theme)
         for i, group in enumerate(groups):
             spread, values = group.spread[column], _known(group.points[column])
-            mean, colour = spread.mean or 0.0, styles[group.label]["color"]
+            mean, colour = spread.mean or 0.0, style_of[group.label]["color"]
             if zero:
                 axes.barh(i, mean, height=0.56, color=colour, alpha=0.55)
             else:
@@ -288,11 +288,11 @@ def rates(study: Comparison) -> Picture | None:
     frozen = any(value == 0 for _, values, _ in curves for value in values)
 
     def on(axes: Axes, theme: Theme) -> None:
-        styles = _styles(study, theme)
+        style_of = styles(study, theme)
         for _, values, owners in curves:
             axes.plot(
                 range(len(values)), [math.nan if v is None else max(v, floor) for v in values],
-                markersize=5, lw=1.8, **styles[groups[owners[0]].label],
+                markersize=5, lw=1.8, **style_of[groups[owners[0]].label],
             )  # fmt: skip
         log_axis(axes, [floor if frozen else min(positive), max(positive)])
         _name_parts(axes, parts)
@@ -362,7 +362,7 @@ def _name_parts(axes: Axes, parts: Sequence[str]) -> None:
     axes.set_xticks(list(shown), [label(parts[i], 16) for i in shown], rotation=35, ha="right")
 
 
-def _styles(study: Comparison, theme: Theme) -> dict[str, dict[str, Any]]:
+def styles(study: Comparison, theme: Theme) -> dict[str, dict[str, Any]]:
     """Label -> style: grey for the control at every rate, a colour and a shape a recipe else."""
     family, kinds = _families(study), dict[str, dict[str, Any]]()
     first = shown(study)  # so that those of most pictures differ

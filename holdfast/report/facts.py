@@ -162,6 +162,9 @@ def _comparison(records: list[Record]) -> Comparison:
         open_ = sum(record.status != "done" for record in picked[label])
         if open_ and len(records) > 1:
             warnings.append(f"{label}: {open_} of {len(picked[label])} runs have not ended.")
+    if any(record.extra.get("serves") == "tuning" for record in records):
+        warnings.append("Tuning runs are scored on selection rows alone; what was chosen by them "
+                        "stands on the page of their comparison.")  # fmt: skip
     chosen, choice, chosen_by = _control(picked)
     scores: dict[str, dict[str, Scores]] = {
         label: {c: _by_seed(runs, c) for c in PAIRED} for label, runs in picked.items()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.experiments.statistics import Spread, mean_spread
-from holdfast.report.facts import RunFacts
+from holdfast.report.canvas import Picture, Theme, label, legend, panel
+from holdfast.report.draw import SHAPE, shown, styles
+from holdfast.report.facts import Comparison, RunFacts
 from holdfast.report.words import clean, spread_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # what the first word of a measure says; others are scores of lm_eval
 MEANINGS = {
@@ -55,3 +61,43 @@ def general_lines(run: RunFacts) -> list[str]:
         f"{name} " + ", ".join(f"{w} {spread_text(v)}" for w, v in zip(when, values, strict=True))
         for name, values in general([run]).items()
     ]
+
+
+def by_recipe(study: Comparison) -> dict[str, dict[str, list[Spread]]]:
+    """Measure -> label of a recipe -> its values at the T + 1 points."""
+    found: dict[str, dict[str, list[Spread]]] = {}
+    for group in shown(study):
+        for measure, values in general(group.runs).items():
+            found.setdefault(measure, {})[group.label] = values
+    return found
+
+
+def draw(study: Comparison) -> Picture | None:
+    """Each measure before the first task and after each: a panel a measure, a line a recipe."""
+    found = by_recipe(study)
+    if not found:
+        return None
+    when = ["before", *(label(task.name, 16) for task in study.tasks)]
+
+    def drawer(lines: dict[str, list[Spread]]) -> Callable[[Axes, Theme], None]:
+        def on(axes: Axes, theme: Theme) -> None:
+            style_of = styles(study, theme)
+            for name, values in lines.items():
+                mean = [math.nan if v.mean is None else v.mean for v in values]
+                axes.errorbar(range(len(mean)), mean, yerr=[v.sd or 0 for v in values], lw=1.6,
+                              capsize=3, markersize=5, label=label(name, 40),
+                              **style_of[name])  # fmt: skip
+            axes.set_xticks(range(len(when)), when, rotation=25, ha="right")
+            axes.margins(0.08)
+            if len(lines) > 1:
+                legend(axes, *axes.get_legend_handles_labels())
+
+        return on
+
+    return Picture(
+        "General ability",
+        "Before the first task and after each. The table says what each number is. Line: the mean; "
+        "bar: standard deviation over seeds.",
+        [panel(drawer(lines), SHAPE, measure, f"{measure} before and after each task")
+         for measure, lines in found.items()],
+    )  # fmt: skip

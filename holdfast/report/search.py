@@ -49,6 +49,7 @@ WITHIN: dict[str, dict[str, Any]] = {
     "gain": {"verdict": str, "sentence": str},
     "steps": {"spent": int, "final": int},
     "importance": {"shares": dict, "note": str},
+    "confirmation": {"sentence": str, "seeds": list, "trials": list},
     "space": {"parts": list, "layers": (int, NONE), "rate": list, "multiplier": list,
               "tuned": dict},
 }  # fmt: skip
@@ -75,8 +76,12 @@ def load_search(path: str | Path) -> dict[str, Any]:
     check_seal(body, where=where)
     _check(body, NEEDED, "the facts", where)
     for key, inner in WITHIN.items():
-        for entry in body[key] if isinstance(body[key], list) else [body[key]]:
+        found = body.get(key)  # not every search has a confirmation
+        for entry in found if isinstance(found, list) else [found] * (found is not None):
             _check(entry, inner, key, where)
+    for entry in (body.get("confirmation") or {}).get("trials", []):
+        _check(entry, {"number": int, "mean": NUMBER, "value": NUMBER, "by_seed": dict},
+               "confirmed trials", where)  # fmt: skip
     return body
 
 
@@ -105,20 +110,24 @@ def render(body: Mapping[str, Any]) -> str:
     from holdfast.report.search_draw import pictures
 
     body = _cleaned(body)
-    verdict, sentence = said(body)
+    (verdict, sentence), again, won = said(body), body.get("confirmation"), winner(body)
     template = environment().get_template("search.html.j2")
     return str(
         template.render(
             title=" → ".join(short(task["name"]) for task in body["tasks"]),
             body=body,
             verdict=verdict,
-            sentences=[sentence, cost(body)],
+            sentences=[sentence, *confirmed(body), cost(body)],
             notes=notes(body),
             pictures=pictures(body),
             counts=counts(body),
-            winner=winner(body),
+            winner=won,
+            to_use=to_use(body, won) if won else "",
             differences=differences(body),
             seeds=seeds,
+            confirmation=again,
+            seed_names=[f"seed {seed}" for seed in again["seeds"]] if again else [],
+            learn_old=body["config"].get("learn_old", "each"),
             rungs=", ".join(f"{100 * share:.0f}" for share in body["config"]["rungs"]),
             reasons={REASONS.get(k, k): n for k, n in body["reasons"].items()},
             best=best_trials(body),
@@ -146,13 +155,22 @@ def said(body: Mapping[str, Any]) -> tuple[str, str]:
     return verdict, sentence[:1].upper() + sentence[1:]
 
 
+def confirmed(body: Mapping[str, Any]) -> list[str]:
+    """Who led before and after further selection seeds, the lead and the noise; or nothing."""
+    found = body.get("confirmation")
+    return [clean(found["sentence"])] if found else []
+
+
 def cost(body: Mapping[str, Any]) -> str:
     """What was spent, in training steps."""
     spent = body["steps"]
     share = spent.get("share")
     less = "" if share is None else f", {100 * share:.0f} % of what they take unpruned"
-    trials, final = (f"{spent[key]:,}".replace(",", "\u202f") for key in ("spent", "final"))
-    return f"{trials} training steps on trials{less}; {final} on the final runs."
+    told = {"spent": f"training steps on trials{less}", "first": "on task one, once a seed",
+            "confirming": "on confirming runs", "final": "on the final runs"}  # fmt: skip
+    shown = [f"{spent[key]:,}".replace(",", "\u202f") + f" {words}" for key, words in told.items()
+             if spent.get(key) or key in ("spent", "final")]  # fmt: skip
+    return "; ".join(shown) + "."
 
 
 def notes(body: Mapping[str, Any]) -> list[str]:
@@ -215,11 +233,19 @@ def winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
     if won is None or won["multipliers"] is None:
         return None
     curve = zip(body["space"]["parts"], won["multipliers"], strict=True)
+    lr = found if isinstance(found := won.get("lr"), int | float) else won["rate"]
     return {
         "label": trial_label(won), "flat": won["kind"] == "flat", "rate": f"{won['rate']:.4g}",
+        "lr": f"{lr:.4g}",
         "curve": [(part, m, won["rate"] * m) for part, m in curve],
         "tuned": {name: won["params"][name] for name in body["space"]["tuned"]},
     }  # fmt: skip
+
+
+def to_use(body: Mapping[str, Any], won: Mapping[str, Any]) -> str:
+    """The arguments of `holdfast sequence` that train with the winner's curve what it was for."""
+    after = body["config"].get("learn_old") == "once"
+    return f"{'--from RUN ' if after else ''}--recipe recipe.yaml --lr {won['lr']}"
 
 
 def differences(body: Mapping[str, Any]) -> dict[str, Difference | None]:
@@ -269,9 +295,11 @@ def search_table(body: Mapping[str, Any]) -> Table:
         made.add_row(*map(Text, cells))
     if not body["final"]:
         made.add_row(DASH, *[DASH] * 6)
-    below = notes(body)
+    below = [*confirmed(body), *notes(body)]
     if won := winner(body):
-        below.append(f"To use {won['label']}: --recipe recipe.yaml --lr {won['rate']}")
+        below.append(f"To use {won['label']}: {to_use(body, won)}")
+        if won["lr"] != won["rate"]:
+            below.append("Its rates change while it trains; those shown are their geometric means.")
     made.caption = Text("\n".join(below)) if below else None
     return made
 

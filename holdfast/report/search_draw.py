@@ -107,7 +107,8 @@ def history(body: Body) -> Picture | None:
 def rates(body: Body) -> Picture | None:
     """The learning rates of the best searched trials, with the best flat rate beside them."""
     parts = body["space"]["parts"]
-    done = sorted(_done(body["trials"]), key=lambda t: (-t["value"], t["number"]))
+    won = body.get("winner")  # perhaps not the highest: further seeds may have decided
+    done = sorted(_done(body["trials"]), key=lambda t: (t["number"] != won, -t["value"]))
     best = [t for t in done if not t["control"] and len(t["multipliers"] or ()) == len(parts)]
     best = best[:BEST]
     if not best:

@@ -8,10 +8,10 @@ from typing import Any
 
 from holdfast.experiments.metrics import Cell
 from holdfast.experiments.statistics import Spread, mean_spread
+from holdfast.report import general
 from holdfast.report.canvas import Picture
 from holdfast.report.draw import comparing, shown, within
 from holdfast.report.facts import Comparison, GroupFacts, RunFacts, TaskFacts
-from holdfast.report.general import general
 from holdfast.report.protocol import ProtocolFacts, elsewhere, protocol_of
 from holdfast.report.sentences import judge_sentences, noise_note, study_sentences
 from holdfast.report.terms import terms
@@ -73,7 +73,7 @@ def section(study: Comparison) -> Section:
         if len(study.runs) > 1
         else [],
         comparing=comparing(study),
-        within=within(study),
+        within=[*within(study), *([drawn] if (drawn := general.draw(study)) else [])],
         matrices=[_matrix(g.label, g.runs, g.mean_scores, g.sd_scores, limits) for g in groups],
         off="Mean over seeds, ± standard deviation." if len(study.runs) > len(study.groups)
         else "± is the noise (standard error) of one score on that many rows"
@@ -88,7 +88,7 @@ def section(study: Comparison) -> Section:
         use=_use(study),
         exposures=_unique(run.body["exposure"] for run in study.runs),
         synthetic=[task.name for task in study.tasks if task.synthetic],
-        general=_general(shown(study)),
+        general=general.by_recipe(study),
         protocol=protocol_of(study),
         elsewhere={g.label: away for g in study.groups if (away := elsewhere(g.runs))},
     )  # fmt: skip
@@ -128,14 +128,6 @@ def _beside(study: Comparison) -> tuple[list[GroupFacts], dict[str, str]]:
         kin.setdefault(first.setdefault(key, group.label), []).append(group)
     same = {group.label: label for label, found in kin.items() for group in found[1:]}
     return [group for found in kin.values() for group in found], same
-
-
-def _general(groups: Sequence[GroupFacts]) -> dict[str, dict[str, list[Spread]]]:
-    found: dict[str, dict[str, list[Spread]]] = {}
-    for group in groups:
-        for measure, values in general(group.runs).items():
-            found.setdefault(measure, {})[group.label] = values
-    return found
 
 
 def _changed(groups: Sequence[GroupFacts]) -> list[tuple[str, str, Cell, Cell]]:

@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from holdfast.errors import Busy, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.runs import drop_weights, how_diverged, note_diverged
-from holdfast.experiments.sequence import Job
+from holdfast.experiments.sequence import Arm, Job
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, best
-from holdfast.search.space import RATE
+from holdfast.search.space import RATE, Ancestor
 from holdfast.search.study import wait
 from holdfast.tasks.task import slug
 from holdfast.training import stopping
@@ -37,6 +38,7 @@ class Contender:
     kind: str  # searched, flat, ablation, layer_decay, bertcl
     trial: int
     params: dict[str, float]
+    lineage: tuple[Ancestor, ...] = ()  # of a population's member: its rates change on the way
 
     @property
     def rate(self) -> float:
@@ -50,6 +52,11 @@ class FinalJob:
     contender: Contender
     seed: int
     folder: Path
+    first: Path | None = None  # the run of task one from which it goes on; None: it learns it
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.contender.label, self.seed
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,20 @@ class Result:
 Evaluate = Callable[[FinalJob], Result]
 
 
+class Keyed(Protocol):
+    """Something to do once, by whichever process."""
+
+    @property
+    def key(self) -> Any: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+
+J = TypeVar("J", bound=Keyed)
+R = TypeVar("R")
+
+
 def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     """The winner, its ablation, the best flat rate, and the shapes at that rate.
 
@@ -81,7 +102,8 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
     if winner is not None and winner.kind != "flat":
         shape = winner.control  # None: it was searched
         label = f"{shape}@{winner.rate:g}" if shape else f"trial {winner.number}"
-        made.append(Contender(label, "searched", winner.number, dict(winner.params)))
+        made.append(Contender(label, "searched", winner.number, dict(winner.params),
+                              winner.lineage))  # fmt: skip
         params = {**winner.params, **dict.fromkeys(plan.space.shape, 1.0)}
         if flat is None or params != flat.params:
             made.append(Contender(f"flat as {label}", "ablation", winner.number, params))
@@ -101,26 +123,30 @@ def contenders(plan: Plan, found: Sequence[TrialRow]) -> list[Contender]:
 def jobs(folder: Path, plan: Plan, found: Sequence[TrialRow]) -> list[FinalJob]:
     """Every contender with every fresh seed; all of them with one seed before the next."""
     return [
-        FinalJob(c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}")
+        FinalJob(
+            c, seed, folder / FOLDER / slug(c.label) / f"seed-{seed}", plan.first(folder, seed)
+        )
         for seed in plan.fresh_seeds
         for c in contenders(plan, found)
     ]
 
 
 def finish(
-    work: Sequence[FinalJob], evaluate: Evaluate, *, look: Callable[[], None] = lambda: None
-) -> dict[tuple[str, int], Result]:
-    """Run, or read, every job; returns (label, seed) → result once all are done."""
-    found: dict[tuple[str, int], Result] = {}
+    work: Sequence[J], evaluate: Callable[[J], R], *, look: Callable[[], None] = lambda: None
+) -> dict[Any, R]:
+    """Run, or read, every job; returns key → result once all are done."""
+    found: dict[Any, R] = {}
+    watch = lease.Watch()
     while True:
         before = len(found)
         for job in work:
-            key = job.contender.label, job.seed
-            if key in found:
+            if job.key in found:
                 continue
             stopping.check()
+            if not watch.free(job.folder):
+                continue
             try:
-                found[key] = evaluate(job)
+                found[job.key] = evaluate(job)
             except Busy:
                 continue
             look()
@@ -144,16 +170,21 @@ class Evaluation:
             self._pairs[job.seed] = plan.pair(job.seed)
         if (said := how_diverged(job.folder)) is not None:
             return Result(None, None, None, 0, said)
-        recipe = plan.space.recipe(plan.base, c.params, name=c.label)
-        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None)
+        recipe = plan.space.recipe(plan.base, c.params, name=c.label, lineage=c.lineage)
+        lr = c.lineage[0].rate if c.lineage else c.rate
+        tasks, origin = list(self._pairs[job.seed]), None
+        if job.first is not None:
+            from holdfast.search.trial import learned_first  # it loads transformers: late
+
+            origin = learned_first(plan, tasks[0], job.seed, job.first)
+        run = Job(model=plan.model, recipe=recipe, seed=job.seed, command=self.command, bar=None,
+                  origin=origin, arm=Arm(notes={"learn_old": plan.learn_old}))  # fmt: skip
         try:
-            record = run.run(
-                list(self._pairs[job.seed]), replace(plan.settings, lr=c.rate), job.folder
-            )
+            record = run.run(tasks, replace(plan.settings, lr=lr), job.folder)
         except TrainingDiverged as refusal:
             note_diverged(job.folder, refusal)
             return Result(None, None, None, 0, str(refusal))
         drop_weights(job.folder)
         scores = record.scores
-        steps = sum(n or 0 for n in record.steps)
+        steps = sum(n or 0 for n in record.steps[1 if origin else 0 :])
         return Result(scores[1][1], scores[0][0], scores[1][0], steps)

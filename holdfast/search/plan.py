@@ -1,8 +1,8 @@
 """What a search is asked to do, checked before any training, and kept in its folder.
 
 `study.json` holds the configuration. Another process with the same one joins; a different one is
-refused, naming what differs. How long to go on (`trials`), how many processes and how many fresh
-seeds are not part of it, so that a study may be extended.
+refused, naming what differs. How long to go on (`trials`), how many trials are confirmed, how many
+processes and how many fresh seeds are not part of it, so that a study may be extended.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from holdfast.config import count
-from holdfast.errors import Refused
+from holdfast.errors import Refused, nearest
 from holdfast.experiments.sequence import load_tasks
-from holdfast.experiments.settings import Settings
+from holdfast.experiments.settings import Settings, defaults
 from holdfast.files import differences, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
-from holdfast.search.objective import RUNGS, Objective, Pruner, Rungs, Sampler, check_choice, evenly
-from holdfast.search.space import Control, Space, controls, flat_rates, with_tuned
+from holdfast.search.objective import (
+    RUNGS,
+    LearnOld,
+    Objective,
+    Pruner,
+    Rungs,
+    Sampler,
+    check_choice,
+    evenly,
+)
+from holdfast.search.space import INTERVALS, Control, Space, controls, flat_rates, with_tuned
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import kind_of
 from holdfast.tasks.shifts import SHIFTS, Shifted
@@ -32,6 +41,7 @@ from holdfast.tasks.task import slug
 
 FILE = "study.json"
 SEEDS = 2**20  # as those of `run_sequence`
+TRIALS = 50
 POOL = 4  # rows that a shift looks at, for each training row
 
 
@@ -51,9 +61,13 @@ class Plan:
     objective: Objective
     rungs: Rungs  # of each task
     trials: int
+    population: int  # of the trials, members of a population; 0: another sampler
     replicates: int
     seed: int
     fresh: int  # seeds of the final runs
+    confirm: int  # of the best trials, that are trained again with further selection seeds
+    confirm_seeds: int
+    learn_old: LearnOld
     tasks: tuple[Task, ...] = field(repr=False)  # the two, of the search's first seed
     halves: tuple[Task, ...] = field(repr=False)  # of a shift, before a seed draws from them
     source: str = field(repr=False)  # where the model's files are
@@ -74,32 +88,49 @@ class Plan:
         pruner: str | None = None,
         objective: str = "new_plus_old",
         rungs: int | None = None,
-        trials: int = 50,
+        trials: int | None = None,
+        population: int | None = None,
         replicates: int = 1,
         seed: int = 0,
         fresh: int = 3,
+        confirm: int = 0,
+        confirm_seeds: int = 2,
+        learn_old: str = "each",
         **settings: Any,
     ) -> Plan:
         """The checked plan; `Refused` names what is wrong."""
+        from holdfast.experiments.compare import busy_at_first
         from holdfast.experiments.mix import check_mix
+        from holdfast.search import pbt
         from holdfast.tasks.kinds.pretrained import check_length, load_config, locate
 
         chosen = check_choice(sampler, pruner, objective)
+        members = pbt.check(sampler, population, trials=trials, tune=tune, rungs=rungs,
+                            replicates=replicates != 1, confirm=confirm,
+                            **{"learn-old": learn_old != "each"})  # fmt: skip
+        trials = TRIALS if trials is None else trials
         for name, value, least in (
             ("--trials", trials, 1), ("--replicates", replicates, 1), ("--seeds", fresh, 3),
-            ("--seed", seed, 0), ("rungs", rungs or 1, 1),
+            ("--seed", seed, 0), ("rungs", rungs or 1, 1), ("--confirm", confirm, 0),
+            ("--confirm-seeds", confirm_seeds, 2),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise Refused(f"must be a whole number from {least} on, not {value!r}", where=name)
         if seed + replicates + fresh > SEEDS:
             raise Refused(f"{seed} is too large", where="--seed", remedy=f"below {SEEDS}")
+        if confirm == 1:
+            raise Refused("1 trial leaves no choice", where="--confirm", remedy="2 or more, or 0")
+        if learn_old not in get_args(LearnOld):
+            raise Refused(f"unknown {learn_old!r}", where="--learn-old",
+                          remedy=nearest(learn_old, get_args(LearnOld)))  # fmt: skip
         for name in ("lr", "alone", "head"):
             if name in settings:
                 raise Refused("is no setting of a search", where=f"--{name}",
                               remedy="the base rate is searched around --flat")  # fmt: skip
         plan = Settings.from_dict({"save_steps": 0, **settings})
         base = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-        if base.rates.multipliers != Rates.flat().multipliers or base.rates.freeze_below:
+        own = base.rates.freeze_below or base.rates.pieces
+        if base.rates.multipliers != Rates.flat().multipliers or own:
             raise Refused(
                 f"has rates of its own ({base.rates.name}), and rates are what is searched",
                 where="--recipe", remedy="take one with flat rates",
@@ -118,14 +149,23 @@ class Plan:
             raise Refused(f"{list(rates)} are no distinct rates between 0 and 1", where="--flat")
         layers = getattr(config, "num_hidden_layers", None)
         space = Space.of(parts=parts, layers=layers, flat=rates, tune=tune)
-        first = len(controls(space, base, rates))
-        if trials <= first:
-            raise Refused(f"{trials} trials, of which {first} are controls", where="--trials",
-                          remedy=f"at least {first + 1}")  # fmt: skip
+        base = with_tuned(base, space.tuned)
+        if learn_old == "once" and (busy := busy_at_first(base, plan)):
+            raise Refused(f"task one is learned flat and plain for all trials, without {busy}",
+                          where="--learn-old once", remedy="take --learn-old each")  # fmt: skip
+        first, again = len(controls(space, base, rates)), confirm * confirm_seeds
+        if members:
+            trials, rungs = first + members, INTERVALS
+        if trials < (least := max(first + 1, confirm) + again):
+            confirming = f" and {again} confirm the best {confirm}" if again else ""
+            raise Refused(f"{trials} trials, of which {first} are controls{confirming}",
+                          where="--trials", remedy=f"at least {least}")  # fmt: skip
         made = load_shifted(specs, shift, seed=seed, plan=plan, source=source)
         halves = made.first, made.second
         two = halves if shift == "task" else tuple(_drawn(half, seed, plan) for half in halves)
         kind_of(two).check(source, max_length=plan.max_length)
+        if members:
+            pbt.check_steps(plan, two)
         if plan.mix is not None:
             check_mix(plan.mix, kind_of(two), source)
         for task in two:
@@ -133,12 +173,13 @@ class Plan:
                 raise Refused("no selection rows to choose by", where=task.name,
                               remedy="raise --selection")  # fmt: skip
         return cls(
-            model=str(model), specs=specs, shift=shift, base=with_tuned(base, space.tuned),
+            model=str(model), specs=specs, shift=shift, base=base,
             space=space, flat=tuple(sorted(rates)), settings=plan, pruner=chosen,
-            sampler=sampler, objective=objective,  # type: ignore[arg-type]
+            sampler=sampler, objective=objective, learn_old=learn_old,  # type: ignore[arg-type]
+            confirm=confirm, confirm_seeds=confirm_seeds,
             rungs=evenly(rungs) if rungs else RUNGS[chosen], trials=trials,
-            replicates=replicates, seed=seed, fresh=fresh, tasks=two, halves=halves,
-            source=source, facts=made.facts,
+            population=members, replicates=replicates, seed=seed, fresh=fresh, tasks=two,
+            halves=halves, source=source, facts=made.facts,
         )  # fmt: skip
 
     @property
@@ -156,9 +197,31 @@ class Plan:
         return controls(self.space, self.base, self.flat)
 
     @property
+    def searching(self) -> int:
+        """Of `trials`, those that draw a curve or are controls.
+
+        The others confirm the best, or are members of a population.
+        """
+        return self.trials - self.population - self.confirm * self.confirm_seeds
+
+    @property
+    def old_rate(self) -> float:
+        """The flat rate at which task one is learned where that is done once for all trials."""
+        return self.flat[len(self.flat) // 2]
+
+    @property
     def seeds(self) -> list[int]:
-        """The seeds of the replicates of every trial."""
+        """The seeds of the replicates of every trial: the same for all, so that they are paired."""
         return [self.seed + r for r in range(self.replicates)]
+
+    def first(self, folder: Path, seed: int) -> Path | None:
+        """The run of task one that all trials of a seed go on from; None: each learns it."""
+        return folder / "first" / f"seed-{seed}" if self.learn_old == "once" else None
+
+    @property
+    def further_seeds(self) -> list[int]:
+        """The selection seeds that confirm, far from all others: both may be made more."""
+        return [(self.seed + SEEDS // 2 + i) % SEEDS for i in range(self.confirm_seeds)]
 
     @property
     def fresh_seeds(self) -> list[int]:
@@ -197,8 +260,11 @@ class Plan:
             "objective": self.objective,
             "replicates": self.replicates,
             "seed": self.seed,
+            "learn_old": self.learn_old,
             "settings": settings,
         }
+        if self.population:
+            body["population"] = self.population
         plain: dict[str, Any] = json.loads(json.dumps(body))
         return plain
 
@@ -300,6 +366,12 @@ def keep(folder: Path, plan: Plan, storage: str) -> str:
 
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Refuse another configuration, naming what differs."""
+    """Refuse another configuration, naming what differs; a setting that came later than `before`
+    had its default there."""
+    if "settings" in now:
+        usual = {k: v for k, v in defaults().items() if k in now["settings"]}
+        before = {**before, "settings": {**usual, **before.get("settings", {})}}
+    if "learn_old" in now:
+        before = {"learn_old": "each", **before}  # of before it could be chosen
     if told := ", ".join(differences(before, now)):
         raise Refused(f"holds another search ({told})", where=where, remedy="choose another --out")

@@ -10,19 +10,20 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from holdfast import __version__
-from holdfast.experiments.record import STRICT, commit, versions, without_secrets
+from holdfast.experiments.record import STRICT, Record, commit, versions, without_secrets
 from holdfast.experiments.sequence import describe
-from holdfast.experiments.statistics import mean_spread, paired_difference
+from holdfast.experiments.statistics import Difference, mean_spread, paired_difference
 from holdfast.files import sealed, write_text_atomic
 from holdfast.network.rates import Rates
 from holdfast.search.final import Contender, Result
 from holdfast.search.plan import Plan
-from holdfast.search.rows import TrialRow, as_trials, best, front, importance
-from holdfast.search.space import MULTIPLIER
+from holdfast.search.rows import TrialRow, as_trials, best, best_of, front, importance, noise
+from holdfast.search.space import MULTIPLIER, Ancestor
 from holdfast.search.trials import NAME, part_names, write_trials
 
 SCHEMA = 1
@@ -41,8 +42,12 @@ def facts(
     name: str = "",
     storage: str = "",
     command: Sequence[str] = (),
+    first: Sequence[Record] = (),
 ) -> dict[str, Any]:
-    """All that is known of a search so far. Scores of trials are on selection rows."""
+    """All that is known of a search so far. Scores of trials are on selection rows.
+
+    first: the runs of task one that trials of a seed share.
+    """
     winner, flat = best(found), best(found, kind="flat")
     last = [_final(c, plan.fresh_seeds, results or {}) for c in finals]
     shares = importance(found, plan.space)
@@ -66,7 +71,17 @@ def facts(
             "multiplier": [MULTIPLIER.low, MULTIPLIER.high],
             "tuned": {k: [r.low, r.high] for k, r in plan.space.tuned.items()},
         },
-        "planned": plan.trials,
+        "planned": plan.searching + plan.population,
+        "confirmation": confirmation(found),
+        "first": [
+            {
+                "seed": r.seed,
+                "rate": r.settings["lr"],
+                "steps": r.steps[0],
+                "old": (r.selection_scores or [[None]])[0][0],
+            }
+            for r in first
+        ],
         "counts": {state: sum(r.state == state for r in found) for state in STATES},
         "reasons": dict(Counter(_kind(r.reason) for r in found if r.reason)),
         "trials": [r.to_dict() for r in found],
@@ -76,7 +91,7 @@ def facts(
         "importance": {"shares": dict(shares.shares), "note": shares.note},
         "final": last,
         "gain": gain(last, [task["constant"] for task in told]),
-        "steps": steps(plan, found, last),
+        "steps": steps(plan, found, last) | {"first": sum(n or 0 for r in first for n in r.steps)},
     }
     plain: dict[str, Any] = _finite(body)
     return plain
@@ -121,8 +136,7 @@ def gain(
         verdict = "gain" if gap.low > 0 else "loss" if gap.high < 0 else "no gain"
     if diverged and verdict != "loss":
         verdict = "no gain"
-    interval = "" if gap.low is None else f", 95 % interval [{gap.low:+.3f}, {gap.high:+.3f}]"
-    known = "" if gap.mean is None else f"; difference {gap.mean:+.3f}{interval}"
+    known = "" if gap.mean is None else f"; difference {gap.mean:+.3f}{_interval(gap)}"
     gone = f"; it diverged with seed {', '.join(map(str, diverged))}" if diverged else ""
     theirs = {s: v for s, v in _scores(control).items() if s in mine}
     ours = [v for s, v in mine.items() if s in theirs]
@@ -134,6 +148,51 @@ def gain(
         f"{known}{gone}."
     )
     return {**gap._asdict(), "verdict": verdict, "control": control["label"], "sentence": said}
+
+
+def confirmation(found: Sequence[TrialRow]) -> dict[str, Any] | None:
+    """Who led before and after the best trials were trained with further selection seeds.
+
+    lead: the winner's new + old minus the next one's, paired by all selection seeds of both.
+    noise_sd: of one score, see `rows.noise`. None where nothing was confirmed.
+    """
+    again = sorted((r for r in found if r.confirming), key=lambda r: r.rank, reverse=True)
+    if not again:
+        return None
+    (before,), (won, *others) = best_of(found, 1), again
+    ended = Counter(c["state"] for r in again for c in r.confirming)
+    body: dict[str, Any] = {
+        "before": before.number,
+        "after": won.number,
+        "seeds": sorted({c["seed"] for r in again for c in r.confirming}),
+        "trials": [{"number": r.number, "value": r.value, "mean": r.rank[1], "by_seed": r.by_seed}
+                   for r in again],
+        "counts": dict(ended),
+        "lead": None,
+        "noise_sd": noise(again),
+    }  # fmt: skip
+    if not won.further:
+        return {**body, "sentence": f"Not confirmed: no run with further seeds ended; "
+                                    f"{_named(before)} leads as before."}  # fmt: skip
+    same = "led before and leads" if won is before else f"leads, before it {_named(before)} did,"
+    said = f"{_named(won)} {same} after confirming, over {len(won.by_seed)} selection seeds"
+    if others:
+        gap = paired_difference(won.by_seed, others[0].by_seed)
+        body["lead"] = {**gap._asdict(), "over": others[0].number}
+        said += f": lead of {gap.mean:+.3f} over {_named(others[0])}{_interval(gap)}"
+    sd = body["noise_sd"]
+    known = "" if sd is None else f", noise sd {sd:.3f} of one score"
+    return {**body, "sentence": f"{said[:1].upper()}{said[1:]}{known}."}
+
+
+def _named(r: TrialRow) -> str:
+    return r.control or f"trial {r.number}"
+
+
+def _interval(gap: Difference) -> str:
+    if gap.low is None or gap.high is None:
+        return ""
+    return f", 95 % interval [{gap.low:+.3f}, {gap.high:+.3f}]"
 
 
 def _nothing_learned(
@@ -150,7 +209,7 @@ def _nothing_learned(
 def steps(
     plan: Plan, found: Sequence[TrialRow], finals: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Training steps: spent on trials, what they would have cost unpruned, on the final runs."""
+    """Training steps of trials, of those had none been pruned, of confirming and final runs."""
     spent = sum(r.steps or 0 for r in found)
     full = max((r.steps or 0 for r in found if r.state == "complete"), default=0)
     ended = sum(r.state in ("complete", "pruned", "fail") for r in found)
@@ -159,6 +218,7 @@ def steps(
         "of_a_trial": full or None,
         "unpruned": full * ended or None,
         "share": spent / (full * ended) if full and ended else None,
+        "confirming": sum(c["steps"] or 0 for r in found for c in r.confirming),
         "final": sum(f["steps"] for f in finals),
         "seconds": math.fsum(r.seconds or 0.0 for r in found),
     }
@@ -245,21 +305,32 @@ def rates_of(plan: Plan, body: Mapping[str, Any]) -> Rates | None:
         "trial": won["number"],
         "control": won["control"],
         "selection": {"new_plus_old": won["value"], "new": won["new"],
-                      "old_after": won["old_after"], "replicates": plan.replicates},
+                      "old_after": won["old_after"], "replicates": plan.replicates,
+                      "confirmed": _of_winner(body)},
         "evaluation": evaluation,
         "controls": [{"label": f["label"], "new_plus_old": f["mean"], "sd": f["sd"]}
                      for f in body["final"] if f["kind"] != "searched"],
         "tuned": {k: won["params"][k] for k in plan.space.tuned},
         "search": {"sampler": plan.sampler, "pruner": plan.pruner, "objective": plan.objective,
-                   "counts": body["counts"], "steps": body["steps"]["spent"], "seed": plan.seed},
+                   "counts": body["counts"], "steps": body["steps"]["spent"], "seed": plan.seed,
+                   "learn_old": plan.learn_old},
         "settings": body["config"]["settings"],
         "commit": body["commit"],
         "versions": body["versions"],
     }  # fmt: skip
-    return Rates.from_list(
-        won["multipliers"], layers=plan.space.layers, name="searched",
-        geometric_mean_rate=won["rate"], provenance=_finite(provenance),
-    )  # fmt: skip
+    if "lineage" in won:
+        lineage = [Ancestor(**ancestor) for ancestor in won["lineage"]]
+        curve = plan.space.in_pieces(lineage, name="searched")
+    else:
+        curve = plan.space.rates(won["params"])
+    return replace(curve, provenance=_finite(provenance))
+
+
+def _of_winner(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Its mean over all selection seeds, where it was confirmed."""
+    found = (body["confirmation"] or {}).get("trials", [])
+    return next(({"new_plus_old": t["mean"], "seeds": len(t["by_seed"])} for t in found
+                 if t["number"] == body["winner"]), None)  # fmt: skip
 
 
 def write(
@@ -276,7 +347,8 @@ def write(
     if rates is not None:
         rates.save(folder / RATES)
         won = next(r for r in found if r.number == body["winner"])
-        plan.space.recipe(plan.base, won.params, name="searched").save(folder / RECIPE)
+        recipe = plan.space.recipe(plan.base, won.params, name="searched", lineage=won.lineage)
+        recipe.save(folder / RECIPE)
         written += [folder / RATES, folder / RECIPE]
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
     text = json.dumps(sealed({**body, "files": files}), **STRICT)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from holdfast.experiments.statistics import mean_spread
 from holdfast.search import storage
-from holdfast.search.space import RATE, Space
+from holdfast.search.space import RATE, Ancestor, Space
 from holdfast.search.trials import Trial, part_names
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+CONFIRMS = "confirms"  # what a trial that trains another again is marked with: its number
 LEAST = 12  # trials, below which shares of importance are not worth showing
 
 
@@ -42,19 +44,47 @@ class TrialRow:
     attempts: int
     rungs: Mapping[int, float] = field(default_factory=dict)  # rung → the value reported there
     replicates: Sequence[Mapping[str, Any]] = ()
+    confirming: Sequence[Mapping[str, Any]] = ()  # its runs with further selection seeds
+    lineage: tuple[Ancestor, ...] = ()  # of a population's member: params are the mean over it
 
     @property
     def value(self) -> float | None:
-        """new + old after."""
+        """new + old after, the mean over replicates."""
         if self.state != "complete" or self.new is None or self.old_after is None:
             return None
         return self.new + self.old_after
+
+    @property
+    def further(self) -> dict[int, float]:
+        """new + old after of each further seed that it was trained to the end with."""
+        return {r["seed"]: r["new"] + r["old_after"] for r in self.confirming
+                if r["state"] == "complete"}  # fmt: skip
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """new + old after of each selection seed."""
+        return {r["seed"]: r["new"] + r["old_after"] for r in self.replicates} | self.further
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """The larger the better: how many further seeds, the mean over all seeds, the earlier.
+
+        Further seeds are the same for all that have some, and only the best trials have: these
+        come before all others. One that diverged with a seed has fewer than the rest of them.
+        """
+        seeds = len(self.replicates) or 1
+        total = seeds * (self.value or 0.0) + math.fsum(self.further.values())
+        return len(self.further), total / (seeds + len(self.further)), -self.number
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         body = asdict(self)
         body["rungs"] = {str(k): v for k, v in self.rungs.items()}
-        return {**body, "value": self.value}
+        if self.lineage:
+            body["lr"] = self.lineage[0].rate  # which its recipe is relative to
+        else:
+            del body["lineage"]
+        return {**body, "value": self.value, "mean": None if self.value is None else self.rank[1]}
 
 
 def row(trial: FrozenTrial, space: Space) -> TrialRow:
@@ -77,17 +107,47 @@ def row(trial: FrozenTrial, space: Space) -> TrialRow:
 
 
 def rows(trials: Iterable[FrozenTrial], space: Space) -> list[TrialRow]:
-    """All trials by number."""
-    return sorted((row(trial, space) for trial in trials), key=lambda r: r.number)
+    """All trials by number, each with the runs that confirm it."""
+    made: dict[int, TrialRow] = {}
+    for trial in sorted(trials, key=lambda t: t.number):
+        one, told = row(trial, space), trial.user_attrs
+        if CONFIRMS not in told:
+            made[trial.number] = one
+            continue
+        keys = ("number", "state", "new", "old", "old_after", "steps", "seconds", "reason")
+        again = {"seed": told["seed"], **{key: getattr(one, key) for key in keys}}
+        of = made[told[CONFIRMS]]
+        made[of.number] = replace(of, confirming=(*of.confirming, again))
+    return list(made.values())
+
+
+def best_of(found: Iterable[TrialRow], count: int) -> list[TrialRow]:
+    """The finished trials of the highest new + old before any was confirmed, ties by number."""
+    known = [r for r in found if r.value is not None]
+    return sorted(known, key=lambda r: (-(r.value or 0.0), r.number))[:count]
 
 
 def best(found: Iterable[TrialRow], *, kind: str | None = None) -> TrialRow | None:
-    """The finished trial of the highest new + old on selection rows; ties go to the earlier.
+    """The finished trial of the highest `rank`: where none was confirmed, of new + old.
 
     kind: among the controls of a kind only.
     """
     known = [r for r in found if r.value is not None and kind in (None, r.kind)]
-    return max(known, key=lambda r: (r.value or 0.0, -r.number)) if known else None
+    return max(known, key=lambda r: r.rank, default=None)
+
+
+def noise(found: Iterable[TrialRow]) -> float | None:
+    """The standard deviation of new + old over further seeds, pooled over the trials k::
+
+        sqrt( Σ_k Σ_s (v_ks - mean_s v_ks)^2 / Σ_k (n_k - 1) )
+
+    Nothing was chosen by these seeds; by the others the trials were, which would widen it.
+    """
+    spreads = [mean_spread(r.further.values()) for r in found]
+    free = sum(s.n - 1 for s in spreads if s.sd is not None)
+    if not free:
+        return None
+    return math.sqrt(math.fsum((s.n - 1) * s.sd**2 for s in spreads if s.sd is not None) / free)
 
 
 def front(found: Iterable[TrialRow]) -> list[TrialRow]:

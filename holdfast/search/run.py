@@ -6,19 +6,24 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from holdfast.errors import Refused
-from holdfast.experiments.processes import EVERY, check_workers, spread
+from holdfast.errors import Busy, Refused
+from holdfast.experiments import engines
+from holdfast.experiments.engines.local import Local
+from holdfast.experiments.processes import EVERY
+from holdfast.experiments.record import Record
 from holdfast.experiments.runs import ended
-from holdfast.search import result, storage
+from holdfast.search import pbt, result, storage
 from holdfast.search.final import Evaluate, Evaluation, FinalJob, contenders, finish, jobs
 from holdfast.search.plan import Plan
-from holdfast.search.rows import best, rows
+from holdfast.search.rows import TrialRow, best, rows
 from holdfast.search.study import ATTEMPTS, FINISHED, Study
 from holdfast.search.worker import Train, work
 
@@ -40,6 +45,7 @@ def search(
     out: str | Path,
     url: str | None = None,
     workers: int = 1,
+    engine: engines.Engine | None = None,
     progress: bool = True,
     command: Sequence[str] | None = None,
     train: MakeTrain = training,
@@ -50,7 +56,8 @@ def search(
 
     asked: see `Plan.make`, and `holdfast.experiments.settings.Settings` for how each task is
     trained. url: where Optuna keeps the study (a SQLite file in `out`). workers: processes of one
-    thread each; further calls with the same `out`, at the same time or later, join the study.
+    thread each; another engine starts them elsewhere, see `holdfast.experiments.engines`. Further
+    calls with the same `out`, at the same time or later, join the study.
     train, evaluate: how a plan's trials and final runs are made.
 
     All input is checked, and `Refused` raised, before any training.
@@ -59,35 +66,41 @@ def search(
         >>> body = search("minilm", ["data/trec6", "data/sst2"], trials=50, out="runs/s")  # doctest: +SKIP
         >>> body["gain"]["sentence"]  # doctest: +SKIP
     """  # noqa: E501
-    check_workers(workers)
+    chosen: engines.Engine = engine or Local(workers)
+    storage.check_engine(url, chosen)
     storage.check(str(asked.get("sampler", "tpe")))
     plan = Plan.make(model, tasks, **asked)
+    if plan.population and url is not None:
+        raise Refused("a population lies in --out", where="--storage", remedy="leave it out")
     folder = Path(out)
     if folder.is_file():
         raise Refused("is a file", where=str(folder), remedy="name a folder")
     for said in plan.warnings:
         logging.getLogger("holdfast").warning(said)
     study = Study(folder, plan, url)
-    if workers == 1:
-        labour(study, train, evaluate, progress=progress)
+    if chosen.drawn:
+        together(study, chosen, train, evaluate, progress=progress)
     else:
-        together(study, workers, train, evaluate, progress=progress)
+        labour(study, train, evaluate, progress=progress)
     return conclude(study, evaluate(plan), command or sys.argv)
 
 
 def together(
-    study: Study, workers: int, train: MakeTrain, evaluate: MakeEvaluate, *, progress: bool
-) -> None:
-    """`labour` in `workers` processes, each with its own view of the study."""
-    line = Line(study, shown=progress)
-    each = partial(_joined, study.folder, study.plan, study.url, train, evaluate)
+    study: Study, engine: engines.Engine, train: MakeTrain, evaluate: MakeEvaluate, *,
+    progress: bool,
+) -> None:  # fmt: skip
+    """`labour` in as many processes as the engine runs, each with its own view of the study."""
+    line, folder = Line(study, shown=progress), study.folder
+    each = partial(_joined, folder, study.plan, study.url, train, evaluate)
+    workers = min(engine.at_once or study.plan.trials, study.plan.trials)
+    jobs = [engines.Job(folder, f"worker {i}", each) for i in range(workers)]
     # A trial that kills its processes fails after ATTEMPTS of them, maybe all of one job.
-    most = workers * ATTEMPTS + 1
+    most, stopped = workers * ATTEMPTS + 1, True
     try:
-        for _ in spread(
-            [each] * workers, workers, where=str(study.folder), look=line.look, attempts=most
-        ):
-            pass
+        while stopped:  # all of them, by whoever manages their nodes
+            with closing(engine(jobs, where=str(folder), look=line.look, attempts=most)) as coming:
+                # The first that is through leaves nothing to do for those that wait for a place.
+                stopped = all(isinstance(result, Busy) for _, result in coming)
     finally:
         line.close()
 
@@ -95,7 +108,10 @@ def together(
 def _joined(
     folder: Path, plan: Plan, url: str | None, train: MakeTrain, evaluate: MakeEvaluate
 ) -> None:
-    labour(Study(folder, plan, url), train, evaluate)
+    from holdfast.tasks.kinds.pretrained import locate
+
+    here = replace(plan, source=locate(plan.model))  # which may lie elsewhere on another machine
+    labour(Study(folder, here, url), train, evaluate)
 
 
 def labour(
@@ -109,20 +125,35 @@ def labour(
             made = train(plan)
             work(study, made, look=line.look)
             del made  # frees its weights; the final runs load their own
-        found = rows(study.trials(), plan.space)
+        if plan.population:
+            pbt.evolve(study.folder, plan, members(plan), look=line.look)
+        found = tried(study)
         finish(jobs(study.folder, plan, found), evaluate(plan), look=line.look)
     finally:
         line.close()
 
 
+def members(plan: Plan) -> Callable[[pbt.Segment], pbt.Outcome]:
+    """How the members of a population are trained."""
+    from holdfast.search.segment import Segments
+
+    return Segments(plan)
+
+
+def tried(study: Study) -> list[TrialRow]:
+    """All trials by number; a population's members come last."""
+    found, plan = rows(study.trials(), study.plan.space), study.plan
+    return [*found, *pbt.rows(study.folder, plan)] if plan.population else found
+
+
 def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[str, Any]:
     """Read all results and write the files; the same whichever process does it."""
-    plan = study.plan
-    found = rows(study.trials(), plan.space)
+    plan, found = study.plan, tried(study)
     results = finish(jobs(study.folder, plan, found), evaluate)
     body = result.facts(
         plan, found, contenders(plan, found), results, name=study.name,
         storage=storage.kept(study.url, study.folder), command=command,
+        first=[Record.load(path) for path in sorted(study.folder.glob("first/*/record.json"))],
     )  # fmt: skip
     with study.lock():
         result.write(study.folder, plan, found, body)
@@ -157,10 +188,12 @@ class Line:
 
     def _trials(self) -> None:
         study = self.study
-        found = rows(study.trials(), study.plan.space)
+        found = tried(study)
         self.bar.set_postfix_str(words(found), refresh=False)
-        self._draw(sum(r.state in FINISHED for r in found))
-        if study.over:
+        counts, members = study.counts(), [r for r in found if r.lineage]
+        through = sum(r.state in FINISHED for r in members)
+        self._draw(sum(counts[s] for s in FINISHED) + through)
+        if study.over and through == len(members):
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
             self.open = [job for job in todo if not ended(job.folder)]
@@ -178,7 +211,7 @@ class Line:
 def words(found: Any) -> str:
     """`best 1.652 (trial 17), 2 running, 9 pruned, 1 failed`."""
     top = best(found)
-    said = ["best –" if top is None else f"best {top.value:.3f} (trial {top.number})"]
+    said = ["best –" if top is None else f"best {top.rank[1]:.3f} (trial {top.number})"]
     for state, word in (("running", "running"), ("pruned", "pruned"), ("fail", "failed")):
         said.append(f"{sum(r.state == state for r in found)} {word}")
     return ", ".join(said)

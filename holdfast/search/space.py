@@ -21,10 +21,11 @@ from typing import Any
 from holdfast.engine.method import Method, Range
 from holdfast.errors import Refused, nearest
 from holdfast.methods import METHODS
-from holdfast.network.rates import Rates
+from holdfast.network.rates import Piece, Rates
 from holdfast.recipe import Recipe
 from holdfast.search.trials import part_names
 
+INTERVALS = 6  # of a task, after each of which a population's members are compared
 RATE, SHAPE = "rate", "x."  # names of parameters in a study: the base rate, a part's multiplier
 MULTIPLIER = Range(0.1, 10.0, log=True)
 BEYOND = 2.0  # the base rate is searched from the lowest flat control / 2 to the highest x 2
@@ -39,6 +40,15 @@ def flat_rates(width: int) -> tuple[float, ...]:
     a network of width 384 is given twice the rates. Two digits each.
     """
     return tuple(float(f"{rate * WIDTH / width:.2g}") for rate in FLAT)
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """What trained one sixth of a task on the way to a population's member, and how."""
+
+    member: int
+    rate: float
+    multipliers: tuple[float, ...]  # (parts,), geometric mean 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +116,36 @@ class Space:
             geometric_mean_rate=params[RATE],
         )  # fmt: skip
 
-    def recipe(self, base: Recipe, params: Mapping[str, float], *, name: str) -> Recipe:
-        """`base` with a trial's curve and method settings; adds a tuned method that it lacks."""
+    def in_pieces(self, lineage: Sequence[Ancestor], *, name: str) -> Rates:
+        """The curve of a lineage, relative to its first rate; after its end the last one holds."""
+        start, pieces = lineage[0], list[Piece]()
+        for i in range(1, 2 * INTERVALS):
+            now = lineage[min(i, len(lineage) - 1)]
+            times = [m * (now.rate / start.rate) for m in now.multipliers]
+            pieces.append(Piece(task=i // INTERVALS + 1, at=i % INTERVALS / INTERVALS,
+                                multipliers=tuple(times)))  # fmt: skip
+        return Rates.from_list(start.multipliers, layers=self.layers, name=name, pieces=pieces,
+                               geometric_mean_rate=start.rate)  # fmt: skip
+
+    def recipe(
+        self,
+        base: Recipe,
+        params: Mapping[str, float],
+        *,
+        name: str,
+        lineage: Sequence[Ancestor] = (),
+    ) -> Recipe:
+        """`base` with a trial's curve and method settings; adds a tuned method that it lacks.
+
+        lineage: of a population's member, whose curve is in pieces over its first rate.
+        """
         methods = {m.name: m for m in with_tuned(base, self.tuned).methods}
         for word in self.tuned:
             method, setting = word.split(".", 1)
             value = int(params[word]) if word in self.whole else params[word]
             methods[method] = replace(methods[method], **{setting: value})
-        return replace(base, rates=self.rates(params, name=name), methods=tuple(methods.values()),
-                       name=name)  # fmt: skip
+        curve = self.in_pieces(lineage, name=name) if lineage else self.rates(params, name=name)
+        return replace(base, rates=curve, methods=tuple(methods.values()), name=name)
 
     def neutral(self, base: Recipe, rate: float, curve: Sequence[float]) -> dict[str, float]:
         """A control's parameters: a curve at a rate, tuned settings as `base` has them."""

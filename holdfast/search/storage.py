@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused
+from holdfast.experiments.engines.slurm import Slurm
 from holdfast.experiments.record import scrub
 from holdfast.training import stopping
 
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
+    from holdfast.experiments.engines import Engine
+
 DATABASE = "study.db"
 PATIENCE = 60.0  # seconds that a server may take to be back
 WAIT = 100  # seconds a process waits for another one's write to SQLite
 JOURNAL = "journal:"
 OPENING = b'{"op_code"'  # how Optuna's journals begin
-NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs")  # file systems
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "gpfs", "beegfs", "ceph",
+           "fuse.glusterfs", "9p", "virtiofs")  # file systems  # fmt: skip
 INSTALL = "pip install 'holdfast[search]'"
 DRIVER = "install the database's driver, such as 'psycopg[binary]'"
 PAPER = {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}  # BERTcL's Hyperband
@@ -55,6 +60,17 @@ def check(sampler: str) -> None:
     if sampler == "cmaes" and importlib.util.find_spec("cmaes") is None:
         raise Refused("the sampler cmaes needs the package cmaes", where="--sampler",
                       remedy=INSTALL)  # fmt: skip
+
+
+def check_engine(storage: str | None, engine: Engine) -> None:
+    """Refuse, before any training, a storage that an engine's processes cannot share."""
+    if engine.far and (storage or "sqlite").startswith("sqlite"):
+        raise Refused("SQLite serves one machine", where="--storage",
+                      remedy="take journal:FILE in a folder that all share, or postgresql://HOST/NAME"
+                      )  # fmt: skip
+    if isinstance(engine, Slurm) and re.search(r"://[^@/]*:[^@]*@|[?&]password=", storage or ""):
+        raise Refused("its password would be written into Slurm's scripts", where="--storage",
+                      remedy="leave it out, and set PGPASSWORD or ~/.pgpass")  # fmt: skip
 
 
 def address(storage: str | None, folder: Path) -> str:
@@ -277,9 +293,11 @@ def sampler(name: str, seed: int) -> BaseSampler:
     made = {
         # The raw multipliers of one curve belong together: only their ratios count.
         "tpe": lambda: samplers.TPESampler(seed=seed, multivariate=True),
-        "gp": lambda: samplers.GPSampler(seed=seed),
+        # Scores are noisy, and it fits how much: told that they are exact, it would chase luck.
+        "gp": lambda: samplers.GPSampler(seed=seed, deterministic_objective=False),
         "cmaes": lambda: samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
         "random": lambda: samplers.RandomSampler(seed=seed),
+        "pbt": lambda: samplers.RandomSampler(seed=seed),  # it only has the controls
         "nsga2": lambda: samplers.NSGAIISampler(seed=seed, population_size=20),
     }
     return made[name]()

@@ -1,31 +1,31 @@
-"""A study shared by processes of one machine: who works on which trial, and what came of it.
+"""A study shared by processes, on one host or on many: who works on which trial, what came of it.
 
 Optuna's ask and tell has no leases (its heartbeat serves only `optimize`). Here a worker that takes
-a trial locks `claims/<number>` for as long as it lives: the system releases the lock when the
-process ends, however it ends. Asking, and looking for a trial whose worker died, happen under one
-lock of the study, so that no two workers take one trial and no trial is asked beyond the plan. A
-trial whose worker died is taken up again, until it has had `ATTEMPTS` workers in all.
+a trial holds the lease of `leases/<number>` for as long as it lives, see
+`holdfast.experiments.lease`. Asking, and looking for a trial whose worker died, happen under the
+lease of `leases/study`, so that no two workers take one trial and no trial is asked beyond the
+plan. A trial whose worker died is taken up again, until it has had `ATTEMPTS` workers in all.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
+from holdfast.experiments.lease import Lease, Watch, take, take_in_turn
 from holdfast.experiments.record import scrub
 from holdfast.search import storage as stores
 from holdfast.search.objective import Scores
 from holdfast.search.plan import Plan, keep, known, refuse_other
+from holdfast.search.rows import CONFIRMS, best_of, rows
 from holdfast.search.space import Control
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3
 FINISHED = ("complete", "pruned", "fail")
-CLAIMS, LOCK = "claims", "lock"
+LEASES, STUDY = "leases", "study"
 
 
 @dataclass
@@ -45,14 +45,22 @@ class Claim:
     identity: int  # the trial's id in its storage
     params: dict[str, float]
     control: str | None  # its label, or None for a searched trial
-    lease: IO[str]
+    lease: Lease
+    confirms: int | None = None  # the number of the trial that it trains again
+    seeds: Sequence[int] = ()  # of its replicates
+
+    @property
+    def whole(self) -> bool:
+        """Whether it runs to its end, whatever it scores."""
+        return self.control is not None or self.confirms is not None
 
     def report(self, rung: int, value: float) -> bool:
         """Report the value at a rung; returns whether to prune. Controls are never pruned.
 
-        A trial that is repeated, after its worker was killed, reports no rung twice.
+        A trial that is repeated, after its worker was killed, reports no rung twice. What confirms
+        reports none: other trials are compared at one seed.
         """
-        if self.study.plan.objective == "pareto":
+        if self.study.plan.objective == "pareto" or self.confirms is not None:
             return False
         return bool(self.study.ask(lambda: self._judge(rung, value)))
 
@@ -86,7 +94,7 @@ class Claim:
         self._note({"attempts": max(0, known.get("attempts", 1) - 1)})
 
     def close(self) -> None:
-        self.lease.close()
+        self.lease.release()
 
     def _note(self, values: Mapping[str, Any]) -> None:
         note = self.study.storage.set_trial_user_attr
@@ -105,11 +113,11 @@ class Study:
     def __init__(self, folder: str | Path, plan: Plan, storage: str | None = None) -> None:
         optuna = stores.optuna()
         self.folder, self.plan = Path(folder), plan
-        self.url = stores.address(storage, self.folder)
+        self.url, self._watch = stores.address(storage, self.folder), Watch()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            refuse_links(self.folder, (CLAIMS, "trials", "final", stores.DATABASE))
-            for inner in (CLAIMS, "trials"):
+            refuse_links(self.folder, (LEASES, "trials", "population", "final", stores.DATABASE))
+            for inner in (LEASES, f"{LEASES}/{STUDY}", "trials"):
                 (self.folder / inner).mkdir(exist_ok=True)
         except OSError as error:
             raise Refused(f"cannot be written: {error.strerror}", where=str(self.folder),
@@ -145,9 +153,11 @@ class Study:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One process at a time: short work only."""
-        with _open(self.folder / LOCK) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        held = take_in_turn(self.folder / LEASES / STUDY)
+        try:
             yield
+        finally:
+            held.release()
 
     def trials(self) -> list[FrozenTrial]:
         """All trials by number, as they are now."""
@@ -165,10 +175,26 @@ class Study:
 
     @property
     def over(self) -> bool:
-        """Whether every trial that was planned is finished."""
-        counts = self.counts()
-        done = sum(counts[state] for state in FINISHED)
-        return done >= self.plan.trials and done == sum(counts.values())
+        """Whether every trial that was planned is finished, and the best of them confirmed."""
+        trials = self.trials()
+        if _searched(trials) < self.plan.searching or not all(
+            t.state.is_finished() for t in trials
+        ):
+            return False
+        return not self._unconfirmed(trials)
+
+    def _unconfirmed(self, trials: list[FrozenTrial]) -> list[tuple[FrozenTrial, int]]:
+        """The best trials and the further seeds with which none of them was begun.
+
+        All of them with one seed before the next. None before all others are finished: which are
+        the best, on the seeds that all trials share, is then settled.
+        """
+        if not all(t.state.is_finished() for t in trials if CONFIRMS not in t.user_attrs):
+            return []
+        there = {(t.user_attrs.get(CONFIRMS), t.user_attrs.get("seed")) for t in trials}
+        top = best_of(rows(trials, self.plan.space), self.plan.confirm)
+        return [(trials[r.number], seed) for seed in self.plan.further_seeds for r in top
+                if (r.number, seed) not in there]  # fmt: skip
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -187,23 +213,27 @@ class Study:
         trials = self.trials()
         states = stores.optuna().trial.TrialState
         for trial in trials:
-            if trial.state != states.RUNNING or (lease := self.lease(trial.number)) is None:
+            if trial.state != states.RUNNING or (held := self.lease(trial.number)) is None:
                 continue
-            with _closed_on_error(lease):
+            with _released_on_error(held):
                 # Its worker may have finished and released it since the list was read.
                 now = self.storage.get_trial(self._id(trial.number))
-                claim = self._take(now, lease) if now.state == states.RUNNING else None
+                claim = self._take(now, held) if now.state == states.RUNNING else None
             if claim is not None:
                 return claim
-            lease.close()
+            held.release()
         waiting = any(t.state == states.WAITING for t in trials)
-        if not waiting and len(trials) >= self.plan.trials:
-            return None
+        if not waiting and _searched(trials) >= self.plan.searching:
+            for trial, seed in (again := self._unconfirmed(trials)):
+                marks = {CONFIRMS: trial.number, "seed": seed}
+                self.study.enqueue_trial(trial.params, user_attrs=marks)
+            if not again:
+                return None
         self._seed(len(trials))
         asked = self.study.ask()
         taken = self.lease(asked.number)
         assert taken is not None, "a trial that was just made has no other worker"
-        with _closed_on_error(taken):
+        with _released_on_error(taken):
             return self._take(asked, taken)
 
     def _seed(self, number: int) -> None:
@@ -214,26 +244,25 @@ class Study:
         seed = (self.plan.seed * 100_003 + number) % 2**32
         self.study.sampler = stores.sampler(self.plan.sampler, seed)
 
-    def lease(self, number: int) -> IO[str] | None:
-        """The lock of a trial, or None while another process has it."""
-        file = _open(self.folder / CLAIMS / str(number))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        return file
+    def lease(self, number: int) -> Lease | None:
+        """The lease of a trial, or None while another process has it, and is heard from."""
+        folder = self.folder / LEASES / str(number)
+        folder.mkdir(exist_ok=True)
+        if self._watch.free(folder):
+            with contextlib.suppress(Busy):
+                return take(folder)
+        return None
 
     def _id(self, number: int) -> int:
         """A trial's id in the storage, which may hold other studies too."""
         return self.storage.get_trial_id_from_study_id_trial_number(self._identity, number)
 
-    def _take(self, trial: FrozenTrial | Trial, lease: IO[str]) -> Claim | None:
+    def _take(self, trial: FrozenTrial | Trial, held: Lease) -> Claim | None:
         """The claim on a trial; None, and the trial failed, if its workers ended too often."""
-        attempts = int(trial.user_attrs.get("attempts", 0))
-        control = trial.user_attrs.get("control")
-        identity = self._id(trial.number)
-        claim = Claim(self, trial.number, identity, {}, control, lease)
+        told, identity = trial.user_attrs, self._id(trial.number)
+        attempts, control = int(told.get("attempts", 0)), told.get("control")
+        claim = Claim(self, trial.number, identity, {}, control, held, told.get(CONFIRMS),
+                      [told["seed"]] if CONFIRMS in told else self.plan.seeds)  # fmt: skip
         if attempts >= ATTEMPTS:
             claim.failed(f"its worker ended {attempts} times before it did")
             return None
@@ -257,6 +286,11 @@ class Study:
         return claim
 
 
+def _searched(trials: Sequence[FrozenTrial]) -> int:
+    """How many trials there are, but for those that confirm others."""
+    return sum(CONFIRMS not in t.user_attrs for t in trials)
+
+
 def refuse_links(folder: Path, names: Sequence[str]) -> None:
     """Refuse links that were planted where a search writes; runs look within their own folders."""
     for path in (path for name in names for path in (folder / name, *(folder / name).glob("*"))):
@@ -266,18 +300,12 @@ def refuse_links(folder: Path, names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _closed_on_error(lease: IO[str]) -> Iterator[None]:
+def _released_on_error(held: Lease) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        lease.close()
+        held.release()
         raise
-
-
-def _open(path: Path) -> IO[str]:
-    """A file to lock; a link planted here is not followed."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    return open(handle, "r+", encoding="utf-8")
 
 
 def wait(seconds: float, look: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
 from holdfast.experiments.memory import out_of_memory
 from holdfast.recipe import Recipe
 from holdfast.search import storage as stores
@@ -35,6 +35,7 @@ class Replicate:
     recipe: Recipe
     lr: float
     folder: Path
+    first: Path | None = None  # the run of task one from which it goes on; None: it learns it
 
 
 Train = Callable[[Replicate, Watch], Scores]
@@ -58,6 +59,9 @@ def work(study: Study, train: Train, *, look: Callable[[], None] = lambda: None)
                 # Leases end with a folder or a disk they lie on; what was told first stands.
                 said = "trial %d was finished by another worker, whose result stands"
                 logging.getLogger("holdfast").warning(said, claim.number)
+            except Busy as busy:
+                logging.getLogger("holdfast").warning("%s", busy)
+                wait(POLL, stopping.check)
             finally:
                 claim.close()
         elif study.over:
@@ -71,11 +75,11 @@ def run(claim: Claim, train: Train) -> None:
     began, scores, plan = time.monotonic(), [], claim.study.plan
     steps = 0
     try:
-        for replicate, seed in enumerate(plan.seeds):
+        for replicate, seed in enumerate(claim.seeds):
             # The pruner sees the first replicate only; a trial that it lets through runs them all.
             tell = claim.report if replicate == 0 else _mute
             job = job_of(claim, replicate, seed)
-            found = train(job, Watch(plan.rungs, tell, whole=claim.control is not None))
+            found = train(job, Watch(plan.rungs, tell, whole=claim.whole))
             if not found.finite:
                 raise Diverged("diverged: a score is not finite", found.steps)
             scores.append(found)
@@ -100,18 +104,19 @@ def run(claim: Claim, train: Train) -> None:
         seconds=round(sum(s.seconds for s in scores), 3),
     )  # fmt: skip
     rows = [{"seed": seed, "old": s.old, "new": s.new, "old_after": s.old_after}
-            for seed, s in zip(plan.seeds, scores, strict=True)]  # fmt: skip
+            for seed, s in zip(claim.seeds, scores, strict=True)]  # fmt: skip
     claim.done(mean, rows)
 
 
 def job_of(claim: Claim, replicate: int, seed: int) -> Replicate:
     """What to train: the trial's curve in the plan's recipe, in a folder of its own."""
     plan = claim.study.plan
-    name = claim.control or f"trial {claim.number}"
+    name = claim.control or f"trial {claim.number if claim.confirms is None else claim.confirms}"
     recipe = plan.space.recipe(plan.base, claim.params, name=name)
     leaf = f"{claim.number}" if replicate == 0 else f"{claim.number}-{replicate}"
     return Replicate(claim.number, replicate, seed, recipe, claim.params["rate"],
-               claim.study.folder / "trials" / leaf)  # fmt: skip
+                     claim.study.folder / "trials" / leaf,
+                     plan.first(claim.study.folder, seed))  # fmt: skip
 
 
 def _mute(rung: int, value: float) -> bool:

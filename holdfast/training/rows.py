@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import SequentialSampler, Subset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from holdfast.engine.batches import Whole, rows_in
 from holdfast.engine.bound import Bound
@@ -19,6 +20,7 @@ from holdfast.engine.forwarding import in_mode, own_randomness
 from holdfast.engine.stepping import SKIPS
 from holdfast.errors import Refused
 from holdfast.ops import distributed
+from holdfast.training.lengths import ByLength
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -188,6 +190,26 @@ class RowsMixin(_Base):
                 yield prepared
 
         return batches
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; of like lengths in an order that a resumed run finds again."""
+        try:
+            theirs = super()._get_train_sampler(*args, **kwargs)
+        except ValueError as error:  # rows that are no mappings, or without the model's input
+            if self.args.train_sampling_strategy != "group_by_length":
+                raise
+            raise Refused(f"the rows have no length to be grouped by: {error}",
+                          where="group_by_length", remedy="leave it out") from None  # fmt: skip
+        if not isinstance(theirs, LengthGroupedSampler):
+            return theirs
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return ByLength(theirs.lengths, theirs.batch_size * self.args.world_size, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Trainer's, but in the order of the rows where it would group them too, by chance."""
+        theirs = super()._get_eval_sampler(eval_dataset)
+        grouped = isinstance(theirs, LengthGroupedSampler)
+        return SequentialSampler(eval_dataset) if grouped else theirs
 
     def _undivided(self, rows: Any) -> Any:
         """A loader of all rows, each once, on every rank: methods split them over ranks themselves.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.forwarding import in_mode
+from holdfast.engine.forwarding import in_mode, uncompiled
 from holdfast.engine.peft import check_adapted
 from holdfast.engine.stepping import SKIPS
 from holdfast.errors import Refused
@@ -179,7 +179,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
                 logging.getLogger("holdfast").warning(idle)
         clip = self.recipe.max_grad_norm
         self.bound.max_grad_norm = self.args.max_grad_norm or None if clip is None else clip
-        self.bound.evaluate = self.evaluate
+        self.bound.evaluate, self.bound.scheduled = self.evaluate, self.recipe.scheduled
         self._check_rows()
         fitted = self.bound.head_first
         self.bound.head_first = None if self._bare else fitted
@@ -299,7 +299,8 @@ class RecipeMixin(RowsMixin, SavingMixin):
         if self._ignores_items is None:
             seen, bare = self._outputs, self.accelerator.unwrap_model(model)
             # The bare model communicates with no other rank, which may be doing something else.
-            with torch.no_grad(), in_mode(bare.modules(), training=False), self._logs_kept():
+            as_told = in_mode(bare.modules(), training=False)
+            with torch.no_grad(), as_told, uncompiled(), self._logs_kept():
                 compute = functools.partial(super().compute_loss, bare)
                 one = compute(dict(batch), num_items_in_batch=items)
                 two = compute(dict(batch), num_items_in_batch=items * 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from holdfast import EWC, GPM, KfacEWC, Merge, Rates, Recipe, Replay
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.network.groups import param_groups
+from holdfast.network.rates import Piece
 
 
 def network() -> nn.Sequential:
@@ -60,6 +62,100 @@ def test_other_rates_take_over_with_the_state_and_the_schedule() -> None:
     for name in bound.weights:
         assert bound.group_of[name]["lr"] == pytest.approx(0.1 * wanted[name[0]] / 3)
     assert scheduler.get_last_lr() == [g["lr"] for g in optimizer.param_groups]
+
+
+PIECES = [
+    Piece(task=1, at=2, multipliers=(3.0, *[0.5] * 8, 2.0)),
+    Piece(task=1, at=0.75, multipliers=(0.25, *[4.0] * 8, 1.0)),
+    Piece(task=2, at=0.5, multipliers=(1.0, *[1.0] * 8, 8.0)),
+]
+IN_PIECES = Rates.from_list([1.0, *[2.0] * 8, 1.0], pieces=PIECES)
+
+
+def by_hand(task: int, now: int) -> tuple[float, float, float]:
+    """The multipliers of `PIECES` after `now` of eight steps: first layer, middle ones, head."""
+    if task == 1:
+        return (1.0, 2.0, 1.0) if now < 2 else (3.0, 0.5, 2.0) if now < 6 else (0.25, 4.0, 1.0)
+    return (0.25, 4.0, 1.0) if now < 4 else (1.0, 1.0, 8.0)
+
+
+@pytest.mark.parametrize("make", ["sequential", "chained", "plateau", "covered"])
+@pytest.mark.filterwarnings("ignore:Detected call of", "ignore:The epoch parameter")
+def test_rates_in_pieces_are_those_of_a_loop_that_sets_them_by_hand(make: str) -> None:
+    """Bit for bit over two tasks, also at a step that is left out, which no piece counts."""
+    recipe = Recipe(rates=IN_PIECES)
+
+    def learn(ours: bool) -> list[torch.Tensor]:
+        model, bound = network(), None
+        for task in (1, 2):
+            optimizer = torch.optim.AdamW(recipe.param_groups(model, lr=0.1, weight_decay=0.1))
+            scheduler = globals()[make](optimizer)
+            if ours:
+                bound = bound or recipe.unbound()
+                bound.begin_task(f"{task}", optimizer, 8, model=model)
+            for now in [0, 1, None, *range(2, 8)]:
+                optimizer.zero_grad()
+                model(torch.ones(2, 4)).square().sum().backward()
+                before = [group["lr"] for group in optimizer.param_groups]
+                if now is None and ours:  # a step that is left out
+                    model[0].weight.grad.fill_(float("nan"))  # type: ignore[union-attr,operator]
+                if not ours and now is not None:
+                    places = {"0": 0, "1": 1, "2": 1, "3": 2}
+                    for group in optimizer.param_groups:
+                        place = places[group["param_names"][0][0]]
+                        factor = by_hand(task, now)[place] / (1.0, 2.0, 1.0)[place]
+                        group["lr"] = group["lr"] * factor
+                if ours or now is not None:
+                    optimizer.step()
+                if not ours:
+                    for group, rate in zip(optimizer.param_groups, before, strict=True):
+                        group["lr"] = rate
+                assert [group["lr"] for group in optimizer.param_groups] == before
+                if now is not None:
+                    scheduler.step(*[1.0] if make == "plateau" else [])
+            if bound is not None:
+                bound.unbind()
+                bound.end_task()
+        return [w.detach() for w in model.parameters()]
+
+    for one, two in zip(learn(ours=True), learn(ours=False), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_methods_see_the_rates_in_force() -> None:
+    class Seen(Method):
+        name = "seen"
+
+        def before_step(self, view: Any) -> None:
+            seen.append(view.lr("3.bias"))
+
+    seen: list[float] = []
+    model, recipe = network(), Recipe(rates=IN_PIECES, methods=[Seen()])
+    optimizer = torch.optim.SGD(recipe.param_groups(model, lr=0.1))
+    bound = recipe.bind(model, optimizer, total_steps=8)
+    for _ in range(8):
+        step(model, optimizer)
+    assert seen == pytest.approx([0.1, 0.1, *[0.2] * 4, *[0.1] * 2])
+    made = [bound.rates[id(bound.group_of[f"{i}.bias"])] for i in range(4)]  # what is logged
+    assert made == pytest.approx([0.025, 0.4, 0.4, 0.1])
+
+
+def test_pieces_are_refused_where_they_would_not_hold() -> None:
+    model, recipe = network(), Recipe(rates=IN_PIECES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # one group for all parts
+    recipe.bind(model, optimizer, total_steps=8)
+    with pytest.raises(Refused, match=r"a group for each part.*recipe\.param_groups"):
+        step(model, optimizer)
+    model = network()
+    bound = recipe.bind(model, torch.optim.SGD(recipe.param_groups(model, lr=0.1)), total_steps=8)
+    with pytest.raises(Refused, match="come in pieces"):
+        bound.set_rates(TWO)
+    other = recipe.unbound()
+    other.scheduled = replace(IN_PIECES, pieces=PIECES[:1])
+    saved, model = bound.state_dict(), network()
+    other.begin_task("task", torch.optim.SGD(recipe.param_groups(model, lr=0.1)), 8, model=model)
+    with pytest.raises(Refused, match="pieces"):  # exact resume is with the same pieces
+        other.load_state_dict(saved)
 
 
 ONE, TWO = Rates.from_list([1.0, 2.0, 1.0]), Rates.from_list([1.0, *[0.5] * 8, 3.0])

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tiny import adamw, bind, net
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from holdfast.engine import stepping
 from holdfast.engine.method import Method, View
 from holdfast.methods import DPS, EWC, L2SP, Replay
-from holdfast.ops.gradients import total_norm
 from holdfast.recipe import Recipe
 
 
@@ -51,29 +51,61 @@ def test_what_is_written_after_a_norm_was_asked_for_counts() -> None:
     assert (bound.step, bound.skipped) == (0, 1) and model[0].weight.isfinite().all()
 
 
-@pytest.mark.parametrize(("methods", "passes"), [((), 1), ((L2SP(),), 2), ((DPS(stage=1),), 2)])
-def test_the_norm_is_measured_once_for_each_time_gradients_are_written(
-    methods: tuple[Method, ...], passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asked for, judged and clipped by: a pull makes it another, and so does a mask."""
-    model, count = net(), 0
+class Passes(TorchDispatchMode):
+    """How many entries of a model's weights or of their gradients each operator goes over."""
 
-    def counted(grads: list[Tensor]) -> Tensor:
-        nonlocal count
-        count += 1
-        return total_norm(grads)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.entries: Counter[str] = Counter()
+        self.ours = {t.data_ptr() for w in model.parameters() for t in (w, w.grad)}
 
-    monkeypatch.setattr(stepping, "total_norm", counted)
-    optimizer = adamw(model)
-    recipe = Recipe(methods=methods, max_grad_norm=1.0)
-    bound = recipe.bind(model, optimizer, total_steps=4)
-    for step in range(2):  # the second one masks
-        count = 0
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lists = [given if isinstance(given, list) else [given] for given in args]
+        mine = ([t for t in each if isinstance(t, Tensor) and t.data_ptr() in self.ours]
+                for each in lists)  # fmt: skip
+        name = call.overloadpacket.__name__
+        self.entries[name] += max((sum(t.numel() for t in each) for each in mine), default=0)
+        return call(*args, **(kwargs or {}))
+
+    @property
+    def told(self) -> dict[str, int]:
+        """Without views, and what any training does."""
+        plain = {"detach", "view", "_fused_adamw_", "zeros_like"}
+        return {name: n for name, n in self.entries.items() if n and name not in plain}
+
+
+ALL, LINEAR = 26, 20  # weights of the network; those that DPS covers
+NORM = {"_foreach_norm": ALL}
+SUM = NORM | {"addcmul_": LINEAR}
+MASK = {"threshold_backward": 2 * LINEAR, "bitwise_or_": LINEAR}  # of gradients, then of weights
+BITS = {"mul_": LINEAR, "threshold_backward": LINEAR, "bitwise_xor_": 2 * LINEAR}
+PULL = {"_foreach_norm": 2 * ALL, "sub": ALL, "add_": ALL}
+# By recipe: what is gone over in its fifth step, and in its seventh, which masks.
+PASSES: dict[str, tuple[tuple[Method, ...], float | None, dict[str, int], dict[str, int]]] = {
+    "plain": ((), None, NORM, NORM),
+    "below the limit": ((), 1e3, NORM, NORM),
+    "above the limit": ((), 1e-3, NORM | {"_foreach_mul_": ALL}, NORM | {"_foreach_mul_": ALL}),
+    "pulled": ((L2SP(),), 1e3, PULL, PULL),
+    "dense": ((DPS(stage=2),), None, SUM, NORM | MASK),
+    "dense below the limit": ((DPS(stage=2),), 1e3, SUM, {"_foreach_norm": ALL + LINEAR} | MASK),
+    "mix": ((DPS(stage=2, mix=True),), None, SUM, NORM | BITS),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_step_goes_over_the_weights_no_more_often_than_it_says(name: str) -> None:
+    methods, limit, *expected = PASSES[name]
+    model, found = net(), []
+    optimizer = adamw(model, fused=True)
+    bound = Recipe(methods=methods, max_grad_norm=limit).bind(model, optimizer, total_steps=8)
+    for step in range(7):
         model(data(step)).sum().backward()
-        bound.gradient_norm()
-        bound.gradient_norm()
-        optimizer.step()
-    assert count == passes
+        with Passes(model) as seen:
+            bound.gradient_norm()  # as Trainer asks
+            optimizer.step()
+        optimizer.zero_grad()
+        found.append(seen.told)
+    assert [found[4], found[6]] == expected
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from holdfast import DPS, EWC, Merge, Recipe, Refused
 from holdfast.engine.method import Method, View
-from holdfast.errors import TrainingDiverged
+from holdfast.engine.state import refuse_not_finite
+from holdfast.errors import NotFinite, TrainingDiverged
 from holdfast.methods import GPM, ChildTuning, KfacEWC
 
 
@@ -224,6 +225,14 @@ def test_weights_that_would_become_so_are_not_written() -> None:
     with pytest.raises(Refused, match="would become one that is not finite"):
         bound.end_task(batches())
     assert same(before, model.state_dict()) and not bound.finished
+
+
+def test_large_weights_are_finite_though_their_sum_is_not() -> None:
+    large = torch.full((4,), 3e38)
+    refuse_not_finite({"large": large}, "not finite")
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(NotFinite, match="two"):
+            refuse_not_finite({"one": large, "two": torch.tensor([0.0, bad])}, "not finite")
 
 
 def test_what_is_read_before_a_task_is_refused_too() -> None:

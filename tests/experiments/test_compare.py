@@ -31,6 +31,7 @@ from holdfast.experiments.sequence import Arm
 from holdfast.methods import METHODS
 from holdfast.recipe import PRESETS
 from holdfast.report import find_records
+from holdfast.report.facts import comparisons
 from holdfast.tasks.kinds import classification
 from holdfast.training.stopping import Stopped
 
@@ -206,6 +207,20 @@ def test_a_first_task_is_trained_once_and_its_seconds_stand_with_each(shared: Pa
         "plain", "custom", "default", "lwf_merge"
     }  # fmt: skip
     assert len(find_records([shared / "first"])) == 2  # asked for by themselves
+
+
+def test_a_repeat_is_a_run_of_its_own_from_the_first_task_on(place: Path, tmp_path: Path) -> None:
+    """One that went on from the first task of the other would tell of half the noise."""
+    recipes = {"plain": RECIPES["plain"], "ewc": (IDLE["ewc"], {})}
+    records = compared(place, tmp_path, recipes, repeat=True, **QUICK)
+    folders = [Path(r.settings["out"]).relative_to(tmp_path) for r in records]
+    names = [f"{n}/seed-{s}" for n in recipes for s in ("0", "3", "0-again")]
+    assert list(map(str, folders)) == names
+    assert ["first" in r.extra for r in records] == [True, True, False] * 2
+    assert records[2].scores == records[0].scores and records[5].scores == records[3].scores
+    (found,) = comparisons(records)
+    assert found.repeats["new_plus_old"] == (2, 0.0, 0.0)
+    assert [group.seeds for group in found.groups] == [[0, 3]] * 2
 
 
 def test_what_acts_on_the_first_task_has_its_own(place: Path, tmp_path: Path) -> None:

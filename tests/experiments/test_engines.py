@@ -6,9 +6,11 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from holdfast.experiments.engines.ray import Ray
 from holdfast.experiments.engines.slurm import Slurm
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, open_run
+from holdfast.testing.nodes import Nodes
 from holdfast.training import stopping
 
 SHORT = ["--epochs", "0.5", "--batch-size", "4", "--save-steps", "0", "--max-length", "16"]
@@ -261,3 +264,59 @@ def test_ray_replaces_what_is_killed_and_stops_with_a_checkpoint(tmp_path: Path)
     begun(tmp_path)
     making.close()
     assert (tmp_path / "saved").read_text() == str(int(signal.SIGINT))
+
+
+@pytest.fixture
+def nodes(tmp_path: Path, _importable: None) -> Iterator[Nodes]:
+    pytest.importorskip("ray", reason="the engine ray")
+    (tmp_path / "nodes").mkdir()
+    made = Nodes(tmp_path / "nodes")
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from test_engines import counted, jobs
+from holdfast.experiments.engines import carry_out
+from holdfast.experiments.engines.ray import Ray
+place, runs = Path(sys.argv[1]), int(sys.argv[2])
+found = carry_out(counted, jobs(place, runs, seconds=0.5), Ray(address=sys.argv[3]), where=place)
+assert found == [f"run {i}" for i in range(runs)]
+"""
+
+
+@pytest.mark.slow
+def test_a_node_and_the_driver_are_killed_and_nothing_is_done_twice(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    runs, place = 24, tmp_path / "runs"
+
+    def driver(**more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", DRIVER, str(place), str(runs), nodes.address]
+        return subprocess.Popen(words, env=nodes.env | more, text=True, stderr=subprocess.PIPE)
+
+    def until(done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 120
+        while not done():
+            assert first.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+
+    stranger = driver(RAY_AUTH_TOKEN="0" * 64)
+    said = stranger.communicate(timeout=120)[1]
+    assert stranger.returncode and "no Ray answers" in said and not place.exists()
+
+    first = driver()
+    until(lambda: len(times(place)) >= runs // 4)
+    nodes.kill(nodes.far)
+    until(lambda: len(times(place)) >= runs // 2)
+    first.kill()
+    first.wait()
+    assert len(times(place)) < runs, "the kills were to fall into the grid"
+    again = driver()
+    said = again.communicate(timeout=200)[1]
+    assert again.returncode == 0, said
+    assert times(place) == [1] * runs

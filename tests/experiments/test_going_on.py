@@ -52,7 +52,12 @@ def without_history(folder: Path) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Those that end no task carry nothing over but what each task begins with.
+CARRYING = [n if m.defines("end_task") else pytest.param(n, marks=pytest.mark.slow)
+            for n, m in METHODS.items()]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CARRYING)
 def test_three_commands_on_three_days_are_one_command(
     name: str, place: Path, tmp_path: Path
 ) -> None:

@@ -248,3 +248,26 @@ def test_every_row_that_is_scored_moves_its_bar(place: Path, monkeypatch: pytest
     monkeypatch.setattr(learner, "Bar", lambda *_, **__: TrainerCallback())
     run(place, tmp_path, topics=(next(iter(models.TOPICS)),), recipe="plain", progress=True)
     assert len(moved) == 1 and min(moved.values()) > 0
+
+
+@pytest.mark.slow
+def test_what_tasks_share_is_compiled_once_for_rows_of_any_length(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for both tasks, and scores by uncompiled code; the numbers are those without."""
+    made, original = [], torch.nn.Module.compile
+
+    def counted(self: Any, **how: Any) -> None:
+        def backend(graph: Any, _: Any) -> Any:
+            made.append(torch.is_grad_enabled())
+            return graph
+
+        torch.compiler.reset()
+        original(self, backend=backend, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counted)
+    more: dict[str, Any] = {"topics": ("mood", "colour"), "recipe": "plain", "epochs": 0.5}
+    run(place, tmp_path / "compiled", compile=True, **more)
+    assert made == [True]
+    run(place, tmp_path / "plain", **more)
+    assert files(tmp_path / "compiled") == files(tmp_path / "plain")

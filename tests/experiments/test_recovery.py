@@ -280,3 +280,36 @@ def test_another_machine_is_told(
     assert run(place, tmp_path, **plain).warnings == [
         "threads was 77 and is 78 since the run went on"
     ]
+
+
+def test_batches_of_like_length_go_on_as_they_were(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of an epoch of the second task."""
+    plain: dict[str, Any] = {
+        "topics": ("mood", "colour"), "recipe": "plain", "group_by_length": True, "epochs": 1.0,
+    }  # fmt: skip
+    run(place, tmp_path / "whole", **plain)
+    stop_at(monkeypatch, place, tmp_path / "cut", module=saving, name="rotate", call=5, **plain)
+    (training,) = (tmp_path / "cut" / "tasks").glob("2-*.training")
+    assert sorted(p.name for p in training.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    run(place, tmp_path / "cut", **plain)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert told(tmp_path / "cut") == told(tmp_path / "whole")
+    run(place, tmp_path / "random", **plain | {"group_by_length": False})
+    assert files(tmp_path / "random") != files(tmp_path / "whole")
+
+
+def test_bf16_by_the_machine_is_what_the_run_began_with(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pays = True
+    monkeypatch.setattr("holdfast.tasks.kinds.pretrained.bf16_pays", lambda: pays)
+    plain: dict[str, Any] = {"recipe": "plain", "bf16": "auto", "epochs": 0.5}
+    run(place, tmp_path, ("mood",), **plain)
+    pays = False  # on another machine
+    record = run(place, tmp_path, ("mood", "colour"), **plain)
+    assert record.settings["bf16"] is True
+    assert record.versions["precision"] == "bfloat16 autocast" and len(record.seconds) == 2
+    record = run(place, tmp_path / "new", ("mood",), **plain)
+    assert record.settings["bf16"] is False and record.versions["precision"] == "float32"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -328,3 +330,34 @@ def test_the_verb(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "pseudo labels" in shown and "bad 2, good 2" in shown and "report.html" in shown
     assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_by_another_engine_it_is_the_same(
+    whole: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is one job, whose records name the command that was typed."""
+    pytest.importorskip("ray", reason="the engine ray")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(sys, "argv", ["holdfast", "selftrain", "as typed"])
+    words = [
+        "selftrain",
+        "--model",
+        str(place / "bert"),
+        "--task",
+        str(place / "mood.jsonl"),
+        "--unlabelled",
+        str(place / "many.jsonl"),
+        "--engine",
+        "ray",
+        "--out",
+        str(tmp_path),
+    ]
+    for name, value in SHORT.items():
+        words += [] if name == "progress" else [f"--{name.replace('_', '-')}", str(value)]
+    assert main(words) == 0
+    assert rounds_in(tmp_path) == rounds_in(whole)
+    for number in range(3):
+        assert files(tmp_path / f"round-{number}") == files(whole / f"round-{number}")
+        record = json.loads((tmp_path / f"round-{number}" / "record.json").read_text())
+        assert record["command"] == sys.argv

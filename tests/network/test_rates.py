@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from holdfast.errors import Refused
 from holdfast.files import read_yaml
 from holdfast.network.groups import param_groups
 from holdfast.network.parts import Parts, parts
-from holdfast.network.rates import PRESETS, Rates, plot
+from holdfast.network.rates import PRESETS, Piece, Rates, plot
 
 TEN = [2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0, 19.0, 23.0, 29.0]
 
@@ -228,6 +229,7 @@ def test_any_curve_survives_its_content(rates: Rates) -> None:
 
 
 HEADER = "kind: rates\nschema: 1\nmultipliers: [1, 1e-5, 3]\n"
+PIECE = HEADER + "pieces:\n- {{task: {task}, at: {at}, multipliers: [1, 1, {last}]}}"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +246,24 @@ HEADER = "kind: rates\nschema: 1\nmultipliers: [1, 1e-5, 3]\n"
         ("kind: rates\nschema: 1\nmultipliers: [1, -1, 1]", "point 0"),
         ("kind: rates\nschema: 1\nmultipliers: [1, '1e-5', 1]", "not a number"),
         ("kind: rates\nschema: 1\nmultipliers: {a: 1}", "expected a list"),
+        (HEADER + "pieces: 3", "3 is no list"),
+        (HEADER + "pieces: [1]", "1 is no piece"),
+        (PIECE.format(task=0, at=0, last=1), "task 0"),
+        (PIECE.format(task=1, at=1.0, last=1), "no share below 1"),
+        (PIECE.format(task=1, at=-1, last=1), "at least 0"),
+        (PIECE.format(task=1, at=0, last=0), "a multiplier of 0 would freeze"),
+        (PIECE.format(task=1, at=0, last="1, 1"), "4 multipliers, the curve has 3"),
+        (PIECE.format(task=1, at=0, last=1).replace("at:", "att:"), "did you mean 'at'"),
+        (
+            HEADER + "pieces:\n- {task: 1, at: 0.5, multipliers: [1, 1, 1]}\n"
+            "- {task: 1, at: 0.5, multipliers: [1, 1, 1]}",
+            "list them in order",
+        ),
+        (
+            HEADER + "pieces:\n- {task: 2, at: 3, multipliers: [1, 1, 1]}\n"
+            "- {task: 1, at: 0.5, multipliers: [1, 1, 1]}",
+            "list them in order",
+        ),
     ],
 )
 def test_bad_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -257,6 +277,50 @@ def test_bad_files_are_refused(text: str, says: str, tmp_path: Path) -> None:
 def test_a_file_somebody_typed(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(HEADER)
     assert Rates.load(tmp_path / "r.yaml") == Rates.from_list([1, 1e-5, 3])
+
+
+# --- pieces ------------------------------------------------------------------------------------
+
+PIECES = (
+    Piece(task=1, at=0.25, multipliers=(2.0, 3.0, 4.0)),
+    Piece(task=1, at=5, multipliers=(5.0, 6.0, 7.0)),
+    Piece(task=3, at=0.0, multipliers=(8.0, 9.0, 10.0)),
+)
+
+
+def test_the_piece_in_force_is_the_last_that_has_begun() -> None:
+    curve = Rates.from_list([1.0, 1.0, 1.0], pieces=PIECES)
+
+    def first(task: int, step: int, total: int = 10) -> float:
+        now = curve.in_force(task, step, total)
+        assert now.pieces == () and now.of(stack(3)).keys() == stack(3).depth.keys()
+        return now.embeddings
+
+    # a quarter of ten steps is rounded up: it holds from the fourth step on
+    assert [first(1, step) for step in range(7)] == [1, 1, 1, 2, 2, 5, 5]
+    assert first(1, 4, total=16) == 2 and first(1, 3, total=16) == 1
+    assert [first(2, 0), first(2, 9), first(3, 0), first(4, 0)] == [5, 5, 8, 8]
+    assert curve.in_force(1, 3, 10).multipliers == [2, 3, 4]
+
+
+def test_pieces_survive_their_file_and_share_the_scale(tmp_path: Path) -> None:
+    curve = Rates.from_list([2.0, 4.0, 8.0], layers=6, pieces=PIECES)
+    curve.save(tmp_path / "r.yaml")
+    assert Rates.load(tmp_path / "r.yaml") == curve
+    assert isinstance(read_yaml(tmp_path / "r.yaml")["pieces"][1]["at"], int)
+    half = curve.normalised()  # the geometric mean is 4: rates stay as they were at 4 times the lr
+    assert half.multipliers == [0.5, 1.0, 2.0]
+    assert half.pieces[0].multipliers == (0.5, 0.75, 1.0)
+
+
+def test_rates_in_pieces_have_a_group_for_each_part() -> None:
+    """Parts that are equal now may differ later: moments are saved by position in the groups."""
+    net = Net()
+    flat = Rates.from_list([1.0, 1.0, 1.0])
+    plain = param_groups(net, flat, lr=0.1)
+    pieces = param_groups(net, replace(flat, pieces=PIECES), lr=0.1)
+    assert len(plain) < len(pieces)
+    assert all(len(group["part_names"]) == 1 for group in pieces)
 
 
 # --- groups ------------------------------------------------------------------------------------

@@ -51,10 +51,14 @@ def test_global_selection_ranks_all_tensors_together() -> None:
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, 1.0, -1.0]
 
 
-@pytest.fixture(params=[selection.COPIED, 0], ids=["partition", "digits"])
+@pytest.fixture(params=["partition", "sample", "digits"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to a threshold, the second in pieces that do not divide the scores evenly."""
-    monkeypatch.setattr(selection, "COPIED", request.param)
+    """Each way to a threshold: all scores; those around it by samples so small that many fail;
+    digits in pieces that do not divide the scores evenly."""
+    if request.param == "digits":
+        monkeypatch.setattr(selection, "COPIED", 0)
+    if request.param == "sample":
+        monkeypatch.setattr(selection, "SAMPLE", 2)
     monkeypatch.setattr(selection, "CHUNK", 7)
 
 
@@ -82,6 +86,28 @@ def test_thresholds_are_those_of_a_sort(draw: Any) -> None:
     masks = select(parts, drop, "global")
     joined = torch.cat([masks["a"], masks["b"]])
     assert torch.equal(joined, scores >= by_sort(scores, drop))
+
+
+@pytest.mark.parametrize("drop", [0.001, 0.3, 0.999])
+def test_a_sample_encloses_the_threshold_and_leaves_the_scores_as_they_are(drop: float) -> None:
+    """Also where columns differ and their number divides the sample's step: a sample of some of
+    them would miss. Few scores are near the threshold, so that few are looked at twice."""
+    torch.manual_seed(0)
+    scores = torch.rand(1024, 64) * torch.arange(1, 65)
+    given, rank = scores.clone(), math.floor(drop * scores.numel()) + 1
+    near, place = selection._around(scores.flatten().numpy(), rank, row=64)
+    assert len(near) < 0.1 * scores.numel() and 0 < place <= len(near)
+    assert threshold(scores, drop) == scores.flatten().sort().values[rank - 1]
+    assert torch.equal(scores, given)
+
+
+def test_where_a_sample_does_not_enclose_the_threshold_all_scores_are_looked_at() -> None:
+    scores = torch.zeros(1 << 16)
+    scores[:: (1 << 16) // selection.SAMPLE] = 1.0  # what is sampled is alike, and the rest not
+    scores[1] = -1.0
+    assert threshold(scores, 0.5) == 0.0 and threshold(scores, 1e-5) == -1.0
+    with_none = {"none": scores[:0], "all": scores}
+    assert torch.equal(select(with_none, 0.5, "global")["all"], scores >= 0)
 
 
 def firsts(scores: list[Tensor], share: float) -> list[Tensor]:

@@ -18,6 +18,8 @@ from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.report import as_text, find_records, matrix_table, pictures, write_report
 from holdfast.report.canvas import LIGHT
+from holdfast.report.facts import comparisons
+from holdfast.report.general import draw
 from holdfast.report.page import TEMPLATES, render
 
 VOID = {"meta", "img", "source", "br"}
@@ -370,6 +372,18 @@ def test_general_ability_has_a_table_of_its_own() -> None:
     assert "general ability" not in inert(render([two(0.8, 0.9, 0.7)])).text
     several = inert(render([two(0.8, 0.9, 0.7, general=told), two(0.8, 0.9, 0.7, recipe="dps")]))
     assert [cells for cells in several.cells if cells[0] == "plain: kl"]
+
+
+def test_general_ability_is_drawn_a_panel_a_measure_over_the_tasks() -> None:
+    """Only what was measured, each measure on an axis of its own."""
+    told = {"base": {"arc acc": 0.3}, "after": {"trec6": {"kl": 0.25, "arc acc": 0.2}}}
+    runs = [two(0.8, 0.9, 0.7, general=told), two(0.8, 0.9, 0.7, recipe="dps")]
+    (study,) = comparisons(runs)
+    picture = draw(study)
+    assert picture is not None and [p.title for p in picture.panels] == ["arc acc", "kl"]
+    assert "Before the first task and after each." in inert(render(runs)).text
+    (study,) = comparisons([two(0.8, 0.9, 0.7)])
+    assert draw(study) is None
 
 
 PROTOCOL: dict[str, Any] = {

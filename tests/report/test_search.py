@@ -64,6 +64,28 @@ def test_what_makes_a_result_doubtful_stands_above_the_pictures() -> None:
     assert "Each task has 3 rungs, after 17, 67, 100 % of its steps" in page.text
 
 
+def test_who_led_before_and_after_confirming_is_shown_with_every_score() -> None:
+    by_seed = {7: {"0": 1.5, "9": 1.3, "10": 1.25}, 5: {"0": 1.38, "9": 1.4}}
+    trials = [{"number": n, "value": s["0"], "mean": sum(s.values()) / len(s), "by_seed": s}
+              for n, s in by_seed.items()]  # fmt: skip
+    said = "Trial 7 leads, before it trial 9 did: lead of +0.100, noise sd 0.035 of one score."
+    again = {"sentence": said, "seeds": [9, 10], "trials": trials}
+    body = search(confirmation=again)
+    body["config"] |= {"learn_old": "once"}
+    body["steps"] |= {"confirming": 4800, "first": 960}
+    page = inert(render(body))
+    order(page, "Gain", said, "4 800 on confirming runs", "trec6 learned once a seed")
+    assert ["trial", "new + old, all seeds", "before", "seed 9", "seed 10"] in page.cells
+    assert ["7", "1.350", "1.500", "1.300", "1.250"] in page.cells
+    assert ["5", "1.390", "1.380", "1.400", "–"] in page.cells
+    assert "Task two has 3 rungs" in page.text and "while task one" not in page.text
+    text = " ".join(as_text(search_table(body), width=140).split())
+    assert "noise sd 0.035" in text
+    for shown in (text, page.text):
+        assert "--from RUN --recipe recipe.yaml --lr 0.001" in shown
+    assert "confirm" not in inert(render(search())).text
+
+
 def test_rungs_are_explained_only_where_something_was_pruned() -> None:
     body = only_controls()
     body["config"] = {**body["config"], "pruner": "none"}

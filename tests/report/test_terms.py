@@ -79,3 +79,7 @@ def test_runs_that_only_serve_a_comparison_are_not_beside_it(tmp_path: Path) -> 
         record(SCORES, extra=extra).save(tmp_path / name / "record.json")
     assert len(find_records([tmp_path])) == 1
     assert len(find_records([tmp_path / "tuning"])) == len(find_records([tmp_path / "first"])) == 1
+    (study,) = comparisons(find_records([tmp_path / "tuning"]))
+    assert any("selection rows alone" in line for line in study.warnings)
+    (study,) = comparisons(find_records([tmp_path]))
+    assert not any("selection rows alone" in line for line in study.warnings)

@@ -72,6 +72,11 @@ def test_a_search_from_the_command_line(
         (["--tune", "ewc.strenght"], "did you mean 'ewc.strength'"),
         (["--lr", "1e-4"], "unknown option '--lr'"),
         (["--shift", "cluster"], "it takes 1"),
+        (["--engine", "slurm"], "SQLite serves one machine; take journal:FILE"),
+        (["--engine", "ray", "--address", "h:1", "--storage", "sqlite:///s"], "SQLite serves one"),
+        (["--engine", "slurm", "--storage", "postgresql://ann:pw@h/x"], "set PGPASSWORD"),
+        (["--engine", "ray", "--jobs", "0"], "--jobs: must be a whole number from 1 on"),
+        (["--workers", "0"], "--workers: must be a whole number from 1 on"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line_and_exit_with_2(

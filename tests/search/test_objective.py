@@ -101,3 +101,16 @@ def test_what_is_meant_by_no_pruner() -> None:
 def test_what_does_not_go_together_is_refused(choice: tuple[Any, ...], said: str) -> None:
     with pytest.raises(Refused, match=said):
         check_choice(*choice)
+
+
+def test_a_task_that_was_learned_for_all_trials_has_no_rungs_and_costs_none_of_them() -> None:
+    made, told = watch(prune=True, begun=1, shared=15, floor=0.5)
+    assert [made.rung(1, k) for k in (1, 2, 3)] == [1, 2, 3]
+    with pytest.raises(Pruned, match="rung 1") as end:
+        made.at(1, steps=20, old=0.2, new=0.1)
+    assert end.value.steps == 5
+    made.at(3, steps=30, old=0.2, new=0.1)  # the end; that task one collapsed is no trial's fault
+    assert told == [(1, pytest.approx(0.3)), (3, pytest.approx(0.3))] and made.spent == 15
+    with pytest.raises(Diverged) as end_:
+        made.at(2, steps=25, old=0.2, new=math.nan)
+    assert end_.value.steps == 10

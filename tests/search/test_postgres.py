@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import curve, plan
+from fakes import curve, plan, take
 
 from holdfast.search.study import Study
 from holdfast.search.worker import work
 from holdfast.testing.faults.servers import Server, postgresql
 from holdfast.testing.faults.suite import Missing
 
-pytest.importorskip("psycopg", reason="the driver of PostgreSQL")
+psycopg = pytest.importorskip("psycopg", reason="the driver of PostgreSQL")
 TRIALS = 24
 
 
@@ -68,3 +69,32 @@ def test_a_restart_and_dropped_connections_lose_no_trial(
     assert of.counts() == {"complete": TRIALS}
     assert [t.number for t in of.trials()] == list(range(TRIALS))
     assert len({tuple(t.params.values()) for t in of.trials()}) == TRIALS
+
+
+@pytest.mark.slow
+def test_a_deadlock_is_survived(server: Server, place: Path, tmp_path: Path) -> None:
+    """Faults R9. A stranger has locked the trial's row, and asks for what the worker has begun to
+    write: of the two, the server ends the worker, which waited first."""
+    study = Study(tmp_path, plan(place), server.url)
+    claim, errors = take(study), list[BaseException]()
+
+    def note() -> None:
+        try:
+            claim._note({"steps": 7})
+        except BaseException as error:
+            errors.append(error)
+
+    with psycopg.connect(host=str(server.home), user="ann", dbname="postgres") as stranger:
+        of = (claim.identity,)
+        stranger.execute("select 1 from trials where trial_id = %s for update", of)
+        worker = threading.Thread(target=note)
+        worker.start()
+        waits = "select count(*) from pg_locks where not granted"
+        while not stranger.execute(waits).fetchone()[0]:
+            time.sleep(0.02)
+        stranger.execute("insert into trial_user_attributes (trial_id, key, value_json) "
+                         "values (%s, 'steps', '0')", of)  # fmt: skip
+        stranger.rollback()
+    worker.join(60)
+    assert not errors and "deadlock detected" in (server.home / "log").read_text()
+    assert study.storage.get_trial(claim.identity).user_attrs["steps"] == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 from fakes import STEPS, curve, make_curve, make_result, plan, result
 
-from holdfast import Rates, Recipe
+from holdfast import LoRA, Rates, Recipe
 from holdfast.errors import Busy, Refused, TrainingDiverged
+from holdfast.experiments import lease
 from holdfast.experiments.runs import open_run
 from holdfast.experiments.verify import verify
 from holdfast.report.search import load_search
@@ -282,6 +284,23 @@ def test_final_runs_are_shared_with_other_processes(
     assert order == [0, 1, 2, 0, 0] and len(waits) == 1
 
 
+def test_a_final_run_of_another_host_is_taken_up_after_a_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody stands still before it while there are others to be made."""
+    contender = final.Contender("a", "flat", 0, {"rate": 1e-3, "x.head": 1.0})
+    todo = [FinalJob(contender, seed, tmp_path / str(seed)) for seed in range(3)]
+    order: list[int] = []
+    for of, name, value in ((lease, "BEAT", 0.05), (lease, "STALE", 0.4), (final, "POLL", 0.01)):
+        monkeypatch.setattr(of, name, value)
+    (tmp_path / "0").mkdir()
+    sign = {"process": 7, "host": "elsewhere", "boot": "x", "locked": True, "token": "t"}
+    (tmp_path / "0" / "lease.1").write_text(json.dumps(sign))
+    begun = time.monotonic()
+    finish(todo, lambda job: (order.append(job.seed), result(job))[1])
+    assert order == [1, 2, 0] and time.monotonic() - begun >= lease.STALE
+
+
 def test_a_final_run_that_another_process_has_is_busy(place: Path, tmp_path: Path) -> None:
     made = plan(place)
     control = made.controls[0]
@@ -445,6 +464,13 @@ def test_too_few_trials_have_no_importance_and_rungs_stand_in(place: Path) -> No
         ({"workers": 0}, "--workers"),
         ({"fresh": 2}, "--seeds"),
         ({"replicates": 0}, "--replicates"),
+        ({"confirm": 1}, "--confirm: 1 trial leaves no choice"),
+        ({"confirm_seeds": 1}, "--confirm-seeds"),
+        ({"trials": 15, "confirm": 4}, "7 are controls and 8 confirm the best 4; at least 16"),
+        ({"trials": 25, "confirm": 9}, "at least 27"),
+        ({"learn_old": "twice"}, "--learn-old: unknown .twice."),
+        ({"learn_old": "once", "recipe": Recipe(peft=LoRA(rank=2))}, "without peft"),
+        ({"learn_old": "once", "tune": ["r3f.strength"]}, "without r3f; take --learn-old each"),
         ({"seed": -1}, "--seed"),
         ({"epochs": 0.0}, "--epochs"),
         ({"url": "nonsense"}, "--storage"),

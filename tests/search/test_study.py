@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from fakes import CONTROLS, GOOD, finish, plan, take
 
 from holdfast.errors import Refused
+from holdfast.experiments import lease
 from holdfast.search import plan as plans
 from holdfast.search import storage
 from holdfast.search.objective import Scores
@@ -80,6 +82,35 @@ def test_a_dead_workers_trial_is_taken_up_as_it_was(place: Path, tmp_path: Path)
     assert (again.number, again.params) == (first.number, first.params)
     assert study.storage.get_trial(again.identity).user_attrs["attempts"] == 2
     assert take(study).number == first.number + 1
+
+
+def silent(folder: Path) -> None:
+    """The lease of a process of another host, of which nothing is heard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sign = {"process": 7, "host": "elsewhere", "boot": "x", "locked": True, "token": "t"}
+    (folder / f"lease.{lease.newest(folder) + 1}").write_text(json.dumps(sign))
+
+
+def test_what_another_host_holds_is_taken_up_after_a_silence(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is of no meaning here: only whether it is heard from."""
+    for name, value in (("BEAT", 0.05), ("STALE", 0.4), ("TURN", 0.01)):
+        monkeypatch.setattr(lease, name, value)
+    begun, leases = time.monotonic(), tmp_path / "leases"
+    silent(leases / "study")  # killed while it asked
+    study = Study(tmp_path, plan(place))
+    assert time.monotonic() - begun >= lease.STALE
+    theirs = study.study.ask()
+    silent(leases / "0")
+    begun, others = time.monotonic(), [take(study)]
+    assert theirs.number == 0 and others[0].number == 1  # meanwhile there is enough to do
+    while (claim := study.claim()) is None or claim.number:
+        others += [claim] if claim else []
+        time.sleep(0.01)
+    assert time.monotonic() - begun >= lease.STALE
+    assert claim.params == study.plan.controls[0].params
+    assert [other.number for other in others] == list(range(1, 1 + len(others)))
 
 
 def test_a_trial_that_ends_its_workers_fails_after_some_attempts(
@@ -190,6 +221,7 @@ def test_the_other_studies_of_a_database_stay_apart(place: Path, tmp_path: Path)
         ({"seed": 1}, "seed: 0 → 1"),
         ({"epochs": 2.0}, "settings.epochs: 1.0 → 2.0"),
         ({"tune": ["dps.drop"]}, "tune"),
+        ({"learn_old": "once"}, 'learn_old: "each" → "once"'),
     ],
 )
 def test_another_search_is_refused_with_what_differs(
@@ -213,6 +245,16 @@ def test_a_study_may_be_extended(place: Path, tmp_path: Path) -> None:
         finish(take(study))
     longer = Study(tmp_path, plan(place, trials=14, fresh=5))
     assert not longer.over and take(longer).number == 12
+
+
+def test_a_setting_that_came_later_is_no_other_search(place: Path, tmp_path: Path) -> None:
+    Study(tmp_path, plan(place))
+    body = json.loads((tmp_path / plans.FILE).read_text())
+    del body["config"]["settings"]["group_by_length"]
+    (tmp_path / plans.FILE).write_text(json.dumps(body))
+    Study(tmp_path, plan(place))
+    with pytest.raises(Refused, match="group_by_length: false → true"):
+        Study(tmp_path, plan(place, group_by_length=True))
 
 
 def test_another_storage_is_refused(place: Path, tmp_path: Path) -> None:
@@ -318,6 +360,10 @@ def test_pareto_has_two_values_and_tells_no_rungs(place: Path, tmp_path: Path) -
     first, second = study.trials()[:2]
     assert first.values == [0.8, 0.7] and not first.intermediate_values
     assert second.state.name == "PRUNED"
+
+
+def test_the_gaussian_process_is_told_that_scores_are_noisy() -> None:
+    assert vars(storage.sampler("gp", 0))["_deterministic"] is False
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", "random", "nsga2"])

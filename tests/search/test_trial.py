@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from fakes import plan as fake_plan
 
 from holdfast import LoRA, Rates, Recipe, Replay, run_sequence
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
 from holdfast.experiments import learner
 from holdfast.experiments.record import Record
-from holdfast.search import trial
+from holdfast.search import final, trial
 from holdfast.search.objective import Diverged, Pruned, Watch, evenly
 from holdfast.search.plan import Plan
 from holdfast.search.trial import Training
@@ -78,6 +79,32 @@ def test_a_trial_is_the_run_of_its_recipe(
         assert found.steps == sum(n or 0 for n in whole.steps) > 0
     assert sorted(told.rungs) == [1, 2, 3, 4, 5, 6]
     assert told.rungs[3] == wanted[0][0] and told.rungs[6] == sum(wanted[1])  # type: ignore[arg-type]
+
+
+def test_trials_share_seed_rows_and_head(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their curve: what is compared differs in nothing else."""
+    seen: list[list[torch.Tensor]] = []
+
+    def noting(self: Any, *_: Any, model: Any, **__: Any) -> None:
+        seen[-1] += [w.detach().clone() for w in model.classifier.parameters()]
+
+        def batch(_: Any, __: Any, given: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                seen[-1].append(given["input_ids"].clone())
+
+        model.register_forward_pre_hook(batch, with_kwargs=True)
+
+    monkeypatch.setattr(trial._Rungs, "on_train_begin", noting, raising=False)
+    train = Training(plan)
+    for name, rates, lr in (("0", Rates.flat(), 1e-3), ("1", Rates.bertcl(), LR)):
+        seen.append([])
+        with pytest.raises(Pruned):
+            train(job(tmp_path / name, lr=lr, recipe=Recipe(rates=rates)), Told(stop=4).watch)
+    one, two = seen
+    assert len(one) == len(two) == 2 + 18 + 2 + 6  # of each task: weight, bias and its steps
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def test_a_trial_that_does_not_fit_is_tried_with_half_the_rows(
@@ -244,6 +271,133 @@ def test_other_refusals_are_passed_on(
     monkeypatch.setattr(trial.Learner, "learn", full)
     with pytest.raises(Refused, match="No space"):
         Training(plan)(job(tmp_path / "0"), Told().watch)
+
+
+# --- task one learned once ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def once(place: Path) -> Plan:
+    """At flat@`LR` task one is learned, for any curve of task two."""
+    return fake_plan(place, rungs=3, **SETTINGS, learn_old="once", flat=[LR / 2, LR, 2 * LR])
+
+
+@pytest.fixture(scope="module")
+def flat(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sequence that nothing disturbed, at the control rate."""
+    out = tmp_path_factory.mktemp("flat") / "whole"
+    tasks = [place / "mood.jsonl", place / "question.jsonl"]
+    run_sequence(str(place / "bert"), tasks, "plain", lr=LR, out=out, progress=False, save_steps=0,
+                 **SETTINGS)  # fmt: skip
+    return out
+
+
+def shared(out: Path, number: int, **more: Any) -> Replicate:
+    return replace(job(out / "trials" / str(number), **more), first=out / "first" / "seed-0")
+
+
+def test_a_shared_first_task_is_that_of_an_undisturbed_run(
+    once: Plan, flat: Path, place: Path, tmp_path: Path
+) -> None:
+    """Bit for bit: its weights, a trial of the same rate, and one of another curve after it."""
+    train, told = Training(once), Told()
+    plain = Recipe(rates=Rates.flat(), name="t")
+    found = train(shared(tmp_path, 0, recipe=plain), told.watch)
+    whole = Record.load(flat)
+    name = "tasks/1-mood/model.safetensors"
+    assert (tmp_path / "first" / "seed-0" / name).read_bytes() == (flat / name).read_bytes()
+    assert whole.selection_scores is not None
+    assert (found.old, found.old_after, found.new) == (
+        whole.selection_scores[0][0], *whole.selection_scores[1],
+    )  # fmt: skip
+    other = train(shared(tmp_path, 1, lr=LR / 3), Told().watch)
+    one = tmp_path / "first" / "seed-0"
+    after = run_sequence(None, [place / "question.jsonl"], RECIPE, from_run=one, lr=LR / 3,
+                         out=tmp_path / "after", progress=False)  # fmt: skip
+    assert after.selection_scores is not None and other.old == found.old
+    assert [other.old_after, other.new] == after.selection_scores[1]
+    # the steps are those of task two, and so are the rungs
+    assert found.steps == other.steps == whole.steps[1] == 18
+    assert sorted(told.rungs) == [1, 2, 3] and told.rungs[3] == found.new + found.old_after
+    record = Record.load(tmp_path / "trials" / "1")
+    assert record.status == "done" and record.scores == [[None, None], [None, None]]
+    assert record.extra == {"from": str(tmp_path / "first" / "seed-0"), "learn_old": "once"}
+    assert record.settings["lr"] == LR / 3 and record.recipe["methods"]
+    assert not (tmp_path / "trials" / "1" / "tasks").exists()
+
+
+def test_task_one_is_learned_once_a_seed(
+    once: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[tuple[int, int, float]] = []
+    learn = learner.Learner.learn
+
+    def noted(self: Any, index: int) -> None:
+        learned.append((self.seed, index, self.plan.lr))
+        learn(self, index)
+
+    monkeypatch.setattr(learner.Learner, "learn", noted)
+    train = Training(once)
+    further = replace(shared(tmp_path, 2, seed=7), first=tmp_path / "first" / "seed-7")
+    for one in (shared(tmp_path, 0, lr=1e-3), shared(tmp_path, 1, lr=2e-3), further):
+        with pytest.raises(Pruned, match="rung 1") as end:
+            train(one, Told(stop=1).watch)
+        assert end.value.steps == 6
+    assert learned == [(0, 0, LR), (0, 1, 1e-3), (0, 1, 2e-3), (7, 0, LR), (7, 1, LR)]
+
+
+def test_what_another_process_learns_is_waited_for(
+    once: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers begin at once: one learns task one, the other goes on from the same run."""
+    waits: list[float] = []
+    run = trial.Job.run
+
+    def busy(self: Any, *given: Any) -> Any:
+        if not waits:
+            raise Busy("is being worked on")
+        return run(self, *given)
+
+    monkeypatch.setattr(trial.Job, "run", busy)
+    monkeypatch.setattr(trial, "wait", lambda seconds, _: waits.append(seconds))
+    with pytest.raises(Pruned, match="rung 1"):
+        Training(once)(shared(tmp_path, 0), Told(stop=1).watch)
+    assert len(waits) == 1
+
+
+def test_a_killed_trial_goes_on_from_the_shared_task(
+    once: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a task one of its own curve, also where its folder was cleared meanwhile."""
+
+    def cut(self: Any, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.learner.record.save(self.learner.folder / "record.json")
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    train = Training(once)
+    whole = train(shared(tmp_path, 0), Told().watch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trial._Rungs, "on_step_end", cut)
+        train(shared(tmp_path, 1), Told().watch)
+    home = tmp_path / "trials" / "1" / "tasks"
+    assert (home / "1-mood").is_dir()
+    shutil.rmtree(home)
+    found = train(shared(tmp_path, 1), Told().watch)
+    assert replace(found, seconds=0.0) == replace(whole, seconds=0.0)
+
+
+def test_final_runs_go_on_from_the_shared_task_too(once: Plan, flat: Path, tmp_path: Path) -> None:
+    """On evaluation rows, of another folder than those of selection rows only."""
+    whole = Record.load(flat)
+    params = once.controls[1].params
+    assert params["rate"] == once.old_rate == LR
+    contender = final.Contender("flat", "flat", 1, params)
+    one = final.FinalJob(contender, 0, tmp_path / "final" / "seed-0", tmp_path / "first")
+    for _ in range(2):  # made, then read
+        found = final.Evaluation(once)(one)
+        assert (found.old, found.old_after, found.new) == (whole.scores[0][0], *whole.scores[1])
+        assert found.steps == 18
 
 
 def test_trials_leave_no_trace_in_each_other(plan: Plan, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fakes import STEPS, curve, plan
 
-from holdfast.errors import Refused
+from holdfast.errors import Busy, Refused
 from holdfast.search import worker
 from holdfast.search.objective import Diverged, Pruned, Scores, Watch
 from holdfast.search.study import Study
@@ -144,6 +144,23 @@ def test_who_ends_a_trial_second_goes_on_with_the_next(
 
     assert work(of, train) == 11 and of.counts() == {"complete": 12}
     assert of.trials()[3].value == 1.25 and "trial 3 was finished by another" in caplog.text
+
+
+def test_a_trial_that_was_taken_over_is_not_its_workers_end(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was paused until it was taken for dead: it goes on with others, and tells nothing."""
+    of, waits = study(place, tmp_path), []
+    monkeypatch.setattr(worker, "wait", lambda *_: waits.append(1))
+
+    def train(job: Replicate, watch: Watch) -> Scores:
+        if job.number == 3 and not waits:
+            raise Busy("was taken over by process 7 on elsewhere", where=str(job.folder))
+        return curve(job, watch)
+
+    assert work(of, train) == 12 and of.counts() == {"complete": 12} and len(waits) == 1
+    assert of.trials()[3].user_attrs["attempts"] == 1
+    assert "trials/3: was taken over" in caplog.text
 
 
 @pytest.mark.parametrize(

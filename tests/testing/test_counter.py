@@ -1,4 +1,4 @@
-"""The n-th call that writes fails: a command ends as undisturbed, or in a line of ours."""
+"""The n-th call that writes fails: a command ends as undisturbed, or says why not in a line."""
 
 from __future__ import annotations
 

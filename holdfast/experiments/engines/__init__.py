@@ -35,15 +35,26 @@ class Engine(Protocol):
 
     Called with jobs, it yields (number, result) as each ends, in any order; closing it stops them,
     after their current step and with a checkpoint. A `Refused` of one is raised, and ends all.
+    where: the folder that a refusal names. look: called about once a second while it waits.
+    attempts: processes that one job may cost.
     """
 
     @property
     def drawn(self) -> bool:
         """Whether a bar counts the jobs; those in this process draw their own."""
 
+    @property
+    def at_once(self) -> int | None:
+        """How many jobs run at once, at most; None for as many as there is room for."""
+
+    @property
+    def far(self) -> bool:
+        """Whether jobs may run on other machines."""
+
     def __call__(
-        self, jobs: Sequence[Job], *, where: str
-    ) -> Generator[tuple[int, Any], None, None]: ...
+        self, jobs: Sequence[Job], *, where: str, look: Callable[[], None] = ...,
+        attempts: int = ...,
+    ) -> Generator[tuple[int, Any], None, None]: ...  # fmt: skip
 
 
 class Partly(Exception):

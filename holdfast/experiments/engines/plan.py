@@ -21,10 +21,10 @@ class Plan:
 
     words: Sequence[str]  # of the whole comparison, from its verb on
     out: Path  # its folder, below which runs are named
-    drawn = False
+    drawn, far, at_once = False, False, 1
 
     def __call__(
-        self, jobs: Sequence[Job], *, where: str
+        self, jobs: Sequence[Job], *, where: str, **_: Any
     ) -> Generator[tuple[int, Any], None, None]:
         runs = [job.folder.relative_to(self.out) for job in jobs]
         for run in map(str, runs):
@@ -43,10 +43,10 @@ class Only:
     run: str
     out: Path
     found: bool = False
-    drawn = False
+    drawn, far, at_once = False, False, 1
 
     def __call__(
-        self, jobs: Sequence[Job], *, where: str
+        self, jobs: Sequence[Job], *, where: str, **_: Any
     ) -> Generator[tuple[int, Any], None, None]:
         for job in jobs:
             if job.folder == self.out / self.run:

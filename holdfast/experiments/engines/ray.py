@@ -3,46 +3,68 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
+import socket
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import Busy, Refused
 from holdfast.experiments.engines import Job
-from holdfast.experiments.processes import ATTEMPTS, EVERY
+from holdfast.experiments.processes import ATTEMPTS, EVERY, check_workers
 from holdfast.training import stopping
 
+REACH = 10.0  # seconds in which a cluster has to be reached
 END = 60.0  # seconds that tasks have to finish their step and save
 
 
 @dataclass(frozen=True)
 class Ray:
-    """address: of a cluster (without: a Ray of its own, which only this machine reaches). cpus,
-    gpus: of one run; 0.5 GPUs let two runs share one."""
+    """address: of a cluster (without: a Ray of its own, which only this machine reaches). jobs: how
+    many run at once, at most. cpus, gpus: of one run; 0.5 GPUs let two runs share one."""
 
     address: str | None = None
+    jobs: int | None = None
     cpus: float = 1.0
     gpus: float = 0.0
     drawn = True
 
+    def __post_init__(self) -> None:
+        if self.jobs is not None:
+            check_workers(self.jobs, "--jobs")
+
+    @property
+    def at_once(self) -> int | None:
+        return self.jobs
+
+    @property
+    def far(self) -> bool:
+        return self.address is not None
+
     def __call__(
-        self, jobs: Sequence[Job], *, where: str
-    ) -> Generator[tuple[int, Any], None, None]:
+        self, jobs: Sequence[Job], *, where: str, look: Callable[[], None] = lambda: None,
+        attempts: int = ATTEMPTS,
+    ) -> Generator[tuple[int, Any], None, None]:  # fmt: skip
         try:
             import ray
         except ImportError:
             raise Refused("is not installed", where="--engine ray",
                           remedy="pip install 'holdfast[ray]'") from None  # fmt: skip
         self._begin(ray)
-        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=ATTEMPTS - 1)(_carry)
-        threads = max(1, int(self.cpus))
-        open_ = {task.remote(job.work, os.getcwd(), threads): i for i, job in enumerate(jobs)}
+        task = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=attempts - 1)(_carry)
+        here = os.getcwd(), sys.argv, max(1, int(self.cpus))
+        waiting, open_ = list(range(len(jobs))), dict[Any, int]()
         try:
-            while open_:
+            while waiting or open_:
+                while waiting and len(open_) < (self.jobs or len(jobs)):
+                    number = waiting.pop(0)
+                    open_[task.remote(jobs[number].work, *here)] = number
                 ended, _ = ray.wait(list(open_), timeout=EVERY)
                 stopping.check()
+                look()
                 for each in ended:
                     error, result = self._result(ray, each, where)
                     if error is not None:
@@ -59,10 +81,14 @@ class Ray:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if self.address is not None:
             try:
+                if at := re.fullmatch(r"([\w.-]+):(\d+)", self.address):  # Ray tries for minutes
+                    socket.create_connection((at[1], int(at[2])), timeout=REACH).close()
                 ray.init(address=self.address, **quiet)
-            except (ConnectionError, ValueError, RuntimeError) as why:
-                raise Refused(f"no Ray answers ({str(why).splitlines()[0]})",
-                              where=f"--address {self.address}") from None  # fmt: skip
+            except (OSError, ValueError, RuntimeError) as why:
+                raise Refused(f"no Ray answers ({str(why).partition(chr(10))[0]})",
+                              where=f"--address {self.address}",
+                              remedy="begin one with `ray start`; where it asks for a token, set "
+                              "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN") from None  # fmt: skip
             return
         # Who may send tasks runs code: nobody from elsewhere, and here who knows the token, which a
         # Ray of one's own asks for by default.
@@ -74,14 +100,17 @@ class Ray:
         try:
             found: tuple[Exception | None, Any] = ray.get(ended)
         except ray.exceptions.RayError as why:
-            raise Refused("its processes were ended too often, or could not begin "
-                          f"({type(why).__name__})", where=where,
+            said = repr(getattr(why, "cause", None) or type(why).__name__)
+            raise Refused(f"its processes were ended too often, or could not begin ({said})",
+                          where=where,
                           remedy="the same command goes on; where memory is short, with more "
                           "--cpus a run") from None  # fmt: skip
         return found
 
 
-def _carry(work: Callable[[], Any], folder: str, threads: int) -> tuple[Exception | None, Any]:
+def _carry(
+    work: Callable[[], Any], folder: str, words: list[str], threads: int
+) -> tuple[Exception | None, Any]:
     """Do one job in a worker of Ray: an error and the result, one of them None."""
     import torch
 
@@ -90,6 +119,7 @@ def _carry(work: Callable[[], Any], folder: str, threads: int) -> tuple[Exceptio
     except OSError:
         return Refused("is not on this node", where=folder, remedy="share the folder"), None
     torch.set_num_threads(threads)
+    sys.argv = words  # which records name as their command
     # Ray cancels a task by what stands for Ctrl-C, and ends a node's workers by SIGTERM.
     restore = stopping.install(only=(signal.SIGTERM, signal.SIGINT), patient=True)
     try:

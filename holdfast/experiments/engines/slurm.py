@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from holdfast.errors import Refused
 from holdfast.experiments.engines import Job
-from holdfast.experiments.processes import ATTEMPTS, EVERY
+from holdfast.experiments.processes import ATTEMPTS, EVERY, check_workers
 from holdfast.training import stopping
 
 FOLDER = "slurm"  # submitit's scripts and logs
@@ -36,9 +37,18 @@ class Slurm:
 
     def __post_init__(self) -> None:
         self.minutes()
+        check_workers(self.jobs, "--jobs")
         for name in ("cpus", "gpus"):
             if getattr(self, name) % 1:
                 raise Refused("Slurm gives whole ones", where=f"--{name}")
+
+    @property
+    def at_once(self) -> int:
+        return self.jobs
+
+    @property
+    def far(self) -> bool:
+        return self.cluster == "slurm"
 
     def minutes(self) -> int:
         """The time limit in whole minutes."""
@@ -48,14 +58,20 @@ class Slurm:
         return max(1, parts[0] if len(parts) == 1 else 60 * parts[0] + parts[1])
 
     def __call__(
-        self, jobs: Sequence[Job], *, where: str
-    ) -> Generator[tuple[int, Any], None, None]:
+        self, jobs: Sequence[Job], *, where: str, look: Callable[[], None] = lambda: None,
+        attempts: int = ATTEMPTS,
+    ) -> Generator[tuple[int, Any], None, None]:  # fmt: skip
         executor = self._executor(Path(where) / FOLDER)
         do = Carried(int(self.cpus))
-        open_ = dict(enumerate(executor.map_array(do, [job.work for job in jobs])))
-        lost = dict.fromkeys(open_, 0)
+        waiting, open_, lost = list(range(len(jobs))), dict[int, Any](), [0] * len(jobs)
+        if self.far:  # Slurm itself lets so many at once
+            open_ = dict(enumerate(executor.map_array(do, [job.work for job in jobs])))
+            waiting.clear()
         try:
-            while open_:
+            while waiting or open_:
+                while waiting and len(open_) < self.jobs:
+                    number = waiting.pop(0)
+                    open_[number] = executor.submit(do, jobs[number].work)
                 for number in [n for n, submitted in open_.items() if submitted.done()]:
                     if (why := open_[number].exception()) is None:
                         error, result = open_.pop(number).result()
@@ -64,12 +80,13 @@ class Slurm:
                         yield number, result
                         continue
                     lost[number] += 1
-                    if lost[number] >= ATTEMPTS:
+                    if lost[number] >= attempts:
                         raise Refused(f"its jobs failed too often ({type(why).__name__})",
                                       where=str(jobs[number].folder),
                                       remedy=f"see {open_[number].paths.stderr}")  # fmt: skip
                     open_[number] = executor.submit(do, jobs[number].work)
                 stopping.check()
+                look()
                 time.sleep(EVERY)
         finally:
             for submitted in open_.values():
@@ -101,12 +118,13 @@ class Carried:
     """Does one job in a process of submitit: an error and the result, one of them None."""
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self.threads, self.words = threads, sys.argv
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Exception | None, Any]:
         import torch
 
         torch.set_num_threads(self.threads)
+        sys.argv = self.words  # which records name as their command
         # submitit ends the process within its handler: it has to wait for our checkpoint.
         requeue = signal.getsignal(signal.SIGUSR2)
         restore = stopping.install(only=(signal.SIGUSR2, signal.SIGTERM), patient=True)
