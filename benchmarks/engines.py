@@ -185,6 +185,7 @@ def main() -> int:
     parser.add_argument("--workers", nargs="+", type=int, default=WORKERS)
     parser.add_argument("--kills", type=int, default=2, help="of processes at work")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no node of Ray's is left behind
     kept = json.loads(chosen.json.read_text()) if chosen.json.is_file() else {}
     body: dict[str, Any] = {k: kept.get(k, []) for k in ("rows", "harmed")}
     with tempfile.TemporaryDirectory() as folder:

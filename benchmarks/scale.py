@@ -14,11 +14,11 @@ reported. Writes the JSON and beside it the table (.md) and a picture (.png).
 
 For whole models of up to a thousand million weights at the end of a task see `task_end.py`.
 
-**Tasks**: a sequence of 50 small ones of a tiny model; of each the seconds without its tests, those
-of its tests (of all tasks so far, so they grow), and the process's memory. **Runs**: a grid of
-1,000 that train nothing: what leases, records and looking for what is to do cost a run. **Trials**:
-a search of 1,000 that train nothing, each with its reports at rungs: how many are asked and told a
-second.
+**Tasks**: a sequence of 50 small ones of a tiny model; of each the seconds of the processor without
+its tests, those of its tests (of all tasks so far, so they grow), and the process's memory.
+**Runs**: a grid of 1,000 that train nothing: what leases, records and looking for what is to do
+cost a run. **Trials**: a search of 1,000 that train nothing, each with its reports at rungs: how
+many are asked and told a second.
 """
 
 from __future__ import annotations
@@ -185,25 +185,25 @@ def rows_of(number: int) -> list[str]:
 
 
 def tasks(count: int, folder: Path, _: str | None) -> dict[str, list[float]]:
-    """Of each task of a sequence: seconds without its tests, of its tests, GiB of this process."""
+    """Of each task: seconds at work without its tests, those of its tests, this process's GiB."""
     from holdfast import run_sequence
     from holdfast.experiments import learner
 
-    found: dict[str, list[float]] = {"seconds": [], "tests": [], "GiB": []}
+    found: dict[str, list[float]] = {"processor": [], "its tests": [], "GiB": []}
     evaluate, learn, spent = learner.evaluate, learner.Learner.learn, [0.0]
 
     def timed(*args: Any) -> float:
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             return evaluate(*args)
         finally:
-            spent[0] += time.perf_counter() - began
+            spent[0] += time.process_time() - began
 
     def noted(self: Any, index: int) -> None:
-        began, spent[0] = time.perf_counter(), 0.0
+        began, spent[0] = time.process_time(), 0.0
         learn(self, index)
-        found["seconds"].append(time.perf_counter() - began - spent[0])
-        found["tests"].append(spent[0])
+        found["processor"].append(time.process_time() - began - spent[0])
+        found["its tests"].append(spent[0])
         held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         found["GiB"].append(held / 2**30)
 
@@ -227,7 +227,7 @@ def nothing(*, out: Path, label: str) -> None:
 
 
 def runs(count: int, folder: Path, _: str | None) -> dict[str, list[float]]:
-    """Seconds of a grid when it is made, by one process and by two, and when it is read again."""
+    """Seconds, and those of this process at work, of a grid: made by one process, read, by two."""
     from holdfast.experiments.engines import carry_out
     from holdfast.experiments.engines.local import Local
 
@@ -235,14 +235,14 @@ def runs(count: int, folder: Path, _: str | None) -> dict[str, list[float]]:
     for name, place, workers in (("one process", "a", 1), ("read again", "a", 1),
                                  ("two processes", "b", 2)):  # fmt: skip
         jobs = [{"out": folder / place / str(i), "label": str(i)} for i in range(count)]
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         carry_out(nothing, jobs, Local(workers), where=folder, progress=False)
-        found[name] = [time.perf_counter() - began]
+        found[name] = [time.perf_counter() - began, time.process_time() - worked]
     return found
 
 
 def trials(count: int, folder: Path, storage: str | None) -> dict[str, list[float]]:
-    """Seconds of each trial of a search by one process: asked, told at its rungs, and ended."""
+    """Seconds, and those of this process at work, of each trial: asked, told at rungs, ended."""
     from holdfast.search.objective import Scores
     from holdfast.search.plan import Plan
     from holdfast.search.study import Study
@@ -250,18 +250,19 @@ def trials(count: int, folder: Path, storage: str | None) -> dict[str, list[floa
     two = ["builtin:inference", "builtin:intents"]
     plan = Plan.make(str(folder / "tiny"), two, trials=count, sampler="random", train_size=100,
                      evaluation_size=100, max_length=16)  # fmt: skip
-    study, taken = Study(folder / "out", plan, storage), list[float]()
-    draw = random.Random(0)
+    study, draw = Study(folder / "out", plan, storage), random.Random(0)
+    found: dict[str, list[float]] = {"seconds": [], "processor": []}
     while True:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         if (claim := study.claim()) is None:
-            return {"seconds": taken}
+            return found
         if any(claim.report(k, draw.random()) for k in range(1, 2 * len(plan.rungs) + 1)):
             claim.pruned("as told", 1, 0.0)
         else:
             claim.done(Scores(0.5, 0.5, draw.random(), 1, 0.0), [])
         claim.close()
-        taken.append(time.perf_counter() - began)
+        found["seconds"].append(time.perf_counter() - began)
+        found["processor"].append(time.process_time() - worked)
 
 
 OTHERS = {"tasks": (tasks, 50), "runs": (runs, 1000), "trials": (trials, 1000)}
@@ -270,8 +271,9 @@ OTHERS = {"tasks": (tasks, 50), "runs": (runs, 1000), "trials": (trials, 1000)}
 def told(of: str, count: int, found: dict[str, list[float]]) -> str:
     """Markdown: means over the first tenth, the middle one and the last; of runs the sums."""
     if of == "runs":
-        lines = [[name, f"{v:.1f}", f"{v / count:.3f}"] for name, (v,) in found.items()]
-        return markdown(["", "seconds", "of each run"], lines)
+        lines = [[name, *(f"{v:.1f}" for v in values), f"{1000 * values[-1] / count:.1f}"]
+                 for name, values in found.items()]  # fmt: skip
+        return markdown(["", "seconds", "of this process", "its milliseconds a run"], lines)
     tenth = max(1, count // 10)
     lines = [
         [name, *(f"{statistics.fmean(values[at : at + tenth]):.3f}"

@@ -73,8 +73,8 @@ OPTIONS = {
         --repeat --reference --lm-eval --report-to --workers --jobs {ENGINE} --only {TRAINING}""",
     "plan": "work",
     "search": f"""--tasks --shift --trials --replicates --confirm --confirm-seeds --learn-old
-        --sampler --pruner --objective --parts --tune --flat --seeds --storage --workers --jobs
-        {ENGINE} --recipe --seed
+        --sampler --population --pruner --objective --parts --tune --flat --seeds --storage
+        --workers --jobs {ENGINE} --recipe --seed
         {TRAINING.replace("--lr", "").replace("--head", "")}""",
     "rates": f"""--tasks --from --old-task --from-probe --tolerance --confirm --parts --rows
         --recipe --seed --trust-code

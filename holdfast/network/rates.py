@@ -102,7 +102,7 @@ class Rates:
     provenance: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Where the curve comes from: plain data, kept in the file."""
     pieces: Sequence[Piece] = ()
-    """What the multipliers become on the way, in order; see `Piece`."""
+    """What they become on the way, in order: `{task, at, multipliers}`, see docs/searching.md."""
 
     def __post_init__(self) -> None:
         if isinstance(self.points, str) or not isinstance(self.points, Sequence):

@@ -116,7 +116,9 @@ class Study:
         self.url, self._watch = stores.address(storage, self.folder), Watch()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            refuse_links(self.folder, (LEASES, "trials", "population", "final", stores.DATABASE))
+            refuse_links(
+                self.folder, (LEASES, "trials", "first", "population", "final", stores.DATABASE)
+            )
             for inner in (LEASES, f"{LEASES}/{STUDY}", "trials"):
                 (self.folder / inner).mkdir(exist_ok=True)
         except OSError as error:

@@ -144,7 +144,7 @@ def test_a_folder_that_no_url_can_name_is_refused(name: str, place: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("planted", ["trials", "leases", "final", "leases/0", "study.db"])
+@pytest.mark.parametrize("planted", ["trials", "leases", "first", "final", "leases/0", "study.db"])
 def test_planted_links_are_not_followed(planted: str, place: Path, tmp_path: Path) -> None:
     """Faults S14."""
     (tmp_path / "elsewhere").mkdir()

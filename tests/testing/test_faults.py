@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import yaml
 
 from holdfast import files
 from holdfast.engine import plan, stepping
-from holdfast.experiments import record
+from holdfast.experiments import lease, memory, record, runs
+from holdfast.ops import distributed
 from holdfast.report import tables
 from holdfast.search import storage
+from holdfast.tasks import files as rows_of_files
 from holdfast.tasks import load
 from holdfast.testing.faults import GROUPS, MEANINGS, Outcome, Wrong, run_all
 from holdfast.testing.faults.__main__ import main, table
@@ -57,6 +60,8 @@ def nothing(*_: Any, **__: Any) -> None:
     """In the place of a guard."""
 
 
+NOBODYS = SimpleNamespace(release=nothing, held=lambda: True)  # a lease that is none
+
 # What is broken: where, what, by what; the fault and the door that have to notice, and how.
 GUARDS: dict[str, tuple[Any, str, Any, str, Door, str]] = {
     "repeated rows": (load, "_repeated", lambda *_: 0, "D11", "command line", "silent wrong"),
@@ -72,10 +77,24 @@ GUARDS: dict[str, tuple[Any, str, Any, str, Door, str]] = {
     "archives": (files, "ARCHIVES", ("nothing",), "S5", "command line", "failed"),
     "formulas": (tables, "cell", str, "S8", "command line", "silent wrong"),
     "passwords": (record, "scrub", str, "S11", "command line", "silent wrong"),
+    "bytes": (rows_of_files, "_check_bytes", nothing, "D8", "command line", "failed"),
+    "hidden gradients": (distributed, "refuse_unserved", nothing, "R4", "plain loop",
+                         "silent wrong"),
+    "torn lines": (storage, "_cut", nothing, "P6", "command line", "failed"),
+    "whole numbers": (RowsMixin, "_check_labels", nothing, "D2", "Trainer", "silent wrong"),
+    "leases": (lease, "take_patiently", lambda _: NOBODYS, "P15", "command line", "silent wrong"),
+    "seals": (record, "check_seal", nothing, "P3", "command line", "silent wrong"),
+    "configurations": (runs, "_check_config", nothing, "C9", "command line", "silent wrong"),
+    "rows of a run": (runs, "_check_config", nothing, "D13", "command line", "silent wrong"),
+    "memory": (memory, "out_of_memory", nothing, "P12", "command line", "failed"),
+    "half the rows": (memory, "_halve", nothing, "P12", "command line", "failed"),
 }  # fmt: skip
+SLOW = {"leases", "seals", "configurations", "rows of a run", "memory", "half the rows"}
 
 
-@pytest.mark.parametrize("guard", GUARDS)
+@pytest.mark.parametrize(
+    "guard", [pytest.param(g, marks=[pytest.mark.slow] * (g in SLOW)) for g in GUARDS]
+)
 def test_a_guard_that_is_gone_is_a_loss(guard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     home, name, instead, fault, door, came = GUARDS[guard]
     monkeypatch.setattr(home, name, instead)
