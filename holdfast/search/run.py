@@ -67,6 +67,9 @@ def search(
         >>> body["gain"]["sentence"]  # doctest: +SKIP
     """  # noqa: E501
     chosen: engines.Engine = engine or Local(workers)
+    if asked.get("sampler") == "pbt" and chosen.far:
+        raise Refused("a population lives on one machine", where="--engine",
+                      remedy="--workers N, or --engine ray without --address")  # fmt: skip
     storage.check_engine(url, chosen)
     storage.check(str(asked.get("sampler", "tpe")))
     plan = Plan.make(model, tasks, **asked)

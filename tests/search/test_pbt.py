@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from holdfast import DPS, Rates, Recipe, Replay
 from holdfast.errors import Refused
+from holdfast.experiments.engines.slurm import Slurm
 from holdfast.experiments.record import Record
 from holdfast.experiments.sequence import Job
 from holdfast.files import read_yaml
@@ -531,3 +532,11 @@ def test_a_storage_is_refused(place: Path, tmp_path: Path) -> None:
         search(str(place / "bert"), tasks, out=tmp_path / "s", url="journal:x", sampler="pbt",
                epochs=1.0, batch_size=4, max_length=16, selection=12)  # fmt: skip
     assert not (tmp_path / "s").exists()
+
+
+def test_an_engine_of_several_machines_is_refused(place: Path, tmp_path: Path) -> None:
+    """By what helps: a storage, which such an engine asks for else, is refused too."""
+    tasks = [place / "mood.jsonl", place / "question.jsonl"]
+    with pytest.raises(Refused, match="a population lives on one machine.*--workers"):
+        search(str(place / "bert"), tasks, out=tmp_path / "s", sampler="pbt",
+               engine=Slurm(partition="gpu", cluster="slurm"))  # fmt: skip
