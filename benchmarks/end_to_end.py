@@ -157,14 +157,21 @@ class Work:
         return clock
 
 
-def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
-    """Every way to train the task, interleaved."""
-    found: dict[str, list[Clock]] = {PADDED: [], DYNAMIC: [], OURS: []}
-    for repeat in range(chosen.repeats):
+def _by_turns(
+    work: Work, kinds: Sequence[str], repeats: int, out: Path, tell: Callable[[str], None]
+) -> dict[str, list[Clock]]:
+    found: dict[str, list[Clock]] = {kind: [] for kind in kinds}
+    for repeat in range(repeats):
         for kind in _turned(list(found), repeat):
-            clock = work.run(kind, out / "speed", seed=repeat)
+            clock = work.run(kind, out, seed=repeat)
             found[kind].append(clock)
             tell(f"{work.task.name} · {kind} · {clock.seconds:.1f} s, {clock.points[-1][2]:.3f}")
+    return found
+
+
+def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
+    """Every way to train the task, interleaved."""
+    found = _by_turns(work, (PADDED, DYNAMIC, OURS), chosen.repeats, out / "speed", tell)
     # The target counts as reached within its noise: one standard error on the selection rows.
     target = statistics.median(c.points[-1][2] for c in found[PADDED])
     noise = math.sqrt(max(target * (1 - target), 0.01) / max(len(work.selection), 1))
@@ -188,12 +195,7 @@ def speed(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str
 
 def fast(work: Work, chosen: argparse.Namespace, out: Path, tell: Callable[[str], None]) -> Any:
     """Trainer's defaults and holdfast's faster settings by turns, then the compiled encoder."""
-    found: dict[str, list[Clock]] = {DYNAMIC: [], LIKE: [], FAST: []}
-    for repeat in range(chosen.repeats):
-        for kind in _turned(list(found), repeat):
-            clock = work.run(kind, out / "fast", seed=repeat)
-            found[kind].append(clock)
-            tell(f"{work.task.name} · {kind} · {clock.seconds:.1f} s, {clock.points[-1][2]:.3f}")
+    found = _by_turns(work, (DYNAMIC, LIKE, FAST), chosen.repeats, out / "fast", tell)
     rows = [
         {
             "task": work.task.name, "kind": kind, "steps": work.steps,
