@@ -28,7 +28,12 @@ from holdfast.tasks.spec import Options
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+LONG = "dsee.py"  # several times as long as the others
+EXAMPLES = [pytest.param(path, marks=[pytest.mark.slow] * (path.name == LONG), id=path.name)
+            for path in sorted((ROOT / "examples").glob("*.py"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(example)], capture_output=True, text=True, cwd=tmp_path,

@@ -165,7 +165,9 @@ def test_state_is_that_of_what_is_trained(place: Path, tmp_path: Path) -> None:
     assert record.methods_state["ewc"]["bytes"] == 8 * factors
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [
+    pytest.param(n, marks=[pytest.mark.slow] * n.startswith(("kfac_ewc", "ia3"))) for n in RECIPES
+])  # fmt: skip
 def test_three_commands_on_three_days_are_one_command(
     name: str, place: Path, adapted: Path, tmp_path: Path
 ) -> None:

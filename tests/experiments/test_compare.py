@@ -506,6 +506,7 @@ def killed_holding_the_bars(mark: Path) -> int:
     return 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_importable")
 def test_a_process_that_is_killed_while_it_draws_holds_up_nobody(tmp_path: Path) -> None:
     job = partial(killed_holding_the_bars, tmp_path / "mark")

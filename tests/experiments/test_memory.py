@@ -45,7 +45,10 @@ def without_notice(folder: Path) -> dict[str, Any]:
     return record
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", [
+    pytest.param(e, marks=[pytest.mark.slow] * (e is not ERRORS[-1]), id=type(e).__name__)
+    for e in ERRORS
+])  # fmt: skip
 def test_half_the_rows_at_a_time_are_the_run_that_asked_for_them(
     error: Exception, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
