@@ -33,6 +33,7 @@ from holdfast.training.manifest import newest_complete
 KILLED = """
 import os, signal, sys
 from holdfast.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 calls, replace = [], os.replace
 def counted(*args, **kwargs):
     calls.append(1)
