@@ -86,6 +86,10 @@ class Settings(Checked):
 
             object.__setattr__(self, "bf16", bf16_pays())
 
+    def total(self, rows: int) -> int:
+        """The steps of a task of so many rows, over all its epochs."""
+        return math.ceil(self.steps(rows) * self.epochs)
+
     @classmethod
     def where(cls, name: str) -> str:
         return "--" + name.replace("_", "-")

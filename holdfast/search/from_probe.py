@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from holdfast.search.balance import (
     places,
 )
 from holdfast.search.result import RATES, RECIPE
+from holdfast.search.space import check_flat
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import kind_of
 from holdfast.tasks.kinds.pretrained import device
@@ -89,7 +91,7 @@ class Watch(TrainerCallback):
         self.part_of = dict(bound.part_of)
         with _full_precision(self.learner.models), torch.no_grad():
             moved = [self._moved(bound, index) for index in range(len(old))]
-        self.kl = max(math.fsum(moved) / len(moved), TINY)
+        self.kl = max(fmean(moved), TINY)
         del self.start
 
     def _bound(self) -> Bound:
@@ -183,8 +185,8 @@ class Short:
             learner.learn(last)
         (watch,), scores = watches, learner.record.selection_scores
         watch.scores = [score or 0.0 for score in (scores or [])[last]]
-        watch.total, watch.parts = total_of(self.plan, found), parts(learner.models[last],
-                                                                     self.recipe.parts)  # fmt: skip
+        watch.total = self.plan.total(found)
+        watch.parts = parts(learner.models[last], self.recipe.parts)
         return watch
 
     def _record(self) -> Record:
@@ -197,14 +199,9 @@ class Short:
         return record
 
 
-def total_of(plan: Settings, rows: int) -> int:
-    """The steps of a task of so many rows."""
-    return math.ceil(plan.steps(rows) * plan.epochs)
-
-
 def short_of(plan: Settings, rows: int, share: float | int) -> int:
     """The steps of a probe of such a task: at most a tenth."""
-    total = total_of(plan, rows)
+    total = plan.total(rows)
     steps = count(share, total, what="a probe of", least=0)
     if not 1 <= steps <= total // TENTH:
         raise Refused(f"{steps} of {total} steps", where="--from-probe",
@@ -297,7 +294,7 @@ def rates_from_probe(
         spent["confirm"].append(run.steps)
         predicted = scale * (rate / plan.lr) ** 2 * harm_of(found, curve)
         runs.append({"rate": rate, "predicted": predicted, "aimed": aimed, "measured": run.kl,
-                     "new": run.scores[-1], "old": _mean(run.scores[:-1])})  # fmt: skip
+                     "new": run.scores[-1], "old": fmean(run.scores[:-1])})  # fmt: skip
         better = min(max(rate * math.sqrt(aimed / run.kl), low), high)
         if better == rate or aimed / NEAR <= run.kl <= aimed * NEAR:
             break
@@ -310,7 +307,7 @@ def rates_from_probe(
         "tasks": [{k: t[k] for k in ("name", "source", "metric", "hash")}
                   for t in map(describe, every)],
         "probe": {"rate": plan.lr, "kl": probe.kl, "scale": scale, "new": probe.scores[-1],
-                  "old": _mean(probe.scores[:-1])},
+                  "old": fmean(probe.scores[:-1])},
         "parts": [{"part": m.part, "benefit": m.benefit, "harm": m.harm} for m in found],
         "tolerance": tolerance,
         "bounded": rate in (low, high),
@@ -330,9 +327,7 @@ def rates_from_probe(
 
 def _check(recipe: Recipe, plan: Settings) -> None:
     """Refuse what a probe cannot measure."""
-    if recipe.rates.multipliers != Rates.flat().multipliers or recipe.rates.freeze_below:
-        raise Refused(f"has rates of its own ({recipe.rates.name}), and rates are what is found",
-                      where="--recipe", remedy="take one with flat rates")  # fmt: skip
+    check_flat(recipe.rates, "found")
     if recipe.peft:
         raise Refused("trains adapters, which no old task has used", where="--recipe",
                       remedy="take one without peft")  # fmt: skip
@@ -356,7 +351,3 @@ def _tasks(
             raise Refused("no selection rows to measure on", where=task.name,
                           remedy="raise --selection")  # fmt: skip
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

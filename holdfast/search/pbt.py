@@ -281,7 +281,7 @@ def check(sampler: str, population: int | None, **others: Any) -> int:
 def check_steps(plan: Any, tasks: Sequence[Any]) -> None:
     """Refuse tasks of fewer steps than they have intervals."""
     for task in tasks:
-        steps = math.ceil(plan.steps(len(task.train)) * plan.epochs)
+        steps = plan.total(len(task.train))
         if steps < INTERVALS:
             raise Refused(f"{steps} steps, of which a population needs {INTERVALS}",
                           where=task.name, remedy="raise --epochs or --train-size")  # fmt: skip

@@ -20,7 +20,6 @@ from holdfast.errors import Refused, nearest
 from holdfast.experiments.sequence import load_tasks
 from holdfast.experiments.settings import Settings, defaults
 from holdfast.files import differences, write_text_atomic
-from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.search.objective import (
     RUNGS,
@@ -32,7 +31,15 @@ from holdfast.search.objective import (
     check_choice,
     evenly,
 )
-from holdfast.search.space import INTERVALS, Control, Space, controls, flat_rates, with_tuned
+from holdfast.search.space import (
+    INTERVALS,
+    Control,
+    Space,
+    check_flat,
+    controls,
+    flat_rates,
+    with_tuned,
+)
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import kind_of
 from holdfast.tasks.shifts import SHIFTS, Shifted
@@ -129,12 +136,7 @@ class Plan:
                               remedy="the base rate is searched around --flat")  # fmt: skip
         plan = Settings.from_dict({"save_steps": 0, **settings})
         base = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
-        own = base.rates.freeze_below or base.rates.pieces
-        if base.rates.multipliers != Rates.flat().multipliers or own:
-            raise Refused(
-                f"has rates of its own ({base.rates.name}), and rates are what is searched",
-                where="--recipe", remedy="take one with flat rates",
-            )  # fmt: skip
+        check_flat(base.rates, "searched")
         specs = tuple(map(str, tasks))
         wanted = 2 if shift == "task" else 1
         if shift in SHIFTS and len(specs) != wanted:

@@ -42,6 +42,13 @@ def flat_rates(width: int) -> tuple[float, ...]:
     return tuple(float(f"{rate * WIDTH / width:.2g}") for rate in FLAT)
 
 
+def check_flat(rates: Rates, done: str) -> None:
+    """Refuse a recipe with a curve of its own, where rates are what is `done` (searched, found)."""
+    if rates.multipliers != Rates.flat().multipliers or rates.freeze_below or rates.pieces:
+        raise Refused(f"has rates of its own ({rates.name}), and rates are what is {done}",
+                      where="--recipe", remedy="take one with flat rates")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Ancestor:
     """What trained one sixth of a task on the way to a population's member, and how."""
