@@ -32,6 +32,13 @@ def out_of_memory(error: BaseException) -> bool:
     return short or bool(re.search("out of memory|can't allocate memory", said, re.I))
 
 
+def too_large(plan: Settings, folder: Path) -> OutOfMemory:
+    """What is raised where memory does not suffice for a micro-batch, nor for half of one."""
+    return OutOfMemory(f"out of memory with {plan.batch_size} rows at a time", where=str(folder),
+                       remedy="a smaller --batch-size with more --accumulation makes the same "
+                       "steps")  # fmt: skip
+
+
 def learned_with(asked: Settings, record: Record) -> Settings:
     """The settings that a run is learned with: those asked for, or with half the rows at a time."""
     return replace(asked, **record.extra.get(HALVED, {}))
@@ -55,12 +62,11 @@ def within_memory(
         # Not in the handler: the error holds all that its frames hold.
         _release()
         check_held(folder)
-        line = f"out of memory with {plan.batch_size} rows at a time"
+        line = too_large(plan, folder).what
         if HALVED in record.extra or plan.batch_size % 2:
             record.warn(line)
             record.save(folder / RECORD)
-            raise OutOfMemory(line, where=str(folder), remedy="a smaller --batch-size with more "
-                              "--accumulation makes the same steps")  # fmt: skip
+            raise too_large(plan, folder)
         _halve(plan, line, record, folder)
 
 

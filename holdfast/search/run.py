@@ -193,10 +193,9 @@ class Line:
         study = self.study
         found = tried(study)
         self.bar.set_postfix_str(words(found), refresh=False)
-        counts, members = study.counts(), [r for r in found if r.lineage]
-        through = sum(r.state in FINISHED for r in members)
-        self._draw(sum(counts[s] for s in FINISHED) + through)
-        if study.over and through == len(members):
+        states = [r.state for r in found] + [c["state"] for r in found for c in r.confirming]
+        self._draw(sum(state in FINISHED for state in states))
+        if study.over and all(r.state in FINISHED for r in found if r.lineage):
             self.bar.close()
             todo = jobs(study.folder, study.plan, found)
             self.open = [job for job in todo if not ended(job.folder)]

@@ -21,9 +21,9 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from holdfast.errors import OutOfMemory, Refused, TrainingDiverged
+from holdfast.errors import Refused, TrainingDiverged
 from holdfast.experiments.learner import Learner
-from holdfast.experiments.memory import out_of_memory
+from holdfast.experiments.memory import out_of_memory, too_large
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, open_run
 from holdfast.files import write_text_atomic
@@ -146,9 +146,7 @@ class Segments:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            raise OutOfMemory(f"out of memory with {settings.batch_size} rows at a time",
-                              where=str(job.folder), remedy="a smaller --batch-size with more "
-                              "--accumulation makes the same steps") from None  # fmt: skip
+            raise too_large(settings, job.folder) from None
         finally:
             gc.collect()  # a Trainer forms reference cycles with its model and moments
         if not all(map(math.isfinite, scores)):
