@@ -33,7 +33,7 @@ def run(chosen: argparse.Namespace) -> int:
     from holdfast.experiments.serving import load
 
     most = chosen.max_forgetting
-    tasks = FromRun(chosen.before).tasks(without_rows=False)
+    tasks = FromRun(chosen.before).tasks()
     before, after = load(chosen.before), load(chosen.after)
     for task in tasks:
         after.named(task.name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD, disagreement
+from holdfast.experiments.settings import SIZES
 from holdfast.files import no_archive
 from holdfast.recipe import Recipe
 from holdfast.tasks import Task, load_task, slug
@@ -20,8 +21,6 @@ from holdfast.training.manifest import MANIFEST, damage, identity, listed
 
 if TYPE_CHECKING:
     from holdfast.experiments.learner import Learner
-
-SIZES = ("train_size", "selection", "evaluation_size")  # settings that choose a task's rows
 
 
 class FromRun:
@@ -67,8 +66,10 @@ class FromRun:
     def _sizes(self) -> dict[str, Any]:
         return {name: self.settings[name] for name in SIZES if name in self.settings}
 
-    def tasks(self, *, without_rows: bool) -> list[Task]:
-        """The tasks of the run; without rows, only what is known of them."""
+    def tasks(
+        self, *, without_rows: bool = False, seed: int = 0, sizes: Mapping[str, Any] | None = None
+    ) -> list[Task]:
+        """The tasks of the run, as it chose them; without rows, only what is known of them."""
         return [_absent(t) if without_rows else again(t) for t in self.record.tasks]
 
     def begin(self, learner: Learner) -> None:
@@ -101,6 +102,12 @@ class FromModel:
     def __init__(self, folder: Path, old_task: str | Path) -> None:
         self.source, self.model, self.folder = str(folder), str(folder), folder
         self.old_task = old_task
+
+    def tasks(
+        self, *, without_rows: bool = False, seed: int = 0, sizes: Mapping[str, Any] | None = None
+    ) -> list[Task]:
+        """The old task, of which so many rows (`SIZES`) are drawn by `seed`."""
+        return [self.named(load_task(self.old_task, seed=seed, **sizes or {}))]
 
     def named(self, task: Task) -> Task:
         """The task with its label ids in the order of the model's head, if it has one."""
@@ -171,13 +178,42 @@ def origin_of(folder: Path, old_task: str | Path | None) -> Origin:
     return FromModel(folder, old_task)
 
 
-def recipe_of(origin: Origin, recipe: Recipe | str | None) -> Recipe:
-    """The recipe that was asked for, or else the run's own."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe is None and origin.recipe is not None:
-        return Recipe.from_dict(origin.recipe)
-    return Recipe.named(recipe or "default")
+class Beginning(NamedTuple):
+    """What the tasks asked for come after: a pre-trained model, or an origin."""
+
+    origin: Origin | None
+    model: str
+    recipe: Recipe
+    seed: int
+    settings: dict[str, Any]
+
+
+def beginning(
+    model: str | Path | None,
+    from_run: str | Path | None,
+    old_task: str | Path | None,
+    *,
+    recipe: Recipe | str | None,
+    seed: int | None,
+    settings: Mapping[str, Any],
+) -> Beginning:
+    """A model by name, or what lies in `from_run`: recipe, seed and settings that are not asked for
+    are a run's own."""
+    if from_run is None:
+        if model is None or old_task is not None:
+            raise Refused("no model" if model is None else "--old-task needs it", where="--from",
+                          remedy="name a run or a saved model")  # fmt: skip
+        chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
+        return Beginning(None, str(model), chosen, 0 if seed is None else seed, dict(settings))
+    if model is not None:
+        raise Refused("comes with its own model", where="--from", remedy="leave out --model")
+    found = origin_of(Path(from_run), old_task)
+    if recipe is None and found.recipe is not None:
+        chosen = Recipe.from_dict(found.recipe)
+    else:
+        chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "default")
+    return Beginning(found, found.model, chosen, found.seed if seed is None else seed,
+                     {**found.settings, **settings})  # fmt: skip
 
 
 def again(told: Mapping[str, Any]) -> Task:

@@ -49,7 +49,7 @@ from holdfast.engine.forwarding import in_mode
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.embed import pooled
 from holdfast.experiments.record import Record
-from holdfast.methods.common.answers import shifts
+from holdfast.methods.common.answers import divergences, shifts
 from holdfast.tasks import Row, Task, files
 from holdfast.tasks.kinds import Kind, generation
 from holdfast.tasks.kinds.pretrained import device, load_config, load_saved, quiet
@@ -220,8 +220,7 @@ def kl(base: Any, model: Any, rows: Rows, collate: Any) -> float:
     total, count = 0.0, 0
     for batch in _batches(model, rows, collate):
         (before, labels), (now, _) = _said(base, batch), _said(model, batch)
-        given, wanted = now.log_softmax(-1), before.log_softmax(-1)
-        total += float(functional.kl_div(given, wanted, log_target=True, reduction="sum"))
+        total += float(divergences(before, now).sum())
         count += len(labels)
     return total / count
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.elsewhere import Elsewhere
 from holdfast.experiments.memory import HALVED, within_memory
-from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
+from holdfast.experiments.origin import FromRun, Origin, beginning
 from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import (
     FINAL,
@@ -96,27 +96,18 @@ def run_sequence(
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
-    origin, old = None, []
     trust([*tasks, model])
-    if from_run is not None:
-        if model is not None:
-            raise Refused("comes with its own model", where="--from", remedy="leave out --model")
-        origin = origin_of(Path(from_run), old_task)
-        model, settings = origin.model, {**origin.settings, **settings}
-        recipe, seed = recipe_of(origin, recipe), origin.seed if seed is None else seed
-    elif model is None or old_task is not None or without_old_rows:
-        raise Refused("no model" if model is None else "--old-task and --without-old-rows need it",
-                      where="--from", remedy="name a run or a saved model")  # fmt: skip
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
+    if without_old_rows and from_run is None:
+        raise Refused("--without-old-rows needs it", where="--from", remedy="name a run")
+    origin, model, chosen, seed, settings = beginning(
+        model, from_run, old_task, recipe=recipe, seed=seed, settings=settings
+    )
     if settings.get("bf16") == "auto" and out is not None:  # a run keeps what it began with
         settings["bf16"] = setting_of(out, "bf16", "auto")
-    plan, seed = Settings.from_dict(settings), 0 if seed is None else seed
+    plan = Settings.from_dict(settings)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**20:
         raise Refused(f"must be a whole number from 0 to 2^20, not {seed!r}", where="--seed")
-    if isinstance(origin, FromRun):
-        old = origin.tasks(without_rows=without_old_rows)
-    elif origin is not None:
-        old = [origin.named(task) for task in load_tasks([origin.old_task], seed=seed, plan=plan)]
+    old = origin.tasks(without_rows=without_old_rows, seed=seed, sizes=plan.sizes) if origin else []
     loaded = load_tasks(tasks, seed=seed, plan=plan, old=old)
     for task in loaded:
         for line in task.warnings:
@@ -126,7 +117,7 @@ def run_sequence(
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}
     away = Elsewhere(tests, loaded, head=plan.head, evaluation_size=plan.evaluation_size
                      ) if tests else None  # fmt: skip
-    job = Job(model=str(model), recipe=chosen, seed=seed, command=list(command or ()) or _called(),
+    job = Job(model=model, recipe=chosen, seed=seed, command=list(command or ()) or _called(),
               bar=(label or "") if progress else None, origin=origin, probe=asked,
               elsewhere=away, protocol=protocol, report_to=tuple(report_to),
               arm=arm or Arm())  # fmt: skip
@@ -352,17 +343,7 @@ def load_tasks(
     """Every task, checked, after the `old` ones; two of one name are refused."""
     if not specs:
         raise Refused("no tasks", where="--tasks", remedy="name a folder, a file or builtin:NAME")
-    loaded = [
-        load_task(
-            spec,
-            seed=seed,
-            train_size=plan.train_size,
-            selection=plan.selection,
-            evaluation_size=plan.evaluation_size,
-        )
-        for spec in specs
-    ]
-    loaded = [*old, *loaded]
+    loaded = [*old, *(load_task(spec, seed=seed, **plan.sizes) for spec in specs)]
     one_kind(loaded)
     names = [t.name for t in loaded]
     for name in names:

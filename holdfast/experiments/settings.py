@@ -24,6 +24,7 @@ Schedule = Literal[
 # A head for each task; one over all labels so far; one of class means, which nothing trains; an
 # ensemble for each task on a frozen encoder.
 Head = Literal["task", "shared", "prototype", "variance_prototype", "levi"]
+SIZES = ("train_size", "selection", "evaluation_size")  # what chooses a task's rows
 HISTORY_ROWS = 128  # selection rows of each task that are scored while training
 
 
@@ -85,6 +86,11 @@ class Settings(Checked):
             from holdfast.tasks.kinds.pretrained import bf16_pays
 
             object.__setattr__(self, "bf16", bf16_pays())
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """How many rows of a task are read, as `load_task` takes them."""
+        return {name: getattr(self, name) for name in SIZES}
 
     def total(self, rows: int) -> int:
         """The steps of a task of so many rows, over all its epochs."""

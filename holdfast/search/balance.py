@@ -33,11 +33,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from holdfast.engine.batches import Batch, rows_in
 from holdfast.errors import Refused
-from holdfast.methods.common.answers import shifts
+from holdfast.methods.common.answers import divergences, shifts
 from holdfast.methods.common.importance import kind_of
 from holdfast.network.parts import EMBEDDINGS, HEAD, Parts
 from holdfast.search.space import MULTIPLIER
@@ -145,24 +144,12 @@ def _counted(model: nn.Module, batch: Batch) -> int:
     return int((labels[:, 1:] if shifts(model) else labels).ne(IGNORED).sum())
 
 
-def divergence(before: Tensor, now: Tensor, batch: Batch, model: nn.Module) -> Tensor:
-    """KL(before ‖ now) in nats of each row's answer, or of each label of it: one dimension.
-
-    Of numbers the square of how far they moved.
-    """
+def moved(before: Tensor, now: Tensor, batch: Batch, model: nn.Module) -> Tensor:
+    """How far each row's answer moved, in nats, or each label that counts: one dimension."""
     kind = kind_of(model, before)
-    before, now = before.double(), now.double()
-    if kind == "numbers":
-        return (before - now).square().flatten(1).sum(1)
-    if kind == "labels":
-        p = before.sigmoid()
-        each = p * (functional.logsigmoid(before) - functional.logsigmoid(now))
-        each += (1 - p) * (functional.logsigmoid(-before) - functional.logsigmoid(-now))
-        return each.sum(-1)
-    one, two = before.log_softmax(-1), now.log_softmax(-1)
-    each = (one.exp() * (one - two)).sum(-1)
-    if each.ndim == 1:
-        return each
+    each = divergences(before.double(), now.double(), kind)
+    if kind != "classes" or each.ndim == 1:
+        return each.flatten()
     labels = batch["labels"]
     if shifts(model):
         each, labels = each[:, :-1], labels[:, 1:]

@@ -27,7 +27,7 @@ from holdfast.engine.bound import Bound
 from holdfast.errors import Refused
 from holdfast.experiments.learner import Learner
 from holdfast.experiments.loaded import Loaded
-from holdfast.experiments.origin import FromRun, Origin, origin_of, recipe_of
+from holdfast.experiments.origin import FromRun, Origin, beginning
 from holdfast.experiments.record import Record, commit, versions
 from holdfast.experiments.runs import open_run
 from holdfast.experiments.sequence import describe, load_tasks, run_sequence
@@ -40,9 +40,9 @@ from holdfast.recipe import Recipe
 from holdfast.search.balance import (
     base_rate,
     benefit_and_harm,
-    divergence,
     harm_of,
     mean_gradient,
+    moved,
     multipliers,
     places,
 )
@@ -90,8 +90,8 @@ class Watch(TrainerCallback):
         self.update = {n: w.detach() - self.start[n] for n, w in bound.weights.items()}
         self.part_of = dict(bound.part_of)
         with _full_precision(self.learner.models), torch.no_grad():
-            moved = [self._moved(bound, index) for index in range(len(old))]
-        self.kl = max(fmean(moved), TINY)
+            far = [self._moved(bound, index) for index in range(len(old))]
+        self.kl = max(fmean(far), TINY)
         del self.start
 
     def _bound(self) -> Bound:
@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
                 bound.forward(batch, task=name, training=False, weights=weights).logits
                 for weights in (self.start, None)
             )
-            found.append(divergence(before, now, batch, bound.models[name]))
+            found.append(moved(before, now, batch, bound.models[name]))
         return float(torch.cat(found).mean())
 
     def _batches(self, index: int, split: str) -> Iterator[Any]:
@@ -250,19 +250,11 @@ def rates_from_probe(
     if (len(tasks) < 2) if from_run is None else (len(tasks) != 1):
         wanted = "the old ones and the new one" if from_run is None else "the new one alone"
         raise Refused(f"{len(tasks)} tasks", where="--tasks", remedy=f"name {wanted}")
-    home, origin = Path(out), None
-    if from_run is not None:
-        if model is not None:
-            raise Refused("comes with its own model", where="--from", remedy="leave out --model")
-        origin = origin_of(Path(from_run), old_task)
-        chosen, settings = recipe_of(origin, recipe), {**origin.settings, **settings}
-        seed = origin.seed if seed is None else seed
-    elif model is None or old_task is not None:
-        raise Refused("no model" if model is None else "--old-task needs it", where="--from",
-                      remedy="name a run or a saved model")  # fmt: skip
-    else:
-        chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
-    plan, seed = Settings.from_dict(settings | {"alone": False}), seed or 0
+    home = Path(out)
+    origin, model, chosen, seed, settings = beginning(
+        model, from_run, old_task, recipe=recipe, seed=seed, settings=settings
+    )
+    plan = Settings.from_dict(settings | {"alone": False})
     _check(chosen, plan)
     every = _tasks(origin, tasks, seed, plan)
     short_of(plan, len(every[-1].train), share)
@@ -340,11 +332,7 @@ def _tasks(
     origin: Origin | None, specs: Sequence[str | Path], seed: int, plan: Settings
 ) -> list[Task]:
     """The old tasks of an origin, then those named here; all with selection rows."""
-    old = list[Task]()
-    if isinstance(origin, FromRun):
-        old = origin.tasks(without_rows=False)
-    elif origin is not None:
-        old = [origin.named(task) for task in load_tasks([origin.old_task], seed=seed, plan=plan)]
+    old = origin.tasks(seed=seed, sizes=plan.sizes) if origin else []
     found = load_tasks(specs, seed=seed, plan=plan, old=old)
     for task in found:
         if not task.selection:

@@ -20,9 +20,9 @@ from holdfast.search.balance import (
     Measured,
     base_rate,
     benefit_and_harm,
-    divergence,
     harm_of,
     mean_gradient,
+    moved,
     multipliers,
     places,
 )
@@ -170,25 +170,24 @@ def test_the_base_rate_does_the_harm_that_is_tolerated() -> None:
 # --- how far answers moved ------------------------------------------------------------------------
 
 
-def test_divergence_in_closed_form() -> None:
+def test_how_far_answers_moved_in_closed_form() -> None:
     head = models.bert(num_labels=2)
     before, now = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])
     exact = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)  # KL(before ‖ now)
-    assert divergence(before, now, {}, head).tolist() == pytest.approx([exact])
+    assert moved(before, now, {}, head).tolist() == pytest.approx([exact])
     several = models.bert(num_labels=2, problem_type="multi_label_classification")
-    both = divergence(before, torch.full((1, 2), math.log(3.0)), {}, several)
+    both = moved(before, torch.full((1, 2), math.log(3.0)), {}, several)
     assert both.tolist() == pytest.approx([2 * exact])
     number = models.bert(num_labels=1)
-    moved = divergence(torch.tensor([[1.0]]), torch.tensor([[3.0]]), {}, number)
-    assert moved.tolist() == [4.0]
+    assert moved(torch.tensor([[1.0]]), torch.tensor([[3.0]]), {}, number).tolist() == [2.0]
 
 
-def test_divergence_counts_the_labels_that_count() -> None:
+def test_of_tokens_the_labels_that_count() -> None:
     tags, text = models.bert("TokenClassification", num_labels=2), models.gpt2()
     before = torch.zeros(1, 3, 2)
     now = torch.tensor([[[0.0, 0.0], [math.log(3.0), 0.0], [0.0, 9.0]]])
     for model, labels in ((tags, [[-100, 1, -100]]), (text, [[-100, -100, 1]])):
-        found = divergence(before, now, {"labels": torch.tensor(labels)}, model)
+        found = moved(before, now, {"labels": torch.tensor(labels)}, model)
         assert found.tolist() == pytest.approx([0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2)])
 
 

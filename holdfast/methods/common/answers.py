@@ -77,23 +77,38 @@ def divergence(
     reverse: bool = False,
     shares: Tensor | None = None,
 ) -> Tensor:
-    """How far outputs (rows, classes) have moved, as a mean over rows, in nats.
+    """The mean over rows of `divergences`, in which those of a row's tokens are summed.
+
+    shares: (rows,), the weight of each row; 1 by default.
+    """
+    each = divergences(before, now, kind, temperature=temperature, reverse=reverse)
+    each = each.flatten(1).sum(1) if each.ndim > 1 else each
+    return (each if shares is None else each * shares).mean()
+
+
+def divergences(
+    before: Tensor,
+    now: Tensor,
+    kind: Kind = "classes",
+    *,
+    temperature: float = 1.0,
+    reverse: bool = False,
+) -> Tensor:
+    """How far each output has moved, in nats: of outputs (…, classes) a tensor (…).
 
     classes: T² · KL(softmax(before/T) ‖ softmax(now/T)); reverse: KL(now ‖ before) instead.
     labels: the same for each label against its absence, summed over labels.
     numbers: ½ Σ (before − now)², the divergence of two normal distributions of variance 1.
-    shares: (rows,), the weight of each row; 1 by default.
     """
-    shares = torch.ones(len(now), device=now.device) if shares is None else shares
     if kind == "numbers":
-        return 0.5 * ((before - now).square().sum(-1) * shares).mean()
+        return 0.5 * (before - now).square().sum(-1)
     if kind == "labels":  # as two classes; absence has logit 0
         before, now = (torch.stack([z, torch.zeros_like(z)], -1) for z in (before, now))
     p = (before / temperature).log_softmax(-1)
     q = (now / temperature).log_softmax(-1)
     p, q = (q, p) if reverse else (p, q)
-    each = functional.kl_div(q, p, reduction="none", log_target=True).flatten(1).sum(1)
-    return temperature**2 * (each * shares).mean()
+    each = functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+    return temperature**2 * (each.sum(-1) if kind == "labels" else each)
 
 
 def symmetric(
