@@ -124,8 +124,11 @@ class Bench:
         model = self.heads.load_model(self.source, task(name, seed), seed=1000 * seed)
         if change is not None:
             change(model)
-        self.train(name, model, 1000 * seed, recipe, lr, steps=steps).train()
+        trainer = self.train(name, model, 1000 * seed, recipe, lr, steps=steps)
+        trainer.train()
         unprepare(model)
+        if recipe.head_last:
+            trainer.end_task()
         of = {s: self.scores({name: model}, seed, s) for s in ("evaluation", "selection")}
         return model, {"scores": [of["evaluation"]], "selection": [of["selection"]]}
 

@@ -21,6 +21,7 @@ _HOMES = {
     "View": "holdfast.engine.method",
     "Range": "holdfast.engine.method",
     "HeadFirst": "holdfast.engine.head_first",
+    "HeadLast": "holdfast.engine.head_last",
     "LoRA": "holdfast.engine.peft",
     "PEFT": "holdfast.engine.peft",
     "Refused": "holdfast.errors",
@@ -60,6 +61,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from holdfast.engine.bound import Bound as Bound
     from holdfast.engine.head_first import HeadFirst as HeadFirst
+    from holdfast.engine.head_last import HeadLast as HeadLast
     from holdfast.engine.method import Method as Method
     from holdfast.engine.method import Range as Range
     from holdfast.engine.method import View as View

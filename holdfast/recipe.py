@@ -20,6 +20,7 @@ from torch import nn
 from holdfast.engine.batches import Data
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Method
 from holdfast.engine.peft import PEFT, LoRA, adapt, check_adapted
 from holdfast.errors import Refused, nearest
@@ -32,6 +33,8 @@ from holdfast.network.groups import param_groups
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
 
+HEADS: Mapping[str, Any] = {"head_first": HeadFirst, "head_last": HeadLast}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,9 +42,10 @@ class Recipe:
 
     `max_grad_norm=None` clips nothing in a plain loop and inherits
     `TrainingArguments.max_grad_norm` in a Trainer. `name` names the recipe in tables.
-    `head_first` fits a task's fresh head before its first step. `peft` trains adapters in place of
-    what tasks share; of several the later lie around the earlier. `parts` are {glob on parameter
-    names: part}, for weights that `holdfast.parts` misplaces.
+    `head_first` fits a task's fresh head before its first step, `head_last` fits it once more at
+    the task's end. `peft` trains adapters in place of what tasks share; of several the later lie
+    around the earlier. `parts` are {glob on parameter names: part}, for weights that
+    `holdfast.parts` misplaces.
     """
 
     rates: Rates = field(default_factory=Rates.flat)
@@ -49,6 +53,7 @@ class Recipe:
     max_grad_norm: float | None = None
     name: str = "custom"
     head_first: HeadFirst | None = None
+    head_last: HeadLast | None = None
     peft: PEFT | Sequence[PEFT] = ()
     parts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -66,9 +71,10 @@ class Recipe:
             for other in m.excludes.keys() & {*names}:
                 raise Refused(f"{m.name} cannot stand beside {other}: {m.excludes[other]}",
                               where="recipe.methods", remedy="keep one of them")  # fmt: skip
-        if not isinstance(self.head_first, HeadFirst | None):
-            raise Refused(f"must be a HeadFirst, not {self.head_first!r}",
-                          where="recipe.head_first", remedy="HeadFirst()")  # fmt: skip
+        for name, kind in HEADS.items():
+            if not isinstance(getattr(self, name), kind | None):
+                raise Refused(f"must be a {kind.__name__}, not {getattr(self, name)!r}",
+                              where=f"recipe.{name}", remedy=f"{kind.__name__}()")  # fmt: skip
         for setting in given:
             if not isinstance(setting, PEFT):
                 raise Refused(f"must be a PEFT, not {setting!r}", where="recipe.peft",
@@ -103,7 +109,8 @@ class Recipe:
                 methods=[_method(name, settings) for name, settings in methods.items()],
                 max_grad_norm=values.get("max_grad_norm"),
                 name=str(values.get("name") or "custom"),
-                head_first=_head_first(values.get("head_first")),
+                head_first=_head("head_first", values),
+                head_last=_head("head_last", values),
                 peft=_peft(values),
                 parts=_check_parts(values.get("parts") or {}),
             )
@@ -121,8 +128,9 @@ class Recipe:
             "max_grad_norm": self.max_grad_norm,
         }
         # Left out when unset, so that recipes written before they existed keep their hash.
-        if self.head_first is not None:
-            body["head_first"] = self.head_first.to_dict()
+        for name in HEADS:
+            if (how := getattr(self, name)) is not None:
+                body[name] = how.to_dict()
         if self.peft:
             each = [p.to_dict() for p in cast(Sequence[PEFT], self.peft)]
             body["peft"] = each if len(each) > 1 else each[0]
@@ -194,6 +202,7 @@ class Recipe:
             self.methods,
             max_grad_norm=self.max_grad_norm,
             head_first=self.head_first,
+            head_last=self.head_last,
             parts=self.parts,
             seed=seed,
         )
@@ -207,14 +216,14 @@ class Recipe:
 
     def check_bound(self, bound: Bound) -> None:
         """Refuse the bound of another recipe; rates and clipping may differ."""
-        for name in ("methods", "head_first", "parts"):
+        for name in ("methods", *HEADS, "parts"):
             if getattr(self, name) != getattr(bound, name):
                 raise Refused(f"the bound was made by a recipe of other {name}", where="recipe",
                               remedy="pass the recipe of the task before")  # fmt: skip
 
     def idle_alone(self) -> str | None:
         """A line to show if nothing in this recipe affects a task learned by itself, else None."""
-        acts = self.head_first is not None or self.rates != Rates.flat()
+        acts = self.head_first or self.head_last or self.rates != Rates.flat()
         if acts or not self.methods or not all(m.idle_at_first for m in self.methods):
             return None
         return (f"every method of recipe {self.name!r} waits for a second task: "
@@ -231,14 +240,14 @@ def _rates(values: Any) -> Rates:
     raise Refused("rates must be a name or a mapping")
 
 
-def _head_first(values: Any) -> HeadFirst | None:
+def _head(name: str, values: Mapping[str, Any]) -> Any:
     """`true`, for its defaults, or a mapping."""
-    if values is None or values is False:
+    given = values.get(name)
+    if given is None or given is False:
         return None
-    if values is not True and not isinstance(values, Mapping):
-        raise Refused("head_first must be true or a mapping",
-                      remedy="head_first: {fit: logistic}")  # fmt: skip
-    return HeadFirst() if values is True else HeadFirst.from_dict(values)
+    if given is not True and not isinstance(given, Mapping):
+        raise Refused(f"{name} must be true or a mapping", remedy=f"{name}: {{rows: 1000}}")
+    return HEADS[name]() if given is True else HEADS[name].from_dict(given)
 
 
 def _peft(values: Mapping[str, Any]) -> list[PEFT]:
@@ -279,6 +288,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     "plain": lambda: Recipe(name="plain"),
     "bertcl": lambda: Recipe(rates=Rates.bertcl(), name="bertcl"),
     "head_first": lambda: Recipe(head_first=HeadFirst(), name="head_first"),
+    "head_last": lambda: Recipe(head_last=HeadLast(), name="head_last"),
     **{name: functools.partial(_preset, kind) for name, kind in METHODS.items()},
     "dps_mix": lambda: Recipe(methods=[DPS(mix=True)], name="dps_mix"),
     "dps_retention": lambda: Recipe(
@@ -288,6 +298,9 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     # Chosen on the tuning pairs of benchmarks/forgetting.py: it keeps old tasks without their rows,
     # and on average learns a new one as the better flat rate does (docs/results say where not).
     "default": lambda: Recipe(
-        head_first=HeadFirst(), methods=[Merge(), LwF(rows="near", strength=1.5)], name="default"
+        head_first=HeadFirst(),
+        methods=[Merge(), LwF(rows="near", strength=1.5)],
+        head_last=HeadLast(),
+        name="default",
     ),
 }

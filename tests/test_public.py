@@ -48,7 +48,7 @@ def test_the_public_names_are_these() -> None:
     assert {*known.split()} <= {*methods}
     assert sorted(holdfast.__all__) == sorted([
         "__version__", "parts", "Parts", "Rates", "Recipe", "Bound", "Method", "View",
-        "Range", *methods, "HeadFirst", "LoRA", "PEFT", "Refused", "with_recipe", "Trainer",
+        "Range", *methods, "HeadFirst", "HeadLast", "LoRA", "PEFT", "Refused", "with_recipe", "Trainer",
         "RecipeCallback",
         "Task", "load_task", "run_sequence", "load", "compare", "Record", "write_report",
     ])  # fmt: skip

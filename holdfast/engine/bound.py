@@ -33,6 +33,7 @@ from holdfast.engine.batches import Data
 from holdfast.engine.forwarding import in_mode, own_randomness
 from holdfast.engine.grams import Grams, measure
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Gradients, Method, View
 from holdfast.engine.passes import Passes
 from holdfast.engine.plan import compare, options_of
@@ -69,10 +70,11 @@ class Bound(Passes):
         *,
         max_grad_norm: float | None = None,
         head_first: HeadFirst | None = None,
+        head_last: HeadLast | None = None,
         parts: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> None:
-        self.methods, self.head_first = tuple(methods), head_first
+        self.methods, self.head_first, self.head_last = tuple(methods), head_first, head_last
         self.parts = dict(parts or {})  # overrides, see `holdfast.parts`
         self.max_grad_norm = max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
@@ -224,15 +226,14 @@ class Bound(Passes):
         self._undo.callback(mixing.install(chosen, self.owners, mix))
 
     def end_task(self, data: Data | None = None) -> None:
-        """Finish a learned task: methods estimate importance, keep rows, and may change weights.
+        """Finish a task: methods measure it and may change weights; the head is fitted last.
 
         `data` are the task's training rows in batches as the model takes them, re-iterable or a
-        function that returns them. Runs in evaluation mode, without touching the global
-        random state. Every rank must call this with all rows: methods divide them.
+        function that returns them. Runs in evaluation mode and leaves the global random state as
+        it is. Every rank must call this with all rows: methods divide them.
         """
         model = self._model()
-        needing = [m.name for m in self.methods if m.needs_data]
-        if needing and data is None:
+        if data is None and (needing := [m.name for m in self.methods if m.needs_data]):
             raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
                           where="end_task", remedy="pass data=")  # fmt: skip
         self.check_made()
@@ -251,6 +252,7 @@ class Bound(Passes):
                     method.end_task(self.views[method.name])
             if any(m.changes_weights for m in self.methods):
                 refuse_not_finite(self.shared, "this weight would become one that is not finite")
+            self._fit_last()
         self.finished.append(self.task)
 
     def remember(

@@ -94,10 +94,7 @@ class HeadFirst(Checked):
         head, learned = None, list(learned)
         trained = known_outputs(model) or 0 if any(m is model for m in learned) else 0
         if shared is not None and shared is not model:
-            others = [m for m in learned if not (trained and m is model)]
-            known = {id(p) for m in (shared, *others) for p in m.parameters()}
-            able = learning(model) - known
-            own = [p for p in model.parameters() if id(p) in able]
+            own = own_weights(model, shared, (m for m in learned if not (trained and m is model)))
             head = Head(self, model, shared, own, total_steps, trained) if own else None
         if head is None or (trained and not head.grown):
             name = type(model).__name__
@@ -106,40 +103,30 @@ class HeadFirst(Checked):
         return head
 
 
-class Head:
-    """A model's own parameters above the shared module, and the inputs of its last layer."""
+class Watched:
+    """A linear layer whose output is the logits: its inputs, and the labels, of the rows seen.
+
+    `layer` becomes None where it turns out to be no such layer. `known`: outputs that are not
+    written, the first ones.
+    """
 
     def __init__(
-        self,
-        how: HeadFirst,
-        model: nn.Module,
-        shared: nn.Module,
-        own: list[nn.Parameter],
-        total_steps: int,
-        trained: int = 0,
+        self, model: nn.Module, layer: nn.Linear | None, rows: int, known: int = 0
     ) -> None:
-        self.how, self.model, self.shared, self.own = how, model, shared, own
-        self.total_steps, self.trained = total_steps, trained  # outputs that earlier tasks trained
-        wanted = how.fit or ("logistic" if how.steps is None else "steps")
-        self.layer = only_layer(model, own) if wanted == "logistic" else None
+        self.model, self.layer, self.most, self.known = model, layer, rows, known
         self._passed: list[tuple[Tensor, Tensor]] = []  # by the layer: its input and its output
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self._rows = 0
-
-    @property
-    def grown(self) -> bool:
-        """Whether the layer has outputs that no earlier task trained."""
-        return self.layer is not None and self.layer.out_features > self.trained
+        self.rows = 0
 
     @property
     def looking(self) -> bool:
-        """Whether the convex fit needs more rows."""
-        return self.layer is not None and self._rows < self.how.rows
+        """Whether more rows are needed."""
+        return self.layer is not None and self.rows < self.most
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Record the last layer's inputs and outputs in the forward pass within the block."""
+        """Record the layer's inputs and outputs in the forward pass within the block."""
         if self.layer is None:
             yield
             return
@@ -159,7 +146,7 @@ class Head:
         labels = next((v for k, v in batch.items() if k in LABELS), None)
         x, returned = self._passed[0] if len(self._passed) == 1 else (None, None)
         if labels is None or x is None or not _same(returned, _of(outputs, "logits")):
-            self.layer = None  # no labels, or its output is not the logits: use steps
+            self.layer = None  # no labels, or its output is not the logits
             return
         # One row of labels for each input of the layer: (rows,), (rows, tokens) or (rows, labels).
         if labels.ndim > x.ndim or labels.shape[: x.ndim - 1] != x.shape[:-1]:
@@ -170,39 +157,71 @@ class Head:
         if not labels.is_floating_point():
             known = (labels != -100).all(1)
             x, labels = x[known], labels[known]
-        left = self.how.rows - self._rows  # cut, so that the batch size does not matter
+        left = self.most - self.rows  # cut, so that the batch size does not matter
         self._features.append(x[:left].cpu())
         self._labels.append(labels[:left].cpu())
-        self._rows += len(self._features[-1])
+        self.rows += len(self._features[-1])
+
+    def seen(self) -> tuple[Problem | None, Array, Array]:
+        """How the loss reads the labels; features (n, inputs) and labels (n, ·) of the rows."""
+        assert self.layer is not None
+        if not self._features:
+            raise Refused("no rows to fit the head to", remedy="pass the task's rows as data=")
+        x, y = torch.cat(self._features).double().numpy(), torch.cat(self._labels).numpy()
+        told = getattr(getattr(self.model, "config", None), "problem_type", None)
+        return _problem(told, y, self.layer.out_features), x, y
+
+    def write_(self, weight: Array, bias: Array) -> None:
+        """Put these into the layer, but for the outputs that are known."""
+        assert self.layer is not None
+        for p, value in ((self.layer.weight, weight), (self.layer.bias, bias)):
+            if p is not None:
+                new = torch.from_numpy(value).to(p.dtype)
+                new[: self.known] = distributed.full(p.detach())[: self.known].cpu()
+                distributed.local(p.detach()).copy_(
+                    distributed.local(distributed.beside(new, p.detach()))
+                )
+
+
+class Head(Watched):
+    """A model's own parameters above the shared module, and the inputs of its last layer."""
+
+    def __init__(
+        self,
+        how: HeadFirst,
+        model: nn.Module,
+        shared: nn.Module,
+        own: list[nn.Parameter],
+        total_steps: int,
+        trained: int = 0,
+    ) -> None:
+        wanted = how.fit or ("logistic" if how.steps is None else "steps")
+        layer = only_layer(model, own) if wanted == "logistic" else None
+        super().__init__(model, layer, how.rows, trained)  # outputs that earlier tasks trained
+        self.how, self.shared, self.own, self.total_steps = how, shared, own, total_steps
+
+    @property
+    def grown(self) -> bool:
+        """Whether the layer has outputs that no earlier task trained."""
+        return self.layer is not None and self.layer.out_features > self.known
 
     def fit(self, data: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
         """Fit the head to the rows seen, or by steps over `data`; returns what was done."""
         if self.layer is None:
             return self._steps(data)
-        if not self._features:
-            raise Refused("no rows to fit the head to", where="head_first")
-        x = torch.cat(self._features).double().numpy()
-        y = torch.cat(self._labels).numpy()
-        told = getattr(getattr(self.model, "config", None), "problem_type", None)
-        problem = _problem(told, y, self.layer.out_features)
+        problem, x, y = self.seen()
         if problem is None:
             return self._steps(data)
         found = _solved(problem, x, y, self.layer.out_features, self.how.inverse_decay)
         if found is None:  # one class: nothing to tell apart
-            return {"fit": "none", "steps": 0, "rows": self._rows}
-        for p, value in zip((self.layer.weight, self.layer.bias), found, strict=True):
-            if p is not None:
-                new = torch.from_numpy(value).to(p.dtype)
-                new[: self.trained] = distributed.full(p.detach())[: self.trained].cpu()
-                distributed.local(p.detach()).copy_(
-                    distributed.local(distributed.beside(new, p.detach()))
-                )
+            return {"fit": "none", "steps": 0, "rows": self.rows}
+        self.write_(*found)
         kind = "ridge" if problem == "regression" else "logistic"
-        return {"fit": kind, "steps": 0, "rows": self._rows}
+        return {"fit": kind, "steps": 0, "rows": self.rows}
 
     def _steps(self, data: Callable[[], Iterable[Batch]]) -> dict[str, Any]:
-        if self.trained:  # steps would move what earlier tasks trained
-            return {"fit": "none", "steps": 0, "rows": self._rows}
+        if self.known:  # steps would move what earlier tasks trained
+            return {"fit": "none", "steps": 0, "rows": self.rows}
         steps = count(self.how.steps or 0.1, self.total_steps, what="head_first.steps")
         frozen = [p.requires_grad_() for p in self.own if not p.requires_grad]  # by the rates
         optimizer, done, rows = torch.optim.AdamW(self.own, lr=self.how.lr), 0, 0
@@ -249,6 +268,14 @@ def _same(returned: Tensor | None, logits: Any) -> bool:
     if returned is None or not isinstance(logits, Tensor) or returned.numel() != logits.numel():
         return False
     return torch.equal(returned.float().flatten(), logits.float().flatten())
+
+
+def own_weights(
+    model: nn.Module, shared: nn.Module, others: Iterable[nn.Module]
+) -> list[nn.Parameter]:
+    """The parameters of a model's own head, also of one that its rates have frozen."""
+    able = learning(model) - {id(p) for m in (shared, *others) for p in m.parameters()}
+    return [p for p in model.parameters() if id(p) in able]
 
 
 def only_layer(model: nn.Module, own: list[nn.Parameter]) -> nn.Linear | None:

@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.engine.batches import Batch, Batches, Data, Seen, Whole, rows_in, without_labels
+from holdfast.engine.batches import (
+    Batch,
+    Batches,
+    Data,
+    Seen,
+    Whole,
+    first_rows,
+    rows_in,
+    without_labels,
+)
 from holdfast.engine.forwarding import (
     draw_on,
     in_mode,
@@ -24,6 +33,7 @@ from holdfast.engine.forwarding import (
 )
 from holdfast.engine.grams import Grams
 from holdfast.engine.head_first import HeadFirst, known_outputs
+from holdfast.engine.head_last import HeadLast
 from holdfast.engine.stepping import Stepping
 from holdfast.errors import NotFinite, Refused
 from holdfast.network.stacks import blocks
@@ -34,12 +44,14 @@ class Passes(Stepping):
     """The part of `Bound` that reads rows and runs the models of all tasks."""
 
     head_first: HeadFirst | None
+    head_last: HeadLast | None
     finished: list[str]
     total_steps: int
     data: Callable[[], Batches]
     shared: Mapping[str, nn.Parameter]
     _grams: dict[str, Grams]  # measured on `data`, by settings
-    fitted: dict[str, Any] | None = None  # how this task's head was fitted
+    fitted: dict[str, Any] | None = None  # how this task's head was fitted first
+    fitted_last: dict[str, Any] | None = None
     core: nn.Module | None = None  # what tasks share, if that is a part of the model
     _blocks: Mapping[nn.Module, str] | None = None
     _aside = False  # within `forward`
@@ -140,6 +152,27 @@ class Passes(Stepping):
             rows.require_equal(next(model.parameters()).device)
         finally:
             self._forget_step()
+
+    @torch.no_grad()
+    def _fit_last(self) -> None:
+        """Fit the task's head once more, to features of the weights as they are now.
+
+        Not that of a task learned elsewhere, which takes no step here.
+        """
+        model, began = self.models[self.task], time.monotonic()
+        learned = [m for t, m in self.models.items() if t in self.finished]
+        head = self.head_last.of(model, self.core, learned) if self.head_last else None
+        if head is None or not self.step:
+            return
+        rows = Seen()
+        for batch in rows.through(first_rows(self.data(), head.most)):
+            if not head.looking:
+                break
+            with head.watching():
+                outputs = self.forward(batch)
+            head.see(batch, outputs)
+        rows.require_equal(next(model.parameters()).device)
+        self.fitted_last = {"rows": head.fit(), "seconds": round(time.monotonic() - began, 3)}
 
     def _seeing_features(
         self, *, always: bool = False

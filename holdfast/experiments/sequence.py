@@ -28,7 +28,7 @@ from holdfast.experiments.runs import (
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
 from holdfast.network.rates import Rates
-from holdfast.recipe import Recipe
+from holdfast.recipe import HEADS, Recipe
 from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import kind_of, one_kind
 from holdfast.tasks.program import trust
@@ -318,7 +318,7 @@ def check_head(plan: Settings, recipe: Recipe, origin: Origin | None, scenario: 
     moving = [m.name for m in recipe.methods
               if m.needs_old_task or m.changes_weights or m.defines("prepare")
               or m.group == "subnetwork"]  # fmt: skip
-    moving += [name for name in ("peft", "head_first") if getattr(recipe, name)]
+    moving += [name for name in ("peft", *HEADS) if getattr(recipe, name)]
     moving += ["rates"] * (recipe.rates != Rates.flat())
     if plan.head == "levi" and moving:
         raise Refused(f"leaves the encoder as it is, and recipe {recipe.name} has parts for one "

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from holdfast.errors import Refused, nearest
@@ -396,4 +397,4 @@ def number(value: Any, where: str) -> float:
 
 def _geometric_mean(values: Sequence[float]) -> float:
     positive = [m for m in values if m > 0]
-    return math.exp(math.fsum(map(math.log, positive)) / len(positive)) if positive else 0.0
+    return geometric_mean(positive) if positive else 0.0

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -81,17 +82,16 @@ def multipliers(found: Sequence[Measured], *, weights: Container[str]) -> list[f
     Refused: no part both gains and harms.
     """
     ratios = [_ratio(each) for each in found]
-    known = [math.log(r) for r in ratios if r]
+    known = [r for r in ratios if r]
     if not known:
         raise Refused("the probe gained nothing in any part that old tasks use",
                       where="--from-probe", remedy="probe at another --lr")  # fmt: skip
-    centre, raw = math.fsum(known) / len(known), list[float]()
+    centre, raw = geometric_mean(known), list[float]()
     for each, ratio in zip(found, ratios, strict=True):
-        at = 1.0 if ratio is None else math.exp(math.log(ratio) - centre) if ratio else 0.0
+        at = 1.0 if ratio is None else ratio / centre
         frozen = each.harm is None and each.part in weights
         raw.append(0.0 if frozen else min(max(at, MULTIPLIER.low), MULTIPLIER.high))
-    logs = [math.log(m) for m in raw if m]
-    mean = math.exp(math.fsum(logs) / len(logs))
+    mean = geometric_mean(m for m in raw if m)
     return [m / mean for m in raw]
 
 

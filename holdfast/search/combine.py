@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Fusion:
     @property
     def geometric_mean_rate(self) -> float:
         """exp(mean over parts of ln lr): the scale."""
-        return _geometric_mean(self.fused)
+        return geometric_mean(self.fused)
 
     @property
     def multipliers(self) -> list[float]:
@@ -151,10 +152,6 @@ def _log_average(study: ReadStudy, weights: np.ndarray) -> list[float]:
     return [math.fsum(weights * column) / total for column in logs.T]
 
 
-def _geometric_mean(rates: np.ndarray) -> float:
-    return math.exp(math.fsum(np.log(rates)) / len(rates))
-
-
 def _layers(studies: Sequence[ReadStudy], given: int | None) -> int | None:
     if given is not None and (isinstance(given, bool) or given < 1):
         raise Refused(f"{given!r} is no number of layers", where="--layers")
@@ -221,6 +218,6 @@ def table(fusion: Fusion) -> Table:
 
 
 def _curve(rates: np.ndarray) -> list[str]:
-    mean = _geometric_mean(rates)
+    mean = geometric_mean(rates)
     first, *points, last = (f"{rate / mean:.3g}" for rate in rates)
     return [f"{mean:.2e}", first, " ".join(points), last]

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from statistics import fmean
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import Refused
@@ -130,10 +130,9 @@ def perturbed(donor: Ancestor, member: int, draw: Callable[[], float]) -> Ancest
 
     draw: numbers from 0 to 1, one for each part and one for the rate; above ½ is 1.2, else 0.8.
     """
-    factors = [math.log(FACTORS[draw() > 0.5]) for _ in donor.multipliers]
-    mean = math.fsum(factors) / len(factors)
-    shape = (math.exp(math.log(m) + f - mean)
-             for m, f in zip(donor.multipliers, factors, strict=True))  # fmt: skip
+    factors = [FACTORS[draw() > 0.5] for _ in donor.multipliers]
+    mean = geometric_mean(factors)
+    shape = (m * f / mean for m, f in zip(donor.multipliers, factors, strict=True))
     return Ancestor(member, donor.rate * FACTORS[draw() > 0.5], tuple(shape))
 
 
@@ -240,9 +239,9 @@ def rows(folder: Path, plan: Plan) -> list[TrialRow]:
         state = "running" if told else "waiting"
         if len(told) == GENERATIONS:
             state = "fail" if last.value is None else "complete"
-        rate = math.exp(fmean(math.log(a.rate) for a in segment.lineage))
+        rate = geometric_mean(a.rate for a in segment.lineage)
         by_part = zip(*(a.multipliers for a in segment.lineage), strict=True)
-        shape = [math.exp(fmean(map(math.log, each))) for each in by_part]
+        shape = [geometric_mean(each) for each in by_part]
         made.append(TrialRow(
             number=len(plan.controls) + segment.member, state=state, control=None, kind=None,
             params={RATE: rate, **dict(zip(plan.space.shape, shape, strict=True))},

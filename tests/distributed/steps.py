@@ -13,6 +13,7 @@ from torch import distributed as dist
 from torch import nn
 
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.methods import (
@@ -331,6 +332,28 @@ def check_a_head_fitted_first_is_that_of_one_process() -> Iterator[None]:
         assert torch.equal(fitted(how, rows), head)
         with pytest.raises(Refused, match="the rows"):
             fitted(how, rows[rank() : rank() + 2])
+
+
+def check_a_head_fitted_last_is_that_of_one_process() -> Iterator[None]:
+    """Every rank fits the same head to all rows, and rows of a rank's own are refused."""
+    rows = [make_batch("one", step) for step in range(4)]
+
+    def fitted(rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = Classifier()
+        net = ddp(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        bound = Recipe(head_last=HeadLast()).bind(net, optimizer, total_steps=20)
+        bound.step = 1
+        bound.end_task(rows)
+        assert bound.fitted_last is not None
+        return model.classifier.weight.detach()
+
+    alone = fitted(rows)
+    yield
+    assert torch.equal(fitted(rows), alone)
+    with pytest.raises(Refused, match="the rows"):
+        fitted(rows[rank() : rank() + 2])
 
 
 def check_a_child_network_is_that_of_one_process() -> Iterator[None]:

@@ -608,7 +608,7 @@ def test_a_recipe_file_says_it(text: str, expected: HeadFirst | None, tmp_path: 
         ({"rows": 2.5}, r"head_first\.rows"),
         ({"fit": "ridge"}, r"head_first\.fit"),
         ({"fit": "logistic", "steps": 3}, r"head_first\.steps: a logistic fit takes no steps"),
-        ("logistic", r"head_first must be true or a mapping.*\{fit: logistic\}"),
+        ("logistic", r"head_first must be true or a mapping.*\{rows: 1000\}"),
     ],
 )
 def test_mistakes_are_refused_by_name(value: Any, complaint: str) -> None:
