@@ -48,8 +48,8 @@ def test_the_public_names_are_these() -> None:
     assert {*known.split()} <= {*methods}
     assert sorted(holdfast.__all__) == sorted([
         "__version__", "parts", "Parts", "Rates", "Recipe", "Bound", "Method", "View",
-        "Range", *methods, "HeadFirst", "HeadLast", "LoRA", "PEFT", "Refused", "with_recipe", "Trainer",
-        "RecipeCallback",
+        "Range", *methods, "HeadFirst", "HeadLast", "LoRA", "PEFT", "Refused", "with_recipe",
+        "RecipeCallback", "Trainer",
         "Task", "load_task", "run_sequence", "load", "compare", "Record", "write_report",
     ])  # fmt: skip
 
