@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from holdfast import __version__
 from holdfast.errors import Refused, meant, printable
+from holdfast.experiments.ranks import check_alone, follows
 from holdfast.plugins import plugin
 from holdfast.training import stopping
 
@@ -49,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = build_parser(words[:1]).parse_args(words, argparse.Namespace(words=words))
         resumes = chosen.verb.RESUMES
-        if resumes:
-            from holdfast.experiments.runs import check_alone
-
+        if resumes and not getattr(chosen.verb, "TOGETHER", False):
             check_alone()
         if getattr(chosen, "trust_code", False):
             from holdfast.tasks.program import trust_all
@@ -77,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(line: str) -> None:
     """Every last word of a command; it may repeat what strangers wrote."""
-    print(f"holdfast: {printable(line)}", file=sys.stderr)
+    if not follows():
+        print(f"holdfast: {printable(line)}", file=sys.stderr)
 
 
 def _fault(error: Exception) -> str | None:

@@ -21,10 +21,12 @@ from holdfast.cli.options import (
     group,
     show,
 )
+from holdfast.experiments.ranks import follows
 
 ABOUT = "learn tasks one after another and show what was kept"
 EXAMPLE = "holdfast sequence --tasks data/trec6 data/snli --recipe default --lr 2e-4 --out runs/a"
 RESUMES = True
+TOGETHER = True  # by several processes, with torchrun
 
 
 RUN = "the run's folder (runs/<hash>)"
@@ -64,7 +66,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.old_task is not None:
         more["old_task"] = asked_tasks([chosen.old_task], chosen)[0]
     folder = learn(chosen.tasks, chosen, **more)
-    if chosen.max_forgetting is None:
+    if chosen.max_forgetting is None or follows():
         return 0
     from holdfast.experiments.gate import judge_run
 
@@ -83,6 +85,8 @@ def learn(tasks: Sequence[str], chosen: argparse.Namespace, **more: Any) -> Path
         label=str(chosen.recipe or ""), **more, **given(chosen),
     )  # fmt: skip
     folder = Path(str(record.settings["out"]))
+    if follows():
+        return folder
     page = write_report([record], folder / "report.html")
     write_cards([record])
     show(matrix_table(record), f"{folder / 'record.json'}  {page}")

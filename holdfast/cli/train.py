@@ -20,6 +20,7 @@ EXAMPLE = (
     "holdfast train --task 'reviews.csv?text=body&label=stars' --recipe dps --out runs/reviews"
 )
 RESUMES = True
+TOGETHER = True  # by several processes, with torchrun
 
 
 def options(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from holdfast.errors import Busy, OutOfMemory, Refused, TrainingDiverged, tell_o
 from holdfast.experiments import lease, tuning
 from holdfast.experiments.engines import Engine, carry_out
 from holdfast.experiments.engines.local import Local
+from holdfast.experiments.ranks import check_alone
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import (
     RECORD,
@@ -79,6 +80,7 @@ def compare(
     repeat: the first seed of every recipe runs twice, from its first task on, in `seed-<n>-again`:
     what scores move by when nothing is changed, see `statistics.repeats`.
     """
+    check_alone()
     chosen: Engine = engine or Local(workers)
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")

@@ -23,6 +23,7 @@ from holdfast.experiments.callbacks import Bar, Counting, HeadNoted, Held, Histo
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.mix import mixed
 from holdfast.experiments.movement import movement
+from holdfast.experiments.ranks import first
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import check_held
 from holdfast.experiments.serving import finish, models_in, save, shared_weights
@@ -88,7 +89,7 @@ class Learner:
         self._began = 0.0
         self._note_machine()
         if begin and not any((self.home(i) / MANIFEST).is_file() for i in range(len(tasks))):
-            shutil.rmtree(folder / "tasks", ignore_errors=True)  # of a process that was killed
+            _remove(folder / "tasks")  # of a process that was killed
             self._began = time.monotonic()
             begin(self)
         finished = self._finished()
@@ -133,15 +134,7 @@ class Learner:
         self.record.warn(line)
 
     def _note_machine(self) -> None:
-        """Record what bit-equality depends on besides the packages; warn of a change."""
-        now = {
-            "device": str(device()),
-            "precision": "bfloat16 autocast" if self.plan.bf16 else "float32",
-            "threads": str(torch.get_num_threads()),
-        }
-        if self.source.endswith(".py"):
-            now[Path(self.source).name] = str(source_hash(self.source))[:12]
-        for name, value in now.items():
+        for name, value in self.plan.machine(self.source).items():
             before = self.record.versions.setdefault(name, value)
             if before != value:
                 self.warn(f"{name} was {before} and is {value} since the run went on")
@@ -157,7 +150,7 @@ class Learner:
         if kept < recorded:
             self.record.forget_from(kept)
             for index in range(kept, len(self.tasks)):
-                shutil.rmtree(self.training(index), ignore_errors=True)
+                _remove(self.training(index))
         return kept
 
     def _restore(self, finished: int) -> None:
@@ -259,7 +252,7 @@ class Learner:
         check_held(self.folder)
         if self.keeps(self, index):
             self.keep(index)
-        shutil.rmtree(self.training(index), ignore_errors=True)
+        _remove(self.training(index))
         self.record.scores[index], self._selection()[index] = scores
         self.record.steps.append(steps)
         self.record.skipped_steps.append(skipped)
@@ -354,15 +347,19 @@ class Learner:
     def keep(self, index: int) -> None:
         """Write a task's folder: all models so far and what the methods remember."""
         assert self.bound is not None
-        home, tasks = self.home(index), self.tasks[: index + 1]
-        with folded(self.models[-1]):
-            save(home, tasks, self.models, self.processor, self.plan.max_length, kind=self.kind)
-        adapters = save_adapters(self.models[-1], home, base=True)
-        commit(home, save_state(self.bound, home) | adapters)
+        home, tasks, bound = self.home(index), self.tasks[: index + 1], self.bound
+
+        def write() -> None:
+            with folded(self.models[-1]):
+                save(home, tasks, self.models, self.processor, self.plan.max_length, kind=self.kind)
+            adapters = save_adapters(self.models[-1], home, base=True)
+            commit(home, save_state(bound, home) | adapters)
+
+        first(write)
 
     def finish(self) -> None:
         """Leave in `final/` what serves all tasks."""
-        finish(self.home(len(self.tasks) - 1), self.folder)
+        first(lambda: finish(self.home(len(self.tasks) - 1), self.folder))
 
     def _forget_after(self, index: int, checkpoint: Path | None) -> None:
         """Drop what the record holds about steps that will be repeated."""
@@ -391,6 +388,10 @@ class Learner:
             "depth": [named.depth[p] for p in named.order],
             "parameters": [named.sizes[p] for p in named.order],
         }
+
+
+def _remove(folder: Path) -> None:
+    first(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def unprepare(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from holdfast.errors import OutOfMemory
+from holdfast.experiments.ranks import ranks
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import RECORD, check_held
 from holdfast.experiments.settings import Settings
@@ -50,7 +51,7 @@ def within_memory(
     """`learn(settings)`, and once more with half the micro-batch if memory does not suffice.
 
     The record says so, and keeps it for a process that goes on. Raises `OutOfMemory` if it does
-    not suffice then either, or a micro-batch is of an odd number of rows.
+    not suffice then either, a micro-batch is of an odd number of rows, or processes share it.
     """
     while True:
         plan = learned_with(asked, record)
@@ -63,7 +64,7 @@ def within_memory(
         _release()
         check_held(folder)
         line = too_large(plan, folder).what
-        if HALVED in record.extra or plan.batch_size % 2:
+        if HALVED in record.extra or plan.batch_size % 2 or ranks() > 1:
             record.warn(line)
             record.save(folder / RECORD)
             raise too_large(plan, folder)

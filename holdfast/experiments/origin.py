@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.errors import Refused
+from holdfast.experiments.ranks import first
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD, disagreement
 from holdfast.experiments.settings import SIZES
@@ -83,9 +84,13 @@ class FromRun:
             learner.remember(serving.models_in(self.last)[1])
             learner.keep(self.size - 1)
             return
-        home = learner.home(self.size - 1)
-        home.mkdir(parents=True, exist_ok=True)
-        serving.link_files(self.last, home, [*listed(self.last), MANIFEST])
+
+        def link() -> None:
+            home = learner.home(self.size - 1)
+            home.mkdir(parents=True, exist_ok=True)
+            serving.link_files(self.last, home, [*listed(self.last), MANIFEST])
+
+        first(link)
 
 
 class FromModel:

@@ -18,6 +18,7 @@ from typing import Any
 from holdfast.errors import Refused
 from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
+from holdfast.experiments.ranks import follows
 from holdfast.experiments.scenario import SCENARIOS, scenario_of
 from holdfast.files import SEAL, check_seal, no_archive, parse_json, sealed, write_text_atomic
 
@@ -238,7 +239,9 @@ class Record:
         return cls.from_dict(body, where=str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all; of processes that share a run the first does."""
+        if follows():
+            return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(path, json.dumps(sealed(self.to_dict()), **STRICT) + "\n")

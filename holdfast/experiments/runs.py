@@ -19,6 +19,7 @@ from typing import Any
 
 from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments import lease
+from holdfast.experiments.ranks import check_alone, first, follows
 from holdfast.experiments.record import Record
 from holdfast.experiments.settings import defaults
 from holdfast.files import differences, write_text_atomic
@@ -37,37 +38,38 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def check_alone() -> None:
-    """Refuse to begin a run in one of several processes that share a model."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-        raise Refused("a run is of one process", where="torchrun",
-                      remedy="train one model on several by holdfast.Trainer, or make several runs "
-                      "at once by --workers or --engine")  # fmt: skip
-
-
 @contextlib.contextmanager
-def open_run(folder: str | Path, config: Mapping[str, Any]) -> Iterator[Path]:
+def open_run(
+    folder: str | Path, config: Mapping[str, Any], *, together: bool = False
+) -> Iterator[Path]:
     """Hold a run's folder for as long as the block lasts.
 
-    Raises `Busy` where another live process holds it; `Refused` where it belongs to another
-    configuration, where a link lies in it, where it cannot be written, or under `torchrun`.
+    together: processes that `torchrun` started share the run, and the first holds the folder;
+    otherwise they are refused. Raises `Busy` where another live process holds it; `Refused` where
+    it belongs to another configuration, where a link lies in it, or where it cannot be written.
     """
-    check_alone()
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_links(folder)
-        held = lease.take_patiently(folder)
-    except OSError as error:
-        raise Refused(f"cannot be written: {error.strerror}", where=str(folder),
-                      remedy="choose another --out") from None  # fmt: skip
-    _held[folder] = held
-    try:
+    if not together:
+        check_alone()
+    folder, held = Path(folder), list[lease.Lease]()
+
+    def take() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _refuse_links(folder)
+            held.append(lease.take_patiently(folder))
+        except OSError as error:
+            raise Refused(f"cannot be written: {error.strerror}", where=str(folder),
+                          remedy="choose another --out") from None  # fmt: skip
+        _held[folder] = held[0]
         _check_config(folder, json.loads(json.dumps(config)))
+
+    try:
+        first(take)
         yield folder
     finally:
         _held.pop(folder, None)
-        held.release()
+        for each in held:
+            each.release()
 
 
 def setting_of(folder: str | Path, name: str, otherwise: Any = None) -> Any:
@@ -228,6 +230,8 @@ def check_held(folder: Path) -> None:
 
     A process that was paused may have been taken for dead; or the folder was deleted.
     """
+    if follows():
+        return
     if folder in _held and _held[folder].held():
         return
     if number := lease.newest(folder):

@@ -38,6 +38,7 @@ from torch import Tensor
 from holdfast.config import count
 from holdfast.engine.peft import LoRA
 from holdfast.errors import Refused, tell_once
+from holdfast.experiments.ranks import check_alone
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, digest, other_settings
 from holdfast.experiments.sequence import Job, load_tasks
@@ -87,6 +88,7 @@ def selftrain(
     Raises `Refused`, before anything is trained, for a task that has not one class a row and for
     what cannot be read.
     """
+    check_alone()
     own, usual = ([f.name for f in fields(cls)] for cls in (SelfTraining, Settings))
     only_keys(settings, [*own, *usual], called=Settings.where)
     how = SelfTraining.from_dict({k: v for k, v in settings.items() if k in own})

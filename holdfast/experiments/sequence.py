@@ -14,6 +14,7 @@ from holdfast.errors import Refused, tell_once
 from holdfast.experiments.elsewhere import Elsewhere
 from holdfast.experiments.memory import HALVED, within_memory
 from holdfast.experiments.origin import FromRun, Origin, beginning
+from holdfast.experiments.ranks import follows, join, ranks, wait
 from holdfast.experiments.record import Record, commit, now, versions
 from holdfast.experiments.runs import (
     FINAL,
@@ -96,6 +97,7 @@ def run_sequence(
 
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
+    join()
     trust([*tasks, model])
     if without_old_rows and from_run is None:
         raise Refused("--without-old-rows needs it", where="--from", remedy="name a run")
@@ -118,7 +120,7 @@ def run_sequence(
     away = Elsewhere(tests, loaded, head=plan.head, evaluation_size=plan.evaluation_size
                      ) if tests else None  # fmt: skip
     job = Job(model=model, recipe=chosen, seed=seed, command=list(command or ()) or _called(),
-              bar=(label or "") if progress else None, origin=origin, probe=asked,
+              bar=(label or "") if progress and not follows() else None, origin=origin, probe=asked,
               elsewhere=away, protocol=protocol, report_to=tuple(report_to),
               arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
@@ -154,7 +156,10 @@ class Job:
         from holdfast.tasks.kinds.heads import headed
         from holdfast.tasks.kinds.pretrained import files_hash, locate
 
-        loggers = Loggers(self.report_to)
+        if plan.batch_size % ranks():
+            raise Refused(f"{plan.batch_size} rows cannot be shared by {ranks()} processes alike",
+                          where="--batch-size", remedy=f"take a multiple of {ranks()}")  # fmt: skip
+        loggers = Loggers(() if follows() else self.report_to)
         told = [describe(task) for task in tasks]
         kind = headed(kind_of(tasks), plan.head, tasks)
         scenario = scenario_of(told, own_heads=kind.HEADS)
@@ -194,13 +199,14 @@ class Job:
 
             probe = Probe(base, kind_of(tasks), max_length=plan.max_length, **self.probe)
         check_disk(folder, _bytes_needed(source, len(tasks)))
-        with open_run(folder, config):
+        with open_run(folder, config, together=True):
             path = folder / RECORD
             shared, first = self.arm.first, None
             # One that others deleted meanwhile is trained here, to the same scores.
             if shared and (shared / RECORD).is_file() and not path.is_file():
                 first = FromRun(shared)
             record = Record.load(path) if path.is_file() else self._fresh(tasks, plan, first)
+            wait()  # all have read it
             record.set_tasks(told)
             record.scenario = scenario
             record.settings["out"] = str(folder)  # it may have been moved
@@ -216,7 +222,7 @@ class Job:
             if record.status != "done":
                 began = first or self.origin
                 self._learn(source, tasks, plan, folder, record, probe, loggers, began)
-            elif last.is_dir() and not (folder / FINAL).is_dir():
+            elif last.is_dir() and not (folder / FINAL).is_dir() and not follows():
                 from holdfast.experiments.serving import finish
 
                 finish(last, folder)
@@ -289,7 +295,7 @@ class Job:
             learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record,
                               bar=self.bar, place=self.place, scored=self.arm.scored,
                               probes=[p for p in (probe, self.elsewhere) if p],
-                              also=[loggers] if self.report_to else [],
+                              also=[loggers] if self.report_to and not follows() else [],
                               begin=None if begun is None else begin)  # fmt: skip
             with loggers.over(learner):
                 for index in range(len(record.seconds), len(tasks)):

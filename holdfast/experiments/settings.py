@@ -12,6 +12,7 @@ from pydantic import Field
 
 from holdfast.config import Checked, Share
 from holdfast.errors import Refused
+from holdfast.experiments.ranks import ranks
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -104,6 +105,23 @@ class Settings(Checked):
         """Steps of an epoch over so many rows."""
         return math.ceil(rows / (self.batch_size * self.accumulation))
 
+    def machine(self, source: str) -> dict[str, str]:
+        """What the last bits of a run hang on, besides the packages; `source`: of its model."""
+        import torch
+
+        from holdfast.tasks.kinds.pretrained import device, source_hash
+
+        found = {
+            "device": str(device()),
+            "precision": "bfloat16 autocast" if self.bf16 else "float32",
+            "threads": str(torch.get_num_threads()),
+        }
+        if ranks() > 1:
+            found["processes"] = str(ranks())
+        if source.endswith(".py"):
+            found[Path(source).name] = str(source_hash(source))[:12]
+        return found
+
     def arguments(self, out: Path, *, seed: int, rows: int) -> TrainingArguments:
         """What Trainer is told about a task of so many rows, its checkpoints in `out`."""
         import torch
@@ -113,7 +131,7 @@ class Settings(Checked):
         return TrainingArguments(
             output_dir=str(out),
             num_train_epochs=self.epochs,
-            per_device_train_batch_size=self.batch_size,
+            per_device_train_batch_size=self.batch_size // ranks(),
             gradient_accumulation_steps=self.accumulation,
             learning_rate=self.lr,
             weight_decay=self.weight_decay,
@@ -130,6 +148,7 @@ class Settings(Checked):
             logging_steps=min(10, self.steps(rows)),  # at least once an epoch
             use_cpu=not torch.accelerator.is_available(),
             report_to="none",
+            log_level_replica="error",
             disable_tqdm=True,
             dataloader_pin_memory=False,
             per_device_eval_batch_size=32,

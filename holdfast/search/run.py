@@ -18,6 +18,7 @@ from holdfast.errors import Busy, Refused
 from holdfast.experiments import engines
 from holdfast.experiments.engines.local import Local
 from holdfast.experiments.processes import EVERY
+from holdfast.experiments.ranks import check_alone
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import ended
 from holdfast.search import pbt, result, storage
@@ -66,6 +67,7 @@ def search(
         >>> body = search("minilm", ["data/trec6", "data/sst2"], trials=50, out="runs/s")  # doctest: +SKIP
         >>> body["gain"]["sentence"]  # doctest: +SKIP
     """  # noqa: E501
+    check_alone()
     chosen: engines.Engine = engine or Local(workers)
     if asked.get("sampler") == "pbt" and chosen.far:
         raise Refused("a population lives on one machine", where="--engine",

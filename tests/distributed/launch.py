@@ -13,8 +13,9 @@ HERE = Path(__file__).resolve().parent
 MODULES = ("steps", "shards", "merging", "noises", "trainers")
 
 
-def torchrun(script: Path, *words: str, limit: float) -> subprocess.CompletedProcess[str]:
-    """A script on two processes of this machine, at a free port, for at most `limit` seconds."""
+def torchrun(script: Path | str, *words: str, limit: float) -> subprocess.CompletedProcess[str]:
+    """A script, or a module after "-m", on two processes of this machine, at a free port, for at
+    most `limit` seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(script), *words]
     paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
