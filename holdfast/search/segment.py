@@ -169,9 +169,6 @@ class Segments:
         for stale in (home, part):
             shutil.rmtree(stale, ignore_errors=True)
         shutil.copytree(segment.source / "tasks", part, copy_function=_link)
-        for training in part.glob("*.training"):
-            for old in checkpoints_in(training)[:-1]:
-                shutil.rmtree(old)
         state = state_in(part)
         if state is None or damage(state) is not None:
             return
