@@ -24,7 +24,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from holdfast import __version__
-from holdfast.errors import Refused, meant, printable
+from holdfast.errors import OutOfMemory, Refused, meant, printable
 from holdfast.experiments.ranks import check_alone, follows
 from holdfast.plugins import plugin
 from holdfast.training import stopping
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopping.handled():
             return chosen.verb.run(chosen) or 0
     except Refused as refusal:
-        _say(str(refusal))
+        _say(str(refusal), own=isinstance(refusal, OutOfMemory))
         return 2
     except (KeyboardInterrupt, stopping.Stopped) as end:
         number = end.number if isinstance(end, stopping.Stopped) else signal.SIGINT
@@ -70,14 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (fault := _fault(error)) is None:
             raise
         remedy = f"; once that is mended, {goes_on}"
-        _say(f"{fault}{remedy if resumes and 'too long' not in fault else ''}")
+        _say(f"{fault}{remedy if resumes and 'too long' not in fault else ''}", own=True)
         return 2
 
 
-def _say(line: str) -> None:
-    """Every last word of a command; it may repeat what strangers wrote."""
+def _say(line: str, *, own: bool = False) -> None:
+    """Every last word of a command; it may repeat what strangers wrote.
+
+    Of processes that share a run the first says it, and each what befell it on its `own`.
+    """
     if not follows():
         print(f"holdfast: {printable(line)}", file=sys.stderr)
+    elif own:
+        print(f"holdfast: process {os.environ['RANK']}: {printable(line)}", file=sys.stderr)
 
 
 def _fault(error: Exception) -> str | None:

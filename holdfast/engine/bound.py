@@ -134,10 +134,10 @@ class Bound(Passes):
         self.unbind()
         check_served(model, optimizer)
         self.task, self.step, self.total_steps = task, 0, total_steps
-        self.plan, self.in_a_row = dict, 0
+        self.plan, self.in_a_row, self.fitted, self.fitted_last = dict, 0, None, None
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
-        self.resuming, self.start, self.fitted, self._added = resuming, start, None, {}
+        self.resuming, self.start, self._added = resuming, start, {}
         self.core, self._blocks = shared or default_shared(model), None
         self._forget_step()
         self._pieces = {}

@@ -117,6 +117,7 @@ class Watched:
         self._passed: list[tuple[Tensor, Tensor]] = []  # by the layer: its input and its output
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self.logits = torch.empty(0)  # of the last batch that was seen
         self.rows = 0
 
     @property
@@ -152,24 +153,31 @@ class Watched:
         if labels.ndim > x.ndim or labels.shape[: x.ndim - 1] != x.shape[:-1]:
             self.layer = None
             return
+        assert returned is not None
         x = x.detach().float().reshape(-1, x.shape[-1])
         labels = labels.detach().reshape(len(x), -1)
+        logits = returned.detach().float().reshape(len(x), -1)
         if not labels.is_floating_point():
             known = (labels != -100).all(1)
-            x, labels = x[known], labels[known]
+            x, labels, logits = x[known], labels[known], logits[known]
+        self.logits = logits.cpu()
         left = self.most - self.rows  # cut, so that the batch size does not matter
         self._features.append(x[:left].cpu())
         self._labels.append(labels[:left].cpu())
         self.rows += len(self._features[-1])
 
     def seen(self) -> tuple[Problem | None, Array, Array]:
-        """How the loss reads the labels; features (n, inputs) and labels (n, ·) of the rows."""
-        assert self.layer is not None
+        """What `problem` says, features (n, inputs) and labels (n, ·) of the rows."""
         if not self._features:
             raise Refused("no rows to fit the head to", remedy="pass the task's rows as data=")
         x, y = torch.cat(self._features).double().numpy(), torch.cat(self._labels).numpy()
+        return self.problem(y), x, y
+
+    def problem(self, y: Array) -> Problem | None:
+        """How the loss reads the labels y (n, ·)."""
+        assert self.layer is not None
         told = getattr(getattr(self.model, "config", None), "problem_type", None)
-        return _problem(told, y, self.layer.out_features), x, y
+        return _problem(told, y, self.layer.out_features)
 
     def write_(self, weight: Array, bias: Array) -> None:
         """Put these into the layer, but for the outputs that are known."""

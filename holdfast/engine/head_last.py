@@ -10,15 +10,17 @@ evaluation mode, and the last layer W₁ is fitted near where it is:
     several labels   the same for each label against its absence
     regression       argmin_w  Σ (w x − y)² + ‖w − w₁‖² / C
 
-A head that tasks share stays as it is, and so does one that trains nothing or whose last layer
-does not return the logits. With several ranks each reads the rows and fits the same head.
+Of classes the fit is among those that the rows have: the weights of others stay. So does a head
+that tasks share, one that does not train, one whose last layer does not return the logits, and one
+that was trained by another loss than these (of weighted classes, say).
+With several ranks each reads the rows and fits the same head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from holdfast.config import Checked
+from holdfast.engine.batches import Batch
 from holdfast.engine.head_first import Array, Problem, Watched, known_outputs, own_weights
 from holdfast.engine.state import refuse_not_finite
 from holdfast.ops import distributed
@@ -54,10 +57,14 @@ class HeadLast(Checked):
         if shared is None or known_outputs(model) is not None:
             return None
         own = {id(p) for p in own_weights(model, shared, learned) if p.requires_grad}
-        layers = [m for m in model.modules()
-                  if isinstance(m, nn.Linear) and own.issuperset(map(id, m.parameters()))
-                  ]  # fmt: skip
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _plain(m)
+                  and own.issuperset(map(id, m.parameters()))]  # fmt: skip
         return Last(self, model, layers[-1]) if layers else None
+
+
+def _plain(layer: nn.Linear) -> bool:
+    """Whether its weights are its own parameters, and not computed from others."""
+    return {name for name, _ in layer.named_parameters()} <= {"weight", "bias"}
 
 
 class Last(Watched):
@@ -67,20 +74,50 @@ class Last(Watched):
         super().__init__(model, layer, how.rows)
         self.how = how
 
+    def see(self, batch: Batch, outputs: Any) -> None:
+        """Keep features and labels of a batch; no more if the model's own loss is another."""
+        super().see(batch, outputs)
+        loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+        if self.layer is None or not isinstance(loss, Tensor) or self.rows >= self.most:
+            return  # the last rows may be a part of their batch
+        labels = self._labels[-1]
+        if len(labels) and (problem := self.problem(labels.numpy())) is not None:
+            ours = mean_loss(problem, self.logits, labels)
+            if not torch.allclose(ours, loss.detach().float().cpu(), rtol=0.05, atol=0.01):
+                self.layer = None
+
     def fit(self) -> int:
-        """Fit the layer to the rows seen; returns how many that were."""
+        """Fit the layer to the rows seen; returns how many that were, 0 where it stays."""
         if self.layer is None:
             return 0
         problem, x, y = self.seen()
         if problem is None:
             return 0
-        parts = [distributed.full(p.detach()).double().cpu() for p in self.layer.parameters()]
-        start = torch.cat([p.reshape(len(p), -1) for p in parts], 1).numpy()
-        x = np.concatenate([x, np.ones((len(x), len(parts) - 1))], 1)
-        found = near(problem, start, x, y, self.how.inverse_decay)
+        weight, bias = self.layer.weight, self.layer.bias
+        start = distributed.full(weight.detach()).double().cpu().numpy()
+        if bias is not None:
+            column = distributed.full(bias.detach()).double().cpu().numpy()[:, None]
+            start, x = np.hstack([start, column]), np.hstack([x, np.ones((len(x), 1))])
+        outputs = np.arange(len(start))
+        if problem == "single_label_classification":
+            outputs, y = np.unique(y[:, 0], return_inverse=True)
+            if len(outputs) == 1:
+                return 0
+            y = y.reshape(-1, 1)
+        found = start.copy()
+        found[outputs] = near(problem, start[outputs], x, y, self.how.inverse_decay)
         refuse_not_finite({"head": torch.from_numpy(found)}, "not finite where it is fitted last")
         self.write_(found[:, : self.layer.in_features], found[:, -1])
         return self.rows
+
+
+def mean_loss(problem: Problem, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of logits (n, outputs) and labels (n, ·) whose minimum is sought, a mean."""
+    if problem == "regression":
+        return functional.mse_loss(logits, labels.to(logits.dtype))
+    if problem == "multi_label_classification":
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return functional.cross_entropy(logits, labels[:, 0])
 
 
 def near(problem: Problem, start: Array, x: Array, y: Array, c: float) -> Array:
@@ -93,16 +130,12 @@ def near(problem: Problem, start: Array, x: Array, y: Array, c: float) -> Array:
     begun, inputs, labels = torch.from_numpy(start), torch.from_numpy(x), torch.from_numpy(y)
     w = begun.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+    count = labels.numel()  # a mean over rows, or over rows and labels
 
     def loss() -> Tensor:
-        logits = inputs @ w.T
-        if problem == "multi_label_classification":
-            wrong = functional.binary_cross_entropy_with_logits(logits, labels.double())
-            wrong = wrong * logits.numel()
-        else:
-            wrong = functional.cross_entropy(logits, labels[:, 0]) * len(logits)
         optimizer.zero_grad()
-        (total := wrong + (w - begun).square().sum() / (2 * c)).backward()
+        total = count * mean_loss(problem, inputs @ w.T, labels)
+        (total := total + (w - begun).square().sum() / (2 * c)).backward()
         return total
 
     with torch.enable_grad():

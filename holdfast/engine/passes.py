@@ -35,7 +35,7 @@ from holdfast.engine.grams import Grams
 from holdfast.engine.head_first import HeadFirst, known_outputs
 from holdfast.engine.head_last import HeadLast
 from holdfast.engine.stepping import Stepping
-from holdfast.errors import NotFinite, Refused
+from holdfast.errors import NotFinite, Refused, tell_once
 from holdfast.network.stacks import blocks
 from holdfast.ops import distributed
 
@@ -160,19 +160,28 @@ class Passes(Stepping):
         Not that of a task learned elsewhere, which takes no step here.
         """
         model, began = self.models[self.task], time.monotonic()
-        learned = [m for t, m in self.models.items() if t in self.finished]
-        head = self.head_last.of(model, self.core, learned) if self.head_last else None
-        if head is None or not self.step:
+        if self.head_last is None or not self.step:
             return
-        rows = Seen()
+        if missing := [t for t in self.finished if t not in self.models]:
+            raise Refused(f"cannot tell whether task {missing[0]!r} has the same head",
+                          where="head_last",
+                          remedy=f"set bound.models[{missing[0]!r}] after loading")  # fmt: skip
+        head = self.head_last.of(model, self.core, [self.models[t] for t in self.finished])
+        if head is None:
+            return
+        rows, drawn = Seen(), self.generator.get_state()
         for batch in rows.through(first_rows(self.data(), head.most)):
             if not head.looking:
                 break
             with head.watching():
                 outputs = self.forward(batch)
             head.see(batch, outputs)
+        self.generator.set_state(drawn)  # later draws do not depend on how many batches there were
         rows.require_equal(next(model.parameters()).device)
-        self.fitted_last = {"rows": head.fit(), "seconds": round(time.monotonic() - began, 3)}
+        if not (fitted := head.fit()):
+            tell_once("head_last: the head stays as it was: its last layer does not return the "
+                      "logits, its loss is another, or all rows are of one class")  # fmt: skip
+        self.fitted_last = {"rows": fitted, "seconds": round(time.monotonic() - began, 3)}
 
     def _seeing_features(
         self, *, always: bool = False

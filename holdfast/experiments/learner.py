@@ -134,8 +134,10 @@ class Learner:
         self.record.warn(line)
 
     def _note_machine(self) -> None:
+        noted = self.record.versions
+        noted |= {"processes": noted.get("processes", "1")} if "device" in noted else {}
         for name, value in self.plan.machine(self.source).items():
-            before = self.record.versions.setdefault(name, value)
+            before = noted.setdefault(name, value)
             if before != value:
                 self.warn(f"{name} was {before} and is {value} since the run went on")
 
@@ -234,15 +236,13 @@ class Learner:
         for prepared in self.models:
             unprepare(prepared)
         self.bound = trainer.bound
-        steps = trainer.state.global_step
-        skipped = self._skipped(task)
         self.bound.evaluate = lambda: {"score": self.score(index, "selection")}
         if index and any(m.changes_weights for m in self.recipe.methods):
             self.record.before_end[task.name] = self._scores(index, "evaluation")
         trainer.end_task()
         if self.loaded is None:  # a search keeps no weights
             self.record.movement[task.name] = movement(self, index)
-        self.note(index, steps=steps, skipped=skipped)
+        self.note(index, steps=trainer.state.global_step, skipped=self._skipped(task))
 
     def note(self, index: int, *, steps: int, skipped: int) -> None:
         """Score all tasks up to one that is closed, keep it and record it."""

@@ -45,9 +45,9 @@ def join() -> None:
 def wait() -> None:
     """Return when all processes have come here: what one has written, all can read."""
     if ranks() > 1:
-        import torch
+        from holdfast.ops import distributed
 
-        torch.distributed.barrier()
+        distributed.wait()
 
 
 def first(work: Callable[[], object]) -> None:

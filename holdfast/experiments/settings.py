@@ -115,9 +115,8 @@ class Settings(Checked):
             "device": str(device()),
             "precision": "bfloat16 autocast" if self.bf16 else "float32",
             "threads": str(torch.get_num_threads()),
+            "processes": str(ranks()),
         }
-        if ranks() > 1:
-            found["processes"] = str(ranks())
         if source.endswith(".py"):
             found[Path(source).name] = str(source_hash(source))[:12]
         return found

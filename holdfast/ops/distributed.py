@@ -33,6 +33,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def wait() -> None:
+    """Return when every rank has come here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def bound_waiting(seconds: float, *, usual: float) -> None:
     """Give the process group the time-out that was asked for, if it is not the `usual` one.
 

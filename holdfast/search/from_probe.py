@@ -28,6 +28,7 @@ from holdfast.errors import Refused
 from holdfast.experiments.learner import Learner
 from holdfast.experiments.loaded import Loaded
 from holdfast.experiments.origin import FromRun, Origin, beginning
+from holdfast.experiments.ranks import check_alone
 from holdfast.experiments.record import Record, commit, versions
 from holdfast.experiments.runs import open_run
 from holdfast.experiments.sequence import describe, load_tasks, run_sequence
@@ -239,6 +240,7 @@ def rates_from_probe(
     input is checked, and `Refused` raised, before any training. What was measured is the rates'
     `provenance`; the base rate is their `geometric_mean_rate`.
     """
+    check_alone()
     for name, value, least, top in (("--confirm", confirm, 0, 3), ("--rows", rows, 1, 10**6),
                                    ("--parts", most, 3, 102)):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= top:

@@ -31,7 +31,8 @@ class RecipeCallback(TrainerCallback):
     recipe: without methods that add to the loss, at flat rates.
     bound: the `Bound` of earlier tasks, to continue a sequence.
     task, shared, start: as `with_recipe` takes them.
-    data: the task's rows in batches, which `head_first` and some methods read; see `Bound`.
+    data: the task's rows in batches, which `head_first`, `head_last` and some methods read; see
+        `Bound`.
     exact_resume: refuse a checkpoint of other settings or rows; False only warns.
 
     Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and loaded
@@ -61,6 +62,9 @@ class RecipeCallback(TrainerCallback):
         if recipe.peft:
             raise Refused("a callback cannot put adapters on a model", where="recipe.peft",
                           remedy="use with_recipe")  # fmt: skip
+        if recipe.head_last and data is None:
+            raise Refused("reads the rows at the task's end", where="recipe.head_last",
+                          remedy="pass data=")  # fmt: skip
         self.recipe, self.task, self.data = recipe, task, data
         self.exact_resume = exact_resume
         self._shared, self._start, self._seeded = shared, start, bound is not None

@@ -87,14 +87,14 @@ def save_checkpoint(
         known = save_state(bound, folder)
         for name, held in ((WEIGHTS, weights), (OPTIMIZER, tensors)):
             known[name] = write_tensors(folder / name, held)
-    _wait()
+    distributed.wait()
     require_shared(folder, [_own(name, rank) for name in (LOOP, OTHERS)
                             for rank in range(distributed.world())],
                    next(iter(bound.weights.values())).device)  # fmt: skip
     if first:
         commit(folder, known)
         rotate(folder, keep)
-    _wait()  # no rank goes on before the checkpoint is whole
+    distributed.wait()  # no rank goes on before the checkpoint is whole
 
 
 def load_checkpoint(
@@ -161,11 +161,6 @@ def _own(name: str, rank: int | None = None) -> str:
     stem, dot, kind = name.partition(".")
     rank = distributed.rank() if rank is None else rank
     return name if distributed.world() == 1 else f"{stem}-{rank}{dot}{kind}"
-
-
-def _wait() -> None:
-    if distributed.world() > 1:
-        torch.distributed.barrier()
 
 
 def _weights(bound: Bound) -> dict[str, Tensor]:

@@ -114,6 +114,16 @@ class RowsMixin(_Base):
             )
         self._own_loss = True
 
+    def _another_loss(self) -> bool:
+        """Whether what is minimised is not the model's own loss."""
+        makers = [c for c in type(self).__mro__ if "compute_loss" in vars(c)]
+        given: Any = self
+        return (
+            given.compute_loss_func is not None
+            or given.label_smoother is not None
+            or len(makers) > 2  # Trainer, and what a recipe adds to it
+        )
+
     def _check_labels(self, batch: Mapping[str, Any]) -> None:
         """Refuse whole numbers that a model with one output has silently taken for a regression."""
         self._labels_seen = True

@@ -24,7 +24,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.forwarding import in_mode, uncompiled
 from holdfast.engine.peft import check_adapted
 from holdfast.engine.stepping import SKIPS
-from holdfast.errors import Refused
+from holdfast.errors import Refused, tell_once
 from holdfast.network.groups import follows_rates
 from holdfast.network.parts import canonical, named_parameters
 from holdfast.network.rates import Rates
@@ -215,7 +215,15 @@ class RecipeMixin(RowsMixin, SavingMixin):
         if self.bound is None:
             raise Refused("nothing was trained yet", where="end_task", remedy="call train() first")
 
-        self.bound.end_task(self._batches(order=self.bound.generator))
+        last = self.bound.head_last
+        if last is not None and self._another_loss():
+            tell_once("head_last: this Trainer has a loss of its own, by which the head is not "
+                      "fitted: it stays as it was")  # fmt: skip
+            self.bound.head_last = None
+        try:
+            self.bound.end_task(self._batches(order=self.bound.generator))
+        finally:
+            self.bound.head_last = last
 
     # --- loss -------------------------------------------------------------------------------------
 

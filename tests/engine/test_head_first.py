@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import holdfast
 from holdfast.engine import head_first
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
-from holdfast.errors import Refused, tell_once
+from holdfast.errors import Refused
 from holdfast.methods import LwF
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
@@ -375,13 +374,6 @@ def test_a_frozen_bias_stays() -> None:
 
 
 # --- where there is nothing to fit ----------------------------------------------------------------
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    tell_once.cache_clear()
-    caplog.set_level(logging.WARNING, "holdfast")
-    return lambda: [r.message for r in caplog.records if r.name == "holdfast"]
 
 
 def test_a_language_model_has_no_fresh_head_which_is_said_once(

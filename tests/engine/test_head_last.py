@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bert, gpt2, rows, same
+from models import arguments, bert, collate, gpt2, rows, same
 from test_head_first import batches, labelled, pooled, roberta
 from torch import Tensor, nn
 
@@ -123,14 +123,34 @@ def test_a_small_c_leaves_the_head_and_it_never_fits_worse(seed: int) -> None:
     assert wrong(found[0]) <= wrong(start)
 
 
-def test_a_class_without_rows_goes_down_but_not_away() -> None:
-    """The bias is held as well: without it this class's would run off to minus infinity."""
+def test_classes_without_rows_stay_as_they_were() -> None:
+    """Rows sorted by class would else teach the head that there is no other."""
     model = bert(num_labels=3)
-    data = batches(labelled(rows(30), [i % 2 for i in range(30)]))
+    data = batches(labelled(rows(30), [0, 2] * 15))
     bound = learn(model, data)
-    before = head(model)["bias"][2]
+    before = head(model)
     bound.end_task(data)
-    assert before - 5 < head(model)["bias"][2] < before
+    after = head(model)
+    for name, value in before.items():
+        assert torch.equal(after[name][1], value[1]) and not torch.equal(after[name][0], value[0])
+    x, y = pooled(model, data).double(), torch.cat([b["labels"] for b in data]) // 2
+    w1, b1 = (t.double()[[0, 2]] for t in before.values())
+    found = gradient(
+        lambda w, b: nn.functional.cross_entropy(x @ w.T + b, y, reduction="sum")
+        + (((w - w1) ** 2).sum() + ((b - b1) ** 2).sum()) / 0.6,
+        *(t[[0, 2]] for t in after.values()),
+    )  # fmt: skip
+    assert found < 1e-3
+
+
+def test_one_class_alone_leaves_the_head(said: Callable[[], list[str]]) -> None:
+    model = bert(num_labels=3)
+    data = batches(labelled(rows(20), [1] * 20))
+    bound = learn(model, data)
+    before = head(model)
+    bound.end_task(data)
+    assert same(head(model), before) and bound.fitted_last is not None
+    assert bound.fitted_last["rows"] == 0 and len(said()) == 1
 
 
 # --- which rows, which heads ----------------------------------------------------------------------
@@ -214,6 +234,80 @@ def test_a_head_that_rates_freeze_stays() -> None:
     assert same(head(model), before)
 
 
+class Weighted(nn.Module):
+    """A model whose own loss weighs its classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert, self.classifier = (inner := bert()).bert, inner.classifier
+        self.base_model, self.config = self.bert, inner.config
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+        logits = self.classifier(self.bert(input_ids=input_ids).pooler_output)
+        weight = torch.tensor([1.0, 19.0])
+        return {"loss": nn.functional.cross_entropy(logits, labels, weight), "logits": logits}
+
+
+def test_a_model_of_another_loss_keeps_its_head(said: Callable[[], list[str]]) -> None:
+    model, data = Weighted(), batches(rows(40))
+    for batch in data:
+        batch.pop("attention_mask", None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = Recipe(head_last=HeadLast())
+    bound = recipe.bind(model, optimizer, total_steps=9, data=data, shared=model.bert)
+    model(**data[0])["loss"].backward()
+    optimizer.step()
+    before = head(model)
+    bound.end_task(data)
+    assert same(head(model), before) and "its loss is another" in said()[0]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"compute_loss_func": lambda out, labels, **_: 2 * nn.functional.cross_entropy(
+        out.logits, labels)}, {"label_smoothing_factor": 0.1}, {}],
+    ids=["function", "smoothing", "none"],
+)  # fmt: skip
+def test_a_trainer_of_another_loss_leaves_the_head(own: dict[str, Any], tmp_path: Path) -> None:
+    model, smooth = bert(), own.pop("label_smoothing_factor", 0.0)
+    args = arguments(tmp_path, max_steps=2, label_smoothing_factor=smooth)
+    trainer = holdfast.Trainer(model=model, args=args, train_dataset=rows(), data_collator=collate,
+                               recipe=Recipe(head_last=HeadLast()), **own)  # fmt: skip
+    trainer.train()
+    before = head(model)
+    trainer.end_task()
+    assert same(head(model), before) is bool(own or smooth)
+    assert trainer.bound.head_last == HeadLast()
+
+
+def test_a_head_made_of_other_weights_stays() -> None:
+    model = bert()
+    nn.utils.parametrizations.weight_norm(model.classifier)
+    data = batches(rows(20))
+    bound = learn(model, data)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    bound.end_task(data)
+    assert same(model.state_dict(), before)
+
+
+def test_a_resumed_loop_says_which_models_share_the_head() -> None:
+    """Else the head of both tasks would be fitted to the second alone."""
+    model, data = bert(), batches(rows(20))
+    first = learn(model, data)
+    first.end_task(data)
+    state = first.state_dict()
+    again = Recipe(head_last=HeadLast()).unbound()
+    again.load_state_dict(state)
+    again.begin_task("two", torch.optim.SGD(model.parameters(), lr=0.1), 9, model=model, data=data)
+    again.step = 1
+    before = head(model)
+    with pytest.raises(Refused, match=r"head_last: .*'task'.*set bound\.models\['task'\]"):
+        again.end_task(data)
+    again.models["task"] = model
+    again.end_task(data)
+    assert same(head(model), before)
+
+
 def test_a_language_model_has_no_head_of_its_own() -> None:
     model = gpt2()
     ids = torch.arange(24).reshape(4, 6)
@@ -247,9 +341,10 @@ def test_a_task_without_rows_is_refused_before_anything_changed() -> None:
 def test_nothing_is_drawn_and_nothing_left_behind() -> None:
     model, data = bert(hidden_dropout_prob=0.5), batches(rows(20))
     bound = learn(model, data)
-    drawn, mode = torch.get_rng_state(), model.training
+    drawn, mode, ours = torch.get_rng_state(), model.training, bound.generator.get_state()
     bound.end_task(data)
     assert torch.equal(torch.get_rng_state(), drawn) and model.training is mode
+    assert torch.equal(bound.generator.get_state(), ours)  # whatever the size of batches
     assert not model.classifier._forward_hooks
     assert model.classifier.weight.grad is None and model.classifier.weight.requires_grad
 
