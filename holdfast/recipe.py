@@ -298,9 +298,6 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     # Chosen on the tuning pairs of benchmarks/forgetting.py: it keeps old tasks without their rows,
     # and on average learns a new one as the better flat rate does (docs/results say where not).
     "default": lambda: Recipe(
-        head_first=HeadFirst(),
-        methods=[Merge(), LwF(rows="near", strength=1.5)],
-        head_last=HeadLast(),
-        name="default",
+        head_first=HeadFirst(), methods=[Merge(), LwF(rows="near", strength=1.5)], name="default"
     ),
 }

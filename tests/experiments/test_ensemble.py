@@ -100,7 +100,7 @@ def test_a_run_is_gone_on_with(place: Path, learned: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("recipe", "named"),
     [
-        ("default", "merge, lwf, head_first, head_last"),
+        ("default", "merge, lwf, head_first"),
         (Recipe(methods=[EWC()]), "ewc"),
         (Recipe(peft=LoRA(rank=2)), "peft"),
         (Recipe(methods=[ReInit()]), "reinit"),
