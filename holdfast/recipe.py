@@ -143,8 +143,10 @@ class Recipe:
         write_yaml(Path(path), self.to_dict())
 
     @classmethod
-    def named(cls, spec: str | Path) -> Recipe:
-        """The recipe called `spec` in `PRESETS`, or in that file."""
+    def named(cls, spec: Recipe | str | Path) -> Recipe:
+        """The recipe called `spec` in `PRESETS`, or in that file; a recipe is itself."""
+        if isinstance(spec, Recipe):
+            return spec
         if str(spec) in PRESETS:
             return PRESETS[str(spec)]()
         if Path(spec).suffix in {".yaml", ".yml"} or os.path.exists(spec):

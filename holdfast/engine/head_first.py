@@ -117,7 +117,6 @@ class Watched:
         self._passed: list[tuple[Tensor, Tensor]] = []  # by the layer: its input and its output
         self._features: list[Tensor] = []
         self._labels: list[Tensor] = []
-        self.logits = torch.empty(0)  # of the last batch that was seen
         self.rows = 0
 
     @property
@@ -146,21 +145,18 @@ class Watched:
             return
         labels = next((v for k, v in batch.items() if k in LABELS), None)
         x, returned = self._passed[0] if len(self._passed) == 1 else (None, None)
-        if labels is None or x is None or not _same(returned, _of(outputs, "logits")):
+        if labels is None or x is None or not _same(returned, field_of(outputs, "logits")):
             self.layer = None  # no labels, or its output is not the logits
             return
         # One row of labels for each input of the layer: (rows,), (rows, tokens) or (rows, labels).
         if labels.ndim > x.ndim or labels.shape[: x.ndim - 1] != x.shape[:-1]:
             self.layer = None
             return
-        assert returned is not None
         x = x.detach().float().reshape(-1, x.shape[-1])
         labels = labels.detach().reshape(len(x), -1)
-        logits = returned.detach().float().reshape(len(x), -1)
         if not labels.is_floating_point():
             known = (labels != -100).all(1)
-            x, labels, logits = x[known], labels[known], logits[known]
-        self.logits = logits.cpu()
+            x, labels = x[known], labels[known]
         left = self.most - self.rows  # cut, so that the batch size does not matter
         self._features.append(x[:left].cpu())
         self._labels.append(labels[:left].cpu())
@@ -260,14 +256,15 @@ class Head(Watched):
         finally:
             handle.remove()
         with torch.enable_grad(), returning(self.shared, seen[-1]):
-            loss = _of(self.model(**batch), "loss")
+            loss = field_of(self.model(**batch), "loss")
         if not isinstance(loss, Tensor):
             raise Refused("the model returned no loss", where="head_first",
                           remedy="put labels into the batches")  # fmt: skip
         return loss
 
 
-def _of(outputs: Any, name: str) -> Any:
+def field_of(outputs: Any, name: str) -> Any:
+    """What a model returned by this name; None where it did not."""
     return outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)
 
 

@@ -29,8 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from holdfast.config import Checked
-from holdfast.engine.batches import Batch
-from holdfast.engine.head_first import Array, Problem, Watched, known_outputs, own_weights
+from holdfast.engine.batches import LABELS, Batch
+from holdfast.engine.head_first import (
+    Array,
+    Problem,
+    Watched,
+    field_of,
+    known_outputs,
+    own_weights,
+)
 from holdfast.engine.state import refuse_not_finite
 from holdfast.ops import distributed
 
@@ -77,13 +84,15 @@ class Last(Watched):
     def see(self, batch: Batch, outputs: Any) -> None:
         """Keep features and labels of a batch; no more if the model's own loss is another."""
         super().see(batch, outputs)
-        loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
-        if self.layer is None or not isinstance(loss, Tensor) or self.rows >= self.most:
-            return  # the last rows may be a part of their batch
-        labels = self._labels[-1]
-        if len(labels) and (problem := self.problem(labels.numpy())) is not None:
-            ours = mean_loss(problem, self.logits, labels)
-            if not torch.allclose(ours, loss.detach().float().cpu(), rtol=0.05, atol=0.01):
+        loss = field_of(outputs, "loss")
+        if self.layer is None or not isinstance(loss, Tensor) or not len(self._labels[-1]):
+            return
+        problem = self.problem(self._labels[-1].numpy())
+        if problem is not None:
+            logits = field_of(outputs, "logits").float().reshape(-1, self.layer.out_features)
+            labels = next(v for k, v in batch.items() if k in LABELS).reshape(len(logits), -1)
+            if not torch.allclose(mean_loss(problem, logits, labels), loss.float(),
+                                  rtol=0.05, atol=0.01):  # fmt: skip
                 self.layer = None
 
     def fit(self) -> int:
@@ -134,8 +143,9 @@ def near(problem: Problem, start: Array, x: Array, y: Array, c: float) -> Array:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        total = count * mean_loss(problem, inputs @ w.T, labels)
-        (total := total + (w - begun).square().sum() / (2 * c)).backward()
+        wrong = count * mean_loss(problem, inputs @ w.T, labels)
+        total = wrong + (w - begun).square().sum() / (2 * c)
+        total.backward()
         return total
 
     with torch.enable_grad():

@@ -134,8 +134,10 @@ class Learner:
         self.record.warn(line)
 
     def _note_machine(self) -> None:
+        """Record what bit-equality depends on besides the packages; warn of a change."""
         noted = self.record.versions
-        noted |= {"processes": noted.get("processes", "1")} if "device" in noted else {}
+        if "device" in noted:  # before the number of processes was noted, too
+            noted.setdefault("processes", "1")
         for name, value in self.plan.machine(self.source).items():
             before = noted.setdefault(name, value)
             if before != value:
@@ -346,16 +348,14 @@ class Learner:
 
     def keep(self, index: int) -> None:
         """Write a task's folder: all models so far and what the methods remember."""
+        first(lambda: self._write(self.home(index), self.tasks[: index + 1]))
+
+    def _write(self, home: Path, tasks: Sequence[Task]) -> None:
         assert self.bound is not None
-        home, tasks, bound = self.home(index), self.tasks[: index + 1], self.bound
-
-        def write() -> None:
-            with folded(self.models[-1]):
-                save(home, tasks, self.models, self.processor, self.plan.max_length, kind=self.kind)
-            adapters = save_adapters(self.models[-1], home, base=True)
-            commit(home, save_state(bound, home) | adapters)
-
-        first(write)
+        with folded(self.models[-1]):
+            save(home, tasks, self.models, self.processor, self.plan.max_length, kind=self.kind)
+        adapters = save_adapters(self.models[-1], home, base=True)
+        commit(home, save_state(self.bound, home) | adapters)
 
     def finish(self) -> None:
         """Leave in `final/` what serves all tasks."""

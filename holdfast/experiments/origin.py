@@ -208,15 +208,13 @@ def beginning(
         if model is None or old_task is not None:
             raise Refused("no model" if model is None else "--old-task needs it", where="--from",
                           remedy="name a run or a saved model")  # fmt: skip
-        chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "plain")
+        chosen = Recipe.named(recipe or "plain")
         return Beginning(None, str(model), chosen, 0 if seed is None else seed, dict(settings))
     if model is not None:
         raise Refused("comes with its own model", where="--from", remedy="leave out --model")
     found = origin_of(Path(from_run), old_task)
-    if recipe is None and found.recipe is not None:
-        chosen = Recipe.from_dict(found.recipe)
-    else:
-        chosen = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe or "default")
+    own = found.recipe if recipe is None else None
+    chosen = Recipe.named(recipe or "default") if own is None else Recipe.from_dict(own)
     return Beginning(found, found.model, chosen, found.seed if seed is None else seed,
                      {**found.settings, **settings})  # fmt: skip
 

@@ -99,7 +99,7 @@ def selftrain(
         raise Refused(f"is of kind {kind}; self-training needs one class a row",
                       where=labelled.name)  # fmt: skip
     rows, truth = _new_rows(str(unlabelled), labelled)
-    teacher = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
+    teacher = Recipe.named(recipe)
     learner = _student(teacher, student, how)
     config = {
         "model": model, "tasks": [[labelled.name, labelled.hash]], "recipe": teacher.to_dict(),
@@ -162,7 +162,7 @@ def _student(teacher: Recipe, asked: Recipe | str | None, how: SelfTraining) -> 
     if asked is None:
         made = replace(teacher, peft=teacher.peft or LoRA(), name=f"{teacher.name} with adapters")
     else:
-        made = asked if isinstance(asked, Recipe) else Recipe.named(asked)
+        made = Recipe.named(asked)
     return made if how.phce is None else replace(made, methods=[*made.methods, PHCE(tau=how.phce)])
 
 

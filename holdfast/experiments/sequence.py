@@ -121,7 +121,7 @@ def run_sequence(
                      ) if tests else None  # fmt: skip
     job = Job(model=model, recipe=chosen, seed=seed, command=list(command or ()) or _called(),
               bar=(label or "") if progress and not follows() else None, origin=origin, probe=asked,
-              elsewhere=away, protocol=protocol, report_to=tuple(report_to),
+              elsewhere=away, protocol=protocol, report_to=() if follows() else tuple(report_to),
               arm=arm or Arm())  # fmt: skip
     return job.run(loaded, plan, None if out is None else Path(out))
 
@@ -159,7 +159,7 @@ class Job:
         if plan.batch_size % ranks():
             raise Refused(f"{plan.batch_size} rows cannot be shared by {ranks()} processes alike",
                           where="--batch-size", remedy=f"take a multiple of {ranks()}")  # fmt: skip
-        loggers = Loggers(() if follows() else self.report_to)
+        loggers = Loggers(self.report_to)
         told = [describe(task) for task in tasks]
         kind = headed(kind_of(tasks), plan.head, tasks)
         scenario = scenario_of(told, own_heads=kind.HEADS)
@@ -295,7 +295,7 @@ class Job:
             learner = Learner(folder, source, tasks, self.recipe, plan, self.seed, record,
                               bar=self.bar, place=self.place, scored=self.arm.scored,
                               probes=[p for p in (probe, self.elsewhere) if p],
-                              also=[loggers] if self.report_to and not follows() else [],
+                              also=[loggers] if self.report_to else [],
                               begin=None if begun is None else begin)  # fmt: skip
             with loggers.over(learner):
                 for index in range(len(record.seconds), len(tasks)):

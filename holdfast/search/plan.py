@@ -135,7 +135,7 @@ class Plan:
                 raise Refused("is no setting of a search", where=f"--{name}",
                               remedy="the base rate is searched around --flat")  # fmt: skip
         plan = Settings.from_dict({"save_steps": 0, **settings})
-        base = recipe if isinstance(recipe, Recipe) else Recipe.named(recipe)
+        base = Recipe.named(recipe)
         check_flat(base.rates, "searched")
         specs = tuple(map(str, tasks))
         wanted = 2 if shift == "task" else 1
