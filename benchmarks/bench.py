@@ -204,8 +204,9 @@ def done(path: Path) -> dict[str, Any]:
 
 def save(path: Path, body: dict[str, Any], order: Callable[[Run], Any], settings: Any) -> None:
     """Write what is done so far: one line a run."""
-    words = shlex.join(word for word in sys.argv if word != "--draw")
-    body |= {"command": f"python {words}", "versions": versions(), "settings": settings}
+    if "--draw" not in sys.argv:  # which runs nothing: the command and versions are of the runs
+        body |= {"command": f"python {shlex.join(sys.argv)}", "versions": versions(),
+                 "settings": settings}  # fmt: skip
     lines = ",\n".join(json.dumps(r) for r in sorted(body["runs"], key=order))
     rest = json.dumps({k: v for k, v in body.items() if k != "runs"})
     path.parent.mkdir(parents=True, exist_ok=True)

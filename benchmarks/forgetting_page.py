@@ -60,9 +60,15 @@ def same_seeds(arms: dict[str, Cell], arm: str) -> dict[str, Cell]:
     }
 
 
+def rate(arm: str) -> float | None:
+    """The rate of plain fine-tuning; None for any other arm, such as "flat 2e-4 + head last"."""
+    word, _, value = arm.partition(" ")
+    return float(value) if word == "flat" and " " not in value else None
+
+
 def best_flat(arms: dict[str, Cell], value: str) -> tuple[str, float] | None:
     """The flat rate of the best mean, chosen on the rows it is judged on: a strong control."""
-    flat = {a: statistics.fmean(getattr(c, value)) for a, c in arms.items() if a.startswith("flat")}
+    flat = {a: statistics.fmean(getattr(c, value)) for a, c in arms.items() if rate(a)}
     return max(flat.items(), key=lambda item: item[1]) if flat else None
 
 
@@ -175,14 +181,14 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     from matplotlib.figure import Figure
 
     found = {s: a for s, a in cells(runs).items()
-             if ">" in s and any(x.startswith("flat") for x in a) and learned(a)}  # fmt: skip
+             if ">" in s and any(map(rate, a)) and learned(a)}  # fmt: skip
     if not found:
         return
     columns = 4
     lines = -(-(len(found) + 1) // columns)
     figure = Figure(figsize=(3.1 * columns, 2.7 * lines + 0.6), layout="constrained")
     others = [a for a in dict.fromkeys(a for arms in found.values() for a in arms)
-              if not a.startswith("flat") and a != "joint"]  # fmt: skip
+              if not rate(a) and a != "joint"]  # fmt: skip
     style = {a: {"color": COLOURS[i % len(COLOURS)], "marker": "osD^v<>PX"[i % 9]}
              for i, a in enumerate(others)}  # fmt: skip
     panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
@@ -217,11 +223,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 
 def _panel(axes: Any, points: dict[str, tuple[float, float]], style: dict[str, Any]) -> None:
-    flat = sorted((float(a.split()[1]), p) for a, p in points.items() if a.startswith("flat"))
+    flat = sorted((lr, p) for arm, p in points.items() if (lr := rate(arm)))
     axes.plot([p[0] for _, p in flat], [p[1] for _, p in flat], ".-", color="#999999",
               label="flat rates")  # fmt: skip
-    for rate, p in flat:
-        axes.annotate(f"{rate:g}", p, fontsize=5, color="#777777")
+    for lr, p in flat:
+        axes.annotate(f"{lr:g}", p, fontsize=5, color="#777777")
     for arm, p in points.items():
         if arm in style:
             axes.plot(*p, linestyle="", markersize=5, label=arm, **style[arm])

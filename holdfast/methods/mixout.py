@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
@@ -30,6 +30,7 @@ from holdfast.methods.common.mixing import (
     refuse_unseen,
     widened,
 )
+from holdfast.methods.dropout import restore_, set_dropout_
 from holdfast.network.layers import linear
 
 
@@ -40,8 +41,7 @@ class Mixout(Method):
     drop: p, the chance of a swap, 0 ≤ drop < 1.
     noise: drawn for each input "column" (the published code) or each "weight" (the paper).
     gradient: "exact", the derivative, or "published", which is 1 − p times as large.
-    dropout: "off" sets every `nn.Dropout` to 0 until the recipe is unbound, as the published code
-        does; "keep" leaves them.
+    dropout: "off" is `Dropout()` beside it, as in the published code; "keep" leaves it.
     """
 
     name: ClassVar[str] = "mixout"
@@ -66,15 +66,10 @@ class Mixout(Method):
                           remedy="let one train")  # fmt: skip
         view.state.weights["start"] = {n: widened(view.weights[n]) for n in names}
         if self.dropout == "off":
-            found = _dropouts(view)
-            view.state.numbers["dropout"] = {path: module.p for path, module in found.items()}
-            for module in found.values():
-                module.p = 0.0
+            view.state.numbers["before"] = set_dropout_(view.bound.models[view.task], 0.0)
 
     def unbound(self, view: View) -> None:
-        shares = view.state.numbers.pop("dropout", {})
-        for path, module in _dropouts(view).items():
-            module.p = shares.get(path, module.p)
+        restore_(view.bound.models[view.task], view.state.numbers.pop("before", {}))
 
     def mixed(self, view: View) -> Collection[str]:
         return view.state.slot("start")
@@ -90,8 +85,3 @@ class Mixout(Method):
 
     def before_step(self, view: View) -> None:
         refuse_unseen(view, view.state.slot("start"), where="mixout", what="nothing is swapped")
-
-
-def _dropouts(view: View) -> dict[str, nn.Dropout]:
-    modules = view.bound.models[view.task].named_modules()
-    return {path: m for path, m in modules if isinstance(m, nn.Dropout)}
