@@ -30,7 +30,19 @@ from bench import LENGTH, ROWS, SIZES, Bench, Run, carry_out, done, options, sav
 from results import DATA, need_data
 from torch import nn
 
-from holdfast import DPS, EWC, PEFT, HeadFirst, HeadLast, KfacEWC, LwF, Merge, Recipe, Replay
+from holdfast import (
+    DPS,
+    EWC,
+    PEFT,
+    Dropout,
+    HeadFirst,
+    HeadLast,
+    KfacEWC,
+    LwF,
+    Merge,
+    Recipe,
+    Replay,
+)
 from holdfast.experiments.learner import unprepare
 from holdfast.recipe import PRESETS
 
@@ -110,6 +122,8 @@ ARMS: dict[str, Callable[[], tuple[Recipe, float]]] = {
     "dynamic_subset": lambda: preset("dynamic_subset", 1e-3),
     "from probe": lambda: flat(PROBED),
     "flat 2e-4, like lengths": lambda: flat(2e-4),
+    "flat 2e-4 without dropout": lambda: with_methods(Dropout(), head_first=False),
+    "default with dropout": lambda: with_methods(Merge(), LwF(rows="near", strength=1.5)),
 }
 MAIN = list(ARMS)[:4]
 # Tried on the tuning pairs only; on request.

@@ -27,6 +27,7 @@ from holdfast.errors import Refused, nearest
 from holdfast.files import only_keys, read_yaml, write_yaml
 from holdfast.methods import METHODS, method_named
 from holdfast.methods.dps import DPS
+from holdfast.methods.dropout import Dropout
 from holdfast.methods.lwf import LwF
 from holdfast.methods.merge import Merge
 from holdfast.network.groups import param_groups
@@ -300,6 +301,8 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     # Chosen on the tuning pairs of benchmarks/forgetting.py: it keeps old tasks without their rows,
     # and on average learns a new one as the better flat rate does (docs/results say where not).
     "default": lambda: Recipe(
-        head_first=HeadFirst(), methods=[Merge(), LwF(rows="near", strength=1.5)], name="default"
+        head_first=HeadFirst(),
+        methods=[Dropout(), Merge(), LwF(rows="near", strength=1.5)],
+        name="default",
     ),
 }
