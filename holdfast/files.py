@@ -280,6 +280,13 @@ def parse_json(text: str) -> Any:
     return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
 
 
+def strictly(kind: Callable[[str], Any], text: str) -> Any:
+    """What `kind` (int or float) reads in plain digits; to Python 1_0 and ١٠ are ten too."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"{text!r} is no plain number")
+    return kind(text)
+
+
 SEAL = "sha256"  # the key of a checksum within what it vouches for
 
 

@@ -24,6 +24,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from holdfast import __version__
+from holdfast.cli.options import decimal, whole
 from holdfast.errors import OutOfMemory, Refused, meant, printable
 from holdfast.experiments.ranks import check_alone, follows
 from holdfast.plugins import plugin
@@ -98,7 +99,12 @@ def _fault(error: Exception) -> str | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line and names the nearest option."""
+    """Complains in one line, names the nearest option, and reads numbers in plain digits."""
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.register("type", int, whole)
+        self.register("type", float, decimal)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if not self._subparsers:  # before it is found that something else is missing

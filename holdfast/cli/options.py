@@ -11,6 +11,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from holdfast.errors import Refused
+from holdfast.files import strictly
 
 if TYPE_CHECKING:
     from holdfast.config import Checked
@@ -209,14 +210,24 @@ def given(chosen: argparse.Namespace, cls: type[Checked] | None = None) -> dict[
 
 def forgetting(text: str) -> float:
     """How far a score may fall: finite and not below 0."""
-    if not 0 <= (value := float(text)) < float("inf"):
+    if not 0 <= (value := decimal(text)) < float("inf"):
         raise ValueError
     return value
 
 
 def number(text: str) -> float | int:
     """A share or a count as a number; argparse shows this function's name in its errors."""
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
+    return whole(text) if text.lstrip("+-").isdigit() else decimal(text)
+
+
+def whole(text: str) -> int:
+    """What every option of type int is parsed by."""
+    return int(strictly(int, text))
+
+
+def decimal(text: str) -> float:
+    """What every option of type float is parsed by."""
+    return float(strictly(float, text))
 
 
 def show(table: Any, *lines: object) -> None:

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -243,8 +244,13 @@ def parse_json(line: str, where: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise Refused(f"{constant} is no JSON value", where=where)
 
+    def finite(number: str) -> float:
+        if math.isinf(value := float(number)):
+            raise Refused(f"{shown(number)} is too large a number", where=where)
+        return value
+
     try:
-        return json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(line, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except Refused:
         raise
     except (ValueError, RecursionError) as error:

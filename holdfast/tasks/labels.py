@@ -14,6 +14,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from holdfast.errors import Refused
+from holdfast.files import strictly
 from holdfast.tasks.table import counted, listed, shown
 
 MAX_CLASSES = 1000
@@ -108,7 +109,8 @@ def number(cell: Any, where: str) -> float:
     if _missing(cell):
         raise Refused("no label", where=where)
     try:
-        value = math.nan if isinstance(cell, bool) else float(cell)
+        plain = strictly(float, cell) if isinstance(cell, str) else float(cell)
+        value = math.nan if isinstance(cell, bool) else plain
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):

@@ -92,3 +92,11 @@ def test_the_map_reads_back_its_own_labels(labels: list[object]) -> None:
     read = by_name(found)
     ids = {read(label, "here") for label in labels} - {None}
     assert ids == set(range(len(found)))
+
+
+@pytest.mark.parametrize("cell", ["1_0", "4_4", "１２", "٣", "inf", "nan", "x", True])
+def test_a_number_is_written_in_plain_digits(cell: object) -> None:
+    """Python reads 1_0 as ten: a typing error that no score would show."""
+    with pytest.raises(Refused, match="is not a finite number"):
+        number(cell, "a.csv, line 2")
+    assert number(" 1.5e1 ", "") == 15 and number("-3", "") == -3 and number(0.5, "") == 0.5
