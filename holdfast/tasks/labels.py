@@ -220,10 +220,14 @@ def told(some: Sequence[str], spellings: Mapping[str, Spelling], limit: int = 20
     return ", ".join(each[:limit]) + (f" and {len(each) - limit} more" if each[limit:] else "")
 
 
-def look_alike(names: Sequence[str]) -> list[str]:
-    """Labels that read the same: é as one or two characters, a space of zero width, ﬁ and fi."""
+def look_alike(names: Sequence[str], *, loosely: bool = False) -> list[str]:
+    """Labels that read the same: é as one or two characters, a space of zero width, ﬁ and fi.
+
+    loosely: in any case, and whatever blanks are around them.
+    """
 
     def seen(name: str) -> str:
+        name = name.strip().casefold() if loosely else name
         plain = unicodedata.normalize("NFKC", name)
         return "".join(c for c in plain if unicodedata.category(c) != "Cf" and c not in VARIANTS)
 

@@ -255,9 +255,9 @@ def _pictures(path: Path, options: Options) -> Source:
     given = [k for k, v in vars(options).items() if v is not None and k not in ("name", "metric")]
     if given:
         raise Refused(f"a folder of pictures has no option {given[0]}", where=str(path))
-    names, train, held = pictures.read(path)
+    names, train, held, warnings = pictures.read(path)
     metric = check_metric(options.metric or "accuracy", names, path.name)
-    return Source(path.resolve().name, names, metric, train, held, [], "images")
+    return Source(path.resolve().name, names, metric, train, held, warnings, "images")
 
 
 def _file(asked: Spec) -> Source:

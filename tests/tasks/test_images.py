@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,41 @@ def test_a_folder_that_was_moved_is_the_same_task_and_a_changed_one_is_not(tmp_p
     assert load_task(tmp_path / "two" / "one").hash == one.hash
     Image.new("RGB", (16, 12)).save(tmp_path / "one" / "of-3" / "0.png")
     assert load_task(tmp_path / "one").hash != one.hash
+
+
+def test_what_is_not_read_is_told(tmp_path: Path) -> None:
+    """Each of these was left out in silence: a test set, half of the pictures, a class."""
+    home = written(tmp_path / "p", (3, 5))
+    before = load_task(home)
+    assert len(before.warnings) == 1  # of the evaluation rows that are carved
+    shutil.copytree(home / "of-3", home / "of-3" / "2021")
+    (home / "bird").mkdir()
+    os.mkfifo(home / "of-5" / "x.png")
+    for name in ("a.heic", "b.HEIC", "Thumbs.db", ".DS_Store", "c"):
+        (home / "of-5" / name).write_bytes(b"")
+    shutil.copy(home / "of-3" / "0.png", home)
+    told = load_task(home)
+    assert told.hash == before.hash
+    assert [line.partition("not read, ")[2] for line in told.warnings[:-1]] == [
+        "pictures beside them: 1",
+        "pictures below the folders of classes: 12",
+        "other files: 4 (.heic, .png, no ending)",
+        "folders without a picture right in them: 'bird'",
+    ]
+    written(home / "test", (3,), start=12)
+    with pytest.raises(Refused, match=r"'test' holds classes.*put the classes into train"):
+        load_task(home)
+
+
+def test_folders_beside_train_and_classes_that_look_alike_are_told(tmp_path: Path) -> None:
+    home = tmp_path / "p"
+    written(home / "train", (3, 5))
+    for name in ("Of-3", "of-3 "):
+        shutil.copytree(home / "train" / "of-3", home / "train" / name)
+    written(home / "dev", (3, 5))
+    said = load_task(home).warnings
+    assert said[0].endswith("not read, beside train: 'dev'")
+    assert said[1].endswith("each one of its own: 'Of-3', 'of-3', 'of-3 '")
 
 
 def test_what_is_refused(tmp_path: Path, vit: Path) -> None:
