@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,9 @@ from yaml.events import AliasEvent
 from holdfast.errors import Refused, nearest
 
 LARGEST = 4 << 20  # bytes; a recipe is a few hundred
+# A packed file may unpack to so many times its size, or to so many bytes. Text packs ten to one;
+# a bomb a thousand to one (faults S6).
+GROWTH, SMALL = 256, 64 * 2**20
 SHOWN = 60  # letters of a value that an error shows
 
 ARCHIVES = (
@@ -278,6 +282,21 @@ def parse_json(text: str) -> Any:
         return value
 
     return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
+
+
+def unpacked(packed: int) -> int:
+    """How many bytes a file of `packed` bytes may unpack to."""
+    return max(GROWTH * packed, SMALL)
+
+
+def inflated(packed: bytes, most: int) -> bytes | None:
+    """What zlib packed; None if it is broken, above `most` bytes, or out of proportion."""
+    most = min(most, unpacked(len(packed)))
+    try:
+        found = (unpacking := zlib.decompressobj()).decompress(packed, most)
+    except zlib.error:
+        return None
+    return found if unpacking.eof else None
 
 
 def strictly(kind: Callable[[str], Any], text: str) -> Any:

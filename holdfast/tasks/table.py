@@ -10,15 +10,14 @@ from operator import itemgetter
 from typing import Any
 
 from holdfast.errors import Refused, meant
+from holdfast.files import unpacked
 
 MAX_TEXT = 20_000  # characters; a longer text is cut and counted
 MAX_CELL = 32 * 2**20  # characters in one line or cell; longer ones are refused
 MAX_CHARACTERS = 2**31  # in one file after decompression
 MAX_RECORDS = 20_000_000
-# A packed file may unpack to so many times its size, or to so many bytes. Text packs ten to one;
-# a bomb a thousand to one (faults S6).
-GROWTH, SMALL = 256, 64 * 2**20
 RECORD = 500  # bytes in memory that a record takes beside its characters
+VALUE = 64  # bytes in memory of a value in a list, at least
 WORDY = 100  # the first records, by which an unread column is known to hold running text
 TOLD = 10  # bad rows that a refusal tells; the others are counted
 
@@ -217,7 +216,7 @@ class Table:
 
     def check_growth(self, size: int, at: str | None = None) -> None:
         """Refuse a packed file that unpacks to `size` bytes, if that is out of all proportion."""
-        if self.packed is not None and size > max(GROWTH * self.packed, SMALL):
+        if self.packed is not None and size > unpacked(self.packed):
             raise Refused(
                 f"{self.packed:,} bytes unpack to more than {size:,}",
                 where=at or self.name,

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import Refused
+from holdfast.files import inflated
 from holdfast.training.manifest import commit
 from holdfast.training.tensors import bytes_of, write_tensors
 from holdfast.training.weights import (
@@ -293,11 +294,8 @@ def open_delta(file: Path) -> Change:
     def content(sha: str) -> bytes | None:
         if (key := f"file:{sha}") not in held.specs:
             return None
-        try:
-            found = zlib.decompressobj().decompress(bytes_of(held.read(key)), LARGEST)
-        except zlib.error:
-            raise damaged from None
-        if hashlib.sha256(found).hexdigest() != sha:
+        found = inflated(bytes_of(held.read(key)), LARGEST)
+        if found is None or hashlib.sha256(found).hexdigest() != sha:
             raise damaged
         return found
 

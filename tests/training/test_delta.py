@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from holdfast.cli import main
 from holdfast.errors import Refused
+from holdfast.files import SMALL, inflated
 from holdfast.training import delta
 from holdfast.training.manifest import damage
 from holdfast.training.tensors import NAMES
@@ -268,6 +270,16 @@ def test_a_damaged_file_makes_nothing(tmp_path: Path, change: Any, says: str) ->
     with pytest.raises(Refused, match=says):
         delta.apply(base, file, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "d.safetensors", "tuned"]
+
+
+def test_a_file_that_unpacks_to_a_thousand_times_is_damage() -> None:
+    """A megabyte of a stranger's delta would be a gigabyte here; a tokenizer packs ten to one."""
+    bomb = zlib.compress(bytes(SMALL + 1), 9)
+    assert inflated(bomb, delta.LARGEST) is None
+    plain = b"tokenizer" * 1000
+    assert inflated(zlib.compress(plain, 9), delta.LARGEST) == plain
+    assert inflated(zlib.compress(b""), 10) == b""
+    assert inflated(zlib.compress(plain)[:-1], 10**6) is None and inflated(b"x", 10) is None
 
 
 def test_what_is_no_model_and_no_delta_is_refused(tmp_path: Path) -> None:
