@@ -13,6 +13,7 @@ import json
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from holdfast.tasks.table import (
     MAX_CHARACTERS,
     MAX_RECORDS,
     RECORD,
+    VALUE,
     WORDY,
     Table,
     listed,
@@ -193,9 +195,8 @@ def _csv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
             raise torn.popitem()[1]
         if not header:
             raise Refused("an empty file: no header line", where=table.name)
-        for column in header:
-            if column and header.count(column) > 1:
-                raise Refused(f"column {shown(column)} stands twice", where=table.at(1))
+        if twice := _twice([column for column in header if column]):
+            raise Refused(f"column {shown(twice)} stands twice", where=table.at(1))
         table.columns = header
         start = reader.line_num + 1
         read = [(at, name) for at, name in enumerate(header) if name in table.wanted]
@@ -226,6 +227,11 @@ def _csv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
         lines.close()  # type: ignore[attr-defined]
 
 
+def _twice(names: list[str]) -> str | None:
+    """The first name that stands twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def _tsv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
     _csv(path, table, quotes, separator or "\t")
 
@@ -236,9 +242,7 @@ def parse_json(line: str, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise Refused(f"key {shown(twice)} stands twice", where=where)
+            raise Refused(f"key {shown(_twice([k for k, _ in pairs]))} stands twice", where=where)
         return found
 
     def refuse(constant: str) -> NoReturn:
@@ -261,9 +265,12 @@ def parse_json(line: str, where: str) -> Any:
 def _jsonl(path: Path, table: Table, *_: object) -> None:
     columns: dict[str, None] = {}
     torn: Torn = {}
+    values = 0
     for number, line in enumerate(_lines(path, table, torn, newline="\n"), start=1):
         if not line.strip():
             continue
+        values += line.count(",")  # as many as there can be: `{},` takes three bytes
+        table.check_growth(VALUE * values, table.at(number))
         try:
             if torn:
                 raise torn.pop(number)
@@ -297,18 +304,15 @@ def _parquet(path: Path, table: Table, *_: object) -> None:
         table.packed = path.stat().st_size
         schema = pq.read_schema(path)
         table.columns = list(schema.names)
+        if (twice := _twice(table.columns)) is not None:
+            raise Refused(f"column {shown(twice)} stands twice", where=table.name)
         found = [name for name in table.columns if name in table.wanted]
         flat = [f.name for f in schema if f.name in found and not pa.types.is_nested(f.type)]
         # Dictionary encoding is kept: a text repeated a million times is held once.
         with pq.ParquetFile(path, read_dictionary=flat) as file:
             _check_parquet(file.metadata, table)
-            for name in table.columns:
-                if table.columns.count(name) > 1:
-                    raise Refused(f"column {shown(name)} stands twice", where=table.name)
-            unread = [name for name in table.columns if name not in table.wanted]
-            table.wordy.update(
-                name for name in unread if pa.types.is_string(file.schema_arrow.field(name).type)
-            )
+            unread = (each for each in schema if each.name not in table.wanted)
+            table.wordy.update(each.name for each in unread if pa.types.is_string(each.type))
             number = 0
             for batch in file.iter_batches(batch_size=4096, columns=found):
                 step = min(map(_at_once, batch.columns), default=1)
@@ -366,17 +370,17 @@ def _values(column: Any, table: Table, first: int, torn: Torn) -> list[Any]:
 
 def _check_parquet(metadata: Any, table: Table) -> None:
     """Refuse a file that would not fit, by the figures in its footer, before reading it."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
     chunks = [
-        metadata.row_group(group).column(column)
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    ]
-    size = sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks  # of lists the path goes on: messages.list.element.content
+        chunk
+        for chunk in (group.column(i) for group in groups for i in range(group.num_columns))
+        # Of lists the path goes on: messages.list.element.content.
         if {chunk.path_in_schema, chunk.path_in_schema.split(".")[0]} & table.wanted
-    )
-    table.check_growth(size + RECORD * metadata.num_rows)
+    ]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    # A million equal values in a list are a few bytes uncompressed, and a million objects read.
+    values = sum(chunk.num_values for chunk in chunks if "." in chunk.path_in_schema)
+    table.check_growth(size + RECORD * metadata.num_rows + VALUE * values)
     if metadata.num_rows > MAX_RECORDS or size > MAX_CHARACTERS:
         raise Refused(
             f"{metadata.num_rows:,} rows, {size:,} bytes unpacked: too large",

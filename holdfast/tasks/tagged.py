@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -62,10 +63,11 @@ def chunked(names: Sequence[str]) -> bool:
 def tags_of(words: Sequence[tuple[str, int, int]], spans: Sequence[Span]) -> list[str]:
     """A BIO tag for each word that a span touches, and O for the others."""
     found = [OUTSIDE] * len(words)
+    begins, ends = [a for _, a, _ in words], [b for _, _, b in words]
     for span in spans:
-        inside = [i for i, (_, a, b) in enumerate(words) if a < span.end and b > span.start]
-        for place, i in enumerate(inside):
-            found[i] = f"{'I' if place else 'B'}-{span.label}"
+        first = bisect_right(ends, span.start)
+        for i in range(first, bisect_left(begins, span.end)):
+            found[i] = f"{'B' if i == first else 'I'}-{span.label}"
     return found
 
 
@@ -113,8 +115,11 @@ class Tagged:
             if two.start < one.end:
                 raise Refused(f"the spans {one.label!r} and {two.label!r} overlap", where=where,
                               remedy="leave one; a word has one tag")  # fmt: skip
+        starts = [a for _, a, _ in words]
         edges = {place for span in spans for place in (span.start, span.end)}
-        self.uneven += any(a < edge < b for _, a, b in words for edge in edges)
+        # The last word that begins before an edge is the one that it can lie within.
+        begun = ((edge, bisect_left(starts, edge) - 1) for edge in edges)
+        self.uneven += any(at >= 0 and edge < words[at][2] for edge, at in begun)
         return [word for word, _, _ in words], tags_of(words, spans)
 
     def tags(self) -> Iterator[tuple[Any, str]]:

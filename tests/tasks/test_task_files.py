@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -186,6 +188,40 @@ def test_cutting_bounds_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6  # 60 MB pass through
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_time_is_in_proportion_to_the_columns(tmp_path: Path, kind: str) -> None:
+    """Each name was sought among all: 60,000 took half a minute."""
+    names = ["text", *(f"c{i}" for i in range(5_000 if kind == "parquet" else 60_000))]
+    path = tmp_path / f"wide.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({name: ["0"] for name in names}), path)
+    elif kind == "csv":
+        path.write_text(",".join(names) + "\n" + "," * (len(names) - 1))
+    else:  # one key twice, the last
+        path.write_text(json.dumps(dict.fromkeys(names, 0))[:-1] + f', "{names[-1]}": 1}}')
+    begun = time.process_time()
+    with contextlib.suppress(Refused):
+        files.read(path, WANTED)
+    assert time.process_time() - begun < 5
+
+
+def test_a_bomb_of_values_in_lists_is_refused(tmp_path: Path) -> None:
+    """A million equal values are a few bytes in the file, and many a piece in memory."""
+    path, count = tmp_path / "bomb.parquet", 2_000_000
+    lists = pa.ListArray.from_arrays(pa.array([0, count], pa.int32()), pa.array(["ab"] * count))
+    pq.write_table(pa.table({"text": ["a"], "label": lists}), path, compression="zstd")
+    with pytest.raises(Refused, match="unpack to more than"):
+        files.read(path, WANTED)
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"text": "a", "label": [' + "{}," * count + "1]}\n")
+    with pytest.raises(Refused, match=r"line 1: .* unpack to more than"):
+        files.read(path, WANTED)
+    tags = [["O", "B-X"] * 10] * 20_000  # what people have: 400,000 tags in a few bytes
+    pq.write_table(pa.table({"text": ["a"] * 20_000, "label": tags}), tmp_path / "tags.parquet")
+    assert len(files.read(tmp_path / "tags.parquet", WANTED).records) == 20_000
 
 
 def test_a_bomb_of_one_endless_line_is_refused(tmp_path: Path) -> None:

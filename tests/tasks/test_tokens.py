@@ -133,6 +133,29 @@ def test_spans_at_the_edges_of_words_come_back(text: str, data: st.DataObject) -
     assert [Span(words[a][1], words[b - 1][2], kind) for a, b, kind in found] == spans
 
 
+@given(st.text("ab ,", max_size=20), st.data())
+def test_a_span_covers_every_word_that_it_touches(text: str, data: st.DataObject) -> None:
+    words = words_in(text)
+    places = data.draw(st.lists(st.integers(0, len(text)), unique=True, max_size=6)
+                       .map(sorted))  # fmt: skip
+    spans = [Span(a, b, "X") for a, b in zip(places[::2], places[1::2], strict=False)]
+    expected = ["O"] * len(words)
+    for span in spans:
+        begun = False
+        for i, (_, start, end) in enumerate(words):
+            if start < span.end and end > span.start:
+                expected[i] = "I-X" if begun else "B-X"
+                begun = True
+    assert tags_of(words, spans) == expected
+
+
+def test_spans_that_end_within_a_word_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"abc def{i}", "spans": [{"start": a, "end": b, "label": "X"}]}
+            for i, (a, b) in enumerate([(0, 3), (0, 2), (4, 8), (5, 8), (0, 8)])]  # fmt: skip
+    said = load_task(written(tmp_path, [*rows, *rows])).warnings
+    assert any("4 rows with a span that ends within a word" in line for line in said)
+
+
 # --- what is learned and scored -------------------------------------------------------------------
 
 
