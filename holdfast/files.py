@@ -7,15 +7,18 @@ key a string. `1e-5` is a float, `no` and `2024-01-01` are text, `010` is ten.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import secrets
+import stat
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from yaml.events import AliasEvent
 from holdfast.errors import Refused, nearest
 
 LARGEST = 4 << 20  # bytes; a recipe is a few hundred
+PLAINLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # A packed file may unpack to so many times its size, or to so many bytes. Text packs ten to one;
 # a bomb a thousand to one (faults S6).
 GROWTH, SMALL = 256, 64 * 2**20
@@ -99,17 +103,48 @@ def no_archive(path: str | os.PathLike[str]) -> None:
                       remedy="unpack it into an empty folder, and name that")  # fmt: skip
 
 
+class NotPlain(OSError):
+    """A pipe, a device or a folder where a file should be."""
+
+
+def open_plain(path: str | os.PathLike[str], *, follow: bool = True) -> BufferedReader:
+    """Open an ordinary file to read: a pipe would block for ever, a device might never end."""
+    flags = PLAINLY if follow else PLAINLY | getattr(os, "O_NOFOLLOW", 0)
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        os.close(handle)
+        what = os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "not an ordinary file"
+        raise NotPlain(errno.EINVAL, what, str(path))
+    return open(handle, "rb")
+
+
+def read_plain(path: Path, most: int = LARGEST) -> str:
+    """The UTF-8 text of an ordinary file; OSError or ValueError when it cannot be read."""
+    with open_plain(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most >> 20} MiB")
+    return content.decode("utf-8")
+
+
 def read_text(path: Path, *, where: str | None = None) -> str:
     """The UTF-8 text of a small file; Refused when it cannot be read."""
     where = str(path) if where is None else where
     try:
-        if path.stat().st_size > LARGEST:
-            raise Refused(f"larger than {LARGEST >> 20} MiB", where=where)
-        return path.read_text(encoding="utf-8")
+        return read_plain(path, LARGEST)
     except OSError as error:
         raise Refused(error.strerror or str(error), where=where) from None
     except UnicodeDecodeError as error:
         raise Refused(f"not UTF-8 text (byte {error.start})", where=where) from None
+    except ValueError as error:
+        raise Refused(str(error), where=where) from None
+
+
+def only_plain(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device in it; where there is no folder, nothing."""
+    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if each.exists() and not (each.is_file() or each.is_dir()):
+            raise Refused("not an ordinary file", where=str(each), remedy="remove it")
 
 
 def read_yaml(source: Path | str, *, where: str | None = None) -> dict[str, Any]:
@@ -289,7 +324,7 @@ def unpacked(packed: int) -> int:
     return max(GROWTH * packed, SMALL)
 
 
-def inflated(packed: bytes, most: int) -> bytes | None:
+def inflated(packed: bytes | memoryview, most: int) -> bytes | None:
     """What zlib packed; None if it is broken, above `most` bytes, or out of proportion."""
     most = min(most, unpacked(len(packed)))
     try:

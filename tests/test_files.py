@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from holdfast import files
 from holdfast.errors import Refused
+from holdfast.experiments.record import Record
 from holdfast.files import (
     differences,
     dump_yaml,
@@ -20,6 +21,7 @@ from holdfast.files import (
     write_text_atomic,
     write_yaml,
 )
+from holdfast.report.search import load_search
 
 
 def test_scalars_are_those_of_the_core_schema() -> None:
@@ -75,6 +77,34 @@ def test_unreadable_files_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(files, "LARGEST", 2)
     with pytest.raises(Refused, match="larger"):
         read_yaml(latin)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes")
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path: Path) -> None:
+    """Each was read for ever, or until memory was full."""
+    pipe, zero = tmp_path / "pipe.yaml", tmp_path / "zero.yaml"
+    os.mkfifo(pipe)
+    zero.symlink_to("/dev/zero")
+    for path in (pipe, zero):
+        with pytest.raises(Refused, match="not an ordinary file"):
+            read_yaml(path)
+        with pytest.raises(files.NotPlain):
+            files.read_plain(path)
+        with pytest.raises(Refused, match="not an ordinary file"):
+            Record.load(path)
+        with pytest.raises(Refused, match="not an ordinary file"):
+            load_search(path)
+    with pytest.raises(Refused, match=r"pipe\.yaml: not an ordinary file"):
+        files.only_plain(tmp_path)
+    pipe.unlink()
+    zero.unlink()
+    (tmp_path / "inside").mkdir()
+    zero.write_text("a: 1")
+    files.only_plain(tmp_path)
+    files.only_plain(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="larger"):
+        files.read_plain(zero, 3)
+    assert files.read_plain(zero, 4) == "a: 1"
 
 
 def test_unknown_and_missing_keys() -> None:

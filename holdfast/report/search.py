@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import holdfast
 from holdfast.errors import Refused
 from holdfast.experiments.statistics import Difference, paired_difference
-from holdfast.files import LARGEST, check_seal, parse_json, write_text_atomic
+from holdfast.files import LARGEST, check_seal, parse_json, read_plain, write_text_atomic
 from holdfast.report.page import environment
 from holdfast.report.words import DASH, clean, number, short
 
@@ -62,9 +62,7 @@ def load_search(path: str | Path) -> dict[str, Any]:
     path = path / FACTS if path.is_dir() else path
     where = str(path)
     try:
-        if path.stat().st_size > 16 * LARGEST:
-            raise Refused("too large for the facts of a search", where=where)
-        body = parse_json(path.read_text(encoding="utf-8"))
+        body = parse_json(read_plain(path, 16 * LARGEST))
     except OSError as error:
         raise Refused(error.strerror or str(error), where=where) from None
     except (ValueError, RecursionError) as error:

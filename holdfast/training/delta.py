@@ -258,6 +258,8 @@ def _write(file: Path, change: Change, base: Weights) -> Size:
 
 def open_delta(file: Path) -> Change:
     """What a delta file says; `Refused` where it is none, or of a later format."""
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise Refused("not an ordinary file", where=str(file), remedy="name a delta file")
     held, metadata = open_tensors([file])
     try:
         about = json.loads(metadata[HEADER])

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import BufferedRandom, BufferedReader
@@ -19,13 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from holdfast.errors import printable
-from holdfast.files import sync_folder, write_text_atomic
+from holdfast.files import NotPlain, open_plain, sync_folder, write_text_atomic
 
 LOG = logging.getLogger("holdfast")
 MANIFEST = "manifest.json"
 LARGEST = 64 << 20  # bytes of a manifest; a name takes about 100
 CHUNK = 1 << 20  # bytes
-PLAINLY = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 Read = Callable[[int], Any]  # called with the number of bytes just read
 
@@ -142,11 +140,10 @@ def _open(folder: Path, name: str) -> BufferedReader:
         path = path / part
         if path.is_symlink():
             raise _NotPlain(f"{_shown(name)} is a symbolic link, not the file that was written")
-    handle = os.open(path, PLAINLY)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise _NotPlain(f"{_shown(name)} is no plain file")
-    return open(handle, "rb")
+    try:
+        return open_plain(path, follow=False)
+    except NotPlain:
+        raise _NotPlain(f"{_shown(name)} is no plain file") from None
 
 
 def _shown(name: str) -> str:
