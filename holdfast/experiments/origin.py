@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from holdfast.errors import Refused
 from holdfast.experiments.ranks import first
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, RECORD, disagreement
+from holdfast.experiments.runs import CONFIG, RECORD, config_in, disagreement
 from holdfast.experiments.settings import SIZES
 from holdfast.files import no_archive
 from holdfast.recipe import Recipe
@@ -36,11 +35,11 @@ class FromRun:
         if self.record.status != "done":
             raise Refused("is not finished", where=str(folder), remedy="let its command go on")
         try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            config = config_in(folder)
             self.model, self.seed = str(config["model"]), int(config["seed"])
             self.recipe, self.settings = dict(config["recipe"]), dict(config["settings"])
             wrong = disagreement(config, self.record)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # of them Refused
             raise Refused(f"{CONFIG} is missing or damaged", where=str(folder),
                           remedy="run its command again") from None  # fmt: skip
         if wrong is not None:

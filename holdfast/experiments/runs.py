@@ -20,9 +20,9 @@ from typing import Any
 from holdfast.errors import Busy, Refused, TrainingDiverged
 from holdfast.experiments import lease
 from holdfast.experiments.ranks import check_alone, first, follows
-from holdfast.experiments.record import Record
+from holdfast.experiments.record import LARGEST, Record
 from holdfast.experiments.settings import defaults
-from holdfast.files import differences, write_text_atomic
+from holdfast.files import NotPlain, differences, read_plain, write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, RECORD, FINAL = "run.json", "record.json", "final"
@@ -75,9 +75,21 @@ def open_run(
 def setting_of(folder: str | Path, name: str, otherwise: Any = None) -> Any:
     """A setting of the run that a folder holds; `otherwise` where there is no such run."""
     try:
-        return json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["settings"][name]
-    except (OSError, ValueError, KeyError, TypeError):
+        return config_in(Path(folder))["settings"][name]
+    except (Refused, KeyError):
         return otherwise
+
+
+def config_in(folder: Path) -> dict[str, Any]:
+    """What a run's `run.json` says; `Refused` where it is missing or damaged."""
+    try:
+        body = json.loads(read_plain(folder / CONFIG))
+        if all(isinstance(body.get(key, {}), dict) for key in ("settings", "recipe")):
+            return dict(body)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        pass
+    raise Refused(f"its {CONFIG} is missing or damaged", where=str(folder),
+                  remedy="choose another --out")  # fmt: skip
 
 
 def _refuse_links(folder: Path) -> None:
@@ -95,11 +107,10 @@ WEIGHTS = "model files"  # the key of their hash in a configuration
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     path, now, begun = folder / CONFIG, _training(config), _begun(folder)
     try:
-        before = _training(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError):
+        before = _training(config_in(folder))
+    except Refused:
         if begun:
-            raise Refused("its run.json is missing or damaged", where=str(folder),
-                          remedy="choose another --out") from None  # fmt: skip
+            raise
         before = None
     if before is not None and WEIGHTS not in before:  # of before they were noted
         now.pop(WEIGHTS, None)
@@ -148,8 +159,8 @@ def _begun(folder: Path) -> bool:
     """Whether a task was finished here, or a checkpoint written to its end."""
     with contextlib.suppress(FileNotFoundError):
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except ValueError:
+            record = json.loads(read_plain(folder / RECORD, LARGEST))
+        except (NotPlain, ValueError, RecursionError):
             return True
         if not isinstance(record, dict) or record.get("seconds") != []:
             return True
@@ -199,12 +210,14 @@ def runs_below(folder: Path) -> Iterator[tuple[Path, Record | None, str]]:
         try:
             record = Record.load(path) if RECORD in names else None
             done = record is not None and record.status == "done"
-            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-            done = done and record is not None and len(config["tasks"]) == len(record.seconds)
-            yield path, record, "done" if done else _status(path)
         except Refused as refusal:
             yield path, None, refusal.what
-        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        try:
+            tasks = config_in(path)["tasks"]
+            done = done and record is not None and len(tasks) == len(record.seconds)
+            yield path, record, "done" if done else _status(path)
+        except (Refused, KeyError, TypeError):
             yield path, record, "run.json is missing or damaged"
 
 

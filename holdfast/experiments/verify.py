@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, RECORD, disagreement
+from holdfast.experiments.runs import CONFIG, RECORD, config_in, disagreement
 from holdfast.files import check_seal, no_archive, parse_json
 from holdfast.training.manifest import MANIFEST, damage, step_of
 
@@ -135,7 +135,7 @@ def _json(path: Path, _: Callable[[int], object]) -> str | None:
         if path.name == RECORD:
             Record.from_dict(body)
         if path.name == CONFIG:
-            return _beside(path, body)
+            return _beside(path, config_in(path.parent))
         return _files(path.parent, body) if check_seal(body) else UNSEALED
     except Refused as refusal:
         return _line(refusal.what)

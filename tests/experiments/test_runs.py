@@ -10,6 +10,8 @@ import pytest
 
 from holdfast.errors import Refused, TrainingDiverged
 from holdfast.experiments.lease import LEASE
+from holdfast.experiments.origin import FromRun
+from holdfast.experiments.record import Record
 from holdfast.experiments.runs import (
     CONFIG,
     RECORD,
@@ -20,8 +22,10 @@ from holdfast.experiments.runs import (
     note_diverged,
     open_run,
     runs_below,
+    setting_of,
 )
 from holdfast.experiments.settings import Settings
+from holdfast.experiments.verify import verify
 from holdfast.training.manifest import commit
 
 
@@ -109,12 +113,53 @@ def test_names_and_wishes_are_no_other_settings(tmp_path: Path) -> None:
             (tmp_path / RECORD).write_text("{}")
 
 
-@pytest.mark.parametrize("content", ["", "{", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        None,
+        "[1]",
+        "5",
+        '"x"',
+        "null",
+        "[" * 100_000,
+        '{"settings": 5}',
+        '{"recipe": null}',
+    ],
+    ids=lambda content: str(content)[:9],
+)
 def test_a_damaged_configuration_is_refused(content: str | None, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_text("{}")
     if content is not None:
         (tmp_path / CONFIG).write_text(content)
     with pytest.raises(Refused, match=r"run\.json"), open_run(tmp_path, {}):
+        pass
+    Record(tasks=[{"name": "a"}]).save(tmp_path / RECORD)
+    assert [status for *_, status in runs_below(tmp_path)] == ["run.json is missing or damaged"]
+    with pytest.raises(Refused, match="missing or damaged"):
+        FromRun(tmp_path)
+    told: list[str] = []
+    assert verify([tmp_path], told.append) == (content is not None)
+    assert content is None or any(CONFIG in line and "damaged" in line for line in told)
+    assert setting_of(tmp_path, "bf16", "auto") == "auto"
+
+
+@pytest.mark.parametrize("name", [CONFIG, RECORD])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    (tmp_path / ({CONFIG, RECORD} - {name}).pop()).write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(Refused, match=r"run\.json|other settings"), open_run(tmp_path, {"a": 1}):
+        pass
+    (status,) = (status for *_, status in runs_below(tmp_path))
+    assert "damaged" in status or "not" in status
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]"], ids=["deep", "list"])
+def test_a_damaged_record_counts_as_work(content: str, tmp_path: Path) -> None:
+    with open_run(tmp_path, {"a": 1}):
+        (tmp_path / RECORD).write_text(content)
+    with pytest.raises(Refused, match="other settings"), open_run(tmp_path, {"a": 2}):
         pass
 
 
