@@ -171,7 +171,7 @@ def test_a_revision_is_pinned_for_all_that_is_read(monkeypatch: pytest.MonkeyPat
     assert locate("ann/bert@0123abc") == "ann/bert@0123abc"
     with pytest.raises(Refused, match="ann/bert@0123abc: cannot be loaded"):
         load_config("ann/bert@0123abc")
-    monkeypatch.setattr(pretrained, "_config", lambda source, **more: (None, {}))
+    monkeypatch.setattr(pretrained, "_config", lambda *_, **__: (models.bert_config(), {}))
     monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", read)
     for load in (load_tokenizer, lambda source: load_saved(pretrained.AutoTokenizer, source)):
         with pytest.raises(Refused):

