@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
 from holdfast.ops import distributed
 from holdfast.training.checkpoints import load_state, reading, require_shared, save_state
-from holdfast.training.manifest import MANIFEST, commit, damage, rotate
+from holdfast.training.manifest import MANIFEST, Spot, commit, damage, rotate, spot
 from holdfast.training.tensors import write_tensors
 
 LOOP, WEIGHTS, OPTIMIZER, OTHERS = (
     "loop.json", "weights.safetensors", "optimizer.safetensors", "others.safetensors",
 )  # fmt: skip
+
+# Which checkpoint each loop has saved last, or went on from.
+_AT: weakref.WeakKeyDictionary[Bound, Spot] = weakref.WeakKeyDictionary()
 
 
 def save_checkpoint(
@@ -92,8 +96,9 @@ def save_checkpoint(
                             for rank in range(distributed.world())],
                    next(iter(bound.weights.values())).device)  # fmt: skip
     if first:
-        commit(folder, known)
+        commit(folder, known, after=_AT.get(bound))
         rotate(folder, keep)
+        _AT[bound] = spot(folder)
     distributed.wait()  # no rank goes on before the checkpoint is whole
 
 
@@ -152,6 +157,7 @@ def load_checkpoint(
             else:
                 thing.load_state_dict(state)
         _restore_random(body["random"], rest)
+        _AT[bound] = spot(folder)
         position: dict[str, Any] = body["position"]
         return position
 

@@ -1,7 +1,9 @@
 """The manifest that marks a folder of files as whole, and the check of a folder against it.
 
 A checkpoint is whole once its manifest, written last and durably, lists the size and SHA-256 of
-every file in it. Nothing here needs torch.
+every file in it. Checkpoints of one folder are numbered as they are committed, each with the number
+of the one that it went on from: the newest is the one that was committed last, whatever its step.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,13 +29,20 @@ LARGEST = 64 << 20  # bytes of a manifest; a name takes about 100
 CHUNK = 1 << 20  # bytes
 
 Read = Callable[[int], Any]  # called with the number of bytes just read
+Spot = tuple[Path, int]  # a folder of checkpoints, and the number of one in it
 
 
-def commit(folder: str | Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+def commit(
+    folder: str | Path,
+    known: Mapping[str, tuple[int, str]] | None = None,
+    *,
+    after: Spot | None = None,
+) -> None:
     """Declare a folder whole as it is: sync its files, then its manifest, to survive a crash.
 
     known: size and SHA-256 of files by their path in it, from whoever wrote them; these are not
-    read again.
+    read again. after: of a checkpoint, where the run was saved last or went on from; None if it
+    began anew.
     """
     folder, known = Path(folder), known or {}
     inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST]
@@ -50,8 +60,23 @@ def commit(folder: str | Path, known: Mapping[str, tuple[int, str]] | None = Non
         files = dict(pool.map(settle, inside))
     for home in {folder, *(path.parent for path in inside)}:
         sync_folder(home)
-    write_text_atomic(folder / MANIFEST, _manifest(files))
+    write_text_atomic(folder / MANIFEST, _manifest(files, _numbered(folder, after)))
     sync_folder(folder.parent)
+
+
+def spot(checkpoint: str | Path) -> Spot:
+    """Where a run is that has just saved this checkpoint, or loaded it."""
+    saved = _saved(Path(checkpoint))
+    return Path(checkpoint).resolve().parent, saved[0] if saved else 0
+
+
+def _numbered(folder: Path, after: Spot | None) -> tuple[int, int] | None:
+    """The numbers for a checkpoint's manifest: its own, above all others, and the one before it."""
+    if step_of(folder) is None:
+        return None
+    home, before = after or (None, 0)
+    numbers = [saved[0] for path in checkpoints_in(folder.parent) if (saved := _saved(path))]
+    return 1 + max(numbers, default=0), before if home == folder.resolve().parent else 0
 
 
 def sha256(file: BufferedReader | BufferedRandom, read: Read | None = None) -> str:
@@ -65,10 +90,12 @@ def sha256(file: BufferedReader | BufferedRandom, read: Read | None = None) -> s
     return digest.hexdigest()
 
 
-def _manifest(files: Mapping[str, Any]) -> str:
+def _manifest(files: Mapping[str, Any], saved: Any = None) -> str:
     """The text of a manifest, with a hash of its own content."""
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return json.dumps({"schema": 1, "sha256": digest, "files": files}, indent=1)
+    vouched = files if saved is None else [files, saved]
+    digest = hashlib.sha256(json.dumps(vouched).encode()).hexdigest()
+    body = {"schema": 1, "sha256": digest, "files": files}
+    return json.dumps(body if saved is None else body | {"saved": saved}, indent=1)
 
 
 def listed(folder: Path) -> dict[str, tuple[int, str]]:
@@ -93,22 +120,9 @@ def damage(folder: str | Path, read: Read | None = None) -> str | None:
     """
     folder = Path(folder)
     try:
-        with _open(folder, MANIFEST) as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            return f"{MANIFEST} is larger than {LARGEST >> 20} MiB"
-        text = content.decode("utf-8")
-        files = json.loads(text)["files"]
-        if text != _manifest(files):
-            return f"{MANIFEST} is not as it was written"
-        named = [(name, int(size), str(sha)) for name, (size, sha) in files.items()]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: it was not written to its end"
+        named, _ = _said(folder)
     except _NotPlain as error:
         return str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
-            RecursionError):  # fmt: skip
-        return f"{MANIFEST} cannot be read"
     for name, size, sha in named:
         try:
             with _open(folder, name) as file:
@@ -127,7 +141,38 @@ def damage(folder: str | Path, read: Read | None = None) -> str | None:
 
 
 class _NotPlain(Exception):
-    """A name in a manifest is not that of a plain file inside its folder."""
+    """A manifest is not as it was written, or a name in it not that of a plain file inside."""
+
+
+def _said(folder: Path) -> tuple[list[tuple[str, int, str]], tuple[int, int]]:
+    """What a manifest says: name, size and SHA-256 of each file, and a checkpoint's two numbers,
+    0 where it has none."""
+    try:
+        with _open(folder, MANIFEST) as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise _NotPlain(f"{MANIFEST} is larger than {LARGEST >> 20} MiB")
+        text = content.decode("utf-8")
+        body = json.loads(text)
+        files, saved = body["files"], body.get("saved")
+        if text != _manifest(files, saved):
+            raise _NotPlain(f"{MANIFEST} is not as it was written")
+        number, before = saved or (0, 0)
+        named = [(name, int(size), str(sha)) for name, (size, sha) in files.items()]
+        return named, (int(number), int(before))
+    except FileNotFoundError:
+        raise _NotPlain(f"{MANIFEST} is missing: it was not written to its end") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError,
+            RecursionError):  # fmt: skip
+        raise _NotPlain(f"{MANIFEST} cannot be read") from None
+
+
+def _saved(checkpoint: Path) -> tuple[int, int] | None:
+    """A checkpoint's number and that of the one before it; None without a sound manifest."""
+    try:
+        return _said(checkpoint)[1]
+    except _NotPlain:
+        return None
 
 
 def _open(folder: Path, name: str) -> BufferedReader:
@@ -153,34 +198,56 @@ def _shown(name: str) -> str:
 
 
 def newest_complete(folder: str | Path, tell: Callable[[str], None] = LOG.warning) -> Path | None:
-    """The latest whole checkpoint in a Trainer's output folder.
+    """The whole checkpoint in a Trainer's output folder that was committed last.
 
-    tell: called with a line about each later one that is passed over. Trainer itself would resume
-    from it with other weights (faults P2, P3), or stop (P4).
+    tell: called with a line about each of a later step that is passed over. Trainer itself would
+    resume from it with other weights (faults P2, P3), or stop (P4). Where a run went back to an
+    earlier checkpoint, or began anew, those that it left behind do not count once it has saved.
     """
-    for checkpoint in reversed(checkpoints_in(Path(folder))):
-        wrong = damage(checkpoint)
-        if wrong is None:
-            return checkpoint
-        tell(f"{checkpoint.name} is passed over: {wrong}")
-    return None
+    numbers = {path: _saved(path) for path in checkpoints_in(Path(folder))}
+    # Without a sound manifest the number is not known; such a one is never whole.
+    order = sorted(numbers, key=lambda path: (numbers[path] or (math.inf, 0))[0])
+    wrong, found, left = dict[Path, str](), None, range(0)
+    for checkpoint in reversed(order):
+        number, before = numbers[checkpoint] or (0, 0)
+        if number in left:
+            continue
+        if (harm := damage(checkpoint)) is None:
+            found = checkpoint
+            break
+        wrong[checkpoint] = harm
+        if number:
+            left = range(before + 1, number)  # committed between, by a run that was left
+    later = list(numbers)
+    for path in reversed(later[later.index(found) + 1 :] if found else later):
+        why = wrong.get(path, "the run that wrote it was left for another")
+        tell(f"{path.name} is passed over: {why}")
+    return found
 
 
 def rotate(newest: Path, limit: int | None, *, best: str | None = None) -> None:
     """Keep `limit` checkpoints, among them `newest`, which is whole, and `best`.
 
-    The earliest committed are deleted first, and before them those never committed.
+    The earliest committed are deleted first, before them those of runs that were left for another,
+    and before these any that were never committed.
     """
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints_in(newest.parent)
+    numbers = {path: _saved(path) for path in found}
+    befores = dict(saved for saved in numbers.values() if saved is not None)
+    branch, number = set[int](), (numbers.get(newest) or (0, 0))[0]
+    while number in befores and number not in branch:
+        branch.add(number)
+        number = befores[number]
 
-    def committed(checkpoint: Path) -> float:
-        manifest = checkpoint / MANIFEST
-        return manifest.stat().st_mtime if manifest.exists() else 0.0
+    def worth(path: Path) -> tuple[bool, bool, int]:
+        number = (numbers[path] or (0, 0))[0]
+        return numbers[path] is not None, number in branch, number
 
-    if limit is not None and limit > 0:
-        found = checkpoints_in(newest.parent)
-        spare = [p for p in found if p != newest and (best is None or p != Path(best))]
-        for old in sorted(spare, key=committed)[: max(len(found) - limit, 0)]:
-            shutil.rmtree(old, ignore_errors=True)
+    spare = [p for p in found if p != newest and (best is None or p != Path(best))]
+    for old in sorted(spare, key=worth)[: max(len(found) - limit, 0)]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

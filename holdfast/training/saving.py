@@ -34,7 +34,7 @@ from holdfast.training.checkpoints import (
     save_adapters,
     save_state,
 )
-from holdfast.training.manifest import commit, damage, newest_complete, rotate
+from holdfast.training.manifest import Spot, commit, damage, newest_complete, rotate, spot
 from holdfast.training.rows import Windows
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class SavingMixin(_Base):
     _windows: Windows
     _limit: int | None = None
     _to_push: str | None = None
+    _at: Spot | None = None  # the checkpoint saved last, or gone on from
     _resuming = False
     _bare = False  # resuming from a checkpoint of a Trainer without a recipe
     _before = 0  # steps made without a recipe before the methods began
@@ -98,7 +99,7 @@ class SavingMixin(_Base):
         elif resume_from_checkpoint:
             wrong = damage(resume_from_checkpoint)
         self._resuming, self._bare, self._before = bool(resume_from_checkpoint), False, 0
-        self._resumed_sums, self._windows = {}, Windows(self.task)
+        self._resumed_sums, self._windows, self._at = {}, Windows(self.task), None
         if resume_from_checkpoint:
             self._accept(Path(resume_from_checkpoint), wrong)
         saver = _StopSaved(self._go_on_logging)
@@ -140,7 +141,7 @@ class SavingMixin(_Base):
 
         wrong: what `damage` found.
         """
-        remedy = "resume from one saved with a recipe"
+        self._at, remedy = spot(checkpoint), "resume from one saved with a recipe"
         ours, whole = (checkpoint / META).exists(), (checkpoint / STATE).is_file()
         if whole and not (checkpoint / "optimizer.pt").is_file():
             raise Refused("holds weights only", where=str(checkpoint),
@@ -168,7 +169,8 @@ class SavingMixin(_Base):
         ranks = range(self.args.world_size)
         require_shared(saved, [f"rng_state_{rank}.pth" for rank in ranks], self.args.device)
         if self.args.should_save:
-            commit(saved, self._ours)
+            commit(saved, self._ours, after=self._at)
+            self._at = spot(saved)
         if self._to_push is not None:
             super()._push_from_checkpoint(self._to_push)
         if self.args.should_save:

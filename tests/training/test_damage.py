@@ -112,11 +112,11 @@ def test_the_last_good_one_stays_until_the_next_is_whole(
 ) -> None:
     calls: list[Path] = []
 
-    def second_fails(folder: Path, known: Any) -> None:
+    def second_fails(folder: Path, *args: Any, **more: Any) -> None:
         calls.append(folder)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        commit(folder, known)
+        commit(folder, *args, **more)
 
     monkeypatch.setattr(saving, "commit", second_fails)
     with pytest.raises(KeyboardInterrupt):
