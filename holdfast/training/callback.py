@@ -8,6 +8,8 @@ than flat are refused, and Trainer clips before the methods' work, not after.
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,13 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.plan import arguments_of, rows_hash
 from holdfast.errors import Refused
 from holdfast.network.rates import Rates
+from holdfast.ops import distributed
 from holdfast.recipe import Recipe
-from holdfast.training.checkpoints import load_state, save_state
-from holdfast.training.manifest import commit
+from holdfast.training.checkpoints import META, load_state, save_state
+from holdfast.training.manifest import Spot, commit, damage, newest_complete, rotate, spot
+from holdfast.training.saving import parameters_of
+
+LOG = logging.getLogger("holdfast")
 
 
 class RecipeCallback(TrainerCallback):
@@ -33,7 +39,8 @@ class RecipeCallback(TrainerCallback):
     task, shared, start: as `with_recipe` takes them.
     data: the task's rows in batches, which `head_first`, `head_last` and some methods read; see
         `Bound`.
-    exact_resume: refuse a checkpoint of other settings or rows; False only warns.
+    exact_resume: refuse a checkpoint that is damaged or of other settings or rows; False only
+        warns.
 
     Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and loaded
     from `output_dir/checkpoint-<step>` when training resumes from there.
@@ -62,12 +69,16 @@ class RecipeCallback(TrainerCallback):
         if recipe.peft:
             raise Refused("a callback cannot put adapters on a model", where="recipe.peft",
                           remedy="use with_recipe")  # fmt: skip
-        if recipe.head_last and data is None:
-            raise Refused("reads the rows at the task's end", where="recipe.head_last",
+        needing = [m.name for m in recipe.methods if m.needs_data]
+        needing += ["recipe.head_last"] if recipe.head_last else []
+        if needing and data is None:
+            raise Refused("reads the rows at the task's end", where=", ".join(needing),
                           remedy="pass data=")  # fmt: skip
         self.recipe, self.task, self.data = recipe, task, data
         self.exact_resume = exact_resume
         self._shared, self._start, self._seeded = shared, start, bound is not None
+        self._limit: int | None = None
+        self._at: Spot | None = None
 
     def on_train_begin(
         self,
@@ -79,6 +90,7 @@ class RecipeCallback(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
+        self._at = self._accept(args, state) if state.global_step else None
         if not self._seeded:
             self.bound, self._seeded = self.recipe.unbound(seed=args.seed), True
         if not isinstance(model, nn.Module):
@@ -91,20 +103,46 @@ class RecipeCallback(TrainerCallback):
         )  # fmt: skip
         rows = getattr(train_dataloader, "dataset", None)
         self.bound.plan = functools.cache(
-            lambda: {"arguments": arguments_of(args), "rows": rows_hash(rows)}
+            lambda: {
+                "arguments": arguments_of(args),
+                "rows": rows_hash(rows),
+                **parameters_of(self.bound, distributed.unwrapped(model)),
+            }
         )
         if args.save_strategy != "no":
             self.bound.plan()  # of rows as they are before a collator or a draw changes them
         if state.global_step:
             load_state(self.bound, _checkpoint(args, state), exact=self.exact_resume)
+        # Trainer would delete the last whole checkpoint before the state is beside the next one.
+        self._limit, args.save_total_limit = args.save_total_limit or self._limit, None
+
+    def _accept(self, args: Any, state: Any) -> Spot:
+        """Refuse the checkpoint that Trainer has loaded where it is damaged; say where it is old.
+
+        Trainer itself goes on without a file that is missing, and from the highest step.
+        """
+        checkpoint = _checkpoint(args, state)
+        last = newest_complete(args.output_dir, lambda _: None)
+        ours = (checkpoint / META).exists()  # if not, `load_state` says so
+        if ours and last != checkpoint and (wrong := damage(checkpoint)) is not None:
+            if self.exact_resume:
+                raise Refused(wrong, where=str(checkpoint),
+                              remedy=f"resume from {last or 'the beginning'}")  # fmt: skip
+            warnings.warn(f"{checkpoint}: {wrong}", stacklevel=3)
+        if last not in (None, checkpoint):
+            LOG.warning("goes on from %s, but %s was saved last", checkpoint.name, last)
+        return spot(checkpoint)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         made = self.bound.state_dict()  # called on every rank: it gathers shards
         if args.should_save:
             folder = _checkpoint(args, state)
-            commit(folder, save_state(self.bound, folder, state=made))
+            commit(folder, save_state(self.bound, folder, state=made), after=self._at)
+            self._at = spot(folder)
+            rotate(folder, self._limit, best=state.best_model_checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        args.save_total_limit, self._limit = self._limit, None
         self.bound.unbind()
         self.bound.check_made()
 

@@ -279,18 +279,21 @@ class SavingMixin(_Base):
     def _planned(self) -> dict[str, Any]:
         """What a resumed run must share with this one, beside what the bound knows."""
         assert self.bound is not None
-        groups, ours = self.bound.optimizer.param_groups, self.bound.weights
-        names = {id(w): name for name, w in ours.items()}
-        model = self.accelerator.unwrap_model(self.model)
-        frozen = ((n, p) for n, p in named_parameters(model).items() if id(p) not in names)
         return {
             "arguments": arguments_of(self.args),
             "rows": rows_hash(self.train_dataset),
-            "frozen": weights_hash(frozen),
             "ranks": self.args.world_size,
             "before": self._before,
-            "order": [names.get(id(w), "") for g in groups for w in g["params"]],
+            **parameters_of(self.bound, self.accelerator.unwrap_model(self.model)),
         }
+
+
+def parameters_of(bound: Bound, model: nn.Module) -> dict[str, Any]:
+    """A plan's part on parameters: a hash of those that do not train, the order of the others."""
+    names = {id(w): name for name, w in bound.weights.items()}
+    frozen = ((n, p) for n, p in named_parameters(model).items() if id(p) not in names)
+    held = (w for group in bound.optimizer.param_groups for w in group["params"])
+    return {"frozen": weights_hash(frozen), "order": [names.get(id(w), "") for w in held]}
 
 
 def _exact_moments_(optimizer: torch.optim.Optimizer, file: Path) -> None:
