@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
 
 from holdfast.engine.bound import Bound
 from holdfast.engine.peft import folded
@@ -83,6 +85,7 @@ class SavingMixin(_Base):
     _before = 0  # steps made without a recipe before the methods began
     _at_work = False  # whether the recipe is bound to the model in training
     _resumed_sums: dict[str, Any]  # of losses, as the checkpoint has them
+    _summed_from = 0  # the step after which losses are in Trainer's sums
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's; the recipe is bound only while it runs.
@@ -118,6 +121,10 @@ class SavingMixin(_Base):
                 if self._windows.empty and not self._windows.others and self.args.world_size == 1:
                     self._windows.refuse()
                 cast(Bound, self.bound).check_made()
+                if isinstance(done, TrainOutput):
+                    done = done._replace(
+                        training_loss=done.metrics.get("train_loss", done.training_loss)
+                    )
                 return done
         except stopping.Stopped as stopped:
             if self.stop_on_signals:
@@ -210,6 +217,23 @@ class SavingMixin(_Base):
                 if self.recipe.peft:
                     self._ours |= save_adapters(self.model, output_dir)
 
+    def _load_callback_state(self) -> None:
+        """Callbacks go on as they were, such as one that stops early: Transformers restores them
+        only when told to, and then with the settings of before."""
+        super()._load_callback_state()
+        if self._bare or self.args.restore_callback_states_from_checkpoint:
+            return
+        kinds: dict[str, list[Any]] = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                kinds.setdefault(type(callback).__name__, []).append(callback)
+        for kind, callbacks in kinds.items():
+            saved = self.state.stateful_callbacks.get(kind, [])
+            states = saved if isinstance(saved, list) else [saved]
+            # Of several of a kind each save adds its states to those of the saves before.
+            for callback, state in zip(callbacks, states[-len(callbacks) :], strict=False):
+                vars(callback).update(state.get("attributes", {}))
+
     @_inert
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
@@ -265,16 +289,26 @@ class SavingMixin(_Base):
         bits = self._tr_loss.detach().float().view(torch.int32)
         sums = [one for (one,) in distributed.gather([int(bits)], bits.device)]
         step, before = self._globalstep_last_logged, self._total_loss_scalar
-        return {"sums": sums, "step": step, "before": before}
+        return {"sums": sums, "step": step, "before": before, "from": self._summed_from}
 
     def _go_on_logging(self) -> None:
         """Take up those sums, so that what is logged next is what would have been."""
         logged, self._resumed_sums = self._resumed_sums, {}
+        self._summed_from = self.state.global_step
         if len(sums := logged.get("sums", [])) == self.args.world_size and self._tr_loss.ndim == 0:
             mine = torch.tensor(sums[distributed.rank()], dtype=torch.int32)
             self._tr_loss.copy_(mine.view(torch.float32))
             self._globalstep_last_logged = logged["step"]
             self._total_loss_scalar = logged["before"]
+            self._summed_from = logged.get("from", self._before)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which divides the losses of all steps by the number of those since it was
+        resumed to give `train_loss`."""
+        if "train_loss" in logs and "train_runtime" in logs:
+            steps = self.state.global_step - self._summed_from
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
+        super().log(logs, *args, **kwargs)
 
     def _planned(self) -> dict[str, Any]:
         """What a resumed run must share with this one, beside what the bound knows."""
