@@ -153,7 +153,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 CLOCKS = {
-    "measure": [(holdfast.engine.bound, "measure")],
+    "measure": [(holdfast.engine.passes, "measure")],
     "products": [(kind, name) for kind in (Blocks, LowRank) for name in ("see_", "close_")]
     + [(Layer, "inputs")],
     "solves": [(Blocks, "shrunk"), (LowRank, "shrunk")],

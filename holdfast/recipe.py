@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from holdfast.engine.attachment import unwrap
 from holdfast.engine.batches import Data
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
@@ -30,7 +31,7 @@ from holdfast.methods.dps import DPS
 from holdfast.methods.dropout import Dropout
 from holdfast.methods.lwf import LwF
 from holdfast.methods.merge import Merge
-from holdfast.network.groups import param_groups
+from holdfast.network.groups import follows_rates, param_groups
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
 
@@ -194,6 +195,9 @@ class Recipe:
     ) -> Bound:
         """Attach to a model and an optimizer and begin the first task; see `Bound.begin_task`."""
         check_adapted(model, self.peft)
+        if self.rates != Rates.flat() and not follows_rates(unwrap(optimizer)[0]):
+            raise Refused("the optimizer does not have them", where="recipe.rates",
+                          remedy="build it from recipe.param_groups(model, lr=…)")  # fmt: skip
         bound = self.unbound(seed=seed)
         bound.begin_task(task, optimizer, total_steps, model=model, shared=shared, data=data,
                          resuming=resuming)  # fmt: skip

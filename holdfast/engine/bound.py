@@ -31,11 +31,10 @@ from holdfast.engine.attachment import (
 )
 from holdfast.engine.batches import Data
 from holdfast.engine.forwarding import in_mode, own_randomness
-from holdfast.engine.grams import Grams, measure
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Gradients, Method, View
-from holdfast.engine.passes import Passes
+from holdfast.engine.passes import Passes, nothing_to_evaluate
 from holdfast.engine.plan import compare, options_of
 from holdfast.engine.state import (
     SCHEMA,
@@ -43,8 +42,10 @@ from holdfast.engine.state import (
     check_fit,
     check_schema,
     describe,
+    ended,
     pack,
     refuse_not_finite,
+    saved_by,
     unpack,
 )  # fmt: skip
 from holdfast.errors import Refused, tell_once
@@ -89,9 +90,11 @@ class Bound(Passes):
         self._began: dict[str, Any] = {}  # of the optimizer, as the task began
         self.data = list
         self.start: Callable[[], Mapping[str, Tensor]] | None = None
-        self.evaluate: Callable[[], Mapping[str, float]] = _nothing_to_evaluate
+        self.evaluate: Callable[[], Mapping[str, float]] = nothing_to_evaluate
         self.resuming = False
         self._signature: dict[str, list[Any]] = {}
+        self._trained: set[str] = set()  # what tasks share, as far as it trained in any
+        self._ended: int | None = None  # the step at which `end_task` closed the task
         self._undo = contextlib.ExitStack()  # what is attached for this task
 
     # --- tasks ------------------------------------------------------------------------------
@@ -130,10 +133,16 @@ class Bound(Passes):
             raise Refused(f"total_steps must be a whole number above 0, not {total_steps!r}")
         distributed.refuse_unserved(model, optimizer)
         model = distributed.unwrapped(model)
+        if task in self.finished and self.models.get(task, model) is not model:
+            raise Refused(f"a task {task!r} is learned already, by another model",
+                          where="begin_task", remedy="give this one its own name")  # fmt: skip
+        if task != self.task and self._ended is None and self.step and self._defining("end_task"):
+            tell_once(f"task {self.task!r} was never ended, so nothing of it is remembered: call "
+                      "end_task after its last step")  # fmt: skip
         optimizer, wrapper = unwrap(optimizer)
         self.unbind()
         check_served(model, optimizer)
-        self.task, self.step, self.total_steps = task, 0, total_steps
+        self.task, self.step, self.total_steps, self._ended = task, 0, total_steps, None
         self.plan, self.in_a_row, self.fitted, self.fitted_last = dict, 0, None, None
         learned = [m for t, m in self.models.items() if t in self.finished]
         self.optimizer, self._wrapper, self.models[task] = optimizer, wrapper, model
@@ -182,9 +191,15 @@ class Bound(Passes):
             if self._signature.get(k, now) != now
         ]
         changed += [f"{k} is gone" for k in self._signature if k not in found.part_of]
+        train = {name for name, w in found.shared.items() if w.requires_grad}
+        thawed = sorted(train - self._trained) if self.finished and self._trained else []
+        if thawed and any(m.needs_old_task for m in self.methods):
+            tell_once(f"{len(thawed)} of {len(shared)} shared weights ({thawed[0]}, …) did not "
+                      "train in earlier tasks: nothing is remembered of these")  # fmt: skip
         if changed:
             raise Refused("shared parameters changed between tasks: " + ", ".join(changed[:5]))
         self._signature |= shared
+        self._trained |= train
         self.weights, self.shared = found.weights, found.shared
         self.part_of, self.group_of, self.owners = found.part_of, found.group_of, found.owners
         self.grads = Gradients(self.weights)
@@ -237,6 +252,9 @@ class Bound(Passes):
             raise Refused(f"{', '.join(needing)} reads the rows of a finished task",
                           where="end_task", remedy="pass data=")  # fmt: skip
         self.check_made()
+        if self._ended == self.step:
+            raise Refused(f"task {self.task!r} has ended, and made no step since",
+                          where="end_task", remedy="call it once a task")  # fmt: skip
         steps = self.step, self.skipped
         distributed.require_aligned(self.randomness, self.weights, steps)
         for view in self.views.values():  # other methods measure all, and so does the next task
@@ -254,6 +272,7 @@ class Bound(Passes):
                 refuse_not_finite(self.shared, "this weight would become one that is not finite")
             self._fit_last()
         self.finished.append(self.task)
+        self._ended = self.step
 
     def remember(
         self,
@@ -292,13 +311,6 @@ class Bound(Passes):
         by_id = groups_by_id(self.optimizer)
         self.group_of = {name: by_id[id(w)] for name, w in self.weights.items()}
 
-    def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
-        """See `View.grams`; calls with the same settings share one pass over the rows."""
-        key = repr([merged, sorted(how.items())])
-        if key not in self._grams:
-            self._grams[key] = measure(self, **how)
-        return self._grams[key]
-
     # --- saving -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,9 +319,9 @@ class Bound(Passes):
         Tensors are not copied. Keys are ``method/kind/slot/name``. Sharded tensors are gathered
         on rank 0; then every rank must call this, and other ranks get no tensors.
         """
-        ended = self.finished[-1:] == [self.task]
+        closed = self._ended is not None
         tensors, numbers = pack(
-            self.states, without={m.name for m in self.methods if ended and m.per_task}
+            self.states, without={m.name for m in self.methods if closed and m.per_task}
         )
         meta = {
             "schema": SCHEMA,
@@ -320,6 +332,7 @@ class Bound(Passes):
             "total_steps": self.total_steps,
             "skipped": self.skipped,
             "finished": list(self.finished),
+            "ended": closed,
             "parameters": describe(self.weights),
             "shared": dict(self._signature),
             "plan": self.planned(),
@@ -334,6 +347,9 @@ class Bound(Passes):
         if not self.weights:
             return {}
         settings: dict[str, Any] = {"steps": self.total_steps, "max_grad_norm": self.max_grad_norm}
+        for name in ("head_first", "head_last"):
+            settings[name] = (how := getattr(self, name)) and how.to_dict()
+        settings |= {"parts": self.parts, "methods": [m.name for m in self.methods]}
         kind = type(self.optimizer).__name__
         if self.scheduled is not None:
             settings["pieces"] = [piece.to_dict() for piece in self.scheduled.pieces]
@@ -353,6 +369,10 @@ class Bound(Passes):
             ours = {m.name: m.to_dict() for m in self.methods}
             raise Refused(f"the state was saved by {meta['methods']}, not by {ours}")
         attached = bool(self.weights)
+        if not attached and meta["step"] and not ended(meta):
+            raise Refused(f"the state is of the middle of task {meta['task']!r}",
+                          where="load_state_dict",
+                          remedy="begin that task first, with resuming=True")  # fmt: skip
         if attached:
             check_fit(meta["parameters"], describe(self.weights))
         if attached and meta["task"] != self.task:
@@ -370,31 +390,10 @@ class Bound(Passes):
         self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
         if attached:
             self.step, self.total_steps = meta["step"], meta["total_steps"]
+            self._ended = self.step if ended(meta) else None
         self._signature = dict(meta["shared"])
         self.changes = [*meta.get("changes", []), *(f"step {self.step}: {line}" for line in told)]
         self.resuming = False
         self._forget_step()
         for method in self._defining("loaded"):
             method.loaded(self.views[method.name])
-
-
-def saved_by(meta: Mapping[str, Any], methods: Sequence[Method]) -> bool:
-    """Whether a saved state is of these methods; between tasks, but for `tunable` settings."""
-    between = meta["finished"][-1:] == [meta["task"]]
-    loose = {m.name: m.tunable if between else () for m in methods}
-    ours = {m.name: m.to_dict() for m in methods}
-    return _firm(meta["methods"], loose) == _firm(ours, loose)
-
-
-def _firm(
-    methods: Mapping[str, Mapping[str, Any]], loose: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Any]]:
-    """The settings of each method that must match: all but the `loose` ones."""
-    return {
-        name: {k: v for k, v in settings.items() if k not in loose.get(name, ())}
-        for name, settings in methods.items()
-    }
-
-
-def _nothing_to_evaluate() -> Mapping[str, float]:
-    raise RuntimeError("no evaluation was offered: set bound.evaluate")

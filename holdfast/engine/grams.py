@@ -32,7 +32,7 @@ from holdfast.ops import distributed
 from holdfast.ops.moments import Blocks, LowRank, Moment
 
 if TYPE_CHECKING:
-    from holdfast.engine.bound import Bound
+    from holdfast.engine.passes import Passes
 
 Structure = Literal["full", "block", "low_rank"]
 
@@ -95,7 +95,7 @@ class Grams:
 
 @torch.no_grad()
 def measure(
-    bound: Bound,
+    bound: Passes,
     *,
     rows: int = 400,
     structure: Structure = "full",

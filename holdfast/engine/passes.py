@@ -31,7 +31,7 @@ from holdfast.engine.forwarding import (
     uncompiled,
     untrained,
 )
-from holdfast.engine.grams import Grams
+from holdfast.engine.grams import Grams, measure
 from holdfast.engine.head_first import HeadFirst, known_outputs
 from holdfast.engine.head_last import HeadLast
 from holdfast.engine.stepping import Stepping
@@ -49,6 +49,7 @@ class Passes(Stepping):
     total_steps: int
     data: Callable[[], Batches]
     shared: Mapping[str, nn.Parameter]
+    owners: Mapping[str, tuple[nn.Module, ...]]  # the modules that own each weight
     _grams: dict[str, Grams]  # measured on `data`, by settings
     fitted: dict[str, Any] | None = None  # how this task's head was fitted first
     fitted_last: dict[str, Any] | None = None
@@ -186,11 +187,19 @@ class Passes(Stepping):
     def _seeing_features(
         self, *, always: bool = False
     ) -> contextlib.AbstractContextManager[Any, None]:
-        """Keep the shared module's outputs until the step or its next forward pass."""
+        """Keep the shared module's outputs until the penalty.
+
+        Those of one pass: of two, nothing tells which one the penalty will be of.
+        """
 
         def see(module: nn.Module, _: Any, outputs: Any) -> None:
-            if always or (module.training and torch.is_grad_enabled()):
+            if always:
                 self.features = outputs
+            elif torch.compiler.is_compiling() or self._aside or module is not self.core:
+                return  # another's: a deep copy has this hook too
+            elif module.training and torch.is_grad_enabled():
+                self.features = None if self._ran else outputs
+                self._ran = True
 
         return self.core.register_forward_hook(see) if self.core else contextlib.nullcontext()
 
@@ -297,6 +306,18 @@ class Passes(Stepping):
         for output in () if known is None else found.values():
             output.logits = output.logits[:, :known]
         return found
+
+    def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
+        """See `View.grams`; calls with the same settings share one pass over the rows."""
+        key = repr([merged, sorted(how.items())])
+        if key not in self._grams:
+            self._grams[key] = measure(self, **how)
+        return self._grams[key]
+
+
+def nothing_to_evaluate() -> Mapping[str, float]:
+    """What `Bound.evaluate` is until it is set."""
+    raise RuntimeError("no evaluation was offered: set bound.evaluate")
 
 
 def _first_bad(values: Sequence[Tensor], batch: Batch) -> str | None:

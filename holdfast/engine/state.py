@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from holdfast.errors import NotFinite, Refused
 from holdfast.ops import distributed
+
+if TYPE_CHECKING:
+    from holdfast.engine.method import Method
 
 SCHEMA = 1  # of saved states and checkpoints
 
@@ -151,3 +154,27 @@ def check_fit(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if wrong:
         shown = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if wrong[5:] else "")
         raise Refused(f"the saved state does not fit the model: {shown}")
+
+
+def ended(meta: Mapping[str, Any]) -> bool:
+    """Whether a saved state is of a task that `end_task` has closed."""
+    last: bool = meta.get("ended", meta["finished"][-1:] == [meta["task"]])
+    return last
+
+
+def saved_by(meta: Mapping[str, Any], methods: Sequence[Method]) -> bool:
+    """Whether a saved state is of these methods; between tasks, but for `tunable` settings."""
+    between = ended(meta)
+    loose = {m.name: m.tunable if between else () for m in methods}
+    ours = {m.name: m.to_dict() for m in methods}
+    return _firm(meta["methods"], loose) == _firm(ours, loose)
+
+
+def _firm(
+    methods: Mapping[str, Mapping[str, Any]], loose: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of each method that must match: all but the `loose` ones."""
+    return {
+        name: {k: v for k, v in settings.items() if k not in loose.get(name, ())}
+        for name, settings in methods.items()
+    }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.engine.attachment import Held, finite
 from holdfast.engine.method import Method, View
-from holdfast.engine.state import State
+from holdfast.engine.state import State, refuse_not_finite
 from holdfast.errors import Refused, TrainingDiverged
 from holdfast.network.groups import factors
 from holdfast.network.parts import parts
@@ -43,6 +43,7 @@ class Stepping:
     previous: dict[str, Tensor]
     norm: Tensor | None = None
     rates: Mapping[int, float | Tensor]  # of the last step, by the id of an optimizer's group
+    resuming: bool
     scheduled: Rates | None = None  # the recipe's, where they come in pieces
     _pieces: Mapping[int, list[float]]  # by a piece's first step: a factor for each group
     _moved: Sequence[tuple[dict[str, Any], Any]] = ()  # groups, with their rates outside of a step
@@ -58,10 +59,16 @@ class Stepping:
     max_skipped: int | None = SKIPS  # in a row; None: any number
     in_a_row = 0  # steps left out since the last that was made
     _asked = _skip = _scaled = _told = False
+    _ran = False  # whether the shared module was run since the last penalty
     _added: dict[str, tuple[Any, int]]  # by method: the sum of its penalties, and their number
     _drawn: Tensor  # the random states before the step
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
     _norms: Norms  # of this step's gradients
+
+    @property
+    def half_made(self) -> bool:
+        """Whether a penalty was asked for whose step has not been made, nor given up."""
+        return self._asked and any(w.grad is not None for w in self.weights.values())
 
     def _model(self) -> nn.Module:
         if not self.task:
@@ -114,7 +121,7 @@ class Stepping:
                 self._added[method.name] = kept + penalty.detach().float(), number + 1
         # They hold the graph of this micro-batch.
         self.features = self.loss = self.again = None
-        self.seen, self._drew = {}, {}
+        self.seen, self._drew, self._ran = {}, {}, False
         return total
 
     def penalties(self) -> dict[str, float]:
@@ -152,6 +159,9 @@ class Stepping:
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        if self.resuming:
+            raise Refused("the task was begun to be resumed, and no state was loaded",
+                          where=self.task, remedy="load it, or pass resuming=False")  # fmt: skip
         self.group_of = self._held.changed(self.weights) or self.group_of
         self._take_piece()
         if self.has_penalty and not self._asked:
@@ -222,9 +232,12 @@ class Stepping:
             )
 
     def check_made(self) -> None:
-        """Raise `TrainingDiverged` where every step of the task was left out."""
-        if self.max_skipped is not None and self.in_a_row and not self.step:
-            raise self._diverged(f"no gradient of {self.in_a_row} steps was finite")
+        """Raise `TrainingDiverged` where the last steps were left out, more than were made before,
+        and `NotFinite` for weights that are not finite."""
+        if self.max_skipped is not None and self.in_a_row > self.step:
+            made = f"the last {self.in_a_row}" if self.step else f"{self.in_a_row}"
+            raise self._diverged(f"no gradient of {made} steps was finite")
+        refuse_not_finite(self.weights, "this weight is not finite")
 
     def _diverged(self, what: str) -> TrainingDiverged:
         return TrainingDiverged(
@@ -236,7 +249,7 @@ class Stepping:
 
     def _forget_step(self) -> None:
         self._put_back()
-        self._asked, self._norms = False, Norms()
+        self._asked, self._ran, self._norms = False, False, Norms()
         self._drawn = self.randomness  # restored if the step is left out
         self.inputs = self.outputs = self.loss = self.again = self.features = None
         self.previous, self.seen, self._drew = {}, {}, {}

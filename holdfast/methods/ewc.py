@@ -80,6 +80,8 @@ class EWC(Method):
             pull_(view.grads, view.weights, slots["anchor"], self.strength, slots["fisher"], rows)
 
     def end_task(self, view: View) -> None:
+        if not view.shared:
+            return  # nothing that tasks share trains, so there is nothing to hold
         fisher = diagonal_fisher(
             view.forward,
             view.data(),

@@ -76,7 +76,11 @@ class SAM(Method):
         precision = torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
         )
-        view.scratch.setdefault("batches", []).append((_again(view), factor, precision))
+        batches = view.scratch.setdefault("batches", [])
+        if all(w.grad is None for w in view.weights.values()):
+            # Micro-batches whose gradients were thrown away belong to no step.
+            batches[:] = [each for each in batches if each[1].grad is None]
+        batches.append((_again(view), factor, precision))
         return factor
 
     def before_step(self, view: View) -> None:

@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from holdfast.engine.bound import Bound, saved_by
+from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method
 from holdfast.engine.peft import adapter_weights
-from holdfast.engine.state import check_fit, check_schema, describe
+from holdfast.engine.state import check_fit, check_schema, describe, saved_by
 from holdfast.errors import Refused, printable
 from holdfast.files import write_text_atomic
 from holdfast.ops import distributed

@@ -28,6 +28,7 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.state import SCHEMA, check_fit, check_schema, describe
 from holdfast.errors import Refused
 from holdfast.files import write_text_atomic
+from holdfast.network.parts import canonical
 from holdfast.ops import distributed
 from holdfast.training.checkpoints import load_state, reading, require_shared, save_state
 from holdfast.training.manifest import MANIFEST, Spot, commit, damage, rotate, spot
@@ -36,6 +37,7 @@ from holdfast.training.tensors import write_tensors
 LOOP, WEIGHTS, OPTIMIZER, OTHERS = (
     "loop.json", "weights.safetensors", "optimizer.safetensors", "others.safetensors",
 )  # fmt: skip
+PLAIN = (type(None), bool, int, float, str)  # what JSON gives back as it was
 
 # Which checkpoint each loop has saved last, or went on from.
 _AT: weakref.WeakKeyDictionary[Bound, Spot] = weakref.WeakKeyDictionary()
@@ -63,18 +65,21 @@ def save_checkpoint(
     where ranks do not see each other's files.
     """
     folder, first = Path(folder), distributed.rank() == 0
+    if bound.half_made:
+        raise Refused("a step is half made", where="save_checkpoint",
+                      remedy="save after optimizer.step()")  # fmt: skip
     if plan is not None:
         bound.plan = lambda: plan
     weights = _weights(bound)
     tensors: dict[str, Tensor] = {}
+    rest = {"random/cpu": torch.get_rng_state()}
     body = {
         "schema": SCHEMA,
         "ranks": distributed.world(),
-        "position": dict(position),
+        "position": _pack(position, "position", rest),
         "optimizer": _pack_optimizer(bound, tensors),
         "random": {"python": random.getstate(), "numpy": _numpy_state()},
     }
-    rest = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         for i, state in enumerate(torch.cuda.get_rng_state_all()):
             rest[f"random/cuda/{i}"] = state
@@ -158,7 +163,7 @@ def load_checkpoint(
                 thing.load_state_dict(state)
         _restore_random(body["random"], rest)
         _AT[bound] = spot(folder)
-        position: dict[str, Any] = body["position"]
+        position: dict[str, Any] = _unpack(body["position"], {}, "position", rest)
         return position
 
 
@@ -181,9 +186,12 @@ def _weights(bound: Bound) -> dict[str, Tensor]:
     models: dict[str, nn.Module] = {bound.task: bound.models[bound.task], **bound.models}
     for task, model in models.items():
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            if not isinstance(tensor, Tensor):
+                raise Refused("a module keeps state that is no tensor", where=name,
+                              remedy="save it in position=, or as one of the others")  # fmt: skip
+            if id(tensor) not in seen:
                 seen.add(id(tensor))
-                found[f"{task}/{name}"] = tensor
+                found[f"{task}/{canonical(name)}"] = tensor
     return found
 
 
@@ -257,18 +265,19 @@ def _state_of(name: str, thing: Any) -> Any:
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors put into `tensors`; Refused for any other object."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout == torch.strided:
         tensors[where] = value
         return {"$tensor": where}
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in PLAIN:
         return value
     if isinstance(value, list | tuple):
         return [_pack(item, f"{where}/{i}", tensors) for i, item in enumerate(value)]
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {k: _pack(item, f"{where}/{k}", tensors) for k, item in value.items()}
-        return {"$pairs": [[k, _pack(v, f"{where}/{k}", tensors)] for k, v in value.items()]}
-    if hasattr(value, "item"):  # a numpy scalar
+        if all(type(key) in PLAIN for key in value):
+            return {"$pairs": [[k, _pack(v, f"{where}/{k}", tensors)] for k, v in value.items()]}
+    elif getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a numpy scalar
         return _pack(value.item(), where, tensors)
     raise Refused(f"a {type(value).__name__} cannot be saved without pickle", where=where)
 

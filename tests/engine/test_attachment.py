@@ -143,7 +143,9 @@ def test_methods_see_the_rates_in_force() -> None:
 def test_pieces_are_refused_where_they_would_not_hold() -> None:
     model, recipe = network(), Recipe(rates=IN_PIECES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # one group for all parts
-    recipe.bind(model, optimizer, total_steps=8)
+    with pytest.raises(Refused, match=r"does not have them; build it from recipe\.param_groups"):
+        recipe.bind(model, optimizer, total_steps=8)
+    recipe.unbound().begin_task("task", optimizer, 8, model=model)
     with pytest.raises(Refused, match=r"a group for each part.*recipe\.param_groups"):
         step(model, optimizer)
     model = network()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,9 @@ import holdfast
 from holdfast.engine.batches import identities
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_first import HeadFirst
+from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Method, View
+from holdfast.engine.plan import changed
 from holdfast.errors import Refused, tell_once
 from holdfast.methods import DPS, EWC, L2SP, LwF, Merge, Replay
 from holdfast.network.rates import Rates
@@ -436,7 +438,8 @@ def test_between_tasks_a_state_is_taken_up_under_another_strength(
     assert bound.state_dict()["meta"]["methods"] == {after.name: after.to_dict()}
     with pytest.raises(Refused, match="was saved by"):
         Recipe(methods=[after]).unbound().load_state_dict(middle)
-    Recipe(methods=[before]).unbound().load_state_dict(middle)
+    with pytest.raises(Refused, match="of the middle of task 'one'; begin that task first"):
+        Recipe(methods=[before]).unbound().load_state_dict(middle)
 
 
 def test_what_decides_the_state_itself_may_never_differ() -> None:
@@ -696,3 +699,66 @@ def test_a_trainer_of_one_task_says_that_its_recipe_is_idle(
         )  # fmt: skip
         trainer.train()
         assert sum(r.message == IDLE for r in caplog.records) == said
+
+
+# --- the order of calls ---------------------------------------------------------------------------
+
+
+def test_rates_that_the_optimizer_does_not_have_are_refused() -> None:
+    model = Classifier(2)
+    with pytest.raises(Refused, match=r"recipe\.rates: the optimizer does not have them"):
+        Recipe(rates=Rates.bertcl()).bind(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4
+        )
+
+
+def test_a_task_that_never_ended_is_told(said: Callable[[], list[str]]) -> None:
+    toy = ToyTraining(EWC(rows=4))
+    toy.begin("one")
+    toy.learn(0, 1)
+    toy.begin("two")
+    (line,) = said()
+    assert "task 'one' was never ended, so nothing of it is remembered" in line
+
+
+def test_a_step_without_the_state_that_was_announced_is_refused() -> None:
+    model = Classifier(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Recipe().bind(model, optimizer, total_steps=4, resuming=True)
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    with pytest.raises(Refused, match="begun to be resumed, and no state was loaded"):
+        optimizer.step()
+
+
+def test_a_second_task_of_the_same_name_keeps_what_is_of_it() -> None:
+    """A state saved in its middle is of no ended task, though one of that name has ended."""
+    toy = ToyTraining(L2SP())
+    toy.begin("one")
+    toy.learn(0, 1)
+    toy.end()
+    toy.bound.begin_task("one", toy.optimizer, 4, model=toy.model)
+    saved = as_saved(toy.bound.state_dict())
+    assert not saved["meta"]["ended"]
+    assert any(key.startswith("l2sp/weights/start") for key in saved["tensors"])
+
+
+def test_what_is_fitted_and_the_order_of_methods_are_part_of_the_plan() -> None:
+    def planned(*methods: Any, **how: Any) -> dict[str, Any]:
+        model = Classifier(2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Recipe(methods=methods, **how).bind(model, optimizer, total_steps=4).planned()
+
+    one, two = planned(L2SP(), EWC()), planned(EWC(), L2SP())
+    assert changed(one, two) == ['methods: ["l2sp", "ewc"] → ["ewc", "l2sp"]']
+    assert changed(planned(), planned(head_last=HeadLast())) == ["head_last is new"]
+
+
+def test_weights_that_begin_to_train_are_told(said: Callable[[], list[str]]) -> None:
+    for method in (L2SP(), EWC(rows=4)):
+        toy = ToyTraining(method, frozen={"encoder.embeddings.weight"})
+        toy.begin("one")
+        toy.end()
+        toy.frozen = ()
+        toy.begin("two")
+    (line,) = said()  # L2SP holds what each task begins with
+    assert "(encoder.embeddings.weight, …) did not train in earlier tasks" in line

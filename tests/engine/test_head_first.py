@@ -405,7 +405,9 @@ def test_a_head_that_a_finished_task_uses_is_not_fitted_again(
     other = bert(seed=1)
     other.bert = model.bert
     optimizer = torch.optim.AdamW(other.parameters())
-    bound.begin_task("one", optimizer, 10, model=other, data=data)  # by the name of the first
+    with pytest.raises(Refused, match="'one' is learned already, by another model"):
+        bound.begin_task("one", optimizer, 10, model=other, data=data)
+    bound.begin_task("three", optimizer, 10, model=other, data=data)
     assert bound.fitted is not None
 
 

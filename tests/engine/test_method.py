@@ -344,6 +344,9 @@ def test_data_is_there_inside_end_task_only() -> None:
     bound = bind(method(end_task=lambda self, view: seen.append(list(view.data()))))
     batches = [make_batch("one", 0)]
     bound.end_task(batches)
+    with pytest.raises(Refused, match="'one' has ended, and made no step since"):
+        bound.end_task(batches)
+    step(bound)
     bound.end_task(lambda: iter(batches))
     assert seen == [batches, batches]
     assert list(bound.views["probe"].data()) == []

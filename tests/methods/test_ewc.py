@@ -51,6 +51,7 @@ def learn_three(bound: Bound) -> list[dict[str, Tensor]]:
     anchors = []
     for _ in range(3):
         wander(bound)
+        bound.step += 1
         anchors.append({n: w.detach().clone() for n, w in bound.shared.items()})
         bound.end_task([])
     wander(bound)

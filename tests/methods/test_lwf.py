@@ -158,12 +158,14 @@ class Chain:
                 w.add_(torch.randn_like(w) / 4)
 
     def penalty(self, batch: Batch) -> Tensor:
-        model = self.bound.models[self.bound.task]
+        self.prepare()
+        return self.bound.penalty(batch, self.bound.models[self.bound.task](**batch))
+
+    def prepare(self) -> None:
         self.encoder.train()  # features are those of a training pass
         for module in self.encoder.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        return self.bound.penalty(batch, model(**batch))
 
 
 def test_old_heads_add_up_a_regression_among_them() -> None:
@@ -223,6 +225,27 @@ def test_the_forward_pass_of_another_method_is_not_taken_for_the_batch() -> None
         chain.wander()
         found.append(chain.penalty(chain.rows[1]).item())
     assert found[0] == pytest.approx(found[1]) and found[0] > 1e-4
+
+
+def test_a_pass_over_another_batch_is_not_taken_for_this_one() -> None:
+    """A loop may run the model twice before it asks for the penalty, or a copy of it."""
+    found = []
+    for between in (0, 1, 2):
+        chain = Chain(LwF())
+        chain.begin("one", 3)
+        chain.bound.end_task()
+        chain.begin("two", 3)
+        chain.wander()
+        model = chain.bound.models["two"]
+        chain.prepare()
+        batch, other = chain.rows[1], chain.rows[0]
+        outputs = model(**batch)
+        if between == 1:
+            model(**other)
+        elif between == 2:
+            copy.deepcopy(model)(**other)
+        found.append(float(chain.bound.penalty(batch, outputs)))
+    assert found[0] == pytest.approx(found[1]) == pytest.approx(found[2]) and found[0] > 1e-4
 
 
 @pytest.mark.parametrize("rows", ["all", "near"])

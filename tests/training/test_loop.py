@@ -270,6 +270,48 @@ def test_what_only_pickle_could_save_is_refused_before_anything_is_written(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("odd", [{(1, 2): 3}, {"a": np.arange(3)},
+                                 {"a": torch.ones(2).to_sparse()}])  # fmt: skip
+def test_what_would_not_come_back_is_refused(tmp_path: Path, odd: Any) -> None:
+    run = Run(RECIPES["plain"])
+    with pytest.raises(Refused, match="without pickle"):
+        save_checkpoint(tmp_path / "checkpoint-1", run.bound, position={},
+                        odd=SimpleNamespace(state_dict=lambda: odd))  # fmt: skip
+
+
+def test_a_position_of_numpys_numbers_comes_back(tmp_path: Path) -> None:
+    run, folder = Run(RECIPES["plain"]), tmp_path / "checkpoint-1"
+    save_checkpoint(folder, run.bound, position={"row": np.int64(3), 5: "x"})
+    assert load_checkpoint(folder, run.bound) == {"row": 3, 5: "x"}
+
+
+def test_half_a_step_is_refused_unless_it_was_given_up(tmp_path: Path) -> None:
+    run = Run(RECIPES["together"])
+    run.step(micro=1)
+    with pytest.raises(Refused, match="a step is half made"):
+        save_checkpoint(tmp_path / "checkpoint-1", run.bound, position={}, **run.others)
+    run.optimizer.zero_grad()  # the rest of an epoch, dropped
+    save_checkpoint(tmp_path / "checkpoint-1", run.bound, position={}, **run.others)
+
+
+def test_state_that_is_no_tensor_is_refused_and_wrappers_leave_no_trace(tmp_path: Path) -> None:
+    class Counting(Net):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"count": 1}
+
+    def bind(model: nn.Module) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Recipe().bind(model, optimizer, total_steps=2)
+
+    with pytest.raises(Refused, match="_extra_state: a module keeps state that is no tensor"):
+        save_checkpoint(tmp_path / "checkpoint-1", bind(Counting(0)), position={})
+    compiled: Any = torch.compile(Net(0), backend="eager")
+    save_checkpoint(tmp_path / "checkpoint-1", bind(compiled), position={})
+    other = Net(1)
+    load_checkpoint(tmp_path / "checkpoint-1", bind(other))
+    assert same(dict(other.state_dict()), dict(Net(0).state_dict()))
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
