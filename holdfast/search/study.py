@@ -93,6 +93,11 @@ class Claim:
         known = self.study.ask(lambda: storage.get_trial(self.identity).user_attrs)
         self._note({"attempts": max(0, known.get("attempts", 1) - 1)})
 
+    def blame(self, error: BaseException) -> None:
+        """Keep what ended this attempt, for the trial's reason if it was the last."""
+        said = str(error).partition("\n")[0]
+        self._note({"error": f"{type(error).__name__}: {said}"[:200]})
+
     def close(self) -> None:
         self.lease.release()
 
@@ -266,7 +271,8 @@ class Study:
         claim = Claim(self, trial.number, identity, {}, control, held, told.get(CONFIRMS),
                       [told["seed"]] if CONFIRMS in told else self.plan.seeds)  # fmt: skip
         if attempts >= ATTEMPTS:
-            claim.failed(f"its worker ended {attempts} times before it did")
+            last = f", at last by {told['error']}" if "error" in told else ""
+            claim.failed(f"its worker ended {attempts} times before it did{last}")
             return None
         claim._note({"attempts": attempts + 1})
         ranges, whole = self.plan.space.ranges, self.plan.space.whole

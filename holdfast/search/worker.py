@@ -92,8 +92,9 @@ def run(claim: Claim, train: Train) -> None:
     except (KeyboardInterrupt, stopping.Stopped, Refused, OSError):  # such as a full disk
         claim.excuse()
         raise
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         if not out_of_memory(error):
+            claim.blame(error)
             raise
         reason = "out of memory: half --batch-size and twice --accumulation make the same steps"
         claim.failed(reason, steps, round(time.monotonic() - began, 3))

@@ -32,6 +32,7 @@ def learn(bound: Bound, tasks: int) -> Seen:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
     for task in range(tasks):
         wander(bound)
+        bound.step += 1
         batch = make_batch(TASKS[task % 2], 50 + task, rows=5)
         inputs = given(model, layers, batch)
         found.append(({n: w.detach().clone() for n, w in bound.shared.items()}, inputs))

@@ -49,6 +49,7 @@ def test_reservoir_is_uniform() -> None:
     bound = bind(Replay(memory=5))
     counts = torch.zeros(40)
     for _ in range(2000):
+        bound.step += 1
         bound.end_task(numbered(40))
         rows = kept(bound)
         assert len(set(rows)) == 5

@@ -70,18 +70,17 @@ def test_shared_weights_end_between_and_the_head_where_asked(head: bool) -> None
 
 
 def test_the_next_task_starts_from_the_interpolated_weights() -> None:
-    toy, _ = learned(WiSE(alpha=0.3))
+    def shared() -> dict[str, Tensor]:
+        return {n: w for n, w in snapshot(toy).items() if n in toy.bound.shared}
+
+    toy, _ = learned(WiSE(alpha=0.3, first=True), "one")
     toy.end()
-    start = snapshot(toy)
+    start = shared()
     toy.begin("two")
     toy.learn()
-    end = snapshot(toy)
+    end = shared()
     toy.end()
-    shared = toy.bound.shared.keys()
-    close(
-        {n: w for n, w in snapshot(toy).items() if n in shared},
-        {n: w for n, w in between(start, end, 0.3).items() if n in shared},
-    )
+    close(shared(), between(start, end, 0.3))
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -110,6 +110,16 @@ def test_an_error_of_ours_leaves_the_trial_to_be_made_again(place: Path, tmp_pat
     assert one(of, curve).number == 0 and of.counts()["complete"] == 1
 
 
+def test_what_ended_a_trials_workers_is_its_reason(place: Path, tmp_path: Path) -> None:
+    of = study(place, tmp_path)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            one(of, lambda *_: 1 / 0)
+    one(of, curve)
+    (failed,) = (t for t in of.trials() if t.state.name == "FAIL")
+    assert failed.user_attrs["reason"].endswith("by ZeroDivisionError: division by zero")
+
+
 CPU = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
 
 
