@@ -31,11 +31,12 @@ LEGACY = frozenset({"groups", "accumulation", "batch"})  # of checkpoints before
 ASIDE = (
     "output_dir", "logging_", "log_", "eval_", "batch_eval", "per_device_eval", "prediction_loss",
     "bf16_full_eval", "fp16_full_eval", "save_", "hub_", "push_", "report_to", "run_name",
-    "project", "trackio_", "disable_tqdm", "do_", "resume_from", "restore_callback", "ddp_", "local_rank", "dataloader_num", "dataloader_pin",
-    "dataloader_pers", "dataloader_pre", "dataloader_multi", "dataset_num_proc", "include_",
-    "skip_memory", "activation_check", "gradient_check", "torch_compile", "debug",
-    "auto_find_batch", "enable_jit_checkpoint", "torch_empty_cache", "use_cpu", "use_cache",
-    "generation_", "predict_with", "num_train_epochs", "max_steps", "max_grad_norm",
+    "project", "trackio_", "disable_tqdm", "do_", "resume_from", "restore_callback", "ddp_",
+    "local_rank", "dataloader_num", "dataloader_pin", "dataloader_pers", "dataloader_pre",
+    "dataloader_multi", "dataset_num_proc", "include_", "skip_memory", "activation_check",
+    "gradient_check", "torch_compile", "debug", "auto_find_batch", "enable_jit_checkpoint",
+    "torch_empty_cache", "use_cpu", "use_cache", "generation_", "predict_with", "num_train_epochs",
+    "max_steps", "max_grad_norm",
 )  # fmt: skip
 BEST = ("load_best_model", "metric_for_best", "greater_")  # count where the best one is taken
 # Of an optimizer's options those that only change rounding, and what the rate is made of.
