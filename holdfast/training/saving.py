@@ -37,6 +37,12 @@ from holdfast.training.checkpoints import (
     save_state,
 )
 from holdfast.training.manifest import Spot, commit, damage, newest_complete, rotate, spot
+from holdfast.training.options import (
+    check_groups,
+    exact_moments_,
+    refuse_other_optimizer,
+    take_options_,
+)
 from holdfast.training.rows import Windows
 
 if TYPE_CHECKING:
@@ -240,46 +246,25 @@ class SavingMixin(_Base):
 
     @_inert
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        told, ours, rates = list[str](), list[dict[str, Any]](), None
+        told, ours, rates, plan = list[str](), list[dict[str, Any]](), None, dict[str, Any]()
         if self._bare:
-            self._check_groups(Path(cast(str, checkpoint)))
+            check_groups(cast(Bound, self.bound).optimizer, Path(cast(str, checkpoint)))
         elif checkpoint is not None and self.bound is not None:
             # Before torch loads moments, which it matches by position.
-            told = changed(kept(checkpoint, "plan") or {}, self.bound.planned())
+            plan = kept(checkpoint, "plan") or {}
+            told = changed(plan, self.bound.planned())
+            refuse_other_optimizer(told, where=checkpoint)
             refuse_changed(told, exact=self.exact_resume, where=checkpoint)
             ours = [{**group} for group in self.bound.optimizer.param_groups]
             rates = getattr(self.lr_scheduler, "base_lrs", None)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.bound is not None and not self._bare:
-            _exact_moments_(self.bound.optimizer, Path(checkpoint) / "optimizer.pt")
+            exact_moments_(self.bound.optimizer, Path(checkpoint) / "optimizer.pt")
             steps = self.bound.total_steps
             load_state(self.bound, checkpoint, exact=self.exact_resume)
             self.bound.total_steps = steps
             if told:
-                self._take_options(ours, rates)
-
-    def _check_groups(self, checkpoint: Path) -> None:
-        """Refuse moments of other groups than these: torch matches them by position."""
-        assert self.bound is not None
-        file = checkpoint / "optimizer.pt"
-        groups = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["param_groups"]
-        before = [len(group["params"]) for group in groups]
-        now = [len(group["params"]) for group in self.bound.optimizer.param_groups]
-        if before != now:
-            raise Refused(f"its optimizer has groups of {before} parameters, not {now}",
-                          where=str(checkpoint), remedy="use flat rates")  # fmt: skip
-
-    def _take_options(self, ours: list[dict[str, Any]], rates: list[float] | None) -> None:
-        """Go on with the options of now, not with those that were loaded with the moments."""
-        groups = cast(Bound, self.bound).optimizer.param_groups
-        for group, options in zip(groups, ours, strict=True):
-            group |= {k: v for k, v in options.items() if k not in ("params", "lr")}
-        schedule: Any = self.lr_scheduler
-        if rates is not None and hasattr(schedule, "lr_lambdas"):
-            schedule.base_lrs = rates
-            for group, rate, share in zip(groups, rates, schedule.lr_lambdas, strict=True):
-                group["lr"] = rate * share(schedule.last_epoch)
-            schedule._last_lr = [group["lr"] for group in groups]  # which Trainer logs
+                take_options_(self.bound, self.lr_scheduler, ours, rates, plan)
 
     def _logged(self) -> dict[str, Any]:
         """What Trainer has summed up since it logged last, and forgets: each rank's sum of losses
@@ -328,19 +313,6 @@ def parameters_of(bound: Bound, model: nn.Module) -> dict[str, Any]:
     frozen = ((n, p) for n, p in named_parameters(model).items() if id(p) not in names)
     held = (w for group in bound.optimizer.param_groups for w in group["params"])
     return {"frozen": weights_hash(frozen), "order": [names.get(id(w), "") for w in held]}
-
-
-def _exact_moments_(optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Restore the moments that torch cast to the parameter's dtype on loading (faults N10)."""
-    if not file.is_file():
-        return
-    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state"]
-    held = [w for group in optimizer.param_groups for w in group["params"]]
-    for index, entries in saved.items():
-        now = optimizer.state[held[index]]
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor) and now[key].dtype != value.dtype:
-                now[key] = value.to(now[key].device, copy=True)
 
 
 class _StopSaved(TrainerCallback):

@@ -11,7 +11,7 @@ from models import arguments, bert, collate, rows
 from transformers import EarlyStoppingCallback
 
 import holdfast
-from holdfast import DPS, Recipe
+from holdfast import DPS, Rates, Recipe, Refused
 from holdfast.testing.faults.place import StopAt
 
 
@@ -21,7 +21,8 @@ def made(
 ) -> Any:  # fmt: skip
     """Eight steps, saved after every second one."""
     plan: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
-    recipe = {"recipe": Recipe(methods=[DPS(stage=2)]), "exact_resume": exact}
+    recipe = {"recipe": more.pop("recipe", None) or Recipe(methods=[DPS(stage=2)]),
+              "exact_resume": exact}  # fmt: skip
     trainer = cls(
         model=model or bert(), args=arguments(out, **plan | more), train_dataset=rows(16),
         eval_dataset=rows(4), data_collator=collate, **(recipe if cls is holdfast.Trainer else {}),
@@ -103,3 +104,52 @@ def test_more_patience_than_before_is_taken(tmp_path: Path) -> None:
     again = made(tmp_path, patience=[5], **STILL)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 12
+
+
+# --- the rate of now ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy", "constant", "linear"])
+def test_another_rate_is_the_one_that_goes_on(kind: str, tmp_path: Path) -> None:
+    """Schedules that keep no base rates went on at the old rate, and said they did not."""
+    plan = {"lr_scheduler_type": kind, "eval_strategy": "steps", "eval_steps": 2}
+    made(tmp_path, stop=4, **plan).train()
+    again = made(tmp_path, exact=False, learning_rate=1e-5, logging_steps=1, **plan)
+    with pytest.warns(UserWarning, match="lr: 0.01 → 1e-05"):
+        again.train(resume_from_checkpoint=True)
+    assert "step 4: lr: 0.01 → 1e-05" in again.bound.changes
+    made_at = {log["step"]: log["learning_rate"] for log in again.state.log_history
+               if "learning_rate" in log}  # fmt: skip
+    assert all(made_at[step] <= 1.1e-5 for step in range(6, 9))
+
+
+def test_a_rate_that_was_lowered_on_the_way_stays_lowered(tmp_path: Path) -> None:
+    """By the share that the schedule had come to, for each group its own."""
+    plan: dict[str, Any] = {
+        "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1,
+        "lr_scheduler_kwargs": {"patience": 1, "factor": 0.5, "threshold": 1e9},
+    }  # fmt: skip
+    rated = Recipe(rates=Rates.bertcl(), methods=[DPS(stage=2)])
+    trainers = []
+    for rate, resume in ((1e-2, None), (1e-3, str(tmp_path / "checkpoint-4"))):
+        trainer = made(tmp_path, stop=None if resume else 4, exact=False, recipe=rated,
+                       learning_rate=rate, **plan)  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        trainers.append(trainer)
+    old, new = ([group["lr"] for group in t.optimizer.param_groups] for t in trainers)
+    assert len({*old}) > 1
+    further = [n / o for n, o in zip(new, old, strict=True)]
+    assert further == pytest.approx([further[0]] * len(further))
+    assert further[0] == pytest.approx(0.1 * 0.5**2)  # steps 4 to 8 lower it twice more
+
+
+@pytest.mark.parametrize(("one", "two"), [("adamw_torch", "sgd"), ("sgd", "adamw_torch")])
+@pytest.mark.parametrize("exact", [True, False])
+def test_moments_of_another_optimizer_are_refused(
+    one: str, two: str, exact: bool, tmp_path: Path
+) -> None:
+    """It was said to be accepted, and then failed at a moment that it lacks."""
+    made(tmp_path, stop=2, optim=one).train()
+    again = made(tmp_path, exact=exact, optim=two)
+    with pytest.raises(Refused, match=r"with another optimizer: .*; set it back, or begin a new"):
+        again.train(resume_from_checkpoint=True)
