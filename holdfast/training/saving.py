@@ -99,6 +99,10 @@ class SavingMixin(_Base):
         True resumes from the newest whole checkpoint; a checkpoint given by path must be whole.
         Raises `Stopped`, once a checkpoint is saved, if a handled signal asks for it.
         """
+        with contextlib.suppress(TypeError):  # of what is streamed, or not given
+            if len(cast(Any, self.train_dataset)) == 0:
+                raise Refused("there are no rows to train on", where="train_dataset",
+                              remedy="look at how they are read")  # fmt: skip
         if resume_from_checkpoint is True:
             found = newest_complete(self.args.output_dir)
             if found is None:

@@ -153,3 +153,23 @@ def test_moments_of_another_optimizer_are_refused(
     again = made(tmp_path, exact=exact, optim=two)
     with pytest.raises(Refused, match=r"with another optimizer: .*; set it back, or begin a new"):
         again.train(resume_from_checkpoint=True)
+
+
+# --- refused before a step ------------------------------------------------------------------------
+
+
+def test_a_batch_size_that_is_found_by_trying_is_refused(tmp_path: Path) -> None:
+    """Once memory fails, Transformers begins again with the weights as they are then: what methods
+    hold as the start of the task would be its middle. A plain recipe holds nothing."""
+    with pytest.raises(Refused, match=r"auto_find_batch_size: .*set per_device_train_batch"):
+        made(tmp_path, auto_find_batch_size=True)
+    made(tmp_path, recipe=Recipe(), auto_find_batch_size=True, save_strategy="no").train()
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_no_rows_are_refused_in_one_line(resume: Any, tmp_path: Path) -> None:
+    """Torch's sampler would raise an error of its own."""
+    trainer = made(tmp_path)
+    trainer.train_dataset = []
+    with pytest.raises(Refused, match="train_dataset: there are no rows to train on"):
+        trainer.train(resume_from_checkpoint=resume)
