@@ -19,13 +19,14 @@ from transformers import TrainerCallback
 
 from holdfast.engine.batches import Data
 from holdfast.engine.bound import Bound
-from holdfast.engine.plan import arguments_of, rows_hash
+from holdfast.engine.plan import arguments_of, changed, rows_hash
 from holdfast.errors import Refused
 from holdfast.network.rates import Rates
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
-from holdfast.training.checkpoints import META, load_state, save_state
+from holdfast.training.checkpoints import META, kept, load_state, save_state
 from holdfast.training.manifest import Spot, commit, damage, newest_complete, rotate, spot
+from holdfast.training.options import refuse_other_optimizer
 from holdfast.training.saving import parameters_of
 
 LOG = logging.getLogger("holdfast")
@@ -90,6 +91,10 @@ class RecipeCallback(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
+        if args.auto_find_batch_size and self.recipe.methods:
+            raise Refused("would begin the task again from weights of its middle",
+                          where="auto_find_batch_size", remedy="set per_device_train_batch_size "
+                          "and gradient_accumulation_steps")  # fmt: skip
         self._at = self._accept(args, state) if state.global_step else None
         if not self._seeded:
             self.bound, self._seeded = self.recipe.unbound(seed=args.seed), True
@@ -112,7 +117,10 @@ class RecipeCallback(TrainerCallback):
         if args.save_strategy != "no":
             self.bound.plan()  # of rows as they are before a collator or a draw changes them
         if state.global_step:
-            load_state(self.bound, _checkpoint(args, state), exact=self.exact_resume)
+            checkpoint = _checkpoint(args, state)
+            told = changed(kept(checkpoint, "plan") or {}, self.bound.planned())
+            refuse_other_optimizer(told, where=str(checkpoint))
+            load_state(self.bound, checkpoint, exact=self.exact_resume)
         # Trainer would delete the last whole checkpoint before the state is beside the next one.
         self._limit, args.save_total_limit = args.save_total_limit or self._limit, None
 

@@ -125,6 +125,21 @@ def test_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_moments_of_another_optimizer_are_refused(exact: bool, tmp_path: Path) -> None:
+    stopped(tmp_path, optim="sgd")
+    callback = RecipeCallback(DENSE, exact_resume=exact)
+    again = made(tmp_path, callback=callback, args=SAVING | {"optim": "adamw_torch"})
+    with pytest.raises(Refused, match='another optimizer: "SGD" → "AdamW"; set it back'):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_a_batch_size_that_is_found_by_trying_is_refused(tmp_path: Path) -> None:
+    trainer = made(tmp_path, callback=RecipeCallback(DENSE), args={"auto_find_batch_size": True})
+    with pytest.raises(Refused, match=r"auto_find_batch_size: .*set per_device_train_batch"):
+        trainer.train()
+
+
 def test_what_lies_below_adapters_must_be_the_same(tmp_path: Path) -> None:
     """It is not in the checkpoint: another base under the same adapters is another model."""
 
