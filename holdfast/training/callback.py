@@ -25,7 +25,7 @@ from holdfast.network.rates import Rates
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.training.checkpoints import META, kept, load_state, save_state
-from holdfast.training.manifest import Spot, commit, damage, newest_complete, rotate, spot
+from holdfast.training.manifest import ANEW, Spot, commit, damage, newest_complete, rotate, spot
 from holdfast.training.options import refuse_other_optimizer
 from holdfast.training.saving import parameters_of
 
@@ -79,7 +79,7 @@ class RecipeCallback(TrainerCallback):
         self.exact_resume = exact_resume
         self._shared, self._start, self._seeded = shared, start, bound is not None
         self._limit: int | None = None
-        self._at: Spot | None = None
+        self._at = ANEW
 
     def on_train_begin(
         self,
@@ -95,7 +95,7 @@ class RecipeCallback(TrainerCallback):
             raise Refused("would begin the task again from weights of its middle",
                           where="auto_find_batch_size", remedy="set per_device_train_batch_size "
                           "and gradient_accumulation_steps")  # fmt: skip
-        self._at = self._accept(args, state) if state.global_step else None
+        self._at = self._accept(args, state) if state.global_step else ANEW
         if not self._seeded:
             self.bound, self._seeded = self.recipe.unbound(seed=args.seed), True
         if not isinstance(model, nn.Module):

@@ -31,7 +31,7 @@ from holdfast.files import write_text_atomic
 from holdfast.network.parts import canonical
 from holdfast.ops import distributed
 from holdfast.training.checkpoints import load_state, reading, require_shared, save_state
-from holdfast.training.manifest import MANIFEST, Spot, commit, damage, rotate, spot
+from holdfast.training.manifest import ANEW, MANIFEST, Spot, commit, damage, rotate, spot
 from holdfast.training.tensors import write_tensors
 
 LOOP, WEIGHTS, OPTIMIZER, OTHERS = (
@@ -101,7 +101,7 @@ def save_checkpoint(
                             for rank in range(distributed.world())],
                    next(iter(bound.weights.values())).device)  # fmt: skip
     if first:
-        commit(folder, known, after=_AT.get(bound))
+        commit(folder, known, after=_AT.get(bound, ANEW))
         rotate(folder, keep)
         _AT[bound] = spot(folder)
     distributed.wait()  # no rank goes on before the checkpoint is whole

@@ -30,6 +30,7 @@ CHUNK = 1 << 20  # bytes
 
 Read = Callable[[int], Any]  # called with the number of bytes just read
 Spot = tuple[Path, int]  # a folder of checkpoints, and the number of one in it
+ANEW: Spot = (Path(), 0)  # of a run that has neither saved nor loaded one
 
 
 def commit(
@@ -41,8 +42,8 @@ def commit(
     """Declare a folder whole as it is: sync its files, then its manifest, to survive a crash.
 
     known: size and SHA-256 of files by their path in it, from whoever wrote them; these are not
-    read again. after: of a checkpoint, where the run was saved last or went on from; None if it
-    began anew.
+    read again. after: of a checkpoint, where its run was saved last or went on from, or `ANEW`; if
+    not said, at the checkpoint of this folder that was committed last.
     """
     folder, known = Path(folder), known or {}
     inside = [p for p in sorted(folder.rglob("*")) if p.is_file() and p != folder / MANIFEST]
@@ -74,9 +75,10 @@ def _numbered(folder: Path, after: Spot | None) -> tuple[int, int] | None:
     """The numbers for a checkpoint's manifest: its own, above all others, and the one before it."""
     if step_of(folder) is None:
         return None
-    home, before = after or (None, 0)
     numbers = [saved[0] for path in checkpoints_in(folder.parent) if (saved := _saved(path))]
-    return 1 + max(numbers, default=0), before if home == folder.resolve().parent else 0
+    last, here = max(numbers, default=0), folder.resolve().parent
+    home, before = after or (here, last)
+    return 1 + last, before if home == here else 0
 
 
 def sha256(file: BufferedReader | BufferedRandom, read: Read | None = None) -> str:

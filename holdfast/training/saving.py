@@ -36,7 +36,7 @@ from holdfast.training.checkpoints import (
     save_adapters,
     save_state,
 )
-from holdfast.training.manifest import Spot, commit, damage, newest_complete, rotate, spot
+from holdfast.training.manifest import ANEW, commit, damage, newest_complete, rotate, spot
 from holdfast.training.options import (
     check_groups,
     exact_moments_,
@@ -85,7 +85,7 @@ class SavingMixin(_Base):
     _windows: Windows
     _limit: int | None = None
     _to_push: str | None = None
-    _at: Spot | None = None  # the checkpoint saved last, or gone on from
+    _at = ANEW  # the checkpoint saved last, or gone on from
     _resuming = False
     _bare = False  # resuming from a checkpoint of a Trainer without a recipe
     _before = 0  # steps made without a recipe before the methods began
@@ -112,7 +112,7 @@ class SavingMixin(_Base):
         elif resume_from_checkpoint:
             wrong = damage(resume_from_checkpoint)
         self._resuming, self._bare, self._before = bool(resume_from_checkpoint), False, 0
-        self._resumed_sums, self._windows, self._at = {}, Windows(self.task), None
+        self._resumed_sums, self._windows, self._at = {}, Windows(self.task), ANEW
         if resume_from_checkpoint:
             self._accept(Path(resume_from_checkpoint), wrong)
         saver = _StopSaved(self._go_on_logging)
