@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from holdfast.files import NotPlain, differences, read_plain, write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, RECORD, FINAL = "run.json", "record.json", "final"
+REPORT = "report.html"
 DIVERGED = "diverged"  # a file in the folder of a run that is not tried again: how it ended
 
 _held: dict[Path, lease.Lease] = {}  # by this process
@@ -112,6 +114,8 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
         if begun:
             raise
         before = None
+    if not begun:
+        _refuse_strangers(folder, ours=before is not None)
     if before is not None and WEIGHTS not in before:  # of before they were noted
         now.pop(WEIGHTS, None)
     if before == now:
@@ -124,6 +128,22 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     # Nothing is lost: a setting that kept the run from its first checkpoint may be corrected.
     (folder / RECORD).unlink(missing_ok=True)
     write_text_atomic(path, json.dumps(config, indent=1))
+
+
+def _refuse_strangers(folder: Path, *, ours: bool) -> None:
+    """Refuse to begin where a run would delete or replace what none wrote. ours: it has a run.json.
+
+    A run writes its run.json first of all, and a file is whole from the start.
+    """
+    tasks, final = folder / "tasks", folder / FINAL
+    found = [] if ours else [folder / name for name in (CONFIG, REPORT) if (folder / name).exists()]
+    inside = sorted(tasks.iterdir()) if tasks.is_dir() else [tasks] if tasks.exists() else []
+    found += [e for e in inside if not (ours and e.is_dir() and re.match(r"\d+-", e.name))]
+    if final.exists() and not (ours and (final / MANIFEST).is_file()):
+        found.append(final)
+    if found:
+        raise Refused(f"holds files that no run wrote ({found[0].relative_to(folder)})",
+                      where=str(folder), remedy="choose another --out")  # fmt: skip
 
 
 def other_settings(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> Refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def test_a_run_that_never_began_may_be_corrected(tmp_path: Path) -> None:
 
 def test_what_was_only_begun_may_be_corrected(tmp_path: Path) -> None:
     """Folders, half a checkpoint and the record of a first epoch are no loss."""
-    half = tmp_path / "tasks" / "1-mood.training" / "checkpoint-3"
+    with open_run(tmp_path, {"lr": 0}):
+        half = tmp_path / "tasks" / "1-mood.training" / "checkpoint-3"
     half.mkdir(parents=True)
     (half / "optimizer.pt").touch()
     for config in ({"lr": 1}, {"lr": 2}):
@@ -231,3 +233,46 @@ def test_a_setting_that_came_later_than_the_run_has_its_default(tmp_path: Path) 
     other = Settings(lr=1e-4, bf16_eval=True).to_dict()
     with pytest.raises(Refused, match="other settings"), open_run(tmp_path, {"settings": other}):
         pass
+
+
+STRANGE = {
+    "final/thesis.txt": "final",
+    "tasks/todo.txt": "tasks/todo.txt",
+    "tasks/1-intro/notes.txt": "tasks/1-intro",
+    "tasks": "tasks",
+    "report.html": "report.html",
+    "run.json": "run.json",
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_files_that_no_run_wrote_are_left_alone(name: str, tmp_path: Path) -> None:
+    """A run deletes `tasks/` and `final/` of one that was killed: they must be a run's."""
+    precious = tmp_path / name
+    precious.parent.mkdir(parents=True, exist_ok=True)
+    precious.write_text("precious")
+    before = {*tmp_path.rglob("*")}
+    said = re.escape(f"holds files that no run wrote ({STRANGE[name]}); choose another --out")
+    for _ in range(2):  # the first refusal leaves nothing that would let a second try in
+        with pytest.raises(Refused, match=said), open_run(tmp_path, {"tasks": []}):
+            pass
+    made = {*tmp_path.rglob("*")} - before
+    assert precious.read_text() == "precious" and all(LEASE in path.name for path in made)
+
+
+@pytest.mark.parametrize("name", ["tasks/todo.txt", "tasks/mine/a.txt", "final/thesis.txt"])
+def test_files_put_beside_a_run_that_never_began_are_left_alone(name: str, tmp_path: Path) -> None:
+    with open_run(tmp_path, {"lr": 1}):
+        pass
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("precious")
+    for lr in (1, 2):
+        with pytest.raises(Refused, match="no run wrote"), open_run(tmp_path, {"lr": lr}):
+            pass
+
+
+def test_a_folder_with_other_files_takes_a_run(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "tasks").mkdir()
+    with open_run(tmp_path, {"lr": 1}):
+        assert (tmp_path / "README.md").read_text() == "mine"
