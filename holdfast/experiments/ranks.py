@@ -12,15 +12,39 @@ from collections.abc import Callable
 
 from holdfast.errors import Refused
 
+# What Accelerate reads from the environment and a run's settings say otherwise, or not at all; it
+# sets most of them itself, to one of the values that change nothing.
+OTHERS = ("MIXED_PRECISION", "DYNAMO_BACKEND", "GRADIENT_ACCUMULATION_STEPS", "TORCH_DEVICE",
+          "DOWNCAST_BF16", "USE_")  # fmt: skip
+NEUTRAL = ("", "no", "false", "0")
+GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
 
 def ranks() -> int:
     """How many processes share a run: 1 but under `torchrun`."""
-    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+    told = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(told) if told.isdecimal() else 1)
 
 
 def follows() -> bool:
     """Whether this process writes nothing, because the first does."""
     return ranks() > 1 and os.environ.get("RANK", "0") != "0"
+
+
+def check_environment() -> None:
+    """Refuse variables that would train otherwise than the record says, or that fail later on."""
+    for name, value in os.environ.items():
+        ours = name.startswith(tuple(f"ACCELERATE_{other}" for other in OTHERS))
+        if ours and value.lower() not in NEUTRAL and not (value == "1" and name.endswith("STEPS")):
+            raise Refused(f"is {value!r} in the environment, which the run's settings do not say",
+                          where=name, remedy=f"unset {name}")  # fmt: skip
+    if ranks() == 1 and os.environ.get("WORLD_SIZE", "1") == "1" and "LOCAL_RANK" not in os.environ:
+        return
+    given = [name for name in GROUP if os.environ.get(name)]
+    numbers = all(os.environ.get(n, "0").isdecimal() for n in GROUP if n != "MASTER_ADDR")
+    if len(given) < len(GROUP) or not numbers:
+        raise Refused(f"only part of what torchrun sets is in the environment ({', '.join(given)})",
+                      where="torchrun", remedy="start it with torchrun, or unset them")  # fmt: skip
 
 
 def check_alone() -> None:
@@ -29,10 +53,12 @@ def check_alone() -> None:
         raise Refused("is of one process", where="torchrun",
                       remedy="train one model on several by train or sequence, or make several "
                       "runs at once by --workers or --engine")  # fmt: skip
+    check_environment()
 
 
 def join() -> None:
     """Make the group of all processes; only the first goes on to speak."""
+    check_environment()
     if ranks() > 1:
         import torch
         from accelerate import PartialState
