@@ -16,6 +16,14 @@ from holdfast.tasks.labels import MAX_CLASSES, look_alike
 from holdfast.tasks.table import listed
 from holdfast.tasks.task import Row
 
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "BMP",
+    "GIF",
+    "WEBP",
+    "TIFF",
+)  # of others Pillow may run programs: Ghostscript
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 HELD = ("validation", "val", "test")  # names of a folder of evaluation pictures
 LITTER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders of pictures
@@ -126,7 +134,7 @@ def _checked(file: Path) -> str:
         content = file.read_bytes()
         with python_warnings.catch_warnings():
             python_warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 opened.load()
     except Exception as error:  # decoders raise many kinds on broken bytes
         why = type(error).__name__

@@ -7,6 +7,7 @@ tests/experiments, what a page shows in tests/report/test_page.py.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import models
 import pytest
 import torch
 import transformers
+from PIL import EpsImagePlugin, Image
 from transformers.utils import import_utils
 
 import holdfast
@@ -32,7 +34,7 @@ from holdfast.experiments.record import Record
 from holdfast.experiments.verify import verify
 from holdfast.search.trials import read_study
 from holdfast.tasks import load_task
-from holdfast.tasks.kinds import pretrained
+from holdfast.tasks.kinds import images, pretrained
 from holdfast.tasks.kinds.pretrained import load_config, load_saved, load_tokenizer, locate
 
 HOME = Path(holdfast.__file__).parent
@@ -187,6 +189,35 @@ def test_a_folder_has_no_revision(copied: Path, tmp_path: Path) -> None:
             locate(model)
     odd = copied.rename(tmp_path / "bert@home")
     assert load_config(locate(str(odd))).model_type == "bert"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 11 11\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_picture_runs_no_program(
+    mark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow goes by content, not by name, and gives PostScript to Ghostscript to run."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    for name in ("cat/1.png", "cat/9.png", "dog/1.png"):
+        (tmp_path / "task" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "task" / name)
+    planted = tmp_path / "task" / "cat" / "9.png"
+    planted.write_bytes(POSTSCRIPT)
+    with contextlib.suppress(Exception), Image.open(planted) as opened:
+        opened.load()
+    assert mark.exists()  # the payload works
+    mark.unlink()
+    with pytest.raises(Refused, match=r"9\.png: no picture that can be read"):
+        load_task(tmp_path / "task")
+    with pytest.raises(Refused, match="no picture that can be read"):
+        images._opened(planted, "RGB")
 
 
 # --- YAML -----------------------------------------------------------------------------------------

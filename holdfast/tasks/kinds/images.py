@@ -19,6 +19,7 @@ from holdfast.errors import Refused
 from holdfast.tasks.kinds.classification import Classification
 from holdfast.tasks.kinds.packed import CHUNK, Packed
 from holdfast.tasks.kinds.pretrained import first_line, reading
+from holdfast.tasks.pictures import FORMATS
 from holdfast.tasks.task import Prediction, Row, Task
 
 STEPS = ("do_resize", "do_center_crop", "do_pad", "do_convert_rgb")  # done once
@@ -116,7 +117,7 @@ def _resized(files: Sequence[Any], processor: Any, mode: str) -> Any:
 def _opened(file: Any, mode: str) -> Any:
     """A picture the right way up, as its camera says; of 16 bits the upper 8."""
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             picture: Any = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I;16"):  # Pillow would make everything above 255 white
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
