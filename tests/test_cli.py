@@ -716,3 +716,17 @@ def test_ctrl_c_ends_all_processes_of_a_comparison(place: Path, tmp_path: Path) 
     code, errors = interrupted(place, tmp_path, words)
     assert code == 130
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("asked", ["{}", "{}?text=body"])
+def test_predictions_are_not_written_over_their_rows(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "in.csv"
+    rows.write_text("body\na film\n")
+    again = tmp_path / "in" / ".." / "in.csv"  # the same file by another path
+    (tmp_path / "in").mkdir()
+    words = ["predict", str(tmp_path), asked.format(rows), "--task", "mood", "--out", str(again)]
+    assert main(words) == 2
+    assert "is the file of the rows, which would be lost" in capsys.readouterr().err
+    assert rows.read_text() == "body\na film\n"

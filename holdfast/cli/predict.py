@@ -40,6 +40,11 @@ def run(chosen: argparse.Namespace) -> None:
         raise Refused("must be above 0", where="--batch-size")
     if chosen.out.suffix not in (".jsonl", ".csv"):
         raise Refused("neither .jsonl nor .csv", where=str(chosen.out), remedy="name such a file")
+    named = Path(chosen.rows)
+    named = named if named.exists() else Path(chosen.rows.partition("?")[0])
+    if chosen.out.exists() and named.exists() and chosen.out.samefile(named):
+        raise Refused("is the file of the rows, which would be lost", where=str(chosen.out),
+                      remedy="choose another --out")  # fmt: skip
     shares = "probabilities" if chosen.out.suffix == ".jsonl" else "probability"
     if taken := {"label", shares, FAR} & {*chosen.keep}:
         raise Refused(f"{taken.pop()!r} is what is written", where="--keep",

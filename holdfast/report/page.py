@@ -75,10 +75,21 @@ def write_report(records: Sequence[Record], path: str | Path, title: str | None 
     learned other tasks, in another scenario, or from another model get a section of their own.
     """
     page = render(records, title)
+    write_text_atomic(check_page(path), page)
+    return Path(path)
+
+
+def check_page(path: str | Path) -> Path:
+    """Where a page may be written: nothing is there, or another page; never a record or data."""
     target = Path(path)
     if target.is_dir():
         raise Refused("is a folder", where=str(path), remedy="name a file, such as report.html")
-    write_text_atomic(target, page)
+    if target.is_file():
+        with target.open("rb") as file:
+            begin = file.read(200).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        if begin and not begin.startswith((b"<!doctype html", b"<html")):
+            raise Refused("is no page, and would be lost", where=str(path),
+                          remedy="choose another --out")  # fmt: skip
     return target
 
 

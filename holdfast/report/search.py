@@ -15,7 +15,7 @@ import holdfast
 from holdfast.errors import Refused
 from holdfast.experiments.statistics import Difference, paired_difference
 from holdfast.files import LARGEST, check_seal, parse_json, read_plain, write_text_atomic
-from holdfast.report.page import environment
+from holdfast.report.page import check_page, environment
 from holdfast.report.words import DASH, clean, number, short
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def _check(found: Any, needed: Mapping[str, Any], name: str, where: str) -> None
 
 def write_search_report(body: Mapping[str, Any], path: str | Path) -> Path:
     """Write the page of a search: one self-contained file."""
-    target = Path(path)
-    if target.is_dir():
-        raise Refused("is a folder", where=str(path), remedy="name a file, such as report.html")
+    target = check_page(path)
     write_text_atomic(target, render(body))
     return target
 

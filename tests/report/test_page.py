@@ -20,7 +20,7 @@ from holdfast.report import as_text, find_records, matrix_table, pictures, write
 from holdfast.report.canvas import LIGHT
 from holdfast.report.facts import comparisons
 from holdfast.report.general import draw
-from holdfast.report.page import TEMPLATES, render
+from holdfast.report.page import TEMPLATES, check_page, render
 
 VOID = {"meta", "img", "source", "br"}
 LINKS = {"href", "src", "srcset", "action", "formaction", "data", "poster", "background", "cite"}
@@ -427,3 +427,22 @@ def test_scores_of_tasks_that_are_only_tested_on_have_a_table() -> None:
 def test_a_damaged_protocol_leaves_the_page_standing(extra: dict[str, Any]) -> None:
     page = render([two(0.8, 0.9, 0.5, extra=extra)])
     assert "Numbers" in page and "only tested on" not in page
+
+
+@pytest.mark.parametrize("held", ["{}", "text,label\n", "the thesis", "\x00"])
+def test_no_page_is_written_over_what_is_none(held: str, tmp_path: Path) -> None:
+    """A record or data named as --out would be lost."""
+    path = tmp_path / "record.json"
+    path.write_text(held)
+    with pytest.raises(Refused, match=r"is no page, and would be lost; choose another --out"):
+        write_report([two(0.8, 0.9, 0.7)], path)
+    with pytest.raises(Refused, match="is no page"):
+        check_page(path)
+    assert path.read_text() == held
+
+
+@pytest.mark.parametrize("held", ["", "<!DOCTYPE html>\n<p>old", "\ufeff\n <HTML>"])
+def test_a_page_is_written_over_an_older_one(held: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(held)
+    page = write_report([two(0.8, 0.9, 0.7)], tmp_path / "report.html")
+    assert write_report([two(0.8, 0.9, 0.8)], page) == page
