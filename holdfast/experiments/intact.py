@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from holdfast.errors import Refused
@@ -13,6 +14,21 @@ REPEAT = "run it again, or leave this file out"
 _LISTS = ("tasks", "scores", "history", "seconds", "steps", "skipped_steps", "warnings")
 _DICTS = ("model", "alone", "recipe", "settings", "versions", "methods_state", "before_end",
           "head_first", "general", "movement")  # fmt: skip
+
+
+@contextlib.contextmanager
+def drawn(what: str) -> Iterator[None]:
+    """While what strangers sent is drawn: where its values do not fit together, `what` is damaged.
+
+    `check` tells the usual damage by name; this is for the rest.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise Refused(f"damaged {what} ({said[:200]})", remedy=REPEAT) from error
 
 
 def check(body: Mapping[str, Any], where: str | None) -> None:
@@ -35,8 +51,13 @@ def check(body: Mapping[str, Any], where: str | None) -> None:
             if not isinstance(task.get(key) or [], list):
                 raise fault(f"{key} of task {task['name']!r}", "a list")
         rows, constant = task.get("rows") or {}, task.get("constant")
+        if not all(isinstance(task.get(key), str | None) for key in ("metric", "kind")):
+            raise fault(f"metric or kind of task {task['name']!r}", "a text")
         if not isinstance(rows, dict) or not all(map(_number, [*rows.values(), constant])):
             raise fault(f"rows or constant of task {task['name']!r}", "a count for each split")
+    curve = body.get("recipe", {}).get("rates")
+    if isinstance(curve, dict) and not isinstance(curve.get("multipliers") or [], list):
+        raise fault("multipliers of recipe", "a list")
     for key in ("scores", "selection_scores"):
         matrix = body.get(key)
         if matrix is not None and not (isinstance(matrix, list) and all(map(_cells, matrix))):
@@ -56,8 +77,9 @@ def check(body: Mapping[str, Any], where: str | None) -> None:
         raise fault("general", "a number for each measure")
     for m in body.get("movement", {}).values():
         far = m.get("parts", {}) if isinstance(m, dict) else None
-        more = [m.get("changed"), m.get("overlap")] if isinstance(far, dict) else [""]
-        if not all(map(_number, [*more, *(far or {}).values()])):
+        if not isinstance(far, dict) or not all(
+            map(_number, [m.get("changed"), m.get("overlap"), *far.values()])
+        ):
             raise fault("movement", "a number for each part")
     for key in ("seconds", "steps", "skipped_steps"):
         if not _cells(body.get(key, [])):

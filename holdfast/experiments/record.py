@@ -227,10 +227,12 @@ class Record:
         ours = known | {"schema", "metrics", SEAL}
         given = {key: value for key, value in plain.items() if key in known}
         given["extra"] = {key: value for key, value in plain.items() if key not in ours}
-        check(given, where)
         try:
+            check(given, where)
             return cls(**given)
-        except (TypeError, ValueError) as error:
+        except Refused:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             raise Refused(f"damaged record: {error}", where=where, remedy=REPEAT) from error
 
     @classmethod

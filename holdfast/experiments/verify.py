@@ -139,7 +139,7 @@ def _json(path: Path, _: Callable[[int], object]) -> str | None:
         return _files(path.parent, body) if check_seal(body) else UNSEALED
     except Refused as refusal:
         return _line(refusal.what)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         return f"cannot be read ({_line(error)})"
 
 

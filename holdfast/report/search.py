@@ -77,6 +77,17 @@ def load_search(path: str | Path) -> dict[str, Any]:
         found = body.get(key)  # not every search has a confirmation
         for entry in found if isinstance(found, list) else [found] * (found is not None):
             _check(entry, inner, key, where)
+    for entry in (seed for each in body["final"] for seed in each["seeds"]):
+        _check(entry, {"seed": int, "new_plus_old": NUMBER}, "the seeds of final", where)
+    space, sizes = body["space"], {len(t["multipliers"] or body["space"]["parts"])
+                                   for t in body["trials"]}  # fmt: skip
+    if sizes - {len(space["parts"])} or not len(space["rate"]) == len(space["multiplier"]) == 2:
+        raise Refused("its parts, multipliers and ranges do not fit together", where=where)
+    numbers = [*space["rate"], *space["multiplier"], *body["config"]["flat"],
+               *(m for t in body["trials"] for m in t["multipliers"] or ()),
+               *(count for task in body["tasks"] for count in task["rows"].values())]  # fmt: skip
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise Refused("a text where a number belongs", where=where)
     for entry in (body.get("confirmation") or {}).get("trials", []):
         _check(entry, {"number": int, "mean": NUMBER, "value": NUMBER, "by_seed": dict},
                "confirmed trials", where)  # fmt: skip

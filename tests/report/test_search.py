@@ -12,6 +12,7 @@ import pytest
 from made_searches import FLAT, control, final, nothing, only_controls, search, task, trial
 from test_page import Page, inert
 
+from holdfast.cli import main
 from holdfast.errors import Refused
 from holdfast.report import as_text
 from holdfast.report import search_draw as draw
@@ -267,6 +268,44 @@ def test_damaged_entries_are_refused(key: str, inner: str, tmp_path: Path) -> No
     if isinstance(body[key], list):
         body[key][0] = "text"
         refused(body, f"{key} hold str", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("final", 0, "seeds", 0), [1], "the seeds of final hold list"),
+        (("final", 0, "seeds", 0, "new_plus_old"), ["x"], "new_plus_old of the seeds"),
+        (("space", "rate"), [], "do not fit together"),
+        (("space", "parts", 0), ..., "do not fit together"),
+        (("trials", 0, "multipliers", 1), {}, "a text where a number belongs"),
+        (("tasks", 0, "rows", "train"), "", "a text where a number belongs"),
+    ],
+)
+def test_facts_that_do_not_fit_are_refused(
+    path: tuple[Any, ...], value: Any, says: str, tmp_path: Path
+) -> None:
+    body = json.loads(json.dumps(search()))
+    inner = body
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is ...:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    refused(body, says, tmp_path)
+
+
+def test_what_no_check_foresaw_is_one_line_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = search()
+    body["counts"] = {"complete": [1]}
+    body["reasons"] = {"collapsed": "many"}
+    (tmp_path / "search.json").write_text(json.dumps(body))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.html")]) == 2
+    said = capsys.readouterr().err
+    assert "damaged search.json" in said and said.count("\n") == 1
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_whole_facts_are_read(tmp_path: Path) -> None:
