@@ -45,7 +45,7 @@ class Images(Classification):
         try:
             name, how = reading(source)
             return AutoImageProcessor.from_pretrained(name, **how)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # readers raise many kinds on broken files
             raise Refused(f"no image processor: {first_line(error)}", where=source,
                           remedy="save the model's own beside it") from None  # fmt: skip
 

@@ -6,12 +6,12 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from holdfast.errors import Refused
@@ -105,7 +105,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         name, how = reading(source)
         tokenizer = AutoTokenizer.from_pretrained(name, **how)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # readers raise many kinds on broken files
         raise Refused(f"no tokenizer: {first_line(error)}", where=source,
                       remedy="name a folder or Hub id that holds one") from None  # fmt: skip
     embedded = getattr(config.get_text_config(), "vocab_size", None) or 0
@@ -128,7 +128,9 @@ def load_config(source: str) -> Any:
                       remedy=f"say --tasks {source}:TASK")  # fmt: skip
     try:
         return _config(source)[0]
-    except (OSError, ValueError, KeyError) as error:
+    except Refused:
+        raise
+    except Exception as error:  # of a broken config.json, of many kinds
         raise Refused(f"cannot be loaded: {first_line(error)}", where=source) from None
 
 
@@ -139,6 +141,22 @@ def _config(source: str, **more: Any) -> tuple[Any, dict[str, Any]]:
     # Either may name a repository whose code Transformers fetches and runs (package `kernels`):
     # it is to choose among its own (faults S4).
     config._attn_implementation = config._experts_implementation = None
+    text = config.get_text_config()
+    for each in (config, text):
+        # Of its outputs each pass says what it wants; chunks are a matter of memory alone.
+        each.return_dict, each.output_hidden_states = True, False
+        each.output_attentions = False
+        if getattr(each, "chunk_size_feed_forward", 0):
+            each.chunk_size_feed_forward = 0
+    if odd := [k for k, v in vars(text).items() if isinstance(v, float) and math.isnan(v)]:
+        raise Refused(f"its config.json says NaN for {odd[0]}", where=source)
+    if getattr(config, "quantization_config", None):
+        raise Refused("is quantized, and is trained in float32 here", where=source,
+                      remedy="name the model it was made from")  # fmt: skip
+    padding, rows = padding_id(text), getattr(text, "vocab_size", None)
+    if padding is not None and isinstance(rows, int) and padding >= rows:
+        raise Refused(f"its config.json says pad_token_id {padding}, of {rows:,} tokens",
+                      where=source, remedy="say the id of its tokenizer's")  # fmt: skip
     return config, {key: value for key, value in rest.items() if key in more}
 
 
@@ -159,7 +177,7 @@ def check_length(source: str, max_length: int) -> None:
 
 def padding_id(config: Any) -> int | None:
     """The id of the padding token; some old configurations write -1 for none."""
-    found = config.pad_token_id
+    found = getattr(config, "pad_token_id", None)
     return found if found is not None and found >= 0 else None
 
 
@@ -177,7 +195,7 @@ def load_saved(auto: Any, source: str, **more: Any) -> Any:
         model, told = auto.from_pretrained(name, output_loading_info=True, **how, **more)
     except Refused:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of broken files or an odd configuration, of many kinds
         pickled = "no file named model.safetensors" in str(error)
         raise Refused(
             f"cannot be loaded: {first_line(error)}",
@@ -191,7 +209,10 @@ def load_saved(auto: Any, source: str, **more: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """What an error says first; with the next line where that one only introduces it."""
+    said = str(error).strip().split("\n")
+    first = said[0] if not said[0].endswith(":") else " ".join(said[:2])
+    return " ".join(first.split()) or type(error).__name__
 
 
 def source_hash(source: str) -> str | None:
