@@ -1,4 +1,4 @@
-"""Weights that are not in a model's file must not be drawn at random without a word."""
+"""What a model's files lack or get wrong is refused: nothing is drawn at random without a word."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from holdfast import Refused
-from holdfast.tasks.kinds.pretrained import load_saved
+from holdfast.tasks.kinds import kind_named
+from holdfast.tasks.kinds.pretrained import load_saved, load_tokenizer
+from holdfast.tasks.kinds.stored import check_ids
+from holdfast.tasks.task import Row, Task
 
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 Weights = dict[str, Tensor]
@@ -149,3 +152,79 @@ def test_weights_in_pieces_are_read_by_their_index(bert: Path, tmp_path: Path) -
     shutil.copy(bert / "model.safetensors", tmp_path / "pieces" / "stray.safetensors")
     configure(tmp_path / "pieces", num_hidden_layers=10**6)
     assert "its file has 39 tensors" in told(tmp_path / "pieces")
+
+
+# --- configurations and tokenizers that are broken ------------------------------------------------
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "NaN for hidden_dropout_prob": {"hidden_dropout_prob": float("nan")},
+    "integer modulo by zero": {"num_attention_heads": 0},
+    "expected int, got str": {"num_hidden_layers": "two"},
+    "unhashable type: 'list'": {"model_type": ["bert"]},
+    "pad_token_id 999, of 38 tokens": {"pad_token_id": 999},
+    "is quantized": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "no attribute 'nosuch'": {"dtype": "nosuch"},
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_broken_configuration_is_refused_in_one_line(said: str, bert: Path) -> None:
+    line = told(configure(bert, **BROKEN[said]))
+    assert said in line and line.startswith(str(bert)) and "\n" not in line
+
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[1]", "{", '{"weight_map": [1]}', "\xff"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_broken_file_is_refused_in_one_line(file: str, content: str, bert: Path) -> None:
+    models.tokenizer().save_pretrained(bert)
+    (bert / file).write_text(content, encoding="latin-1")
+    if "index" in file:
+        (bert / "model.safetensors").unlink()
+    load = load_tokenizer if "token" in file else lambda source: load_saved(CLASSIFIER, source)
+    if file == "tokenizer_config.json" and content[0] == "{" and content[-1] == "}":
+        load(str(bert))  # it says nothing
+        return
+    with pytest.raises(Refused) as refusal:
+        load(str(bert))
+    assert "\n" not in str(refusal.value)
+
+
+def test_outputs_and_chunks_are_not_a_configurations_to_choose(bert: Path) -> None:
+    plain = load_saved(CLASSIFIER, str(bert)).eval()
+    configure(bert, return_dict=False, output_attentions=True, output_hidden_states=True,
+              chunk_size_feed_forward=3)  # fmt: skip
+    torch.manual_seed(0)
+    odd = load_saved(CLASSIFIER, str(bert)).eval()
+    odd.classifier.load_state_dict(plain.classifier.state_dict())
+    ids = torch.tensor([[2, 5, 7, 3]])
+    assert torch.equal(odd(ids).logits, plain(ids).logits)
+    assert odd(ids).attentions is None and odd(ids).hidden_states is None
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused() -> None:
+    """One that no text has does no harm."""
+    config = models.bert_config()
+    check_ids(models.SIZE - 1, config, "mood")
+    with pytest.raises(Refused, match=f"^mood: has a token with id {models.SIZE}, the model has "):
+        check_ids(models.SIZE, config, "mood")
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation"])
+def test_a_tokenizer_of_another_model_is_refused_by_its_texts(kind: str) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    config = models.gpt2().config if kind == "generation" else models.bert_config()
+
+    def encode(text: str) -> None:
+        row = Row(text, None, "a film" if kind == "generation" else 0)
+        task = Task(name="mood", labels=None if kind == "generation" else ("a", "b"), train=(row,),
+                    metric="likelihood" if kind == "generation" else "accuracy", selection=(),
+                    evaluation=(), source="", kind=kind)  # fmt: skip
+        kind_named(kind).encode([row], task, tokenizer, max_length=16, config=config)
+
+    encode("a film")
+    with pytest.raises(Refused, match="mood: has a token with id 38, the model has 38 tokens"):
+        encode("a zebra")

@@ -35,6 +35,7 @@ from holdfast.tasks.kinds.pretrained import (
     load_tokenizer,
 )
 from holdfast.tasks.kinds.sharing import Whole
+from holdfast.tasks.kinds.stored import check_ids
 from holdfast.tasks.labels import IGNORED
 from holdfast.tasks.scores import text_scores
 from holdfast.tasks.task import Prediction, Row, Task
@@ -118,7 +119,9 @@ class Generation(Whole):
                 found.append(made)
             return found
 
-        return Packed.of(rows, few)
+        made = Packed.of(rows, few)
+        check_ids(max(made.largest("input_ids"), made.largest("labels")), config, task.name)
+        return made
 
     def count_cut(
         self,
@@ -185,6 +188,7 @@ class Generation(Whole):
             _cut(ids, room, decoder=decoder)
             for ids in self.prompts(texts, tokenizer, decoder=decoder)
         ]
+        check_ids(max(map(max, filter(None, prompts)), default=0), model.config)
         longest = max(map(len, prompts), default=0) if decoder else 0
         said = generate(
             model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH)

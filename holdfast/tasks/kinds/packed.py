@@ -76,6 +76,11 @@ class Packed(Sequence[dict[str, Any]]):
             return found[np.array(self._places, dtype=int)]
         return np.stack([found[begins[p] : begins[p + 1]] for p in self._places])
 
+    def largest(self, name: str) -> int:
+        """The largest number in a column of whole numbers, or 0."""
+        found = self._columns[name][0] if name in self._columns else None
+        return 0 if found is None or not found.size else int(found.max())
+
     def content_hash(self) -> str:
         """A hash of all rows in their order."""
         digest = hashlib.sha256(f"{[*self._columns]} {self._places}".encode())

@@ -77,3 +77,14 @@ def check_loaded(model: Any, missing: Iterable[str], source: str) -> None:
     if gone:
         raise Refused(f"{len(gone):,} of its weights are not in its file, such as {min(gone)}",
                       where=source, remedy=WHOLE_MODEL)  # fmt: skip
+
+
+def check_ids(largest: int, config: Any, where: str | None = None) -> None:
+    """Refuse a token's id that the embedding has no row for: its tokenizer is of another model.
+
+    The tokenizer may have more tokens than that, as long as no text has one: Gemma's do.
+    """
+    size = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(size, int) and largest >= size:
+        raise Refused(f"has a token with id {largest:,}, the model has {size:,} tokens",
+                      where=where, remedy="save the model's own tokenizer beside it")  # fmt: skip

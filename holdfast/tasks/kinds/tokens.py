@@ -15,6 +15,7 @@ from holdfast.tasks.kinds.classification import outputs
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
+from holdfast.tasks.kinds.stored import check_ids
 from holdfast.tasks.labels import IGNORED
 from holdfast.tasks.tagged import OUTSIDE, Span, chunked, entities, words_in
 from holdfast.tasks.task import Prediction, Row, Task
@@ -56,7 +57,9 @@ class Tokens(Headed):
                               WORDS: words, "labels": labels})  # fmt: skip
             return found
 
-        return Packed.of(rows, few)
+        made = Packed.of(rows, few)
+        check_ids(made.largest("input_ids"), config, task.name)
+        return made
 
     def count_cut(
         self, rows: Sequence[Row], encoded: Packed, task: Task, tokenizer: Any, *, max_length: int
@@ -105,6 +108,7 @@ class Tokens(Headed):
         # A text without a word is read as a sign: some tokenizers would make no token of it.
         made = _split(tokenizer, [[w for w, _, _ in each] or ["?"] for each in words], max_length)
         rows = [{k: v[i] for k, v in made.items()} for i in range(len(texts))]
+        check_ids(max(map(max, made["input_ids"]), default=0), model.config)
         found: list[Any] = [None] * len(texts)
         for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
             for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
