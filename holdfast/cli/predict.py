@@ -36,8 +36,8 @@ def run(chosen: argparse.Namespace) -> None:
     from holdfast.tasks.kinds import kind_named
     from holdfast.tasks.rows import unlabelled
 
-    if chosen.batch_size < 1:
-        raise Refused("must be above 0", where="--batch-size")
+    if not 0 < chosen.batch_size < 2**31:
+        raise Refused("must be above 0 and below 2^31", where="--batch-size")
     if chosen.out.suffix not in (".jsonl", ".csv"):
         raise Refused("neither .jsonl nor .csv", where=str(chosen.out), remedy="name such a file")
     named = Path(chosen.rows)

@@ -34,6 +34,9 @@ def about(description: str, **bounds: Any) -> Any:
     return Field(description=description, **bounds)
 
 
+MOST = 2**31  # what Trainer and torch count in takes no more
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
     """How every task of a sequence is trained; checked when it is made.
@@ -48,26 +51,29 @@ class Settings(Checked):
 
     shares: ClassVar[tuple[str, ...]] = ("warmup", "selection")
 
-    train_size: Annotated[int, about("a stratified subset of the training rows", gt=0)] | None = (
-        None
-    )
-    evaluation_size: (
-        Annotated[int, about("a stratified subset of the evaluation rows", gt=0)] | None
+    train_size: (
+        Annotated[int, about("a stratified subset of the training rows", gt=0, lt=MOST)] | None
     ) = None
-    epochs: Annotated[float, about("passes over the training rows", gt=0)] = 3.0
-    batch_size: Annotated[int, about("rows a micro-batch", gt=0)] = 16
-    accumulation: Annotated[int, about("micro-batches a step", gt=0)] = 1
+    evaluation_size: (
+        Annotated[int, about("a stratified subset of the evaluation rows", gt=0, lt=MOST)] | None
+    ) = None
+    epochs: Annotated[float, about("passes over the training rows", gt=0, lt=MOST)] = 3.0
+    batch_size: Annotated[int, about("rows a micro-batch", gt=0, lt=MOST)] = 16
+    accumulation: Annotated[int, about("micro-batches a step", gt=0, lt=MOST)] = 1
     lr: Annotated[float, about("base learning rate; larger models take less", gt=0)] = 2e-4
     weight_decay: Annotated[float, about("decoupled weight decay", ge=0)] = 0.01
-    warmup: Annotated[float | int, about("steps of warm-up, or a share below 1", ge=0)] = 0.1
+    warmup: Annotated[float | int, about("steps of warm-up, or a share below 1", ge=0, lt=MOST)] = (
+        0.1
+    )
     schedule: Annotated[Schedule, about("a learning-rate schedule of Transformers")] = "linear"
     head: Annotated[
         Head, about("task: one each; shared: one for all; prototype, variance_prototype; levi")
     ] = "task"
-    max_length: Annotated[int, about("tokens a row is cut at", gt=1)] = 128
+    max_length: Annotated[int, about("tokens a row is cut at", gt=1, lt=MOST)] = 128
     selection: Annotated[Share, about("training rows kept for choosing, or a share")] = 0.1
     save_steps: (
-        Annotated[int, about("steps between checkpoints; 0: none (each epoch)", ge=0)] | None
+        Annotated[int, about("steps between checkpoints; 0: none (each epoch)", ge=0, lt=MOST)]
+        | None
     ) = None
     group_by_length: Annotated[
         bool, about("steps of rows of like length: faster, and may forget more")
