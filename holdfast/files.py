@@ -275,6 +275,15 @@ def write_yaml(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     write_text_atomic(path, dump_yaml(data))
 
 
+def must_be_utf8(name: object, where: str | None = None) -> None:
+    """Refuse a name that no record could hold: Python reads bytes that are no UTF-8 as halves."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise Refused("a name that is not UTF-8", where=where or str(name),
+                      remedy="rename it") from None  # fmt: skip
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Replace `path` by `text` (UTF-8) so that a reader or a crash sees the old or the new file.
 

@@ -26,6 +26,7 @@ from holdfast.cli import build_parser, main
 from holdfast.cli.options import given
 from holdfast.errors import Refused
 from holdfast.experiments.record import Record
+from holdfast.experiments.runs import open_run
 from holdfast.experiments.settings import Settings
 
 VERBS = (
@@ -730,3 +731,31 @@ def test_predictions_are_not_written_over_their_rows(
     assert main(words) == 2
     assert "is the file of the rows, which would be lost" in capsys.readouterr().err
     assert rows.read_text() == "body\na film\n"
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch-size", "accumulation", "train-size", "warmup",
+                                  "evaluation-size", "max-length", "save-steps"])  # fmt: skip
+def test_numbers_that_nothing_counts_to_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--task", "builtin:sentiment", "--out", str(tmp_path / "run")]
+    for value in ("1e308" if name == "epochs" else str(10**30), str(2**31)):
+        assert main([*words, f"--{name}", value]) == 2
+        assert f"--{name}" in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_not_utf_8_is_refused_up_front(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The record could not be written after the training."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/r\xe9")
+    usual = {"task": "builtin:sentiment", "model": "minilm", "out": str(tmp_path / "run")}
+    for name in usual:
+        given = usual | {name: odd}
+        assert main(["train", *(f"--{k}={v}" for k, v in given.items())]) == 2
+        said = capsys.readouterr().err
+        assert "a name that is not UTF-8; rename it" in said and len(said.splitlines()) == 1
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(Refused, match="not UTF-8"), open_run(odd, {}):
+        pass

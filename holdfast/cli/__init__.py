@@ -27,6 +27,7 @@ from holdfast import __version__
 from holdfast.cli.options import decimal, whole
 from holdfast.errors import OutOfMemory, Refused, meant, printable
 from holdfast.experiments.ranks import check_alone, follows
+from holdfast.files import must_be_utf8
 from holdfast.plugins import plugin
 from holdfast.training import stopping
 
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resumes = chosen.verb.RESUMES
         if resumes and not getattr(chosen.verb, "TOGETHER", False):
             check_alone()
+        must_be_utf8(getattr(chosen, "out", None), "--out")
         if getattr(chosen, "trust_code", False):
             from holdfast.tasks.program import trust_all
 

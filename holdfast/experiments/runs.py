@@ -23,7 +23,7 @@ from holdfast.experiments import lease
 from holdfast.experiments.ranks import check_alone, first, follows
 from holdfast.experiments.record import LARGEST, Record
 from holdfast.experiments.settings import defaults
-from holdfast.files import NotPlain, differences, read_plain, write_text_atomic
+from holdfast.files import NotPlain, differences, must_be_utf8, read_plain, write_text_atomic
 from holdfast.training.manifest import MANIFEST
 
 CONFIG, RECORD, FINAL = "run.json", "record.json", "final"
@@ -50,6 +50,7 @@ def open_run(
     otherwise they are refused. Raises `Busy` where another live process holds it; `Refused` where
     it belongs to another configuration, where a link lies in it, or where it cannot be written.
     """
+    must_be_utf8(folder)
     if not together:
         check_alone()
     folder, held = Path(folder), list[lease.Lease]()

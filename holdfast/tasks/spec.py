@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from holdfast.errors import Refused, nearest
+from holdfast.files import must_be_utf8
 from holdfast.tasks.files import is_data_file, is_text
 from holdfast.tasks.table import Columns, pieces, shown
 from holdfast.tasks.task import METRICS
@@ -77,6 +78,7 @@ def parse(text: str) -> Spec:
     """What kind of source `text` names. A path that exists wins over a Hub id."""
     if not text.strip():
         raise Refused("no task named", remedy="name a folder, a file, builtin:NAME or a Hub id")
+    must_be_utf8(text)
     place, query = text, ""
     if not _exists(Path(text)):
         place, _, query = text.partition("?")

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from holdfast.errors import Refused
-from holdfast.files import no_archive
+from holdfast.files import must_be_utf8, no_archive
 from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
 from holdfast.tasks.kinds.stored import check_loaded, check_stored
@@ -34,6 +34,7 @@ WHOLE = 1 << 30  # bytes of a file that is hashed from end to end
 
 def locate(model: str) -> str:
     """A model's folder or Hub id (`ID@REVISION` pins it); `minilm` ships in a package."""
+    must_be_utf8(model)
     if model != "minilm":
         folder = Path(model)
         no_archive(folder)
