@@ -127,7 +127,10 @@ class Classification(Headed):
         """What a model says of each text. about: the task's `labels`."""
         fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
         rows = [{k: v[i] for k, v in fields.items()} for i in range(len(texts))]
-        check_ids(max(map(max, filter(None, fields["input_ids"])), default=0), model.config)
+        check_ids(
+            max(map(max, filter(None, fields["input_ids"])), default=0),
+            getattr(model, "config", None),
+        )
         return self.predictions(model, rows, self.collator(tokenizer), about["labels"], batch=batch)
 
     def predictions(

@@ -188,7 +188,7 @@ class Generation(Whole):
             _cut(ids, room, decoder=decoder)
             for ids in self.prompts(texts, tokenizer, decoder=decoder)
         ]
-        check_ids(max(map(max, filter(None, prompts)), default=0), model.config)
+        check_ids(max(map(max, filter(None, prompts)), default=0), getattr(model, "config", None))
         longest = max(map(len, prompts), default=0) if decoder else 0
         said = generate(
             model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH)

@@ -108,7 +108,7 @@ class Tokens(Headed):
         # A text without a word is read as a sign: some tokenizers would make no token of it.
         made = _split(tokenizer, [[w for w, _, _ in each] or ["?"] for each in words], max_length)
         rows = [{k: v[i] for k, v in made.items()} for i in range(len(texts))]
-        check_ids(max(map(max, made["input_ids"]), default=0), model.config)
+        check_ids(max(map(max, made["input_ids"]), default=0), getattr(model, "config", None))
         found: list[Any] = [None] * len(texts)
         for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
             for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
