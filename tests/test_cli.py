@@ -57,6 +57,35 @@ def started(*words: str, **more: Any) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+# --- where output goes ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("methods >&- 2>&-", 0),
+        ("methods | true; exit ${PIPESTATUS[0]}", 141),
+        ("methods >/dev/full", 2),
+    ],
+)
+def test_what_becomes_of_the_output_is_one_code_and_no_traceback(words: str, code: int) -> None:
+    """A run of days ended in a traceback, with 1, for its last line."""
+    line = f"{shlex.quote(sys.executable)} -m holdfast {words}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == (code == 2) and "Traceback" not in done.stderr
+
+
+def test_letters_that_the_output_has_not_are_replaced() -> None:
+    words = [sys.executable, "-c", "import sys; from holdfast.cli import main; "
+             "print('nothing'); main(['methods']); print('caf\\xe9 \\udce9')"]  # fmt: skip
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"caf? ?\n") and not done.stderr
+
+
 # --- options --------------------------------------------------------------------------------------
 
 TRAINING = """--model --out --bad-rows --strip --train-size --evaluation-size --epochs --batch-size

@@ -1,5 +1,5 @@
 """The command line: one verb a file. 0 done, 1 damage found, 2 refused input, 3 a task was
-lost (`check`), 130 or 143 stopped.
+lost (`check`), 130 or 143 stopped, 141 who read the output reads no more (`| head`).
 
 A verb is a module with `ABOUT`, `EXAMPLE`, `RESUMES` (whether the same command resumes after it was
 stopped), `options(parser)` and `run(chosen)`. Another package adds one by an entry point, which is
@@ -14,9 +14,11 @@ All verb modules are loaded for every `--help`: import heavy packages in `run`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,6 +48,40 @@ OTHERS = {"learning-rate": "lr", "num-train-epochs": "epochs", "num-epochs": "ep
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
+    _open_streams()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # now, while it can be told that it failed
+    except OSError as error:  # of the streams alone: `_run` tells all others
+        _drop_streams()
+        if not isinstance(error, BrokenPipeError):
+            _say(f"the output could not be written ({error.strerror})", own=True)
+            return 2
+        return 128 + 13  # SIGPIPE, which Windows has not
+
+
+def _open_streams() -> None:
+    """Let no result be lost for how it is printed: to no stream, or in letters that it has not."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_streams() -> None:
+    """Send what is still to be written nowhere, or Python would fail once more at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     goes_on, resumes = "the same command goes on from the last checkpoint", False
@@ -70,11 +106,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{said}{f'; {goes_on}' if resumes else ''}")
         return 128 + number
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            raise
         if (fault := _fault(error)) is None:
             raise
         remedy = f"; once that is mended, {goes_on}"
         _say(f"{fault}{remedy if resumes and 'too long' not in fault else ''}", own=True)
         return 2
+
+
+def _unread() -> bool:
+    """Whether it is a stream of ours that nobody reads any more, no pipe between processes."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    asked = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # it is no file
+            asked.register(stream, select.POLLOUT)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def _say(line: str, *, own: bool = False) -> None:

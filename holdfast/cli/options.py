@@ -234,7 +234,11 @@ def show(table: Any, *lines: object) -> None:
     """Print a table and lines below it."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:  # Rich's own ends the process with 1
+            raise BrokenPipeError
+
+    Plain(width=None if sys.stdout.isatty() else 140).print(table)
     for line in lines:
         print(line)
 
