@@ -82,14 +82,24 @@ def described(folder: Path) -> dict[str, Any]:
         body = json.loads((folder / TASKS).read_text(encoding="utf-8"))
         tasks = [(t["name"], t["labels"], t["kind"], bool(t["pairs"])) for t in body["tasks"]]
         # Names are parts of paths.
-        if body["schema"] == 1 and tasks and all(slug(name) == name for name, *_ in tasks):
-            return {**body, "max_length": int(body["max_length"])}
+        good = body["schema"] == 1 and tasks and all(slug(name) == name for name, *_ in tasks)
+        long = isinstance(size := body["max_length"], int) and size > 0
+        if good and long and all(_distinct(labels) for _, labels, *_ in tasks):
+            return dict(body)
     except FileNotFoundError:
         raise Refused(f"no {TASKS}", where=str(folder),
                       remedy="name a run that this holdfast learned") from None  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise Refused(f"{TASKS} is damaged", where=str(folder), remedy="run its sequence again")
+
+
+def _distinct(labels: Any) -> bool:
+    """Whether these are labels: different texts in a list, or none of what has none."""
+    if labels is None:
+        return True
+    texts = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    return texts and len(set(labels)) == len(labels)
 
 
 def shared_weights(folder: Path, model: Any, module: nn.Module) -> dict[str, torch.Tensor]:

@@ -393,6 +393,24 @@ def test_labels_that_are_not_those_of_the_head(whole: Path, tmp_path: Path) -> N
         serving.models_in(tmp_path / "final")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("max_length", value) for value in (0, -5, 0.5, "16", None)],
+        *[("labels", value) for value in ([1, 2], {"no": 0, "yes": 1}, "ab", [["a"]], ["a", "a"])],
+    ],
+)
+def test_what_is_told_of_the_tasks_is_checked(
+    key: str, value: Any, whole: Path, tmp_path: Path
+) -> None:
+    """Labels "ab" were answered as a and b; of 0 tokens a model made a traceback."""
+    body = json.loads((whole / "final" / "tasks.json").read_text())
+    (body if key == "max_length" else body["tasks"][-1])[key] = value
+    (tmp_path / "tasks.json").write_text(json.dumps(body))
+    with pytest.raises(Refused, match=r"tasks\.json is damaged"):
+        serving.described(tmp_path)
+
+
 def test_what_cannot_be_loaded(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is no run"):
         load(tmp_path)
