@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast import files as plain
 from holdfast.errors import Refused
-from holdfast.tasks import Columns, Row, load_task, slug, table
+from holdfast.tasks import Columns, Row, load_task, slug
 from holdfast.tasks.load import pieces
 from holdfast.tasks.table import MAX_TEXT
 
@@ -162,8 +163,8 @@ def test_what_unpacks_to_far_more_is_refused(
 ) -> None:
     """A kilobyte of equal rows would take megabytes of memory (faults S6)."""
     path, count = tmp_path / f"a.{kind}", 10_000
-    assert table.SMALL == 2**26
-    monkeypatch.setattr(table, "SMALL", 2**21)
+    assert plain.SMALL == 2**26
+    monkeypatch.setattr(plain, "SMALL", 2**21)
     if kind == "parquet":
         columns = {"text": ["good"] * count, "label": ["x"] * count}
         pq.write_table(pa.table(columns), path, compression="zstd")
