@@ -180,7 +180,7 @@ ROW = '{"old": 0.9, "new": 0.8, "old_after": 0.7, "lr": [1e-5, 2e-5, 3e-5]}'
         ('{"trials": [' + ROW.replace('"old"', '"new"') + "]}", "key 'new' stands twice"),
         ('{"trials": [' + ROW.replace("0.8", "NaN") + "]}", "NaN is no JSON value"),
         ('{"trials": [' + ROW.replace("2e-5", "Infinity") + "]}", "Infinity"),
-        ('{"trials": [' + ROW.replace("2e-5", "1e999") + "]}", "trials[0], lr.point.1"),
+        ('{"trials": [' + ROW.replace("2e-5", "1e999") + "]}", "'1e999' is too large a number"),
         ('{"trials": [' + ROW.replace("2e-5", "0") + "]}", "lr.point.1: rate 0"),
         ('{"trials": [' + ROW.replace("2e-5", '"2e-5"') + "]}", "'2e-5' is not a number"),
         ('{"trials": [' + ROW.replace("2e-5", "true") + "]}", "True is not a number"),
