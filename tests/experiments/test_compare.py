@@ -17,7 +17,18 @@ import pytest
 from sequences import files, told
 from tqdm.auto import tqdm
 
-from holdfast import EWC, L2SP, LwF, Merge, Recipe, Refused, Replay, compare, run_sequence
+from holdfast import (
+    EWC,
+    L2SP,
+    HeadFirst,
+    LwF,
+    Merge,
+    Recipe,
+    Refused,
+    Replay,
+    compare,
+    run_sequence,
+)
 from holdfast.errors import NotFinite, TrainingDiverged
 from holdfast.experiments import compare as comparing
 from holdfast.experiments import learner, tuning
@@ -144,7 +155,9 @@ SMALL = {"ewc": {"rows": 8}, "replay": {"memory": 4}, "merge": {"rows": 8},
 IDLE = {"plain": Recipe(name="plain"), "ewc": Recipe(methods=[EWC(rows=8)]),
         "lwf": Recipe(methods=[LwF()]), "replay": Recipe(methods=[Replay(memory=4)]),
         "merge": Recipe(methods=[Merge(rows=8)]),
-        "default": PRESETS["default"](), "lwf_merge": PRESETS["lwf_merge"]()}  # fmt: skip
+        "near": Recipe(head_first=HeadFirst(), name="near",
+                       methods=[Merge(rows=8), LwF(rows="near")]),
+        "lwf_merge": PRESETS["lwf_merge"]()}  # fmt: skip
 
 
 def without_seconds(folder: Path) -> dict[str, Any]:
@@ -204,7 +217,7 @@ def test_a_first_task_is_trained_once_and_its_seconds_stand_with_each(shared: Pa
         assert first.names == record.names[:1] and first.steps == record.steps[:1]
         assert record.extra["first"]["seconds"] == first.seconds[0] <= (record.seconds[0] or 0)
     assert {r.recipe["name"] for r in find_records([shared])} == {
-        "plain", "custom", "default", "lwf_merge"
+        "plain", "custom", "near", "lwf_merge"
     }  # fmt: skip
     assert len(find_records([shared / "first"])) == 2  # asked for by themselves
 
