@@ -50,7 +50,7 @@ def keeping() -> list[str]:
     return [
         "On nine pairs of real tasks (five seeds) it keeps "
         f"{mean(kept):.1f} % of the old task on average ({min(kept):.1f} % at least)",
-        f"({short(joint, 1).replace('.', '+.', 1)} points)",
+        f"(+{short(joint, 1)} points)",
         "two chains of four (" + " and ".join(f"+{short(c, 1)}" for c in chains) + ")",
         f"which keep {percent(min(flat), max(flat))}",
         f"(Amazon → SST-2 by {100 * lost:.0f} points)",
