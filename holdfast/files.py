@@ -28,6 +28,7 @@ from yaml.events import AliasEvent
 from holdfast.errors import Refused, nearest
 
 LARGEST = 4 << 20  # bytes; a recipe is a few hundred
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAINLY = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # A packed file may unpack to so many times its size, or to so many bytes. Text packs ten to one;
 # a bomb a thousand to one (faults S6).
@@ -145,6 +146,18 @@ def only_plain(folder: Path) -> None:
     for each in sorted(folder.iterdir()) if folder.is_dir() else ():
         if each.exists() and not (each.is_file() or each.is_dir()):
             raise Refused("not an ordinary file", where=str(each), remedy="remove it")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Where a model's weights are to lie in its folder: in one file, or those its index names."""
+    one, index = folder / MODEL, folder / INDEX
+    if one.is_file() or not index.is_file():
+        return [one]
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / Path(name).name for name in sorted(set(parts))] or [one]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refused("is damaged", where=str(index)) from None
 
 
 def read_yaml(source: Path | str, *, where: str | None = None) -> dict[str, Any]:

@@ -139,7 +139,9 @@ def _say(line: str, *, own: bool = False) -> None:
 
 def _fault(error: Exception) -> str | None:
     """One line for an error of the system, such as a full disk; None for an error of ours."""
-    if isinstance(error.__cause__, Exception) and re.search("disk", str(error.__cause__)):
+    if isinstance(error.__cause__, Exception) and re.search(
+        "disk (is full|I/O)", str(error.__cause__)
+    ):
         return f"a database could not be written ({error.__cause__.args[0]})"  # SQLite's words
     if isinstance(error, OSError):
         said = error.strerror or str(error)

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from holdfast.errors import Refused, printable
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import CONFIG, RECORD, config_in, disagreement
-from holdfast.files import check_seal, no_archive, parse_json
+from holdfast.files import INDEX, MODEL, check_seal, no_archive, parse_json
 from holdfast.training.manifest import MANIFEST, damage, step_of
 
-MODELS = ("model.safetensors", "model.safetensors.index.json", "holdfast.json")
+MODELS = (MODEL, INDEX, "holdfast.json")
 SEARCH = "search.json"
 UNSEALED = "whole, as far as can be seen: it has no checksum, as files of an older holdfast"
 LARGEST = 256 << 20  # bytes of a record; one of a long run takes a few hundred thousand

@@ -2,11 +2,11 @@
 
     y = m x / (1 − p),   m ~ Bernoulli(1 − p) per entry:   E[y] = x;   at p = 0, y = x
 
-Pre-trained models come with the p of their pre-training, mostly .1. Over few steps its noise slows
-learning more than it regularises. Every dropout of the network takes the new p: `nn.Dropout` and
-its kin, and numbers whose name tells of dropout, as recurrent layers, attention and many models of
-Transformers keep them. The old ones come back when the recipe lets go. What a model reads from its
-config in each pass is not reached; dropped layers and paths are another thing.
+Pre-trained models come with the p of their pre-training, mostly .1. Over few steps its noise may
+slow learning more than it regularises. Every dropout of the network takes the new p: `nn.Dropout`
+and its kin, and numbers whose name tells of dropout, as recurrent layers, attention and many models
+of Transformers keep them. The old ones come back when the recipe lets go. What a model reads from
+its config in each pass is not reached; dropped layers and paths are another thing.
 """
 
 from __future__ import annotations

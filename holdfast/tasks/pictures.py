@@ -16,14 +16,7 @@ from holdfast.tasks.labels import MAX_CLASSES, look_alike
 from holdfast.tasks.table import listed
 from holdfast.tasks.task import Row
 
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "GIF",
-    "WEBP",
-    "TIFF",
-)  # of others Pillow may run programs: Ghostscript
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF")  # others may run programs: Ghostscript
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 HELD = ("validation", "val", "test")  # names of a folder of evaluation pictures
 LITTER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders of pictures

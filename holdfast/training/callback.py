@@ -27,7 +27,7 @@ from holdfast.recipe import Recipe
 from holdfast.training.checkpoints import META, kept, load_state, save_state
 from holdfast.training.manifest import ANEW, Spot, commit, damage, newest_complete, rotate, spot
 from holdfast.training.options import refuse_other_optimizer
-from holdfast.training.saving import parameters_of
+from holdfast.training.saving import parameters_of, refuse_found_batches
 
 LOG = logging.getLogger("holdfast")
 
@@ -91,10 +91,7 @@ class RecipeCallback(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        if args.auto_find_batch_size and self.recipe.methods:
-            raise Refused("would begin the task again from weights of its middle",
-                          where="auto_find_batch_size", remedy="set per_device_train_batch_size "
-                          "and gradient_accumulation_steps")  # fmt: skip
+        refuse_found_batches(args, self.recipe)
         self._at = self._accept(args, state) if state.global_step else ANEW
         if not self._seeded:
             self.bound, self._seeded = self.recipe.unbound(seed=args.seed), True
@@ -145,8 +142,7 @@ class RecipeCallback(TrainerCallback):
         made = self.bound.state_dict()  # called on every rank: it gathers shards
         if args.should_save:
             folder = _checkpoint(args, state)
-            commit(folder, save_state(self.bound, folder, state=made), after=self._at)
-            self._at = spot(folder)
+            self._at = commit(folder, save_state(self.bound, folder, state=made), after=self._at)
             rotate(folder, self._limit, best=state.best_model_checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -35,12 +35,11 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import Refused
-from holdfast.files import inflated
+from holdfast.files import MODEL, inflated
 from holdfast.training.manifest import commit
 from holdfast.training.tensors import bytes_of, write_tensors
 from holdfast.training.weights import (
     BITS,
-    MODEL,
     Weights,
     alike,
     belongs,

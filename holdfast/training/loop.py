@@ -101,9 +101,8 @@ def save_checkpoint(
                             for rank in range(distributed.world())],
                    next(iter(bound.weights.values())).device)  # fmt: skip
     if first:
-        commit(folder, known, after=_AT.get(bound, ANEW))
+        _AT[bound] = commit(folder, known, after=_AT.get(bound, ANEW))
         rotate(folder, keep)
-        _AT[bound] = spot(folder)
     distributed.wait()  # no rank goes on before the checkpoint is whole
 
 

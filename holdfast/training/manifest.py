@@ -38,8 +38,10 @@ def commit(
     known: Mapping[str, tuple[int, str]] | None = None,
     *,
     after: Spot | None = None,
-) -> None:
+) -> Spot:
     """Declare a folder whole as it is: sync its files, then its manifest, to survive a crash.
+
+    Returns where a run is that has just saved this checkpoint.
 
     known: size and SHA-256 of files by their path in it, from whoever wrote them; these are not
     read again. after: of a checkpoint, where its run was saved last or went on from, or `ANEW`; if
@@ -61,12 +63,14 @@ def commit(
         files = dict(pool.map(settle, inside))
     for home in {folder, *(path.parent for path in inside)}:
         sync_folder(home)
-    write_text_atomic(folder / MANIFEST, _manifest(files, _numbered(folder, after)))
+    numbers = _numbered(folder, after)
+    write_text_atomic(folder / MANIFEST, _manifest(files, numbers))
     sync_folder(folder.parent)
+    return folder.resolve().parent, numbers[0] if numbers else 0
 
 
 def spot(checkpoint: str | Path) -> Spot:
-    """Where a run is that has just saved this checkpoint, or loaded it."""
+    """Where a run is that has just loaded this checkpoint."""
     saved = _saved(Path(checkpoint))
     return Path(checkpoint).resolve().parent, saved[0] if saved else 0
 

@@ -186,8 +186,7 @@ class SavingMixin(_Base):
         ranks = range(self.args.world_size)
         require_shared(saved, [f"rng_state_{rank}.pth" for rank in ranks], self.args.device)
         if self.args.should_save:
-            commit(saved, self._ours, after=self._at)
-            self._at = spot(saved)
+            self._at = commit(saved, self._ours, after=self._at)
         if self._to_push is not None:
             super()._push_from_checkpoint(self._to_push)
         if self.args.should_save:
@@ -309,6 +308,14 @@ class SavingMixin(_Base):
             "before": self._before,
             **parameters_of(self.bound, self.accelerator.unwrap_model(self.model)),
         }
+
+
+def refuse_found_batches(args: Any, recipe: Recipe) -> None:
+    """Refuse Trainer's search for a batch size that fits, which begins a task more than once."""
+    if args.auto_find_batch_size and recipe.methods:
+        raise Refused("would begin the task again from weights of its middle",
+                      where="auto_find_batch_size", remedy="set per_device_train_batch_size "
+                      "and gradient_accumulation_steps")  # fmt: skip
 
 
 def parameters_of(bound: Bound, model: nn.Module) -> dict[str, Any]:

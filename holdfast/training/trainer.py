@@ -31,7 +31,7 @@ from holdfast.network.rates import Rates
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 from holdfast.training.rows import RowsMixin
-from holdfast.training.saving import SavingMixin
+from holdfast.training.saving import SavingMixin, refuse_found_batches
 
 DEFAULT_CLIP = TrainingArguments.max_grad_norm  # counts as "not set"
 
@@ -103,10 +103,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
                 where="devices",
                 remedy="start it by torchrun, or set CUDA_VISIBLE_DEVICES=0",
             )
-        if self.args.auto_find_batch_size and self.recipe.methods:
-            raise Refused("would begin the task again from weights of its middle",
-                          where="auto_find_batch_size", remedy="set per_device_train_batch_size "
-                          "and gradient_accumulation_steps")  # fmt: skip
+        refuse_found_batches(self.args, self.recipe)
         if self.max_skipped is not None and self.max_skipped < 1:
             raise Refused(f"must be above 0 or None, not {self.max_skipped}", where="max_skipped")
         distributed.bound_waiting(self.args.ddp_timeout, usual=TrainingArguments.ddp_timeout)

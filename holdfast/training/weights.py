@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.errors import Refused
+from holdfast.files import weight_files
 from holdfast.training.manifest import MANIFEST
 from holdfast.training.tensors import NAMES, bytes_of
 
-MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 # Weights in other formats, and what a Trainer leaves beside: no part of the model.
 OTHERS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".gguf"}
@@ -36,13 +35,7 @@ class Weights(NamedTuple):
 
 def open_model(folder: Path) -> Weights:
     """The weights in a model's folder: `model.safetensors`, or the files that its index names."""
-    files = [folder / MODEL]
-    if not files[0].is_file() and (folder / INDEX).is_file():
-        try:
-            parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-            files = [folder / Path(name).name for name in sorted(set(parts))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Refused("is damaged", where=str(folder / INDEX)) from None
+    files = weight_files(folder)
     if not files[0].is_file():
         raise Refused(f"no {files[0].name}", where=str(folder),
                       remedy="name a saved model's folder; `hf download ID --local-dir DIR` "

@@ -17,7 +17,7 @@ from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.packed import Packed, alike, lengths, values
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
-from holdfast.tasks.kinds.stored import check_ids
+from holdfast.tasks.kinds.stored import check_ids, check_texts
 from holdfast.tasks.scores import score
 from holdfast.tasks.task import Prediction, Row, Task
 
@@ -127,10 +127,7 @@ class Classification(Headed):
         """What a model says of each text. about: the task's `labels`."""
         fields = tokenizer(texts, pairs, truncation=True, max_length=max_length)
         rows = [{k: v[i] for k, v in fields.items()} for i in range(len(texts))]
-        check_ids(
-            max(map(max, filter(None, fields["input_ids"])), default=0),
-            getattr(model, "config", None),
-        )
+        check_texts(fields["input_ids"], model)
         return self.predictions(model, rows, self.collator(tokenizer), about["labels"], batch=batch)
 
     def predictions(

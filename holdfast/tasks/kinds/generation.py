@@ -35,7 +35,7 @@ from holdfast.tasks.kinds.pretrained import (
     load_tokenizer,
 )
 from holdfast.tasks.kinds.sharing import Whole
-from holdfast.tasks.kinds.stored import check_ids
+from holdfast.tasks.kinds.stored import check_ids, check_texts
 from holdfast.tasks.labels import IGNORED
 from holdfast.tasks.scores import text_scores
 from holdfast.tasks.task import Prediction, Row, Task
@@ -188,7 +188,7 @@ class Generation(Whole):
             _cut(ids, room, decoder=decoder)
             for ids in self.prompts(texts, tokenizer, decoder=decoder)
         ]
-        check_ids(max(map(max, filter(None, prompts)), default=0), getattr(model, "config", None))
+        check_texts(prompts, model)
         longest = max(map(len, prompts), default=0) if decoder else 0
         said = generate(
             model, prompts, tokenizer, most=max_length - longest, batch=min(batch, BATCH)

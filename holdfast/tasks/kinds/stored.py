@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from safetensors import safe_open
 
 from holdfast.errors import Refused, tell_once
+from holdfast.files import weight_files
 
 FACTOR = 10  # layers a tensor: ALBERT has one for all of its layers
 WHOLE_MODEL = "name a model that was saved whole"
@@ -40,21 +40,10 @@ def check_stored(source: str, config: Any) -> None:
 def _types(folder: Path) -> dict[str, str]:
     """The type of each tensor in a folder's files, by name, from their headers alone."""
     found: dict[str, str] = {}
-    for file in _files(folder):
+    for file in filter(Path.is_file, weight_files(folder)):
         with safe_open(file, "np") as opened:
             found |= {k: opened.get_slice(k).get_dtype() for k in opened.keys()}  # noqa: SIM118
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files that Transformers reads: the one, or those of the index."""
-    if (one := folder / "model.safetensors").is_file():
-        return [one]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(named) if (folder / name).is_file()]
 
 
 def check_loaded(model: Any, missing: Iterable[str], source: str) -> None:
@@ -88,3 +77,8 @@ def check_ids(largest: int, config: Any, where: str | None = None) -> None:
     if isinstance(size, int) and largest >= size:
         raise Refused(f"has a token with id {largest:,}, the model has {size:,} tokens",
                       where=where, remedy="save the model's own tokenizer beside it")  # fmt: skip
+
+
+def check_texts(ids: Iterable[Iterable[int]], model: Any) -> None:
+    """`check_ids` of texts that a model is asked about."""
+    check_ids(max(map(max, filter(None, ids)), default=0), getattr(model, "config", None))

@@ -15,7 +15,7 @@ from holdfast.tasks.kinds.classification import outputs
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
-from holdfast.tasks.kinds.stored import check_ids
+from holdfast.tasks.kinds.stored import check_ids, check_texts
 from holdfast.tasks.labels import IGNORED
 from holdfast.tasks.tagged import OUTSIDE, Span, chunked, entities, words_in
 from holdfast.tasks.task import Prediction, Row, Task
@@ -108,7 +108,7 @@ class Tokens(Headed):
         # A text without a word is read as a sign: some tokenizers would make no token of it.
         made = _split(tokenizer, [[w for w, _, _ in each] or ["?"] for each in words], max_length)
         rows = [{k: v[i] for k, v in made.items()} for i in range(len(texts))]
-        check_ids(max(map(max, made["input_ids"]), default=0), getattr(model, "config", None))
+        check_texts(made["input_ids"], model)
         found: list[Any] = [None] * len(texts)
         for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
             for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
