@@ -6,6 +6,7 @@ same; so all hold the same record, which the first alone writes.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Callable
@@ -63,9 +64,20 @@ def join() -> None:
         import torch
         from accelerate import PartialState
 
+        if not torch.distributed.is_initialized():
+            # while Python still lives: gloo's threads may hold tensors, and to let go of one after
+            # it aborts a process whose run is done (pytorch/pytorch#190489)
+            atexit.register(_leave)
         PartialState(cpu=not torch.accelerator.is_available())
         if follows():
             logging.getLogger("holdfast").setLevel(logging.ERROR)
+
+
+def _leave() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def wait() -> None:

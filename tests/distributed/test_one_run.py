@@ -79,6 +79,21 @@ def test_a_run_on_two_processes_is_that_of_one(words: list[str], tmp_path: Path)
     assert done.stdout.count("after learning") == 1  # one process speaks
 
 
+def test_the_group_is_left_before_python_ends(tmp_path: Path) -> None:
+    """What gloo's threads hold longer than that aborts the process at times, though all is done."""
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "import atexit, torch.distributed as dist\n"
+        "atexit.register(lambda: print('held' if dist.is_initialized() else 'left'))\n"
+        "from holdfast.experiments.ranks import join\n"
+        "join()\n"
+        "join()\n"
+        "assert dist.get_world_size() == 2\n"
+    )
+    done = torchrun(script, limit=60)
+    assert done.returncode == 0 and done.stdout.split() == ["left", "left"], done.stderr
+
+
 def test_what_does_not_fit_is_refused_by_one_line(words: list[str], tmp_path: Path) -> None:
     done = sequence([*words, "--batch-size", "7"], tmp_path / "odd")
     assert done.returncode != 0 and not (tmp_path / "odd").exists()
