@@ -15,6 +15,20 @@ from holdfast.errors import Refused
 from holdfast.ops.distributed import sharded
 
 
+class Hook:
+    """A hook of a model in training; in copies of the model and in files it does nothing."""
+
+    def __init__(self, run: Callable[..., None] | None = None) -> None:
+        self.run = run
+
+    def __call__(self, *given: Any) -> None:
+        if self.run is not None:
+            self.run(*given)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
 @contextlib.contextmanager
 def own_randomness(generator: torch.Generator) -> Iterator[None]:
     """Draw from `generator` within the block, and leave the global random state untouched."""

@@ -21,6 +21,7 @@ from holdfast.engine.batches import (
     without_labels,
 )
 from holdfast.engine.forwarding import (
+    Hook,
     draw_on,
     in_mode,
     own_randomness,
@@ -195,13 +196,13 @@ class Passes(Stepping):
         def see(module: nn.Module, _: Any, outputs: Any) -> None:
             if always:
                 self.features = outputs
-            elif torch.compiler.is_compiling() or self._aside or module is not self.core:
-                return  # another's: a deep copy has this hook too
+            elif torch.compiler.is_compiling() or self._aside:
+                return
             elif module.training and torch.is_grad_enabled():
                 self.features = None if self._ran else outputs
                 self._ran = True
 
-        return self.core.register_forward_hook(see) if self.core else contextlib.nullcontext()
+        return self.core.register_forward_hook(Hook(see)) if self.core else contextlib.nullcontext()
 
     def _watching(self, watched: Collection[nn.Module]) -> contextlib.AbstractContextManager[Any]:
         """Keep what some modules return in the training pass, and the random states there.
@@ -226,11 +227,11 @@ class Passes(Stepping):
             if not torch.compiler.is_compiling():
                 self._at_work = False
 
-        stack.callback(model.register_forward_pre_hook(enter).remove)
+        stack.callback(model.register_forward_pre_hook(Hook(enter)).remove)
         for module in watched:
             if module is not model:
-                stack.callback(module.register_forward_hook(see).remove)
-        stack.callback(model.register_forward_hook(leave).remove)
+                stack.callback(module.register_forward_hook(Hook(see)).remove)
+        stack.callback(model.register_forward_hook(Hook(leave)).remove)
         return stack
 
     @property

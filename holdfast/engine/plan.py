@@ -71,8 +71,11 @@ def options_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> di
 
 
 def arguments_of(args: Any) -> dict[str, Any]:
-    """Those of a Trainer's arguments that change what a step does."""
+    """Those of a Trainer's arguments that change what a step does; its precision as it is, which
+    Accelerate also reads from the environment."""
     told: dict[str, Any] = args.to_dict()
+    if (precision := getattr(args, "mixed_precision", "no")) != "no":
+        told[precision] = True
     aside = ASIDE if told.get("load_best_model_at_end") else (*ASIDE, *BEST)
     return {k: v for k, v in told.items() if not k.startswith(aside)}
 

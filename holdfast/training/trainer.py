@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from holdfast.engine.bound import Bound
-from holdfast.engine.forwarding import in_mode, uncompiled
+from holdfast.engine.forwarding import Hook, in_mode, uncompiled
 from holdfast.engine.peft import check_adapted
 from holdfast.engine.stepping import SKIPS
 from holdfast.errors import Refused, tell_once
@@ -204,7 +204,7 @@ class RecipeMixin(RowsMixin, SavingMixin):
         self._labels_seen = False
         self._at_work = True
         if self.bound.has_penalty and self._watch is None:
-            self._watch = self.model.register_forward_hook(self._see)
+            self._watch = self.model.register_forward_hook(Hook(self._see))
         return scheduler
 
     def _see(self, model: nn.Module, inputs: Any, outputs: Any) -> None:

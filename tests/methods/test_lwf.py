@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -246,6 +247,26 @@ def test_a_pass_over_another_batch_is_not_taken_for_this_one() -> None:
             copy.deepcopy(model)(**other)
         found.append(float(chain.bound.penalty(batch, outputs)))
     assert found[0] == pytest.approx(found[1]) == pytest.approx(found[2]) and found[0] > 1e-4
+
+
+def test_a_model_in_training_can_be_saved_whole() -> None:
+    """`torch.save(model)` and copies leave behind what the recipe sees of it."""
+    chain = Chain(LwF())
+    chain.begin("one", 3)
+    chain.bound.end_task()
+    chain.begin("two", 3)
+    chain.wander()
+    chain.prepare()
+    model, file = chain.bound.models["two"], io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    batch = chain.rows[1]
+    logits = model(**batch).logits
+    features = chain.bound.features
+    assert features is not None
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert torch.equal(other(**batch).logits, logits)
+        assert chain.bound.features is features
 
 
 @pytest.mark.parametrize("rows", ["all", "near"])

@@ -79,6 +79,14 @@ def test_a_trainer_names_what_differs(more: Any, named: str, saved: Path, tmp_pa
     assert "pass exact_resume=False" in str(refusal.value)
 
 
+def test_a_precision_from_the_environment_is_compared(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(Refused, match="bf16: false → true"):
+        made(tmp_path).train(resume_from_checkpoint=str(saved))
+
+
 def test_what_changes_no_step_is_no_difference(saved: Path, tmp_path: Path) -> None:
     more = {"logging_steps": 3, "run_name": "b", "save_strategy": "epoch", "data": list(ROWS),
             "gradient_checkpointing": True, "dataloader_num_workers": 1}  # fmt: skip
