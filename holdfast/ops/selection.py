@@ -110,6 +110,8 @@ def _of_copy(group: Sequence[Tensor], rank: int) -> Tensor:
     """The value at a rank, 1 for the smallest, from a copy of all scores, or of those near it."""
     each = [s.detach().flatten() for s in group]
     flat = torch.cat(each) if len(each) > 1 else each[0]
+    if not rank:  # of no scores, which no threshold divides
+        return flat.new_zeros(())
     if not flat.is_cpu or flat.dtype not in INTEGERS:
         return flat.kthvalue(rank).values
     near, rank = _around(flat.numpy(), rank, row=group[0].shape[-1:].numel() or 1)

@@ -14,6 +14,8 @@ momentum and clipping.
 from __future__ import annotations
 
 import contextlib
+import copy
+import io
 import json
 import math
 import re
@@ -183,6 +185,26 @@ class MethodContract:
         if not type(method).defines("prepare"):
             assert _anatomy(toy.model) == _anatomy(plain.model)
         assert _hooks(toy.optimizer) == [0, 0]
+
+    def test_the_model_can_be_copied_and_saved_whole(self, method: Method) -> None:
+        """As a reference or a running mean is: what a copy does is none of the recipe's business."""
+        toy, alone = ToyTraining(method), ToyTraining(method)
+        for each in (toy, alone):
+            each.begin("one")
+            each.learn()
+            each.end()
+            each.begin("two")
+            each.learn(0, 3)
+            each.backward(3)
+            if each is toy:
+                file = io.BytesIO()
+                torch.save(toy.model, file)
+                file.seek(0)
+                with torch.random.fork_rng():
+                    for other in (copy.deepcopy(toy.model), torch.load(file, weights_only=False)):
+                        other.train()(**make_batch("one", 0)).loss.backward()
+            each.learn(3)
+        same(toy.everything(), alone.everything())
 
     def test_global_randomness_is_untouched(self, method: Method) -> None:
         states = []

@@ -145,6 +145,15 @@ def test_the_top_of_a_scalar_and_of_a_transposed_tensor() -> None:
     assert top({"a": ones}, 0.5)["a"].tolist() == [[True, True], [True, False], [False, False]]
 
 
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_a_tensor_without_entries_keeps_none_and_hinders_none(scope: Any) -> None:
+    scores = {"none": torch.empty(0, 4), "some": torch.tensor([1.0, 3.0, 2.0])}
+    for way in (select, top):
+        masks = way(scores, 0.5, scope)
+        assert masks["none"].shape == (0, 4) and masks["some"].tolist() == [False, True, True]
+        assert way({"none": scores["none"]}, 0.5, scope)["none"].shape == (0, 4)
+
+
 @pytest.mark.usefixtures("way")
 def test_scores_keep_their_shape_and_layout() -> None:
     scores = torch.arange(24.0).reshape(4, 6).T  # not contiguous
