@@ -29,6 +29,8 @@ from holdfast.training.manifest import ANEW, Spot, commit, damage, newest_comple
 from holdfast.training.options import refuse_other_optimizer
 from holdfast.training.saving import parameters_of, refuse_found_batches
 
+# The arguments that Trainer loads with the moments, and goes on with whatever they are now.
+OPTIONS = ("learning_rate", "weight_decay", "adam_")
 LOG = logging.getLogger("holdfast")
 
 
@@ -41,7 +43,7 @@ class RecipeCallback(TrainerCallback):
     data: the task's rows in batches, which `head_first`, `head_last` and some methods read; see
         `Bound`.
     exact_resume: refuse a checkpoint that is damaged or of other settings or rows; False only
-        warns.
+        warns, but for another rate, weight decay or betas, which Trainer would not take.
 
     Call `end_task()` after `train()`. The state is saved beside Trainer's checkpoints, and loaded
     from `output_dir/checkpoint-<step>` when training resumes from there.
@@ -117,6 +119,11 @@ class RecipeCallback(TrainerCallback):
             checkpoint = _checkpoint(args, state)
             told = changed(kept(checkpoint, "plan") or {}, self.bound.planned())
             refuse_other_optimizer(told, where=str(checkpoint))
+            old = [line for line in told if line.startswith(OPTIONS)]
+            if old and not self.exact_resume:
+                raise Refused(f"Trainer has taken the old one: {', '.join(old)}",
+                              where=str(checkpoint), remedy="set it back, or use with_recipe"
+                              )  # fmt: skip
             load_state(self.bound, checkpoint, exact=self.exact_resume)
         # Trainer would delete the last whole checkpoint before the state is beside the next one.
         self._limit, args.save_total_limit = args.save_total_limit or self._limit, None

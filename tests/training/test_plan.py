@@ -187,6 +187,10 @@ def test_a_callback_compares_too(tmp_path: Path) -> None:
             trainer(**more).train(resume_from_checkpoint=at)
     with pytest.warns(UserWarning, match="rows: "):
         trainer(OTHER, exact=False).train(resume_from_checkpoint=at)
+    for more, named in (({"learning_rate": 1e-3}, "learning_rate: 0.01 → 0.001"),
+                        ({"weight_decay": 0.5}, "weight_decay: 0.0 → 0.5")):  # fmt: skip
+        with pytest.raises(Refused, match=f"Trainer has taken the old one: {named}"):
+            trainer(exact=False, **more).train(resume_from_checkpoint=at)
 
 
 def test_streamed_rows_are_said_not_to_be_compared(
