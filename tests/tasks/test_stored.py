@@ -81,6 +81,16 @@ def test_more_layers_than_were_saved_are_refused(bert: Path) -> None:
     assert "32 of its weights" in told(configure(bert, num_hidden_layers=4))
 
 
+@pytest.mark.parametrize("headed", [False, True])
+def test_fewer_layers_than_were_saved_are_refused(headed: bool, bert: Path) -> None:
+    """Transformers would leave the others out; a head that is not wanted it may leave."""
+    if headed:
+        load_saved(transformers.AutoModelForMaskedLM, str(bert)).save_pretrained(bert)
+        load_saved(CLASSIFIER, str(bert))
+    path = f"{'bert.' * headed}encoder.layer"
+    assert f"has 1 of {path}, its file has {path}.1." in told(configure(bert, num_hidden_layers=1))
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_a_model_without_layers_is_refused(count: int, bert: Path) -> None:
     assert f"says {count} layers" in told(configure(bert, num_hidden_layers=count))

@@ -205,7 +205,7 @@ def load_saved(auto: Any, source: str, **more: Any) -> Any:
             if pickled
             else f"name one that {auto.__name__} loads",
         ) from None
-    check_loaded(model, told["missing_keys"], source)
+    check_loaded(model, told, source)
     return model
 
 

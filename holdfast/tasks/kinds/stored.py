@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
 
 from holdfast.errors import Refused, tell_once
 from holdfast.files import weight_files
@@ -46,14 +49,24 @@ def _types(folder: Path) -> dict[str, str]:
     return found
 
 
-def check_loaded(model: Any, missing: Iterable[str], source: str) -> None:
-    """Refuse a model whose `missing` weights, which were drawn, are not those of a fresh head.
+def check_loaded(model: Any, told: Mapping[str, Iterable[str]], source: str) -> None:
+    """Refuse a model whose missing weights, which were drawn, are not those of a fresh head, or
+    that has fewer layers than its file. told: what `from_pretrained` says of them.
 
     A model of the class that was saved has all of them; of another class, what the two share: the
     encoder, and every module of which a part was loaded. A pooler alone is often not pre-trained,
     and not saved: it is told.
     """
-    gone = {name for name in missing if not name.endswith("num_batches_tracked")}
+    lists = {name: len(part) for root in (model, model.base_model)
+             for name, part in root.named_modules() if isinstance(part, nn.ModuleList)}  # fmt: skip
+    for name in sorted(told["unexpected_keys"]):
+        for at in re.finditer(r"\.(\d+)\.", name):
+            path = name[: at.start()]
+            if int(at[1]) >= lists.get(path, math.inf):
+                raise Refused(f"its config.json has {lists[path]} of {path}, its file has {name}",
+                              where=source, remedy="give it the config.json of its weights, or "
+                              "save the shorter model whole")  # fmt: skip
+    gone = {name for name in told["missing_keys"] if not name.endswith("num_batches_tracked")}
     if type(model).__name__ not in (model.config.architectures or ()):
         there = {name.split(".")[0] for name, _ in model.named_parameters() if name not in gone}
         heads = {
