@@ -20,6 +20,8 @@ from holdfast.files import only_keys
 # A float below 1 is a share of a total, an integer a count; see `count`.
 Share = Annotated[float | int, Field(gt=0)]
 
+LARGEST = 1e15  # the square of which float32 still holds
+
 
 def count(amount: float | int, total: int, *, what: str = "amount", least: int = 1) -> int:
     """A number of things out of `total`: an integer is a count, a float below 1 a share.
@@ -76,6 +78,9 @@ class Checked:
                               remedy=remedy) from None  # fmt: skip
             if name in self.shares and isinstance(checked, float) and not checked < 1:
                 raise Refused(f"{checked} is neither a share below 1 nor a whole number",
+                              where=self.where(name))  # fmt: skip
+            if isinstance(checked, float) and abs(checked) > LARGEST:
+                raise Refused(f"must be at most {LARGEST:g}, not {checked:g}",
                               where=self.where(name))  # fmt: skip
             object.__setattr__(self, name, checked)
 
