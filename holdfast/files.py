@@ -325,20 +325,22 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """Parsed JSON; ValueError for a key given twice, NaN, Infinity and numbers that overflow."""
+    """Parsed JSON; `Refused` for keys that stand twice and what is no finite number."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            raise ValueError("a key is given twice")
+        made = dict[str, Any]()
+        for name, value in pairs:
+            if name in made:
+                raise Refused(f"key {name[:60]!r} stands twice")
+            made[name] = value
         return made
 
     def finite(word: str) -> float:
         if not math.isfinite(value := float(word)):
-            raise ValueError(f"{word} is no number")
+            raise Refused(f"{word[:60]} is no finite number")
         return value
 
-    return json.loads(text, parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
+    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
 
 
 def unpacked(packed: int) -> int:

@@ -10,15 +10,15 @@ import csv
 import gzip
 import io
 import json
-import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from holdfast import files
 from holdfast.errors import Refused, meant
 from holdfast.files import no_archive
 from holdfast.tasks.table import (
@@ -238,25 +238,10 @@ def _tsv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
 
 def parse_json(line: str, where: str) -> Any:
     """One JSON value; a repeated key, NaN and too deep nesting are refused too."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise Refused(f"key {shown(_twice([k for k, _ in pairs]))} stands twice", where=where)
-        return found
-
-    def refuse(constant: str) -> NoReturn:
-        raise Refused(f"{constant} is no JSON value", where=where)
-
-    def finite(number: str) -> float:
-        if math.isinf(value := float(number)):
-            raise Refused(f"{shown(number)} is too large a number", where=where)
-        return value
-
     try:
-        return json.loads(line, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
-    except Refused:
-        raise
+        return files.parse_json(line)
+    except Refused as refusal:
+        raise refusal.within(where) from None
     except (ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
         raise Refused(f"not JSON ({reason})", where=where) from None

@@ -249,7 +249,7 @@ def test_a_score_that_is_no_number_is_refused(tmp_path: Path, word: str) -> None
     """It would be drawn as one that was not measured; no record is written with it."""
     text = json.dumps(made(alone={"snli": 0.125}).to_dict())
     (tmp_path / "record.json").write_text(text.replace("0.125", word))
-    with pytest.raises(Refused, match=f"record.json: not JSON: {word} is no number"):
+    with pytest.raises(Refused, match=f"record.json: not JSON: {word} is no finite number"):
         Record.load(tmp_path)
 
 

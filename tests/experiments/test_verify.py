@@ -97,8 +97,8 @@ HARMS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "manifest": ("tasks/1-mood/manifest.json", flip, "manifest.json"),
     "no manifest": ("tasks/1-mood/manifest.json", Path.unlink, "not written to its end"),
     "no JSON": ("record.json", lambda p: p.write_text("{"), "cannot be read"),
-    "twice": ("record.json", lambda p: p.write_text('{"schema": 1, "schema": 1}'), "given twice"),
-    "NaN": ("run.json", lambda p: p.write_text('{"lr": NaN}'), "NaN is no number"),
+    "twice": ("record.json", lambda p: p.write_text('{"schema": 1, "schema": 1}'), "stands twice"),
+    "NaN": ("run.json", lambda p: p.write_text('{"lr": NaN}'), "NaN is no finite number"),
     "deep": ("run.json", lambda p: p.write_text("[" * 200_000), "cannot be read"),
     "another seed": ("run.json", lambda p: recorded(p, seed=3), "seed: 1 → 3"),
     "other settings": (

@@ -317,7 +317,7 @@ def test_whole_facts_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("word", ["NaN", "1e999"])
 def test_facts_with_what_is_no_number_are_refused(word: str, tmp_path: Path) -> None:
     (tmp_path / "search.json").write_text(json.dumps(search()).replace("0.53", word))
-    with pytest.raises(Refused, match=f"not JSON: {word} is no number"):
+    with pytest.raises(Refused, match=f"not JSON: {word} is no finite number"):
         load_search(tmp_path)
 
 
