@@ -22,6 +22,8 @@ from holdfast.files import (
     write_yaml,
 )
 from holdfast.report.search import load_search
+from holdfast.tasks.kinds.pretrained import load_config
+from holdfast.training.weights import open_model
 
 
 def test_scalars_are_those_of_the_core_schema() -> None:
@@ -96,6 +98,10 @@ def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path: Path) -> Non
             load_search(path)
     with pytest.raises(Refused, match=r"pipe\.yaml: not an ordinary file"):
         files.only_plain(tmp_path)
+    with pytest.raises(Refused, match=r"pipe\.yaml: not an ordinary file"):
+        load_config(str(tmp_path))
+    with pytest.raises(Refused, match=r"pipe\.yaml: not an ordinary file"):
+        open_model(tmp_path)
     pipe.unlink()
     zero.unlink()
     (tmp_path / "inside").mkdir()

@@ -165,8 +165,8 @@ class Stepping:
         self.group_of = self._held.changed(self.weights) or self.group_of
         self._take_piece()
         if self.has_penalty and not self._asked:
-            raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss, or in "
-                               "a Trainer of your own call super().compute_loss(...)")  # fmt: skip
+            raise RuntimeError("this recipe has penalties: add bound.penalty(...) to the loss, "
+                               "or in a Trainer call super().compute_loss(...)")  # fmt: skip
         unscale_(self.optimizer, self._gradients())
         # Penalties come before the one measurement: adding them cannot hide a non-finite gradient.
         for method in self._defining("penalty_grad_"):

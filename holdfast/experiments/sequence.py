@@ -28,7 +28,6 @@ from holdfast.experiments.runs import (
 )
 from holdfast.experiments.scenario import scenario_of
 from holdfast.experiments.settings import Settings
-from holdfast.files import only_plain
 from holdfast.network.rates import Rates
 from holdfast.recipe import HEADS, Recipe
 from holdfast.tasks import Task, load_task
@@ -182,7 +181,6 @@ class Job:
         base = source
         if (plan.alone or self.probe) and self.origin is not None:
             base = locate(self.model)  # tasks alone begin there: refused now, not after the others
-        only_plain(Path(source))
         try:
             kind.check(source, max_length=plan.max_length)
         except Refused as why:  # the name that was given, not where it lies

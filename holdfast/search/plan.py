@@ -19,7 +19,7 @@ from holdfast.config import count
 from holdfast.errors import Refused, nearest
 from holdfast.experiments.sequence import load_tasks
 from holdfast.experiments.settings import Settings, defaults
-from holdfast.files import differences, only_plain, write_text_atomic
+from holdfast.files import differences, write_text_atomic
 from holdfast.recipe import Recipe
 from holdfast.search.objective import (
     RUNGS,
@@ -143,7 +143,6 @@ class Plan:
             raise Refused(f"{len(specs)} tasks for the shift {shift!r}", where="--tasks",
                           remedy=f"it takes {wanted}")  # fmt: skip
         source = locate(model)
-        only_plain(Path(source))
         check_length(source, plan.max_length)
         config = load_config(source).get_text_config()
         width = getattr(config, "hidden_size", None) or 768

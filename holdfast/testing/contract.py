@@ -187,7 +187,7 @@ class MethodContract:
         assert _hooks(toy.optimizer) == [0, 0]
 
     def test_the_model_can_be_copied_and_saved_whole(self, method: Method) -> None:
-        """As a reference or a running mean is: what a copy does is none of the recipe's business."""
+        """As a reference or a running mean is: what a copy does is nothing to the recipe."""
         toy, alone = ToyTraining(method), ToyTraining(method)
         for each in (toy, alone):
             each.begin("one")

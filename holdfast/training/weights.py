@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.errors import Refused
-from holdfast.files import weight_files
+from holdfast.files import only_plain, weight_files
 from holdfast.training.manifest import MANIFEST
 from holdfast.training.tensors import NAMES, bytes_of
 
@@ -35,6 +35,7 @@ class Weights(NamedTuple):
 
 def open_model(folder: Path) -> Weights:
     """The weights in a model's folder: `model.safetensors`, or the files that its index names."""
+    only_plain(folder)
     files = weight_files(folder)
     if not files[0].is_file():
         raise Refused(f"no {files[0].name}", where=str(folder),

@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from holdfast.errors import Refused
-from holdfast.files import must_be_utf8, no_archive
+from holdfast.files import must_be_utf8, no_archive, only_plain
 from holdfast.tasks.files import must_exist
 from holdfast.tasks.hub import must_answer
 from holdfast.tasks.kinds.stored import check_ids, check_loaded, check_stored
@@ -139,6 +139,7 @@ def load_config(source: str) -> Any:
 def _config(source: str, **more: Any) -> tuple[Any, dict[str, Any]]:
     """The configuration with `more` in it, and what of `more` it has no place for."""
     name, how = reading(source)
+    only_plain(Path(name))  # before anything in it is read: a pipe would be waited for
     config, rest = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **how, **more)
     # Either may name a repository whose code Transformers fetches and runs (package `kernels`):
     # it is to choose among its own (faults S4).
