@@ -124,7 +124,9 @@ def test_how_outcomes_are_counted(
     assert main(["--json", str(tmp_path / "f.json")]) == 1
     said = capsys.readouterr().out
     assert said.endswith("1 of 5 survived, silent wrongs 1\n") and "D4: no GPU" in said
-    assert [o["came"] for o in json.loads((tmp_path / "f.json").read_text())][5] == "not tried"
+    body = json.loads((tmp_path / "f.json").read_text())
+    assert (body["survived"], body["of"], body["silent_wrongs"]) == (1, 5, 1)
+    assert [o["came"] for o in body["outcomes"]][5] == "not tried"
     made[1:] = []
     assert main([]) == 0
     assert main(["--only", "D99"]) == 2 and "did you mean 'D9'" in capsys.readouterr().err

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from holdfast.errors import Refused, nearest
+from holdfast.experiments.record import commit, versions
 from holdfast.files import write_text_atomic
 from holdfast.testing.faults.suite import (
     DOORS,
@@ -45,13 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise Refused(f"no fault {unknown[0]!r}", remedy=nearest(unknown[0], [*MEANINGS]))
         found = run_all(chosen.group, only, slow=chosen.slow, tell=_progress)
         if chosen.json:
-            text = json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False)
-            write_text_atomic(Path(chosen.json), text + "\n")
+            write_text_atomic(Path(chosen.json), _told(found, arguments))
     except Refused as refusal:
         print(f"holdfast.testing.faults: {refusal}", file=sys.stderr)
         return 2
     print(table(found))
     return int(any(each.lost for each in found))
+
+
+def _told(found: Collection[Outcome], arguments: Sequence[str] | None) -> str:
+    """The outcomes as JSON, an outcome a line, with the command that tried them."""
+    survived, silent = counted(found)
+    words = sys.argv[1:] if arguments is None else arguments
+    head = {
+        "command": f"python -m holdfast.testing.faults {shlex.join(words)}",
+        "commit": commit(Path(__file__).parent),
+        "versions": versions(),
+        "survived": survived,
+        "of": len(by_fault(found)),
+        "silent_wrongs": silent,
+    }
+    each = ",\n".join(json.dumps(asdict(o), ensure_ascii=False) for o in found)
+    return f'{json.dumps(head)[:-1]}, "outcomes": [\n{each}\n]}}\n'
 
 
 def _progress(outcome: Outcome) -> None:
