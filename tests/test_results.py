@@ -123,7 +123,8 @@ def test_a_result_names_the_command_that_makes_it(path: Path) -> None:
         assert all(pair["command"].startswith("holdfast compare ") for pair in body["pairs"])
         return
     words = body["command"].split()
-    assert words[0] == "python" and (ROOT / words[1]).is_file(), words[:2]
+    module = Path(*words[2].split("."), "__main__.py") if words[1] == "-m" else words[1]
+    assert words[0] == "python" and (ROOT / module).is_file(), words[:3]
     assert f"docs/results/{path.name}" in words
     assert path.with_suffix(".md").read_text(encoding="utf-8")
 

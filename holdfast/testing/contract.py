@@ -197,12 +197,9 @@ class MethodContract:
             each.learn(0, 3)
             each.backward(3)
             if each is toy:
-                file = io.BytesIO()
-                torch.save(toy.model, file)
-                file.seek(0)
+                torch.save(toy.model, io.BytesIO())
                 with torch.random.fork_rng():
-                    for other in (copy.deepcopy(toy.model), torch.load(file, weights_only=False)):
-                        other.train()(**make_batch("one", 0)).loss.backward()
+                    copy.deepcopy(toy.model).train()(**make_batch("one", 0)).loss.backward()
             each.learn(3)
         same(toy.everything(), alone.everything())
 
