@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
+from holdfast.experiments.runs import WEIGHTS
 from holdfast.experiments.sequence import load_tasks
 from holdfast.experiments.settings import Settings, defaults
 from holdfast.files import differences, write_text_atomic
@@ -235,13 +236,21 @@ class Plan:
         if seed == self.seed:
             return self.tasks
         if self.shift == "task":
-            return tuple(load_tasks(self.specs, seed=seed, plan=self.settings))
+            again, found = (load_tasks(self.specs, seed=s, plan=self.settings)
+                            for s in (self.seed, seed))  # fmt: skip
+            for task, now in zip(self.tasks, again, strict=True):
+                if task.hash != now.hash:  # trials were scored on other rows than this seed's
+                    raise Refused("its rows changed since this process read them",
+                                  where=task.source,
+                                  remedy="put them back and the same command goes on, or choose "
+                                  "another --out")  # fmt: skip
+            return tuple(found)
         return tuple(_drawn(half, seed, self.settings) for half in self.halves)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The configuration that two processes must share to join a study: plain JSON values."""
-        from holdfast.tasks.kinds.pretrained import source_hash
+        from holdfast.tasks.kinds.pretrained import files_hash, source_hash
 
         settings = self.settings.to_dict()
         apart = ("lr", "alone", "head", "save_steps")
@@ -267,6 +276,8 @@ class Plan:
         }
         if self.population:
             body["population"] = self.population
+        if (files := files_hash(self.source)) is not None:  # its configuration and tokenizer too
+            body[WEIGHTS] = files
         plain: dict[str, Any] = json.loads(json.dumps(body))
         return plain
 
@@ -375,5 +386,7 @@ def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) 
         before = {**before, "settings": {**usual, **before.get("settings", {})}}
     if "learn_old" in now:
         before = {"learn_old": "each", **before}  # of before it could be chosen
+    if WEIGHTS not in before or WEIGHTS not in now:  # of before they were noted, or not known
+        before, now = ({k: v for k, v in of.items() if k != WEIGHTS} for of in (before, now))
     if told := ", ".join(differences(before, now)):
         raise Refused(f"holds another search ({told})", where=where, remedy="choose another --out")

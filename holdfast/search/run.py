@@ -133,6 +133,7 @@ def labour(
         if plan.population:
             pbt.evolve(study.folder, plan, members(plan), look=line.look)
         found = tried(study)
+        study.check_unchanged()
         finish(jobs(study.folder, plan, found), evaluate(plan), look=line.look)
     finally:
         line.close()
@@ -155,6 +156,7 @@ def conclude(study: Study, evaluate: Evaluate, command: Sequence[str]) -> dict[s
     """Read all results and write the files; the same whichever process does it."""
     plan, found = study.plan, tried(study)
     results = finish(jobs(study.folder, plan, found), evaluate)
+    study.check_unchanged()
     body = result.facts(
         plan, found, contenders(plan, found), results, name=study.name,
         storage=storage.kept(study.url, study.folder), command=command,

@@ -147,6 +147,7 @@ class Study:
             else:
                 refuse_other(config, plan.identity, scrub(self.url))
             self.ask(lambda: self._enqueue(plan.controls))
+        self._check_confirmed()
         self._identity = self.storage.get_study_id_from_name(self.name)
 
     def _enqueue(self, wanted: list[Control]) -> None:
@@ -156,6 +157,25 @@ class Study:
             if control.label not in there:
                 marks = {"control": control.label, "kind": control.kind}
                 self.study.enqueue_trial(control.params, user_attrs=marks)
+
+    def _check_confirmed(self) -> None:
+        """Refuse fewer further seeds than trials were confirmed with.
+
+        Trials with more of them come before all others: later ones, however good, never would win.
+        """
+        there = {t.user_attrs["seed"] for t in self.trials() if CONFIRMS in t.user_attrs}
+        if there and not (self.plan.confirm and there <= {*self.plan.further_seeds}):
+            raise Refused(f"its best trials were confirmed with {len(there)} further seeds, and "
+                          "later ones would not be", where=str(self.folder),
+                          remedy=f"--confirm 2 or more and --confirm-seeds {max(2, len(there))} or "
+                          "more, or another --out")  # fmt: skip
+
+    def check_unchanged(self) -> None:
+        """Refuse a model whose files are no longer those that the study began with.
+
+        They are read when a process first trains, and anew for each final run.
+        """
+        known(self.folder, self.plan, stores.kept(self.url, self.folder))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
