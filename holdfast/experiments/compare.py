@@ -22,7 +22,10 @@ from holdfast.experiments.engines.local import Local
 from holdfast.experiments.ranks import check_alone
 from holdfast.experiments.record import Record
 from holdfast.experiments.runs import (
+    CONFIG,
     RECORD,
+    WEIGHTS,
+    config_in,
     digest,
     drop_weights,
     ended,
@@ -30,7 +33,7 @@ from holdfast.experiments.runs import (
     note_diverged,
 )
 from holdfast.experiments.sequence import Arm, run_sequence
-from holdfast.experiments.settings import Settings
+from holdfast.experiments.settings import SIZES, Settings
 from holdfast.recipe import Recipe
 from holdfast.tasks.task import slug
 
@@ -41,6 +44,7 @@ BESIDE: dict[str, Any] = {"reference": None, "lm_eval": (), "tests": None}  # no
 
 Arguments = dict[str, Any]  # of `run_sequence`
 Recipes = Mapping[str, tuple[Recipe, Mapping[str, Any]]]
+Seen = dict[tuple[Any, ...], tuple[str, Path]]  # what runs were made of, and the first that was
 
 
 def compare(
@@ -114,7 +118,8 @@ def compare(
                 "report_to": report_to, "tests": tests, "protocol": protocol,
                 **settings, **own}  # fmt: skip
 
-    do = partial(_done, engine=chosen, where=out, progress=progress)
+    seen: Seen = {}
+    do = partial(_done, engine=chosen, where=out, progress=progress, seen=seen)
     arms: dict[str, Arm] = {}
     if budget is not None:
         usual, below = Settings.from_dict(settings).lr, out / TUNING
@@ -148,6 +153,11 @@ def compare(
     records = do(_ran, finals, out)
     if failed := [each for each in records if isinstance(each, OutOfMemory)]:
         raise failed[0]
+    for record, made in zip(records, finals, strict=True):
+        for task in record.tasks:
+            what = f"evaluation rows of {task['name']}", record.settings.get("evaluation_size")
+            if rows := task.get("evaluation_hash"):
+                _check_alike(seen, what, rows, Path(made["out"]))
     return records
 
 
@@ -167,12 +177,35 @@ def _same(recipes: Recipes, settings: Mapping[str, Any]) -> list[str]:
 
 def _done(
     what: Callable[..., Any], jobs: list[Arguments], folder: Path, *,
-    engine: Engine, where: Path, progress: bool,
+    engine: Engine, where: Path, progress: bool, seen: Seen,
 ) -> list[Any]:  # fmt: skip
     """`what` of each job, after the first tasks that several of them share, kept in `folder`."""
     firsts, jobs = _shared(jobs, folder / FIRST)
     carry_out(what, firsts, engine, where=where, progress=progress)
-    return carry_out(what, jobs, engine, where=where, progress=progress)
+    found = carry_out(what, jobs, engine, where=where, progress=progress)
+    for made in (Path(job["out"]) for job in (*firsts, *jobs)):
+        if not (made / CONFIG).is_file():  # what it goes on from diverged, or was deleted by others
+            continue
+        config = config_in(made)
+        sizes = [config["settings"].get(name) for name in SIZES]
+        for name, rows in config["tasks"]:
+            _check_alike(seen, (f"rows of {name}", config["seed"], *sizes), rows, made)
+        if WEIGHTS in config:
+            _check_alike(seen, (WEIGHTS,), config[WEIGHTS], made)
+    return found
+
+
+def _check_alike(seen: Seen, what: tuple[Any, ...], made_of: str, folder: Path) -> None:
+    """Refuse a run that was made of something else than one before it: it changed meanwhile.
+
+    Each run reads rows and model anew, maybe hours after the first. what: in words, and how chosen.
+    """
+    before, first = seen.setdefault(what, (made_of, folder))
+    if before != made_of:
+        raise Refused(f"{what[0]}: others than {first} had; they changed meanwhile",
+                      where=str(folder),
+                      remedy="delete the runs of before or of after the change, and run the same "
+                      "command with what the others had")  # fmt: skip
 
 
 def _ran(**job: Any) -> Record | OutOfMemory:
