@@ -39,6 +39,7 @@ NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "lustre", "gpfs", "beegf
            "fuse.glusterfs", "9p", "virtiofs")  # file systems  # fmt: skip
 INSTALL = "pip install 'holdfast[search]'"
 DRIVER = "install the database's driver, such as 'psycopg[binary]'"
+DAMAGED = "put back a copy of it, or begin anew in another --out"
 PAPER = {"min_resource": 1, "max_resource": 4, "reduction_factor": 2}  # BERTcL's Hyperband
 
 
@@ -189,9 +190,10 @@ class _Connection(sqlite3.Connection):
 
 def _refusal(url: str, error: Exception) -> Refused:
     said = scrub(str(error).strip().partition("\n")[0])
-    driver = isinstance(error, ImportError) or "DB access module" in said
-    return Refused(f"cannot be opened: {said}", where=f"--storage {scrub(url)}",
-                   remedy=DRIVER if driver else None)  # fmt: skip
+    remedy = DAMAGED if url.startswith(("sqlite", JOURNAL)) else None
+    if isinstance(error, ImportError) or "DB access module" in said:
+        remedy = DRIVER
+    return Refused(f"cannot be opened: {said}", where=f"--storage {scrub(url)}", remedy=remedy)
 
 
 def mend_journal(path: Path) -> bool:

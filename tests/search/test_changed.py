@@ -113,3 +113,17 @@ def test_a_search_whose_files_stay_is_read_again(place: Path, tmp_path: Path) ->
     tasks = [place / "mood.jsonl", place / "question.jsonl"]
     first = search(str(place / "bert"), tasks, **asked)
     assert search(str(place / "bert"), tasks, **asked)["final"] == first["final"]
+
+
+@pytest.mark.parametrize("left", [0.5, None])
+def test_a_database_that_is_damaged_is_told_with_a_remedy(
+    left: float | None, place: Path, tmp_path: Path
+) -> None:
+    take(Study(tmp_path, plan(place))).close()
+    file = tmp_path / "study.db"
+    data = file.read_bytes()
+    for beside in tmp_path.glob("study.db-*"):
+        beside.unlink()
+    file.write_bytes(b"no database " * 99 if left is None else data[: int(len(data) * left)])
+    with pytest.raises(Refused, match=r"study\.db: cannot be opened: .*; put back a copy of it"):
+        Study(tmp_path, plan(place))
