@@ -40,7 +40,7 @@ from holdfast.engine.peft import LoRA
 from holdfast.errors import Refused, tell_once
 from holdfast.experiments.ranks import check_alone
 from holdfast.experiments.record import Record
-from holdfast.experiments.runs import CONFIG, digest, other_settings
+from holdfast.experiments.runs import CONFIG, WEIGHTS, config_in, digest, other_settings
 from holdfast.experiments.sequence import Job, load_tasks
 from holdfast.experiments.settings import SelfTraining, Settings
 from holdfast.files import only_keys, read_text, write_text_atomic
@@ -122,11 +122,19 @@ def selftrain(
                     file, _pseudo(before, labelled, rows, how, f"{seed} {number}", bar), labelled
                 )
             now, told = _with_pseudo(labelled, file, truth, before=number - 1)
+            if number < len(found) and told["pseudo"] != found[number].get("pseudo"):
+                raise Refused(f"holds other rows than round {number} learned from", where=str(file),
+                              remedy="delete it, and it is written anew")  # fmt: skip
         with_ = learner if number else teacher
         job = Job(model=model, recipe=replace(with_, name=f"{with_.name}, round {number}"),
                   seed=seed, command=list(command or sys.argv), bar=bar)  # fmt: skip
         lr = how.student_lr if number else None
         records.append(job.run([now], replace(plan, lr=lr or plan.lr), home))
+        noted = {config_in(run).get(WEIGHTS) for run in (folder / "round-0", home)} - {None}
+        if len(noted) > 1:  # each round reads the model anew
+            raise Refused(f"{WEIGHTS}: others than round 0 had; they changed meanwhile",
+                          where=str(home), remedy="put them back and delete this folder, and the "
+                          "same command goes on")  # fmt: skip
         if number == len(found):
             selection = (records[-1].selection_scores or [[None]])[0][0]
             scores = {"selection": selection, "evaluation": records[-1].scores[0][0]}
@@ -138,7 +146,16 @@ def selftrain(
 
 def rounds_in(folder: Path) -> list[dict[str, Any]]:
     """What each round found: its number, scores, pseudo labels by class, how many of them agree."""
-    return list(json.loads(read_text(folder / STATE))["rounds"])
+    found = json.loads(read_text(folder / STATE))["rounds"]
+    for number, told in enumerate(found):
+        numbers = [told["selection"], told["evaluation"], told.get("agreement")]
+        whole = [told["round"], *told.get("pseudo", {}).values()]
+        if told["round"] != number or not (
+            all(isinstance(value, int | float | None) for value in numbers)
+            and all(isinstance(value, int) for value in whole)
+        ):
+            raise ValueError(f"round {number}")
+    return list(found)
 
 
 def _begun(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,7 +166,7 @@ def _begun(folder: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     try:
         before, found = json.loads(read_text(folder / STATE))["config"], rounds_in(folder)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused(f"{STATE} is damaged", where=str(folder),
                       remedy="choose another --out") from None  # fmt: skip
     if before != json.loads(json.dumps(config)):
@@ -316,7 +333,8 @@ def _with_pseudo(
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         rows = [Row(x["text"], x.get("pair"), task.labels.index(x["label"])) for x in lines]
-    except (ValueError, KeyError, TypeError):
+        _ = {row.plain for row in rows}  # texts, all of them
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refused("is damaged", where=str(file), remedy="delete it") from None
     counts = Counter(task.labels[row.label] for row in rows)
     right = [truth[row.plain] == row.label for row in rows if row.plain in truth]

@@ -237,6 +237,58 @@ def test_a_killed_one_goes_on(
             assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "rounds", [[1], [{}], [{"round": 0}], {"a": 1}, "ab", [{"round": 1, "selection": 0.5,
+               "evaluation": 0.5}], [{"round": 0, "selection": "x", "evaluation": 0.5}]]
+)  # fmt: skip
+def test_what_is_no_list_of_rounds_is_refused(rounds: Any, whole: Path, tmp_path: Path) -> None:
+    body = json.loads((whole / selftrain.STATE).read_text())
+    (tmp_path / selftrain.STATE).write_text(json.dumps({**body, "rounds": rounds}))
+    with pytest.raises(Refused, match=r"selftrain\.json is damaged"):
+        selftrain._begun(tmp_path, body["config"])
+
+
+@pytest.mark.parametrize("kept", [slice(0, 3), slice(0, 0)])
+def test_a_round_is_not_told_to_have_learned_from_other_rows(
+    kept: slice, place: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Its run was deleted, and of the file of its rows a part is left."""
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    shutil.rmtree(out / "round-2")
+    file = out / "round-2.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[kept]))
+    with pytest.raises(Refused, match=r"round-2\.jsonl: holds other rows than round 2 learned"):
+        learn(place, out)
+    file.unlink()
+    learn(place, out)
+    assert told(out / "round-2") == told(whole / "round-2")
+
+
+def test_a_model_that_is_exchanged_between_rounds_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, real = Path(shutil.copytree(place, tmp_path / "own")), selftrain._pseudo
+    file = own / "bert" / "config.json"
+
+    def labelled(*words: Any) -> Any:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"mark": 1}))
+        return real(*words)
+
+    monkeypatch.setattr(selftrain, "_pseudo", labelled)
+    with pytest.raises(Refused, match="round-1: model files: others than round 0 had"):
+        learn(own, tmp_path / "out", rounds=1)
+
+
+@pytest.mark.parametrize("line", ['{"text": 5, "label": "good"}', "[" * 9999, "5"])
+def test_a_file_of_pseudo_labels_that_is_none_is_refused(
+    line: str, place: Path, whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "round-1.jsonl").write_text(line + "\n")
+    task = selftrain.load_tasks([place / "mood.jsonl"], seed=0, plan=Settings())[0]
+    with pytest.raises(Refused, match=r"round-1\.jsonl: is damaged"):
+        selftrain._with_pseudo(task, tmp_path / "round-1.jsonl", {}, before=0)
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
