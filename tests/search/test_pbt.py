@@ -427,7 +427,7 @@ def test_what_diverged_goes_on_from_another(begun: Begun, tmp_path: Path, halves
     begun.copied(tmp_path / "p")
     shutil.rmtree(tmp_path / "p" / "1" / "1")
     good = replace(begun.first[0], population=tmp_path / "p")
-    bad = Segment(tmp_path / "p", 0, 1, 1, (Ancestor(1, 1e30, (1.0,) * 4),))
+    bad = Segment(tmp_path / "p", 0, 1, 1, (Ancestor(1, 1e15, (1.0,) * 4),))
     values = [train(good).value, train(bad).value]
     assert values[0] is not None and values[1] is None
     ended = bad.outcome
