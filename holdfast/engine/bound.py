@@ -30,7 +30,7 @@ from holdfast.engine.attachment import (
     unwrap,
 )
 from holdfast.engine.batches import Data
-from holdfast.engine.forwarding import in_mode, own_randomness
+from holdfast.engine.forwarding import gradients_on, in_mode, own_randomness
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Gradients, Method, View
@@ -166,7 +166,7 @@ class Bound(Passes):
                 self._undo.callback(switch_on_, view.cut)
             for method in self._defining("unbound"):
                 self._undo.callback(method.unbound, self.views[method.name])
-            with self._offering(data), self._locating():
+            with self._offering(data), gradients_on(), self._locating():
                 if not resuming:
                     self._read_rows(learned, offered=data is not None)
                 for method in self._defining("begin_task"):
@@ -177,7 +177,7 @@ class Bound(Passes):
                 self._undo.enter_context(self._seeing_features())
             asked = [m.watched(self.views[m.name]) for m in self.methods]
             self._undo.enter_context(self._watching({m for each in asked for m in each}))
-            self._drawn = self.randomness
+            self._await_steps()
         except BaseException:
             self.unbind()
             raise
@@ -264,6 +264,7 @@ class Bound(Passes):
             self._offering(data),
             in_mode(model.modules(), training=False),
             self._locating(),
+            gradients_on(),
         ):
             for method in self._defining("end_task"):
                 with own_randomness(self.views[method.name].generator):

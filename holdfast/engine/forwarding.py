@@ -51,6 +51,13 @@ def draw_on(state: tuple[Tensor, ...]) -> None:
         torch.cuda.set_rng_state(cuda)
 
 
+@contextlib.contextmanager
+def gradients_on() -> Iterator[None]:
+    """Gradients can be taken within the block, also by a caller that evaluates without any."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def uncompiled() -> contextlib.AbstractContextManager[None]:
     """Run compiled models eagerly.
 

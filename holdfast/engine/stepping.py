@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.engine.attachment import Held, finite
+from holdfast.engine.attachment import MARK, Held, finite
 from holdfast.engine.method import Method, View
 from holdfast.engine.state import State, refuse_not_finite
-from holdfast.errors import Refused, TrainingDiverged
+from holdfast.errors import Refused, TrainingDiverged, tell_once
 from holdfast.network.groups import factors
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
@@ -39,6 +39,7 @@ class Stepping:
     max_grad_norm: float | None
     optimizer: torch.optim.Optimizer
     weights: Mapping[str, nn.Parameter]
+    shared: Mapping[str, nn.Parameter]
     group_of: Mapping[str, dict[str, Any]]
     previous: dict[str, Tensor]
     norm: Tensor | None = None
@@ -62,6 +63,7 @@ class Stepping:
     _ran = False  # whether the shared module was run since the last penalty
     _added: dict[str, tuple[Any, int]]  # by method: the sum of its penalties, and their number
     _drawn: Tensor  # the random states before the step
+    _first: list[int]  # how often each shared weight was written, as the task began
     _options: list[dict[str, Any]]  # of the optimizer's groups, before a step that is left out
     _norms: Norms  # of this step's gradients
 
@@ -90,6 +92,13 @@ class Stepping:
 
     def _defining(self, hook: str) -> list[Method]:
         return [m for m in self.methods if m.defines(hook)]
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        # The hooks of an optimizer stay behind where it is copied, so that a copy would train as if
+        # there was no recipe.
+        raise Refused("a Bound is not copied or pickled", where="copy",
+                      remedy="bind the recipe to the copies with resuming=True, then "
+                      "load_state_dict(bound.state_dict())")  # fmt: skip
 
     @property
     def has_penalty(self) -> bool:
@@ -238,6 +247,11 @@ class Stepping:
         if self.max_skipped is not None and self.in_a_row > self.step:
             made = f"the last {self.in_a_row}" if self.step else f"{self.in_a_row}"
             raise self._diverged(f"no gradient of {made} steps was finite")
+        moved = getattr(self.optimizer, MARK, False) and self._written() != self._first
+        if moved and not self.step and not self.skipped:
+            tell_once(f"{self.task}: weights changed, and the bound "
+                      f"{type(self.optimizer).__name__} made no step: another optimizer took "
+                      "part, and the recipe none")  # fmt: skip
         refuse_not_finite(self.weights, "this weight is not finite")
 
     def _diverged(self, what: str) -> TrainingDiverged:
@@ -247,6 +261,14 @@ class Stepping:
             remedy="they changed nothing; lower the learning rate, or look for rows that are not "
             "finite",
         )
+
+    def _await_steps(self) -> None:
+        """A task has begun: what is drawn and written from now on is of its steps."""
+        self._drawn, self._first = self.randomness, self._written()
+
+    def _written(self) -> list[int]:
+        """How often each weight that tasks share was written."""
+        return [w._version for w in self.shared.values()]
 
     def _forget_step(self) -> None:
         self._put_back()

@@ -3,8 +3,10 @@ bound's life; tasks learned elsewhere; parts by the recipe."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Method, View
 from holdfast.engine.plan import changed
 from holdfast.errors import Refused, tell_once
-from holdfast.methods import DPS, EWC, L2SP, LwF, Merge, Replay
+from holdfast.methods import DPS, EWC, L2SP, ChildTuning, LwF, Merge, Replay
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, ToyTraining, make_batch
@@ -757,8 +759,59 @@ def test_weights_that_begin_to_train_are_told(said: Callable[[], list[str]]) -> 
     for method in (L2SP(), EWC(rows=4)):
         toy = ToyTraining(method, frozen={"encoder.embeddings.weight"})
         toy.begin("one")
+        toy.learn(0, 1)
         toy.end()
         toy.frozen = ()
         toy.begin("two")
     (line,) = said()  # L2SP holds what each task begins with
     assert "(encoder.embeddings.weight, …) did not train in earlier tasks" in line
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("method", [EWC(rows=4), Merge(), ChildTuning()])
+def test_a_task_begins_and_ends_also_where_gradients_are_switched_off(
+    method: Method, off: Any
+) -> None:
+    """As beside an evaluation, under the same `with`."""
+
+    def learned(around: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, given = Classifier(), data("one")
+        optimizer, bound = sgd(model), Recipe(methods=[method]).unbound()
+        for task in ("one", "two"):
+            with around():
+                bound.begin_task(task, optimizer, 3, model=model, data=given)
+            for batch in given:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with around():
+                bound.end_task(given)
+        return [w.detach().clone() for w in model.parameters()]
+
+    pairs = zip(learned(off), learned(contextlib.nullcontext), strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_a_copy_or_pickle_is_refused_for_it_would_train_without_the_recipe() -> None:
+    toy = ToyTraining(EWC(rows=4))
+    toy.begin("one")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(Refused, match=r"not copied or pickled.*load_state_dict"):
+            copied(toy.bound)
+    with pytest.raises(Refused, match="not copied or pickled"):
+        copy.deepcopy((toy.model, toy.optimizer, toy.bound))
+
+
+def test_a_task_of_which_another_optimizer_made_the_steps_is_told(
+    said: Callable[[], list[str]],
+) -> None:
+    model = Classifier()
+    bound = Recipe(methods=[L2SP()]).bind(model, sgd(model), total_steps=3, task="one")
+    other = sgd(model)
+    for batch in data("one"):
+        model(**batch).loss.backward()
+        other.step()
+    bound.end_task(data("one"))
+    (line,) = said()
+    assert "one: weights changed, and the bound SGD made no step" in line
