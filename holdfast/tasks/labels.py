@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
+from holdfast.config import LARGEST
 from holdfast.errors import Refused
 from holdfast.files import strictly
 from holdfast.tasks.table import counted, listed, shown
@@ -58,7 +59,7 @@ def by_name(names: tuple[str, ...]) -> Read:
         name = spelled(cell, where)
         if name in ids:
             return ids[name]
-        if _meaning(name) == IGNORED:
+        if ignored(name):
             return None
         raise Refused(
             f"label {shown(name)} is not among those of the training rows",
@@ -69,6 +70,7 @@ def by_name(names: tuple[str, ...]) -> Read:
     return read
 
 
+_WRITTEN = re.compile(r"""\s*\[\s*(['"].*['"]|[^|]*,[^|]*|)\s*\]\s*""", re.DOTALL)
 SEPARATOR = "|"  # between the labels of one row, where a cell is text
 
 
@@ -95,6 +97,9 @@ def each_of(read: Read) -> Read:
 def _parted(cell: Any, where: str) -> Sequence[Any]:
     """The labels in a cell: a list of them, or text with | between them; none if it is empty."""
     if isinstance(cell, str):
+        if _WRITTEN.fullmatch(cell):  # as pandas writes a list into a CSV: it is no name
+            raise Refused(f"a list that was written as text: {shown(cell)}", where=where,
+                          remedy="write joy|anger, or lists in a JSONL file")  # fmt: skip
         return [part.strip() for part in cell.split(SEPARATOR)] if cell.strip() else []
     if cell is None:
         return []
@@ -115,6 +120,9 @@ def number(cell: Any, where: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise Refused(f"label {shown(cell)} is not a finite number", where=where)
+    if abs(value) > LARGEST:
+        raise Refused(f"label {shown(cell)} is beyond {LARGEST:g}: its square overflows",
+                      where=where, remedy="divide all labels by one number")  # fmt: skip
     return value
 
 
@@ -134,7 +142,7 @@ def word(names: tuple[str, ...] | None) -> Read:
     def read(cell: Any, where: str) -> str | None:
         if ids is None or names is None:
             name = spelled(cell, where)
-            return None if _meaning(name) == IGNORED else name
+            return None if ignored(name) else name
         place = ids(cell, where)
         return None if place is None else names[int(place)]
 
@@ -251,6 +259,11 @@ def usual(spellings: Mapping[str, Spelling]) -> Callable[[str], str]:
         return known.get(name.casefold(), name)
 
     return mend
+
+
+def ignored(spelling: str) -> bool:
+    """Whether a label says that its row is to be left out."""
+    return _meaning(spelling) == IGNORED
 
 
 def _meaning(spelling: str) -> Decimal | str:

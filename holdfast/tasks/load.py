@@ -12,12 +12,12 @@ from typing import Any
 
 from holdfast.config import count
 from holdfast.errors import Refused, nearest
-from holdfast.tasks import files, folder, generated, pictures, splits
+from holdfast.tasks import files, folder, generated, pictures, splits, tagged
 from holdfast.tasks.labels import SEPARATOR
 from holdfast.tasks.rows import Source, check_metric, source_of
 from holdfast.tasks.spec import Options, Spec, parse
 from holdfast.tasks.table import Columns, counted, listed, shown
-from holdfast.tasks.task import GENERATED, Row, Task, slug
+from holdfast.tasks.task import GENERATED, TAGGED, Row, Task, slug
 
 CARVED = 0.2  # of the training rows, where no evaluation rows are given
 PIECE = 2000  # characters of running text in a row
@@ -62,6 +62,9 @@ def load_task(
     name, names, metric, pool, evaluation, warnings, kind = _LOADERS[asked.kind](asked)
     name = slug(asked.options.name or name)
     names = _called(asked.options.labels, names, name)
+    if metric == TAGGED[0] and not tagged.chunked(names or ()):
+        raise Refused(f"{metric} is for tags O, B-x and I-x, not {listed(names or ())}", where=name,
+                      remedy="call them so in labels=, or say metric=accuracy")  # fmt: skip
     _check_classes(pool, names, name, warnings, kind)
     texts = [row.plain for row in pool]
     if names is not None and (torn := _contradicted([*pool, *(evaluation or ())])):

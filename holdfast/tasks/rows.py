@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import compress
@@ -14,6 +15,8 @@ from holdfast.tasks.prompts import prompted
 from holdfast.tasks.spec import Options, parse
 from holdfast.tasks.table import ANSWER, Columns, Table, counted, listed, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
+
+_MARKED = re.compile(r"[A-Za-z][-_]")  # of an entity in some scheme, as b-loc, S-LOC or U_LOC
 
 
 class Source(NamedTuple):
@@ -74,9 +77,10 @@ def source_of(
         if alike := labels.look_alike(names):
             told = ", ".join(f"{name!a} ({counted(spellings[name].rows)})" for name in alike)
             warnings.append(f"labels that look alike, each a class of its own: {told}")
-        if joined := _joined(names):
-            told = f"the label {shown(joined)} is one class"
-            warnings.append(f"{told}; for several labels a row say ?type=multilabel")
+        if joined := _joined(names, ",;" if several else labels.SEPARATOR):
+            told = f"the label {shown(joined)} is one {'label' if several else 'class'}"
+            write = f"write {labels.SEPARATOR} between them" if several else "say ?type=multilabel"
+            warnings.append(f"{told}; for several labels a row {write}")
     if names == ():
         raise train.nothing(first.missing)
     if names is not None and len(names) < 2:
@@ -132,6 +136,11 @@ def _tokens(
     if evaluation is not None:
         held = tagged.Tagged(evaluation, columns.check(evaluation)).rows(read, warnings)
     metrics = TAGGED if tagged.chunked(names) else TAGGED[1:]
+    if metrics is not TAGGED and options.metric is None and any(map(_MARKED.match, names)):
+        warnings.append(f"tags {listed(names, 5)} are scored word by word: "
+                        "entities are told by O, B-x and I-x")  # fmt: skip
+    if clash := _differ_by_case(names):
+        warnings.append(f"tags that differ only by case: {listed(clash)}")
     return Source(name, names, _metric(options, metrics, name), pool, held, warnings, "tokens")
 
 
@@ -226,9 +235,9 @@ def unlabelled(
     return [text[0] for text in texts], pair, kept, table.cut
 
 
-def _joined(names: tuple[str, ...]) -> str | None:
-    """The first label that is made of other labels, as several labels a row are written."""
-    parts = ((name, {*name.split(labels.SEPARATOR)}) for name in names)
+def _joined(names: tuple[str, ...], marks: str) -> str | None:
+    """The first label that is made of other labels, with one of `marks` between them."""
+    parts = ((name, {*map(str.strip, name.split(m))}) for name in names for m in marks)
     return next((name for name, each in parts if len(each) > 1 and each <= {*names}), None)
 
 

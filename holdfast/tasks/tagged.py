@@ -16,12 +16,12 @@ import regex
 
 from holdfast.errors import Refused
 from holdfast.tasks import labels
-from holdfast.tasks.table import Columns, Table, shown
+from holdfast.tasks.table import Columns, Table, listed, shown
 from holdfast.tasks.task import Row
 
 OUTSIDE = "O"
 _WORD = regex.compile(r"\w[\w\p{M}]*|[^\w\s]")  # with combining marks, as in Hindi
-_TAG = re.compile(r"O|[BI]-\S+")
+_TAG = re.compile(r"O|[BI]-\S(.*\S)?", re.DOTALL)  # "B-full name" too
 
 
 class Span(NamedTuple):
@@ -161,7 +161,15 @@ def names_of(cells: Iterator[tuple[Any, str]], where: str) -> tuple[str, ...]:
         if not isinstance(tag, str):
             raise Refused(f"tag {shown(tag)} is a number without a name", where=place,
                           remedy="write tags as texts, or name them in meta.json")  # fmt: skip
-        found.add(labels.spelled(tag, place))
+        if labels.ignored(name := labels.spelled(tag, place)):
+            raise Refused(f"a tag {labels.IGNORED}", where=place, remedy=f"write {OUTSIDE}")
+        found.add(name)
+    alike: dict[str, list[str]] = {}  # but for blanks
+    for name in sorted(found):
+        alike.setdefault(" ".join(name.replace("-", "- ", 1).split()), []).append(name)
+    if twice := [name for each in alike.values() if len(each) > 1 for name in each]:
+        raise Refused(f"tags in several spellings: {listed(twice)}", where=where,
+                      remedy="write each one way")  # fmt: skip
     if chunked(tuple(found)):  # B and I of every type, as another split may have the other one
         types = sorted({tag[2:] for tag in found} - {""})
         return (OUTSIDE, *(f"{begin}-{kind}" for kind in types for begin in "BI"))
@@ -183,7 +191,7 @@ def _span(mark: Any, text: str, where: str) -> Span:
     if isinstance(mark, dict):
         start, end, name = (mark.get(key) for key in ("start", "end", "label"))
         if (
-            isinstance(start, int) and isinstance(end, int) and 0 <= start < end <= len(text)
+            type(start) is type(end) is int and 0 <= start < end <= len(text)  # no bool
             and isinstance(name, str) and name.strip()
         ):  # fmt: skip
             return Span(start, end, labels.spelled(name, where))

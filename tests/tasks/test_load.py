@@ -396,6 +396,13 @@ def test_a_label_that_is_no_number_is_named(write, label: str) -> None:
     assert f"a.tsv, line 11: label '{label}' is not a finite number" in line
 
 
+def test_a_label_whose_square_float32_does_not_hold_is_refused(write) -> None:
+    content = "text\tlabel\n" + "".join(f"t{i}\t{i}\n" for i in range(9))
+    assert load_task(write("a.tsv", content + "x\t-1e15\n") + "?type=regression")
+    line = refusal(write("a.tsv", content + "x\t-1e20\n") + "?type=regression")
+    assert "line 11: label '-1e20' is beyond 1e+15" in line and "divide all labels" in line
+
+
 def test_a_bool_or_a_huge_int_is_no_number(tmp_path: Path) -> None:
     meta = {"labels": None, "metric": "spearman"}
     for label in (True, 10**400):

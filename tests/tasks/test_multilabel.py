@@ -146,3 +146,24 @@ def test_scores_are_scikit_learns(cells: list[tuple[int, ...]]) -> None:
         theirs = f1_score(truth, said, average=average, zero_division=0.0)
         assert several_score(metric, truth, said) == pytest.approx(theirs)
     assert several_score("accuracy", truth, said) == pytest.approx(accuracy_score(truth, said))
+
+
+@pytest.mark.parametrize("cell", ["['a', 'b']", '["a"]', "[]", " [1, 2] ", "['it is', 'b|c']"])
+def test_lists_that_were_written_as_text_are_refused(tmp_path: Path, cell: str) -> None:
+    """As pandas writes them into a CSV: each list would be a label of its own."""
+    cells = ["a", "b"] * 20 + [cell]
+    with pytest.raises(Refused, match="line 41: a list that was written as text"):
+        load_task(f"{written(tmp_path, cells)}?type=multilabel")
+
+
+def test_names_in_brackets_are_labels(tmp_path: Path) -> None:
+    task = load_task(f"{written(tmp_path, ['[a]', '[b]|[c, d]'] * 20)}?type=multilabel")
+    assert task.labels == ("[a]", "[b]", "[c, d]")
+
+
+@pytest.mark.parametrize("mark", [",", ", ", ";"])
+def test_labels_with_other_marks_between_them_are_told(tmp_path: Path, mark: str) -> None:
+    cells = ["a", "b", f"a{mark}b"] * 20
+    task = load_task(f"{written(tmp_path, cells)}?type=multilabel")
+    told = f"the label 'a{mark}b' is one label; for several labels a row write | between them"
+    assert told in task.warnings

@@ -249,3 +249,48 @@ def test_what_is_predicted_lies_in_the_text() -> None:
     edges = {(a, b) for _, a, b in words_in(texts[0])}
     assert {s.start for s in found[0].label} <= {a for a, _ in edges}
     assert {s.end for s in found[0].label} <= {b for _, b in edges}
+
+
+def test_tags_that_differ_only_by_blanks_are_refused_and_by_case_told(tmp_path: Path) -> None:
+    def rows(*tags: str) -> Path:
+        words = [f"w{i} in Rome" for i in range(20)]
+        return written(tmp_path, [{"tokens": text.split(), "tags": ["O", "O", tags[i % len(tags)]]}
+                                  for i, text in enumerate(words)])  # fmt: skip
+
+    for tags in (("B-LOC", "B-LOC "), ("B-LOC", "B- LOC"), ("S-LOC", " S-LOC")):
+        with pytest.raises(Refused, match="tags in several spellings"):
+            load_task(str(rows(*tags)))
+    assert "tags that differ only by case: 'B-LOC', 'I-LOC', 'B-loc', 'I-loc'" in " ".join(
+        load_task(str(rows("B-LOC", "B-loc"))).warnings
+    )
+    with pytest.raises(Refused, match=r"line 1: a tag -100; write O"):
+        load_task(str(rows("-100", "B-LOC")))
+
+
+def test_an_entity_may_have_a_name_of_several_words(tmp_path: Path) -> None:
+    """Without it the score would be that of words, and no word could go on an entity."""
+    rows = [{"text": f"{i} Ann Lee left", "spans": [
+        {"start": len(f"{i} "), "end": len(f"{i} Ann Lee"), "label": "full name"}]}
+        for i in range(20)]  # fmt: skip
+    task = load_task(str(written(tmp_path, rows)))
+    assert task.labels == ("O", "B-full name", "I-full name") and task.metric == "entity_f1"
+    assert entities(["B-full name", "I-full name", "O"]) == [(0, 2, "full name")]
+    rows[0]["spans"][0]["start"] = True  # type: ignore[index]
+    with pytest.raises(Refused, match=r"line 1: .*is no span"):
+        load_task(str(written(tmp_path, rows)))
+
+
+def test_tags_of_another_scheme_are_told_to_be_scored_by_word(tmp_path: Path) -> None:
+    rows = [{"tokens": [f"w{i}", "Rome"], "tags": ["O", "S-LOC"]} for i in range(20)]
+    path = str(written(tmp_path, rows))
+    said = "tags 'O', 'S-LOC' are scored word by word: entities are told by O, B-x and I-x"
+    assert load_task(path).metric == "accuracy" and said in load_task(path).warnings
+    assert said not in load_task(f"{path}?metric=accuracy").warnings
+
+
+def test_other_names_of_tags_are_entities_too_or_refused(tmp_path: Path) -> None:
+    rows = [{"tokens": [f"w{i}", "Rome"], "tags": ["O", "B-LOC"]} for i in range(20)]
+    path = str(written(tmp_path, rows))
+    assert load_task(f"{path}?labels=O|B-X|I-X").labels == ("O", "B-X", "I-X")
+    with pytest.raises(Refused, match="entity_f1 is for tags O, B-x and I-x, not 'no', 'first'"):
+        load_task(f"{path}?labels=no|first|next")
