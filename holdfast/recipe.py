@@ -149,6 +149,9 @@ class Recipe:
         """The recipe called `spec` in `PRESETS`, or in that file; a recipe is itself."""
         if isinstance(spec, Recipe):
             return spec
+        if not isinstance(spec, str | Path):
+            raise Refused(f"{spec!r} is no recipe", where="--recipe",
+                          remedy="a name, a .yaml file or Recipe(methods=[…])")  # fmt: skip
         if str(spec) in PRESETS:
             return PRESETS[str(spec)]()
         if Path(spec).suffix in {".yaml", ".yml"} or os.path.exists(spec):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import re
 import select
@@ -91,6 +92,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         if resumes and not getattr(chosen.verb, "TOGETHER", False):
             check_alone()
         must_be_utf8(getattr(chosen, "out", None), "--out")
+        if "--out=" in words or ("--out", "") in itertools.pairwise(words):
+            # As of a variable that is not set: a path would read it as the folder one is in.
+            raise Refused("names no folder", where="--out", remedy="as runs/first")
         if getattr(chosen, "trust_code", False):
             from holdfast.tasks.program import trust_all
 

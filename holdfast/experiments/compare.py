@@ -35,6 +35,7 @@ from holdfast.experiments.runs import (
 from holdfast.experiments.sequence import Arm, run_sequence
 from holdfast.experiments.settings import SIZES, Settings
 from holdfast.recipe import Recipe
+from holdfast.tasks.spec import in_order
 from holdfast.tasks.task import slug
 
 FIRST, TUNING = "first", "tuning"  # folders beside those of the recipes
@@ -85,6 +86,14 @@ def compare(
     what scores move by when nothing is changed, see `statistics.repeats`.
     """
     check_alone()
+    tasks = in_order(tasks)
+    if not isinstance(recipes, Mapping) or not all(
+        isinstance(pair, tuple | list) and len(pair) == 2 for pair in recipes.values()
+    ):
+        raise Refused("must map labels to a recipe and its settings", where="--recipes",
+                      remedy='{"ewc": (Recipe.named("ewc"), {})}')  # fmt: skip
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        raise Refused(f"must be a list, not {seeds!r}", where="--seeds", remedy="seeds=[0, 1, 2]")
     chosen: Engine = engine or Local(workers)
     if not seeds or len(set(seeds)) != len(seeds):
         raise Refused(f"seeds must differ, and be some: {list(seeds)}", where="--seeds")

@@ -203,17 +203,21 @@ def beginning(
 ) -> Beginning:
     """A model by name, or what lies in `from_run`: recipe, seed and settings that are not asked for
     are a run's own."""
+    if not isinstance(model, str | Path | None):
+        raise Refused(f"must be a name, not a {type(model).__name__}", where="--model",
+                      remedy="save it, and name its folder")  # fmt: skip
     if from_run is None:
         if model is None or old_task is not None:
             raise Refused("no model" if model is None else "--old-task needs it", where="--from",
                           remedy="name a run or a saved model")  # fmt: skip
-        chosen = Recipe.named(recipe or "plain")
+        chosen = Recipe.named("plain" if recipe is None else recipe)
         return Beginning(None, str(model), chosen, 0 if seed is None else seed, dict(settings))
     if model is not None:
         raise Refused("comes with its own model", where="--from", remedy="leave out --model")
     found = origin_of(Path(from_run), old_task)
     own = found.recipe if recipe is None else None
-    chosen = Recipe.named(recipe or "default") if own is None else Recipe.from_dict(own)
+    named = "default" if recipe is None else recipe
+    chosen = Recipe.named(named) if own is None else Recipe.from_dict(own)
     return Beginning(found, found.model, chosen, found.seed if seed is None else seed,
                      {**found.settings, **settings})  # fmt: skip
 

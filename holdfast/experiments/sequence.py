@@ -34,6 +34,7 @@ from holdfast.tasks import Task, load_task
 from holdfast.tasks.kinds import kind_of, one_kind
 from holdfast.tasks.program import trust
 from holdfast.tasks.scores import constant_score
+from holdfast.tasks.spec import in_order
 
 if TYPE_CHECKING:
     from holdfast.experiments.loggers import Loggers
@@ -98,6 +99,9 @@ def run_sequence(
     All input is checked, and `Refused` raised, before any weights are loaded.
     """
     join()
+    tasks = in_order(tasks)
+    if not isinstance(out, str | Path | None) or out == "":
+        raise Refused(f"names no folder: {out!r}", where="--out", remedy="as runs/first")
     trust([*tasks, model])
     if without_old_rows and from_run is None:
         raise Refused("--without-old-rows needs it", where="--from", remedy="name a run")

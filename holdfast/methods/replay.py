@@ -104,7 +104,8 @@ class Replay(Method):
             if len(mine):
                 batch = _trim({k: t[mine] for k, t in view.state.tensors[task].items()})
                 batch = {k: t.to(first.device) for k, t in batch.items()}
-                total = total + view.forward(batch, task=task).loss * (len(mine) / wanted)
+                loss = loss_of(view.forward(batch, task=task))
+                total = total + loss * (len(mine) / wanted)
         if self.feedback is not None:
             self._note(view, total, sum(ranks))
         return self.weight * total

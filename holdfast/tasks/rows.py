@@ -13,7 +13,7 @@ from holdfast.errors import Refused, nearest, tell_once
 from holdfast.tasks import files, labels, tagged
 from holdfast.tasks.prompts import prompted
 from holdfast.tasks.spec import Options, parse
-from holdfast.tasks.table import ANSWER, Columns, Table, counted, listed, shown
+from holdfast.tasks.table import ANSWER, PAIR, Columns, Table, counted, listed, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 _MARKED = re.compile(r"[A-Za-z][-_]")  # of an entity in some scheme, as b-loc, S-LOC or U_LOC
@@ -210,9 +210,13 @@ def unlabelled(
     if options.bad_rows is not None:
         raise Refused("bad_rows is for rows to learn from", where=spec,
                       remedy="leave them out of the file")  # fmt: skip
+    for idle in ("evaluation", "labels", "metric", "per_class", "strip"):
+        if getattr(options, idle) is not None:
+            raise Refused(f"{idle} is for rows to learn from", where=spec, remedy="leave it out")
     path = files.must_exist(Path(asked.place))
     wanted = columns.wanted | {*keep, *([beside] if beside else [])}
     table = files.read(path, wanted, **options.written, collect=True)
+    given = dict(table.records)  # a text that is made is called as a column may be
     if kind == "chat" or columns.template is not None:
         table, columns = prompted(table, columns, answered=False)
     columns = columns.texts_among(table, pairs=pairs, prompts=kind == "generation")
@@ -222,6 +226,10 @@ def unlabelled(
     keep = [*keep, beside] if beside in table.columns else keep
     for note in table.notes:
         tell_once(f"{table.name}: {note}")
+    alone = kind in ("classification", "multilabel") and not pairs
+    if alone and (second := {*PAIR} & {*table.columns} - {*keep}):
+        tell_once(f"{table.name}: the column {shown(second.pop())} is not read: the task takes one "
+                  "text of each row")  # fmt: skip
     read = [name for name in (columns.text, columns.pair) if name is not None]
     texts: list[list[str]] = []
     for number, cells in table.records:
@@ -230,7 +238,7 @@ def unlabelled(
         except Refused as why:
             table.bad_row(number, why)
     table.refuse_bad()
-    kept = [{name: cells.get(name) for name in keep} for _, cells in table.records]
+    kept = [{name: given[number].get(name) for name in keep} for number, _ in table.records]
     pair = [text[1] for text in texts] if columns.pair else None
     return [text[0] for text in texts], pair, kept, table.cut
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ _ALLOWED = {
 PLACE = re.compile(r"(?P<file>.+\.py)(?::(?P<task>.+))?", re.DOTALL)  # net.py:TASK
 TYPES = ("classification", "multilabel", "regression", "tokens", "generation")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*){0,2}", re.ASCII)
+
+
+def in_order(tasks: Any) -> list[str | Path]:
+    """The names of tasks, as a list: one text alone would be read letter by letter, and a set has
+    no order."""
+    if isinstance(tasks, str | bytes | Path | Mapping | Set) or not isinstance(tasks, Iterable):
+        raise Refused(f"must be a list of tasks, not {shown(tasks)}", where="--tasks",
+                      remedy='tasks=["a.csv", "b.csv"]')  # fmt: skip
+    found = list(tasks)
+    if strange := [one for one in found if not isinstance(one, str | Path)]:
+        raise Refused(f"a task is named by a text, not {shown(strange[0])}", where="--tasks",
+                      remedy='a file, a folder or builtin:NAME, as "reviews.csv"')  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True)
