@@ -40,6 +40,15 @@ def rows_in(batch: Batch) -> int:
     return len(first)
 
 
+def loss_of(output: Any) -> Tensor:
+    """The loss in what a model returned."""
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise Refused("the model returned no loss", remedy="pass batches with labels, and let the "
+                      "model return an object that has it as .loss, no dict or tuple")  # fmt: skip
+    return loss
+
+
 def rows_of(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Each row of each batch as a batch of one; a `Whole` one as it is."""
     for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -284,7 +285,14 @@ class Passes(Stepping):
                 stack.enter_context(in_mode(concerned, training))
             elif model.training != ours.training:  # another task's: match this model's mode
                 stack.enter_context(in_mode(concerned - {*ours.modules()}, ours.training))
-            return batch.run(model, batch) if isinstance(batch, Whole) else model(**batch)
+            try:
+                return batch.run(model, batch) if isinstance(batch, Whole) else model(**batch)
+            except TypeError as error:
+                if not re.search(r"missing \d+ required .*'label", str(error)):
+                    raise
+                raise Refused(f"the model does not run without labels ({error})",
+                              where="view.forward", remedy="give them a default: labels=None, and "
+                              "return logits alone then") from None  # fmt: skip
 
     def old_outputs(
         self,

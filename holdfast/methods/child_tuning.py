@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from holdfast.engine.batches import loss_of
 from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import Labels, diagonal_fisher, wide
@@ -100,9 +101,7 @@ class ChildTuning(Subnetwork):
         total = {n: torch.zeros_like(w, dtype=wide(w.dtype)) for n, w in weights.items()}
         read = False
         for batch in view.data():
-            loss = getattr(forward(batch), "loss", None)
-            if loss is None:
-                raise Refused("the model returned no loss", remedy="pass batches with labels")
+            loss = loss_of(forward(batch))
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             grads = {n: g for n, g in zip(weights, found, strict=True) if g is not None}
             for g in grads.values() if self.clip else ():

@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor
 
 from holdfast.config import Share, count, exactly
-from holdfast.engine.batches import LABELS, Seen, rows_in, rows_of
+from holdfast.engine.batches import LABELS, Seen, loss_of, rows_in, rows_of
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.ops import distributed

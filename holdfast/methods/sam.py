@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from holdfast.engine.batches import Whole, rows_in
+from holdfast.engine.batches import Whole, loss_of, rows_in
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
 from holdfast.ops import distributed
@@ -98,7 +98,7 @@ class SAM(Method):
             for batch, factor, precision in batches:
                 if factor.grad is not None:
                     with precision:
-                        loss = view.forward(batch).loss
+                        loss = loss_of(view.forward(batch))
                     (loss * factor.grad).backward()
         grads = []
         for name, w in view.weights.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import models
 import pytest
 import torch
 from models import bert, collate, rows, save_bert, write_task
@@ -815,3 +816,43 @@ def test_a_task_of_which_another_optimizer_made_the_steps_is_told(
     bound.end_task(data("one"))
     (line,) = said()
     assert "one: weights changed, and the bound SGD made no step" in line
+
+
+# --- models that are made otherwise ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [Replay(), EWC(rows=4), ChildTuning()])
+def test_a_model_that_returns_its_loss_otherwise_is_refused_in_one_line(method: Method) -> None:
+    model = models.Plain()  # it returns a dict
+    given = [collate(rows(4, seed=seed)) for seed in range(2)]
+    bound = Recipe(methods=[method]).unbound()
+    with pytest.raises(Refused, match=r"returned no loss.*as \.loss, no dict or tuple"):
+        for task in ("one", "two"):
+            bound.begin_task(task, sgd(model), 3, model=model, data=given)
+            for batch in given:
+                out = model(**batch)
+                own = bound.penalty(batch, out, out["loss"]) if bound.has_penalty else 0
+                (out["loss"] + own).backward()
+                bound.optimizer.step()
+            bound.end_task(given)
+
+
+def test_a_model_that_does_not_run_without_labels_is_refused_in_one_line() -> None:
+    """As another task's head is asked for its answers."""
+    model, given = models.Plain(), [collate(rows(4))]
+    bound = Recipe(methods=[LwF()]).bind(model, sgd(model), total_steps=3, task="one", data=given)
+    bound.end_task(given)
+    with pytest.raises(Refused, match=r"does not run without labels .*give them a default"):
+        bound.begin_task("two", sgd(model), 3, data=given)
+        bound.penalty(given[0], model(**given[0]))
+
+
+def test_a_weight_that_was_replaced_in_its_module_is_refused_by_name() -> None:
+    model = Classifier()
+    bound = Recipe(methods=[EWC(rows=4)]).bind(model, sgd(model), total_steps=3)
+    model(**data("one")[0]).loss.backward()
+    bound.optimizer.step()
+    layer = next(m for m in model.encoder.modules() if isinstance(m, nn.Linear))
+    layer.weight = nn.Parameter(layer.weight.detach().clone())
+    with pytest.raises(Refused, match=r"weight: was replaced in its module"):
+        bound.end_task(data("one"))

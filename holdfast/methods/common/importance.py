@@ -19,7 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from holdfast.engine.batches import LABELS, Batch, Seen, Whole, first_rows, rows_in, rows_of
+from holdfast.engine.batches import (
+    LABELS,
+    Batch,
+    Seen,
+    Whole,
+    first_rows,
+    loss_of,
+    rows_in,
+    rows_of,
+)
 from holdfast.engine.state import refuse_not_finite
 from holdfast.errors import Refused
 from holdfast.methods.common.squares import Layers
@@ -167,11 +176,10 @@ def _log_likelihoods(
     """
     kind = None if labels == "true" else _drawable(output, batch, model)
     if kind is None and labels in ("true", "auto"):
-        if getattr(output, "loss", None) is None:
-            raise Refused("the model returned no loss", remedy="pass batches with labels")
+        loss = loss_of(output)
         # The sum over a batch: squared, its gradient is as large as the rows' squares together
         # where they are independent. All is divided by the number of rows in the end.
-        return [-output.loss * (batch.rows if isinstance(batch, Whole) else 1)]
+        return [-loss * (batch.rows if isinstance(batch, Whole) else 1)]
     logits = getattr(output, "logits", None)
     if kind is None or logits is None:
         shape = None if logits is None else tuple(logits.shape)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast.errors import Refused
+
 Call = tuple[nn.Module, Tensor, Tensor]  # a layer, its input, its output
 
 
@@ -38,7 +40,11 @@ class Layers:
             if len(owners[name]) != 1 or _equation(owners[name][0]) is None:
                 return None
             layer = owners[name][0]
-            attribute = next(a for a, p in layer._parameters.items() if p is w)
+            attribute = next((a for a, p in layer._parameters.items() if p is w), None)
+            if attribute is None:
+                raise Refused("was replaced in its module since the task began", where=name,
+                              remedy="write into it, as load_state_dict does, or begin the task "
+                              "anew")  # fmt: skip
             names.setdefault(layer, {})[attribute] = name
         return cls(names)
 
