@@ -200,7 +200,10 @@ def _csv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
         table.columns = header
         start = reader.line_num + 1
         read = [(at, name) for at, name in enumerate(header) if name in table.wanted]
+        eaten = 0  # cells in which lines of cells stand
         for cells in reader:
+            if delimiter == "\t" and reader.line_num > start:
+                eaten += sum("\t" in cell and "\n" in cell for cell in cells)
             if torn:
                 table.bad_row(*torn.popitem())
                 torn.clear()
@@ -216,6 +219,10 @@ def _csv(path: Path, table: Table, quotes: bool, separator: str | None) -> None:
             elif cells:
                 table.add(start, {name: cells[at] for at, name in read})
             start = reader.line_num + 1
+        if eaten:
+            table.notes.append(f"{eaten} cells hold tabs and line ends between two quotes, and may "
+                               "be several rows: if quotes are ordinary characters there, add "
+                               "quotes=none")  # fmt: skip
     except csv.Error as error:
         raise Refused(
             f"not proper {'TSV' if delimiter == chr(9) else 'CSV'} ({error})",

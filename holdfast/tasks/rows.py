@@ -13,7 +13,7 @@ from holdfast.errors import Refused, nearest, tell_once
 from holdfast.tasks import files, labels, tagged
 from holdfast.tasks.prompts import prompted
 from holdfast.tasks.spec import Options, parse
-from holdfast.tasks.table import ANSWER, PAIR, Columns, Table, counted, listed, shown
+from holdfast.tasks.table import ANSWER, PAIR, Columns, Table, counted, listed, pieces, shown
 from holdfast.tasks.task import GENERATED, METRICS, SEVERAL, SINGLE, TAGGED, Row
 
 _MARKED = re.compile(r"[A-Za-z][-_]")  # of an entity in some scheme, as b-loc, S-LOC or U_LOC
@@ -50,7 +50,7 @@ def source_of(
     if options.type == "tokens" or (options.type is None and options.columns.tags(train)):
         return _tokens(name, train, evaluation, options, names)
     train, columns = _templated(train, options.columns)
-    columns = columns.among(train)
+    columns = _unsaid(options, columns.among(train), train)
     several = options.type == "multilabel"
     if columns.pair is None and train.wordy:
         warnings.append(f"text not read in the column {listed(sorted(train.wordy))}")
@@ -110,6 +110,14 @@ def source_of(
     return Source(name, names, metric, pool, held, warnings)
 
 
+def _unsaid(options: Options, columns: Columns, table: Table) -> Columns:
+    """`columns`, if what is to be learned does not stand in a text that a template makes."""
+    if columns.label in {blank for _, blank in pieces(options.columns.template or "")}:
+        raise Refused(f"the column {shown(columns.label)} is what is to be learned, and stands in "
+                      "the text", where=table.name, remedy="leave it out there")  # fmt: skip
+    return columns
+
+
 def _templated(table: Table, columns: Columns) -> tuple[Table, Columns]:
     """Texts by a template, if one was named."""
     return (table, columns) if columns.template is None else prompted(table, columns)
@@ -167,7 +175,7 @@ def _generation(
                       remedy="put both into one: prompt={text} … {pair}")  # fmt: skip
     chat = options.columns.converses(train)
     train, columns = prompted(train, options.columns)
-    columns = columns.answers_among(train)
+    columns = _unsaid(options, columns.answers_among(train), train)
     words = columns.label != options.answer and columns.label not in ANSWER
     read = labels.word(names) if words else labels.text
     first, mend = _Texts(train, columns), None

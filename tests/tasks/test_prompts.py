@@ -31,6 +31,13 @@ def write(file: Path, rows: Sequence[Any]) -> Path:
     return file
 
 
+@pytest.mark.parametrize("options", ["text={note}: {label}", "prompt={label}? {text}",
+                                     "prompt={text} {note}&answer=note"])  # fmt: skip
+def test_what_is_to_be_learned_may_not_stand_in_the_text(tmp_path: Path, options: str) -> None:
+    with pytest.raises(Refused, match=r"the column '\w+' is what is to be learned, and stands in"):
+        load_task(f"{sentiment(tmp_path)}?{options}")
+
+
 # --- labels as words, templates -------------------------------------------------------------------
 
 

@@ -240,6 +240,17 @@ def test_tsv_with_ordinary_quotes_is_read_on_request(tmp_path: Path) -> None:
     assert files.read(path, WANTED, quotes=False).records[0][1]["text"] == '"Yes" he said'
 
 
+def test_rows_that_two_quotes_of_a_tsv_may_have_eaten_are_told(tmp_path: Path) -> None:
+    """Quotes that are ordinary characters open in one row and close in a later one."""
+    path = written(tmp_path / "a.tsv", 'text\tlabel\na\t1\n"b\t0\nc\t1\nd"\t0\n')
+    table = files.read(path, WANTED)
+    assert [cells["text"] for _, cells in table.records] == ["a", "b\t0\nc\t1\nd"]
+    (note,) = table.notes
+    assert note.startswith("1 cells hold tabs and line ends") and note.endswith("add quotes=none")
+    for plain in ('text\tlabel\n"two\nlines"\t1\n', 'text\tlabel\n"a\ttab"\t1\n'):
+        assert not files.read(written(tmp_path / "b.tsv", plain), WANTED).notes
+
+
 @pytest.mark.parametrize(
     "header, mark",
     [
