@@ -118,6 +118,9 @@ def run_sequence(
     for task in loaded:
         for line in task.warnings:
             tell_once(f"{task.name}: {line}")
+        if plan.warmup >= (steps := plan.total(len(task.train))):
+            tell_once(f"{task.name}: its {steps} steps all lie in the warm-up of {plan.warmup}: "
+                      f"the learning rate stays below {plan.lr:g}")  # fmt: skip
     if len(loaded) == 1 and (idle := chosen.idle_alone()):
         tell_once(idle)
     asked = {"reference": reference, "harness": lm_eval} if reference or lm_eval else {}

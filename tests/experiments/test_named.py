@@ -76,6 +76,18 @@ def test_an_empty_word_is_not_the_folder_one_is_in(
     assert "--out: names no folder" in capsys.readouterr().err
 
 
+def test_a_warm_up_that_outlasts_a_task_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_once.cache_clear()
+    model, task = str(save_bert(tmp_path / "model")), write_task(tmp_path, "mood")
+    how: dict[str, Any] = {"epochs": 1.0, "max_length": 32, "progress": False}
+    run_sequence(model, [task], out=tmp_path / "one", warmup=1, **how)
+    assert "warm-up" not in caplog.text
+    run_sequence(model, [task], out=tmp_path / "two", warmup=5, **how)
+    assert "mood: its 2 steps all lie in the warm-up of 5" in caplog.text
+
+
 # --- rows to label --------------------------------------------------------------------------------
 
 
