@@ -21,7 +21,7 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("tasks", NAMES, ids=repr)
+@pytest.mark.parametrize("tasks", NAMES, ids=lambda tasks: type(tasks).__name__)
 @pytest.mark.parametrize("run", [run_sequence, compare])
 def test_tasks_that_are_no_list_are_refused(run: Callable[..., Any], tasks: Any) -> None:
     """A text would be read letter by letter, and a set has no order that a seed could repeat."""
