@@ -58,8 +58,9 @@ def run(chosen: argparse.Namespace) -> None:
     if about["kind"] == "images":
         texts, pairs, kept, cut = _files(chosen)
     else:
+        spec = _as_learned(chosen.rows, about)
         texts, pairs, kept, cut = unlabelled(
-            chosen.rows, chosen.keep, pairs=bool(about["pairs"]), kind=about["kind"]
+            spec, chosen.keep, pairs=bool(about["pairs"]), kind=about["kind"]
         )
     made = served.predictions(chosen.task, texts, pairs, batch=chosen.batch_size)
     with tqdm(total=len(texts), unit="row", leave=False, disable=None) as bar:
@@ -85,6 +86,21 @@ def run(chosen: argparse.Namespace) -> None:
     if kind_named(about["kind"]).TEXT:
         clipped += f"; texts are cut at {served.max_length} tokens"
     print(f"{chosen.out}: {len(rows):,} rows{clipped}")
+
+
+def _as_learned(rows: str, about: dict[str, Any]) -> str:
+    """The spec of rows with the task's own template, if it had one and none is named."""
+    from holdfast.errors import tell_once
+    from holdfast.tasks.spec import parse, with_options
+
+    asked, made = parse(rows).options, about.get("template")
+    if not isinstance(made, dict) or asked.text is not None or asked.prompt is not None:
+        return rows
+    made = {key: str(made[key]) for key in ("text", "prompt") if key in made}
+    for key, template in made.items():
+        tell_once(f"{about['name']}: texts are made as those it learned, by {key}={template!r}; "
+                  "?text=COLUMN takes a column as it stands")  # fmt: skip
+    return with_options(rows, **made)
 
 
 def _files(chosen: argparse.Namespace) -> tuple[list[str], None, list[dict[str, Any]], int]:

@@ -28,6 +28,7 @@ from holdfast.tasks.kinds import Kind, kind_named, kind_of
 from holdfast.tasks.kinds.heads import OneHead, answering, with_classes
 from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.pretrained import device, first_line, quiet
+from holdfast.tasks.spec import template_in
 from holdfast.tasks.task import Row
 from holdfast.training.manifest import commit, damage, listed
 
@@ -55,7 +56,9 @@ def save(
     for task, model in zip(tasks[:-1] if kind.HEADS else (), models, strict=False):
         kind.save_head(model, folder / HEAD.format(task.name))
     told = [{"name": t.name, "labels": one.labels[tasks[-1].name] if one else t.labels,
-             "metric": t.metric, "pairs": t.pairs, "kind": t.kind} for t in tasks]  # fmt: skip
+             "metric": t.metric, "pairs": t.pairs, "kind": t.kind,
+             **({"template": made} if (made := template_in(t.source)) else {})} for t in tasks
+            ]  # fmt: skip
     body = {"schema": 1, "max_length": max_length, **({"one_head": True} if one else {}),
             "tasks": told}  # fmt: skip
     write_text_atomic(folder / TASKS, json.dumps(body, indent=1, ensure_ascii=False))

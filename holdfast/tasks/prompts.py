@@ -65,7 +65,8 @@ def _filled(table: Table, columns: Columns) -> Table:
 
 def _column(blank: str, table: Table, columns: Columns) -> str:
     """The column that fills a blank of a template."""
-    role = {"text": (columns.text, TEXT), "pair": (columns.pair, PAIR)}.get(blank)
+    text = None if columns.text == columns.template else columns.text  # itself no column
+    role = {"text": (text, TEXT), "pair": (columns.pair, PAIR)}.get(blank)
     if role is not None and role[0] is not None:
         blank = role[0]
     elif role is not None and blank not in table.columns:

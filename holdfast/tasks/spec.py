@@ -110,6 +110,13 @@ def with_options(text: str, /, **given: str) -> str:
     return text + ("?" if asked.options == Options() else "&") + new if new else text
 
 
+def template_in(text: str) -> dict[str, str]:
+    """The option of a spec by which texts are made of columns; none where they are a column."""
+    options = parse(text).options if text.strip() else Options()
+    made = options.columns.template
+    return {} if made is None else {"text" if options.prompt is None else "prompt": made}
+
+
 def _kind(place: str) -> str:
     if place.startswith("builtin:"):
         return "builtin"

@@ -13,6 +13,8 @@ from models import bert, save_bert, write_task
 from holdfast import EWC, Recipe, Refused, compare, run_sequence
 from holdfast.cli import main
 from holdfast.errors import tell_once
+from holdfast.experiments import serving
+from holdfast.tasks import Prediction
 from holdfast.tasks.rows import unlabelled
 
 NAMES = (
@@ -124,3 +126,33 @@ def test_a_second_text_that_the_task_does_not_take_is_told(
     assert not caplog.records
     unlabelled(path, pairs=False)
     assert "the column 'sentence2' is not read: the task takes one text" in caplog.text
+
+
+def test_rows_are_made_into_texts_as_those_that_were_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A column as it stands is another text than the model knows."""
+    tell_once.cache_clear()
+    model, task = str(save_bert(tmp_path / "model")), write_task(tmp_path, "mood")
+    spec = f"{task}?text=Is it good: {{text}}&name=mood"
+    how: dict[str, Any] = {"epochs": 1.0, "max_length": 32, "progress": False}
+    run_sequence(model, [spec], out=tmp_path / "run", **how)
+    seen: list[str] = []
+
+    def predictions(self: Any, name: str, texts: list[str], *_: Any, **__: Any) -> Any:
+        seen[:] = texts
+        return [Prediction("good", {})] * len(texts)
+
+    monkeypatch.setattr(serving.Served, "predictions", predictions)
+    path = written(tmp_path, text="film", note="book")
+    for rows, expected, told in (
+        (str(path), "Is it good: film 0", True),
+        (f"{path}?text=film of {{note}}", "film of book 0", False),
+        (f"{path}?text=note", "book 0", False),
+    ):
+        caplog.clear()
+        tell_once.cache_clear()
+        words = [str(tmp_path / "run"), rows, "--task", "mood", "--out", str(tmp_path / "o.jsonl")]
+        assert main(["predict", *words]) == 0
+        assert seen[0] == expected
+        assert ("made as those it learned, by text='Is it good: {text}'" in caplog.text) == told
