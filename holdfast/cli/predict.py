@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def run(chosen: argparse.Namespace) -> None:
     print(f"{chosen.out}: {len(rows):,} rows{clipped}")
 
 
-def _as_learned(rows: str, about: dict[str, Any]) -> str:
+def _as_learned(rows: str, about: Mapping[str, Any]) -> str:
     """The spec of rows with the task's own template, if it had one and none is named."""
     from holdfast.errors import tell_once
     from holdfast.tasks.spec import parse, with_options
