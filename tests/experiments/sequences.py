@@ -38,7 +38,6 @@ def told(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "record.json").read_text())
     for key in ("seconds", "created", "command", "commit", "versions", "warnings", "sha256"):
         record.pop(key)
-    record.pop("first", None)  # where the run of the first task lies, and how long it took
     record["settings"].pop("out")
     return record  # type: ignore[no-any-return]
 
