@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from holdfast import DPS, EWC, L2SP, Rates, Recipe, Refused
@@ -234,6 +234,7 @@ class Planned:
 @SHARED
 @given(st.one_of(changed({"name": "s", "storage": "sqlite:///x", "config": Planned.identity}),
                  torn(b'{"name": "s", "storage": "x", "config": {}}')))  # fmt: skip
+@example(body={"name": "s", "storage": "sqlite:///x", "config": {"settings": None}})
 def test_studies(home: Path, body: Any) -> None:
     written(home / FILE, body)
     value_or_refused(lambda: known(home, Planned(), "sqlite:///x"))  # type: ignore[arg-type]

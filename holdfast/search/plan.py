@@ -381,7 +381,7 @@ def keep(folder: Path, plan: Plan, storage: str) -> str:
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Refuse another configuration, naming what differs; a setting that came later than `before`
     had its default there."""
-    if "settings" in now:
+    if "settings" in now and isinstance(before.get("settings", {}), Mapping):
         usual = {k: v for k, v in defaults().items() if k in now["settings"]}
         before = {**before, "settings": {**usual, **before.get("settings", {})}}
     if "learn_old" in now:
