@@ -26,7 +26,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from threading import Thread
 from typing import Any, Literal, get_args
 
 from holdfast.testing.faults.place import Place
@@ -127,33 +126,24 @@ def failing(folder: Path, fault: Fault | None) -> Iterator[list[str]]:
 def carried_out(given: Sequence[str], out: Path, fault: Fault | None) -> tuple[int, str, list[str]]:
     """A command in a fork: its exit code, what it said, and the calls it made."""
     with tempfile.TemporaryDirectory() as home:
-        made = Path(home, "made")
+        said, made = Path(home, "said"), Path(home, "made")
         sys.stdout.flush()
-        read, write = os.pipe()  # what a file may hold is no limit of it
         child = os.fork()
         if child == 0:
             code = 125
             try:
-                os.dup2(write, 1)
-                os.dup2(write, 2)
+                handle = os.open(said, os.O_WRONLY | os.O_CREAT)
+                os.dup2(handle, 1)
+                os.dup2(handle, 2)
                 sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, errors="replace")
                 code, calls = _in_fork(given, out, fault)
                 made.write_text("\n".join(calls))
             finally:
                 sys.stdout.flush()
                 os._exit(code)
-        os.close(write)
-        said: list[bytes] = []
-        reader = Thread(target=lambda: said.extend(iter(lambda: os.read(read, 1 << 16), b"")),
-                        daemon=True)  # fmt: skip
-        reader.start()
         status = os.waitpid(child, 0)[1]
-        reader.join(10)  # a worker that is left may hold the pipe
-        if not reader.is_alive():
-            os.close(read)
         calls = made.read_text().splitlines() if made.exists() else []
-        told = b"".join(said).decode(errors="replace")
-        return os.waitstatus_to_exitcode(status), told, calls
+        return os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), calls
 
 
 def _in_fork(given: Sequence[str], out: Path, fault: Fault | None) -> tuple[int, list[str]]:
