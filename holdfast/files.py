@@ -16,6 +16,7 @@ import re
 import secrets
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from io import BufferedReader
@@ -328,11 +329,10 @@ def parse_json(text: str) -> Any:
     """Parsed JSON; `Refused` for keys that stand twice and what is no finite number."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict[str, Any]()
-        for name, value in pairs:
-            if name in made:
-                raise Refused(f"key {name[:60]!r} stands twice")
-            made[name] = value
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise Refused(f"key {twice[:60]!r} stands twice")
         return made
 
     def finite(word: str) -> float:
