@@ -12,6 +12,7 @@ compared, and neither a clock that is set nor a machine that slept makes a live 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -69,7 +70,9 @@ class Lease:
                 "released": released}  # fmt: skip
         with self._guard:
             if self._handle is not None:
-                os.pwrite(self._handle, json.dumps(told).ljust(LENGTH - 1).encode() + b"\n", 0)
+                text = json.dumps(told).ljust(LENGTH - 1).encode() + b"\n"
+                if os.pwrite(self._handle, text, 0) < len(text):  # others would wait for a sign
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
                 os.fsync(self._handle)
 
     def _beat(self) -> None:
@@ -85,8 +88,11 @@ class Lease:
     def release(self) -> None:
         """Let others take the folder at once."""
         self._over.set()
-        with suppress(OSError):
+        try:
             self._sign(released=True)
+        except OSError:  # such as a full disk: what cannot be told is shown
+            with suppress(OSError):
+                self.path.unlink()
         self._forget()
 
     def _forget(self) -> None:

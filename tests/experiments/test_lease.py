@@ -248,9 +248,18 @@ def test_what_is_no_lease_ends_after_a_silence(kind: str, tmp_path: Path) -> Non
     assert victim.read_text() == "kept" and status(folder) == "stopped"
 
 
-def test_a_full_disk_leaves_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+def _no_space(*_: Any) -> int:
+    raise OSError(28, "No space left on device")
+
+
+def _one_byte(handle: int, text: bytes, at: int, write: Any = os.pwrite) -> int:
+    return int(write(handle, text[:1], at))
+
+
+@pytest.mark.parametrize("full", [_no_space, _one_byte])
+def test_a_full_disk_leaves_no_lease(
+    full: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(Refused, match="No space left"):
         patch.setattr(os, "pwrite", full)
@@ -259,6 +268,18 @@ def test_a_full_disk_leaves_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not list(tmp_path.iterdir())
     with open_run(tmp_path, {"a": 1}):
         pass
+
+
+@pytest.mark.parametrize("full", [_no_space, _one_byte])
+def test_a_disk_that_filled_meanwhile_keeps_nobody_waiting(
+    full: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = take(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        held.release()
+    monkeypatch.setattr(lease, "HOST", "another")  # which cannot see whose lock is free
+    take(tmp_path).release()
 
 
 @pytest.mark.usefixtures("hasty")

@@ -135,11 +135,13 @@ def carried_out(given: Sequence[str], out: Path, fault: Fault | None) -> tuple[i
                 handle = os.open(said, os.O_WRONLY | os.O_CREAT)
                 os.dup2(handle, 1)
                 os.dup2(handle, 2)
-                sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, errors="replace")
+                # Kept in memory until the end: a limit of what a file may hold would cut it.
+                sys.stdout = sys.stderr = words_said = io.StringIO()
                 code, calls = _in_fork(given, out, fault)
                 made.write_text("\n".join(calls))
+                with open(said, "a", errors="replace") as file:
+                    file.write(words_said.getvalue())
             finally:
-                sys.stdout.flush()
                 os._exit(code)
         status = os.waitpid(child, 0)[1]
         calls = made.read_text().splitlines() if made.exists() else []
