@@ -76,8 +76,7 @@ class Bound(Passes):
         seed: int = 0,
     ) -> None:
         self.methods, self.head_first, self.head_last = tuple(methods), head_first, head_last
-        self.parts = dict(parts or {})  # overrides, see `holdfast.parts`
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.parts = max_grad_norm, dict(parts or {})  # overrides
         self.generator = torch.Generator().manual_seed(seed)
         # One generator per method, so that adding a method changes no draw of the others.
         self.states = {m.name: State(distributed.number_of([seed, m.name])) for m in self.methods}
@@ -266,7 +265,8 @@ class Bound(Passes):
             self._locating(),
             gradients_on(),
         ):
-            for method in self._defining("end_task"):
+            # Weights are changed first: the others measure, and remember, what stays.
+            for method in sorted(self._defining("end_task"), key=lambda m: not m.changes_weights):
                 with own_randomness(self.views[method.name].generator):
                     method.end_task(self.views[method.name])
             if any(m.changes_weights for m in self.methods):

@@ -15,7 +15,7 @@ from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
 from holdfast.files import write_yaml
-from holdfast.methods import LwF, Merge, WiSE
+from holdfast.methods import EWC, LwF, Merge, WiSE
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, ToyTraining, make_batch
 
@@ -67,6 +67,24 @@ def test_shared_weights_end_between_and_the_head_where_asked(head: bool) -> None
         assert torch.equal(p, old_head[name])
     assert toy.bound.states["wise"].numbers == {"alpha": 0.3}
     assert not toy.bound.states["wise"].bytes()
+
+
+@pytest.mark.parametrize("methods", [(EWC(), WiSE(first=True)), (WiSE(first=True), EWC())])
+def test_others_remember_the_interpolated_weights_in_any_order(methods: tuple[Method, ...]) -> None:
+    """Named before it, EWC would pull the next task towards weights that are gone."""
+    model, rows = Classifier(), [make_batch("one", step) for step in range(3)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    bound = Recipe(methods=methods).bind(model, optimizer, total_steps=3)
+    learned = model.encoder.embeddings.weight
+    for batch in rows:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    before = learned.detach().clone()
+    bound.end_task(rows)
+    assert not torch.equal(learned, before), "it was interpolated"
+    for name, w in bound.shared.items():
+        assert torch.equal(bound.states["ewc"].weights["anchor"][name], w), name
 
 
 def test_the_next_task_starts_from_the_interpolated_weights() -> None:
