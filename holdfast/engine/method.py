@@ -174,7 +174,7 @@ class Method(Checked):
     def end_task(self, view: View) -> None:
         """A task is learned: estimate importance, keep rows, merge weights.
 
-        A method that writes to weights declares `changes_weights`.
+        A method that writes to weights declares `changes_weights`; such come before the others.
         """
 
 
