@@ -31,6 +31,7 @@ from holdfast.methods.dps import DPS
 from holdfast.methods.dropout import Dropout
 from holdfast.methods.lwf import LwF
 from holdfast.methods.merge import Merge
+from holdfast.methods.swa import SWA
 from holdfast.network.groups import follows_rates, param_groups
 from holdfast.network.parts import parts
 from holdfast.network.rates import Rates
@@ -309,7 +310,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
     # and on average learns a new one as the better flat rate does (docs/results say where not).
     "default": lambda: Recipe(
         head_first=HeadFirst(),
-        methods=[Dropout(), Merge(), LwF(rows="near", strength=1.5)],
+        methods=[Dropout(), SWA(), Merge(), LwF(rows="near", strength=1.5)],
         name="default",
     ),
 }

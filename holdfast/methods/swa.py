@@ -71,19 +71,21 @@ class SWA(Method):
         if left < 0 or left % self.every or (left and done < numbers["first"]):
             return
         means = view.state.slot("mean")
-        numbers["taken"] += 1
-        now = [local(w.detach()) for w in view.weights.values()]
         if not means:
-            means.update(
-                {n: w.detach().to(wide(w.dtype), copy=True) for n, w in view.weights.items()}
-            )
+            for name, w in view.weights.items():
+                means[name] = torch.empty_like(w, dtype=wide(w.dtype), requires_grad=False)
+        held = [local(means[name]) for name in view.weights]
+        now = [local(w.detach()) for w in view.weights.values()]
+        numbers["taken"] += 1
+        if numbers["taken"] == 1:
+            torch._foreach_copy_(held, now)
         else:
-            held = [local(means[name]) for name in view.weights]
             same = [w.to(mean.dtype) for w, mean in zip(now, held, strict=True)]
             torch._foreach_lerp_(held, same, 1 / numbers["taken"])
         if not left:
-            torch._foreach_copy_(now, [local(means[name]) for name in view.weights])
+            torch._foreach_copy_(now, held)
             view.state.weights.clear()
+            numbers["taken"] = 0  # where training goes on for more steps, a mean begins anew
 
     def end_task(self, view: View) -> None:
         if view.state.weights.pop("mean", None):
