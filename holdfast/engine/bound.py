@@ -30,7 +30,7 @@ from holdfast.engine.attachment import (
     unwrap,
 )
 from holdfast.engine.batches import Data
-from holdfast.engine.forwarding import gradients_on, in_mode, own_randomness
+from holdfast.engine.forwarding import gradients_on, in_mode
 from holdfast.engine.head_first import HeadFirst
 from holdfast.engine.head_last import HeadLast
 from holdfast.engine.method import Gradients, Method, View
@@ -266,11 +266,9 @@ class Bound(Passes):
             gradients_on(),
         ):
             # Weights are changed first: the others measure, and remember, what stays.
-            for method in sorted(self._defining("end_task"), key=lambda m: not m.changes_weights):
-                with own_randomness(self.views[method.name].generator):
-                    method.end_task(self.views[method.name])
-            if any(m.changes_weights for m in self.methods):
+            if self._end_methods(changing=True):
                 refuse_not_finite(self.shared, "this weight would become one that is not finite")
+            self._end_methods(changing=False)
             self._fit_last()
         self.finished.append(self.task)
         self._ended = self.step

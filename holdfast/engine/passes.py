@@ -156,6 +156,16 @@ class Passes(Stepping):
         finally:
             self._forget_step()
 
+    def _end_methods(self, *, changing: bool) -> bool:
+        """Run `end_task` of the methods that change weights, or of the others; whether any did."""
+        ending = [m for m in self._defining("end_task") if m.changes_weights is changing]
+        for method in ending:
+            with own_randomness(self.views[method.name].generator):
+                method.end_task(self.views[method.name])
+            if changing:
+                self._grams = {}  # of inputs that the layers no longer get
+        return bool(ending)
+
     @torch.no_grad()
     def _fit_last(self) -> None:
         """Fit the task's head once more, to features of the weights as they are now.
@@ -317,7 +327,7 @@ class Passes(Stepping):
         return found
 
     def measured_grams(self, *, merged: bool = False, **how: Any) -> Grams:
-        """See `View.grams`; calls with the same settings share one pass over the rows."""
+        """See `View.grams`; calls with the same settings share one pass, while weights stay."""
         key = repr([merged, sorted(how.items())])
         if key not in self._grams:
             self._grams[key] = measure(self, **how)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from holdfast.engine.bound import Bound
 from holdfast.engine.grams import Structure
 from holdfast.engine.method import Method
-from holdfast.methods import KfacEWC
+from holdfast.methods import KfacEWC, Merge
 from holdfast.ops.moments import Blocks, LowRank, Moment
+from holdfast.recipe import Recipe
 from holdfast.testing.toy import TASKS, Batch, ToyTraining, make_batch
 
 # What the contract suite runs: configurations, and the bytes a weight each may remember.
@@ -194,3 +195,20 @@ def test_strength_and_pace_may_change_between_tasks() -> None:
     for n in toy.bound.shared:
         torch.testing.assert_close(ours[n], theirs[n] * (0.3 * 1) / (0.1 * 2))
     assert any(g.any() for g in ours.values())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_inputs_are_those_of_the_merged_network(first: bool) -> None:
+    """Merging measures too: what it measured is of layers whose inputs it then changed."""
+
+    def learned(rows: int) -> ToyTraining:
+        toy, methods = ToyTraining(None), [KfacEWC(rows=rows), Merge(rows=24)]
+        toy.recipe = Recipe(methods=methods if first else methods[::-1])
+        toy.bound = toy.recipe.unbound(seed=7)
+        return toy.learn_all()
+
+    shared, alone = (learned(rows).bound.states["kfac_ewc"].tensors for rows in (24, 99))
+    assert shared.keys() == alone.keys()
+    for slot, held in alone.items():  # both are of all 24 rows there are
+        for name, tensor in held.items():
+            assert torch.equal(shared[slot][name], tensor), (slot, name)

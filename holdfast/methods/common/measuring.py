@@ -31,7 +31,8 @@ class Measuring(Method):
         return True
 
     def measured(self, view: View, **more: Any) -> Grams:
-        """The Grams of this task, in `end_task`; methods with the same settings share one pass."""
+        """The Grams of this task, in `end_task`; methods with the same settings share one pass,
+        but for those that change weights."""
         found = view.grams(
             rows=self.rows, structure=self.structure, width=self.width, rank=self.rank, **more
         )
