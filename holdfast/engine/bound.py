@@ -240,7 +240,7 @@ class Bound(Passes):
         self._undo.callback(mixing.install(chosen, self.owners, mix))
 
     def end_task(self, data: Data | None = None) -> None:
-        """Finish a task: methods measure it and may change weights; the head is fitted last.
+        """Finish a task: methods may change weights, the head is fitted last, others measure it.
 
         `data` are the task's training rows in batches as the model takes them, re-iterable or a
         function that returns them. Runs in evaluation mode and leaves the global random state as
@@ -265,11 +265,11 @@ class Bound(Passes):
             self._locating(),
             gradients_on(),
         ):
-            # Weights are changed first: the others measure, and remember, what stays.
+            # Weights are changed first: the other methods measure, and remember, what stays.
             if self._end_methods(changing=True):
                 refuse_not_finite(self.shared, "this weight would become one that is not finite")
-            self._end_methods(changing=False)
             self._fit_last()
+            self._end_methods(changing=False)
         self.finished.append(self.task)
         self._ended = self.step
 

@@ -20,7 +20,7 @@ import holdfast
 from holdfast.engine.bound import Bound
 from holdfast.engine.head_last import HeadLast, near
 from holdfast.errors import Refused
-from holdfast.methods import Merge
+from holdfast.methods import EWC, Merge
 from holdfast.network.rates import Rates
 from holdfast.recipe import Recipe
 
@@ -201,6 +201,19 @@ def test_it_reads_what_merging_has_left() -> None:
         *head(model).values(),
     )  # fmt: skip
     assert found < 1e-3
+
+
+def test_methods_measure_the_network_with_the_head_that_stays() -> None:
+    """EWC would protect what the head needed that was there before."""
+    model, data = bert(num_labels=3), batches(labelled(rows(24), [i % 3 for i in range(24)]))
+    ewc = EWC(labels="true")
+    bound = learn(model, data, steps=2, methods=[ewc])
+    bound.end_task(data)
+    assert bound.fitted_last is not None and bound.fitted_last["rows"]
+    later = Recipe(methods=[ewc]).unbound()
+    later.remember("as it is", model, data)
+    for name, f in later.states["ewc"].weights["fisher"].items():
+        torch.testing.assert_close(bound.states["ewc"].weights["fisher"][name], f)
 
 
 def test_of_a_head_of_several_layers_the_last_is_fitted() -> None:
