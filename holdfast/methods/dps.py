@@ -289,13 +289,18 @@ class DPS(Method):
             if name not in slots.get("held", {}):
                 return w
             base = slots["held"][name]
-            if self.freeze != "exact":  # "exact": W = W* where M = 0
+            # With "exact" W = W* where M = 0, unless another method has mixed it before.
+            if self.freeze != "exact" or not self._first_to_mix(view):
                 keep = unpack(view.state.tensors["mask"][name], w.shape)
         else:
             noise = drawn(view, view.state.numbers["covered"], self.draw)
             base, keep = slots["start"][name], noise[name]
         # While masking, `before_step` multiplies the gradient by N.
         return mixed(w, base, keep, self.drop, gain=None if self.masking(view) else 1.0)
+
+    def _first_to_mix(self, view: View) -> bool:
+        methods = view.bound.methods
+        return not any(m.defines("weights") for m in methods[: methods.index(self)])
 
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""

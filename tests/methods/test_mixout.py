@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
-from holdfast.methods import Mixout
+from holdfast.methods import DPS, Extrapolation, Mixout
 from holdfast.methods.common.mixing import mixed
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
@@ -146,3 +146,21 @@ def test_a_model_in_evaluation_mode_and_one_without_layers_are_refused() -> None
         optimizer.step()
     with pytest.raises(Refused, match="no linear layer"):
         bind(Mixout(), nn.LayerNorm(3))
+
+
+@pytest.mark.parametrize("other", [Mixout(drop=0.2), Extrapolation(rate=0.5)], ids=repr)
+def test_dps_mix_shows_its_anchor_whatever_was_mixed_before(other: Method) -> None:
+    """A masked entry is W* in the forward pass, not what another method put in its place."""
+    toy, dps = ToyTraining(None), DPS(mix=True, stage=3)
+    toy.recipe = Recipe(methods=[other, dps])
+    toy.bound = toy.recipe.unbound(seed=7)
+    toy.begin("one")
+    toy.learn(0, 3)
+    view = toy.bound.views["dps"]
+    assert dps.masking(view) and toy.model.training
+    masked = dps.frozen(view)
+    assert any(bool(m.any()) for m in masked.values())
+    for name, mask in masked.items():
+        seen = toy.bound.owners[name][0].weight
+        assert isinstance(seen, Tensor) and seen is not toy.bound.weights[name]
+        assert torch.equal(seen[mask], view.state.weights["held"][name][mask]), name
