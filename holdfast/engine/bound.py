@@ -388,7 +388,9 @@ class Bound(Passes):
         unpack(self.states, tensors, meta["numbers"], self.weights)
         self.finished, self.skipped = list(meta["finished"]), meta["skipped"]
         if attached:
-            self.step, self.total_steps = meta["step"], meta["total_steps"]
+            self.step = meta["step"]
+            if exact:  # fewer are refused, and with more the training goes on
+                self.total_steps = max(self.total_steps, meta["total_steps"])
             self._ended = self.step if ended(meta) else None
         self._signature = dict(meta["shared"])
         self.changes = [*meta.get("changes", []), *(f"step {self.step}: {line}" for line in told)]

@@ -145,11 +145,9 @@ def load_checkpoint(
         tensors, rest = load_file(folder / OPTIMIZER), load_file(folder / _own(OTHERS))
         likes = {name: _state_of(name, thing) for name, thing in others.items()}
         groups = _matching_groups(bound, body["optimizer"])
-        steps = bound.total_steps
         bound.plan = lambda: plan or {}
         # Refuses a state that does not fit before changing anything.
         load_state(bound, folder, exact=exact_resume)
-        bound.total_steps = max(steps, bound.total_steps) if exact_resume else steps
         with torch.no_grad():
             for name, w in weights.items():
                 w.copy_(saved[name])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from holdfast.engine.bound import Bound
 from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
-from holdfast.methods import DPS, EWC, L2SP
+from holdfast.methods import DPS, EWC, L2SP, RecAdam
 from holdfast.ops import distributed
 from holdfast.recipe import Recipe
 
@@ -99,6 +99,16 @@ def test_types_survive_loading() -> None:
         assert target.state_dict()["tensors"][key].dtype is tensor.dtype
     ours = target.states["dps"].weights["sum"]["0.weight"]
     assert ours.data_ptr() != saved["tensors"]["dps/weights/sum/0.weight"].data_ptr()
+
+
+def test_a_task_of_more_steps_than_its_state_was_saved_in_has_all_of_them() -> None:
+    recall, model, fresh = RecAdam(middle=0.5), net(), net()
+    state = bind(model, adamw(model), recall, total_steps=10).state_dict()
+    bound = bind(fresh, adamw(fresh), recall, total_steps=20)
+    bound.load_state_dict(state)
+    assert bound.total_steps == 20
+    bound.step = 9
+    assert recall.share(bound.views["recadam"]) == 0.5
 
 
 def test_what_was_loaded_before_a_task_moves_to_its_device() -> None:

@@ -66,6 +66,16 @@ def test_training_goes_on_from_its_checkpoints_exactly(tmp_path: Path) -> None:
     assert same(weights(whole.model), weights(again.model))
 
 
+def test_training_that_goes_on_for_more_steps_has_so_many(tmp_path: Path) -> None:
+    """Methods would anneal to, or end at, the last of the steps that were planned before."""
+    made(tmp_path, callback=RecipeCallback(DENSE), args=SAVING).train()
+    callback = RecipeCallback(DENSE)
+    again = made(tmp_path, callback=callback, args=SAVING)
+    again.args.max_steps = 12
+    again.train(resume_from_checkpoint=True)
+    assert (callback.bound.step, callback.bound.total_steps) == (12, 12)
+
+
 # --- its checkpoints ----------------------------------------------------------------------------
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
