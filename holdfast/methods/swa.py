@@ -26,6 +26,8 @@ from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused, tell_once
 from holdfast.methods.common.importance import wide
+from holdfast.methods.common.subnetwork import Subnetwork
+from holdfast.methods.dps import DPS
 from holdfast.ops.distributed import local
 
 
@@ -46,6 +48,9 @@ class SWA(Method):
     cost: ClassVar[str] = "one pass over the weights every k-th step"
     use: ClassVar[str] = "few rows, or noisy ones"
     per_task: ClassVar[bool] = True
+    excludes: ClassVar[Mapping[str, str]] = {
+        "dynamic_subset": "more entries differ in a mean than in any step",
+    }
     shares: ClassVar[tuple[str, ...]] = ("start",)
     tunable: ClassVar[tuple[str, ...]] = ("start", "every")
     ranges: ClassVar[Mapping[str, Range]] = {"start": Range(0.1, 0.9)}
@@ -55,10 +60,12 @@ class SWA(Method):
 
     def begin_task(self, view: View) -> None:
         for later in view.bound.methods[view.bound.methods.index(self) :]:
-            if later.needs_previous:  # it takes back what a step did, in `after_step`
+            # It takes back what a step did, in `after_step`.
+            if later.needs_previous or isinstance(later, Subnetwork | DPS):
                 raise Refused(f"{later.name} changes weights after swa took them",
                               where="recipe.methods", remedy="name swa after it")  # fmt: skip
         view.state.weights.clear()
+        view.state.numbers.clear()
         first = count(self.start, view.total_steps, what="swa.start")
         # `skipped` counts over all tasks; `view.step` counts no step that was left out.
         view.state.numbers.update(first=first, taken=0, skipped=view.bound.skipped)
@@ -66,7 +73,10 @@ class SWA(Method):
     @torch.no_grad()
     def after_step(self, view: View) -> None:
         numbers = view.state.numbers
-        done = view.step + 1 + view.bound.skipped - numbers["skipped"]
+        done = 1 + self._made(view)
+        if (ended := numbers.pop("ended", None)) is not None:
+            tell_once(f"{view.task}: swa: step {ended} was not the last: training goes on from the "
+                      "mean that was taken there")  # fmt: skip
         left = view.total_steps - done
         if left < 0 or left % self.every or (left and done < numbers["first"]):
             return
@@ -85,9 +95,16 @@ class SWA(Method):
         if not left:
             torch._foreach_copy_(now, held)
             view.state.weights.clear()
-            numbers["taken"] = 0  # where training goes on for more steps, a mean begins anew
+            numbers.update(taken=0, ended=done)
 
     def end_task(self, view: View) -> None:
         if view.state.weights.pop("mean", None):
-            tell_once(f"{view.task}: swa: step {view.step} was the last, not {view.total_steps}: "
-                      "the weights are those of that step, not the mean")  # fmt: skip
+            made, planned = self._made(view), view.total_steps
+            why = "its last step was left out"
+            if made < planned:
+                why = f"step {made} was the last, not {planned}"
+            tell_once(f"{view.task}: swa: {why}: the weights are not the mean")
+
+    def _made(self, view: View) -> int:
+        """Steps of the task before this one, with those that were left out."""
+        return view.step + view.bound.skipped - int(view.state.numbers["skipped"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods import HFT, SWA, MoFO
+from holdfast.methods import DPS, HFT, SWA, DynamicSubset, MoFO
 from holdfast.recipe import Recipe
 from holdfast.testing.toy import Classifier, ToyTraining
 
@@ -117,6 +118,42 @@ def test_a_task_that_ends_early_keeps_its_last_weights_and_says_so(
     assert "two: swa" not in caplog.text
 
 
+def test_training_that_goes_on_takes_a_mean_of_its_own_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of a task of 4 steps that were saved, and then planned as 8."""
+    swa = SWA(start=2, every=1)
+    toy = ToyTraining(swa, steps=4)
+    toy.begin("one")
+    toy.learn()
+    saved = toy.save()
+
+    def going_on(total: int) -> list[dict[str, Tensor]]:
+        again, seen = ToyTraining.load(copy.deepcopy(saved), swa, closed=False), []
+        again.bound.total_steps = total
+        for step in range(4, 8):
+            again.learn(step, step + 1)
+            seen.append(again.weights())
+        return seen
+
+    plain = going_on(1000)
+    assert "one: swa: step 4 was not the last" in caplog.text
+    for name, w in going_on(8)[-1].items():
+        mean = torch.stack([weights[name].double() for weights in plain]).mean(0)
+        torch.testing.assert_close(w.double(), mean, atol=1e-6, rtol=1e-6)
+
+
+def test_a_last_step_that_is_left_out_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    toy = ToyTraining(SWA(start=5, every=1))
+    toy.begin("one")
+    toy.learn(0, 8)
+    toy.backward(8)
+    next(iter(toy.bound.weights.values())).grad.fill_(torch.nan)  # type: ignore[union-attr]
+    toy.optimizer.step()
+    toy.end()
+    assert "one: swa: its last step was left out: the weights are not the mean" in caplog.text
+
+
 def test_methods_that_take_back_steps_come_before_it() -> None:
     """After it they would restore weights that the mean has replaced."""
 
@@ -126,4 +163,12 @@ def test_methods_that_take_back_steps_come_before_it() -> None:
 
     with pytest.raises(Refused, match=r"mofo changes weights after swa took them.*name swa after"):
         bind(SWA(), MoFO())
-    bind(HFT(), MoFO(), SWA())
+    with pytest.raises(Refused, match=r"dps changes weights after swa took them"):
+        bind(SWA(), DPS(stage=2))
+    bind(HFT(), DPS(stage=2), MoFO(), SWA())
+
+
+def test_a_mean_of_subsets_is_refused() -> None:
+    """Each has the entries that may differ from the start, and their mean those of all."""
+    with pytest.raises(Refused, match="more entries differ in a mean"):
+        Recipe(methods=[DynamicSubset(), SWA()])
