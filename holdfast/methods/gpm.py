@@ -71,6 +71,10 @@ class GPM(Measuring):
     needs_previous: ClassVar[bool] = True
     needs_old_task: ClassVar[bool] = True
     ranges: ClassVar[Mapping[str, Range]] = {"threshold": Range(0.8, 0.99)}
+    excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("child_tuning", "dps", "dynamic_subset", "mofo", "sift"),
+        "entries that are held still and a projected step undo each other",
+    )
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.95
     project: Literal["update", "gradient"] = "update"

@@ -15,11 +15,22 @@ from holdfast.engine.bound import Bound
 from holdfast.engine.grams import Structure
 from holdfast.engine.method import Method
 from holdfast.errors import Refused
-from holdfast.methods import GPM, Mixout
+from holdfast.methods import (
+    DPS,
+    GPM,
+    HFT,
+    LISA,
+    SIFT,
+    ChildTuning,
+    DynamicSubset,
+    Mixout,
+    MoFO,
+    gpm,
+)
 from holdfast.methods.gpm import widened
 from holdfast.ops.moments import Blocks, LowRank
 from holdfast.recipe import Recipe
-from holdfast.testing.toy import Batch, Classifier
+from holdfast.testing.toy import Batch, Classifier, ToyTraining
 
 # What the contract suite runs: configurations, and the bytes a weight each may remember.
 CONTRACT: list[tuple[Method, float]] = [
@@ -312,3 +323,35 @@ def test_layers_that_share_other_inputs_than_before_are_refused() -> None:
     bound.step += 1
     with pytest.raises(Refused, match="keep the network's structure"):
         bound.end_task(TASKS[0])
+
+
+@pytest.mark.parametrize(
+    "other", [ChildTuning(), DPS(stage=2), DynamicSubset(), MoFO(), SIFT()], ids=lambda m: m.name
+)
+def test_methods_that_hold_entries_are_refused_in_any_order(other: Method) -> None:
+    """After it they would put a part of a projected step back, so that the rest changes old
+    outputs; before it, what they hold would be moved."""
+    for methods in ([GPM(), other], [other, GPM()]):
+        with pytest.raises(Refused, match=f"gpm cannot stand beside {other.name}"):
+            Recipe(methods=methods)
+
+
+@pytest.mark.parametrize("other", [HFT(), LISA()], ids=lambda m: m.name)
+def test_methods_that_leave_out_tensors_keep_old_directions(other: Method) -> None:
+    toy = ToyTraining(None, dropout=False)
+    toy.recipe = Recipe(methods=[GPM(threshold=0.7), other])
+    toy.bound = toy.recipe.unbound(seed=7)
+    toy.begin("one")
+    toy.learn()
+    toy.end()
+    toy.begin("two")
+    before = {name: w.detach().clone() for name, w in toy.bound.shared.items()}
+    toy.learn()
+    view, moved = toy.bound.views["gpm"], False
+    for layer in gpm._covered(view):
+        change = {n: toy.bound.shared[n].detach() - before[n] for n in layer.names}
+        free = gpm._projected(view, layer, change)
+        for name, c in change.items():
+            moved |= bool(c.any())
+            torch.testing.assert_close(c, free[name], rtol=0, atol=1e-6)
+    assert moved
