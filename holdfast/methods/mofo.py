@@ -22,6 +22,7 @@ from torch import Tensor
 
 from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
+from holdfast.methods.common.order import refuse_after_holding
 from holdfast.methods.common.subnetwork import Modules, Subnetwork, decay_of, restore_
 from holdfast.ops.selection import top
 
@@ -58,8 +59,10 @@ class MoFO(Subnetwork):
             if not (group.get("momentum") or (group.get("betas") or [group.get("beta1")])[0]):
                 raise Refused(f"{type(view.bound.optimizer).__name__} has no momentum",
                               where="mofo", remedy="use AdamW")  # fmt: skip
-        for name in view.state.numbers["covered"] if self.decay == "all" else ():
-            decay_of(view, name)
+        if self.decay == "all":
+            refuse_after_holding(view, self)
+            for name in view.state.numbers["covered"]:
+                decay_of(view, name)
 
     def previous_of(self, view: View) -> Collection[str]:
         return view.state.numbers["covered"]

@@ -28,10 +28,8 @@ from torch import Tensor
 
 from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
-from holdfast.errors import Refused
 from holdfast.methods.common.anchor import pull_, remember
-from holdfast.methods.common.subnetwork import Subnetwork
-from holdfast.methods.dps import DPS
+from holdfast.methods.common.order import refuse_after_holding
 from holdfast.ops.blocks import blocks
 from holdfast.ops.distributed import local
 
@@ -78,11 +76,8 @@ class RecAdam(Method):
         return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
     def begin_task(self, view: View) -> None:
-        methods = view.bound.methods
-        before = methods[: methods.index(self)] if self.pull == "decoupled" else ()
-        if holding := [m.name for m in before if isinstance(m, Subnetwork | DPS)]:
-            raise Refused(f"it would move what {', '.join(holding)} held still", where="recadam",
-                          remedy="list recadam before it")  # fmt: skip
+        if self.pull == "decoupled":
+            refuse_after_holding(view, self)
         view.state.weights["start"] = remember(view.shared)
 
     def _moved(self, view: View) -> list[str]:

@@ -29,6 +29,7 @@ from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.importance import wide
 from holdfast.methods.common.mixing import uniform
+from holdfast.methods.common.order import refuse_after_holding
 from holdfast.methods.common.subnetwork import (
     Freeze,
     LeavesOut,
@@ -87,6 +88,7 @@ class SIFT(Subnetwork, LeavesOut):
                           f"{self.batches} choose what does", where="sift.batches",
                           remedy="take fewer batches, or more steps")  # fmt: skip
         if self.decay == "none":
+            refuse_after_holding(view, self)
             for name in names:
                 decay_of(view, name)
         rest = [n for n in (view.shared if self.head else weights) if n not in names]

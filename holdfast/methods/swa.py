@@ -26,8 +26,7 @@ from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused, tell_once
 from holdfast.methods.common.importance import wide
-from holdfast.methods.common.subnetwork import Subnetwork
-from holdfast.methods.dps import DPS
+from holdfast.methods.common.order import holds
 from holdfast.ops.distributed import local
 
 
@@ -61,7 +60,7 @@ class SWA(Method):
     def begin_task(self, view: View) -> None:
         for later in view.bound.methods[view.bound.methods.index(self) :]:
             # It takes back what a step did, in `after_step`.
-            if later.needs_previous or isinstance(later, Subnetwork | DPS):
+            if later.needs_previous or holds(later):
                 raise Refused(f"{later.name} changes weights after swa took them",
                               where="recipe.methods", remedy="name swa after it")  # fmt: skip
         view.state.weights.clear()
