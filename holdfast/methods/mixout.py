@@ -30,7 +30,7 @@ from holdfast.methods.common.mixing import (
     refuse_unseen,
     widened,
 )
-from holdfast.methods.dropout import restore_, set_dropout_
+from holdfast.methods.dropout import Dropout, restore_, set_dropout_
 from holdfast.network.layers import linear
 
 
@@ -65,6 +65,10 @@ class Mixout(Method):
             raise Refused("no linear layer to mix", where="mixout",
                           remedy="let one train")  # fmt: skip
         view.state.weights["start"] = {n: widened(view.weights[n]) for n in names}
+        beside = [m.p for m in view.bound.methods if isinstance(m, Dropout)]
+        if self.dropout == "off" and any(beside):  # the later of the two would win
+            raise Refused(f"dropout is off here and {beside[0]} beside it", where="mixout.dropout",
+                          remedy="use keep")  # fmt: skip
         if self.dropout == "off":
             view.state.numbers["before"] = set_dropout_(view.bound.models[view.task], 0.0)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from holdfast.engine.method import Method, View
 from holdfast.errors import Refused
-from holdfast.methods import DPS, Extrapolation, Mixout
+from holdfast.methods import DPS, Dropout, Extrapolation, Mixout
 from holdfast.methods.common.mixing import mixed
 from holdfast.recipe import Recipe
 from holdfast.testing.contract import same
@@ -164,3 +164,20 @@ def test_dps_mix_shows_its_anchor_whatever_was_mixed_before(other: Method) -> No
         seen = toy.bound.owners[name][0].weight
         assert isinstance(seen, Tensor) and seen is not toy.bound.weights[name]
         assert torch.equal(seen[mask], view.state.weights["held"][name][mask]), name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_another_rate_of_dropout_beside_none_is_refused(turned: bool) -> None:
+    """The later of the two would win, unsaid."""
+
+    def begin(*methods: Method) -> list[float]:
+        toy = ToyTraining(None)
+        toy.recipe = Recipe(methods=methods[::-1] if turned else methods)
+        toy.bound = toy.recipe.unbound()
+        toy.begin("one")
+        return [m.p for m in toy.model.modules() if isinstance(m, nn.Dropout)]
+
+    with pytest.raises(Refused, match=r"dropout is off here and 0\.3 beside it; use keep"):
+        begin(Dropout(p=0.3), Mixout(dropout="off"))
+    assert set(begin(Dropout(p=0.3), Mixout())) == {0.3}
+    assert set(begin(Dropout(), Mixout(dropout="off"))) == {0.0}
