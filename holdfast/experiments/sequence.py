@@ -275,6 +275,8 @@ class Job:
             )
         if self.origin is not None:
             record.extra["from"] = str(self.origin.folder)
+            # The recipes of the tasks before, which a report tells from those of this one.
+            record.extra["began"] = [*record.extra.get("began", []), self.origin.recipe]
         if len(tasks) == 1 and (idle := self.recipe.idle_alone()):
             record.warn(idle)
         if "prototype" in plan.head:

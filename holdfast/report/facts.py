@@ -139,10 +139,10 @@ def _comparison(records: list[Record]) -> Comparison:
     by_key: dict[str, list[Record]] = {}
     warnings = []
     for record in records:
-        configuration = [record.recipe, _configuration(record.settings)]
+        configuration = [record.recipe, _configuration(record.settings), _before(record)]
         key = json.dumps(configuration, sort_keys=True, default=str)
         by_key.setdefault(key, []).append(record)
-    labels = _labels([group[0].to_dict() for group in by_key.values()])
+    labels = _labels([group[0] for group in by_key.values()])
     picked, again_pairs = {}, []
     for label, group in zip(labels, by_key.values(), strict=True):
         newest: dict[object, Record] = {}
@@ -208,15 +208,35 @@ def _comparison(records: list[Record]) -> Comparison:
     )  # fmt: skip
 
 
-def _labels(bodies: list[dict[str, Any]]) -> list[str]:
-    """Recipe names, with the settings in which recipes of one name differ."""
-    labels = []
-    for body in bodies:
+def _before(record: Record) -> list[Any]:
+    """The recipes that learned tasks before a run went on from there, if they were not its own.
+
+    With its own it ends as one that learned all of them. None: of a model, or not known.
+    """
+    known = "began" in record.extra or "from" not in record.extra
+    told = record.extra.get("began", []) if known else [None]
+    recipes = told if isinstance(told, list) else [None]
+    return [] if all(_nameless(each) == _nameless(record.recipe) for each in recipes) else recipes
+
+
+def _nameless(recipe: Any) -> Any:
+    """A recipe but for what it is called."""
+    return {k: v for k, v in recipe.items() if k != "name"} if isinstance(recipe, dict) else None
+
+
+def _labels(records: list[Record]) -> list[str]:
+    """Recipe names, with what they came after and the settings in which those of a name differ."""
+    labels, bodies = [], [record.to_dict() for record in records]
+    for record, body in zip(records, bodies, strict=True):
         name = recipe_name(body)
         same = [_configuration(b["settings"]) for b in bodies if recipe_name(b) == name]
         mine = _configuration(body["settings"])
         differing = [key for key in mine if any(other.get(key) != mine[key] for other in same)]
-        labels.append(", ".join([name, *(f"{clean(k)} {_short(mine[k])}" for k in differing)]))
+        told = [name, *(f"{clean(k)} {_short(mine[k])}" for k in differing)]
+        if before := _before(record):
+            named = [recipe_name({"recipe": r}) if _nameless(r) else "others" for r in before]
+            told.append(f"after {' and '.join(dict.fromkeys(named))}")
+        labels.append(", ".join(told))
     seen: dict[str, int] = {}
     for i, label in enumerate(labels):
         seen[label] = seen.get(label, 0) + 1
@@ -250,6 +270,8 @@ def _control(
 ) -> tuple[str | None, Choice | None, dict[str, Scores]]:
     """The control's label, how it was chosen, and by which scores: label -> seed -> score."""
     names = [label for label, records in picked.items() if is_control(records[0].recipe)]
+    # Plain after another recipe is a control of runs that all came after one.
+    names = [label for label in names if not _before(picked[label][0])] or names
     if not names:
         return None, None, {}
     single = len(picked[names[0]][0].scores) == 1
@@ -306,7 +328,7 @@ def _family(record: Record) -> str:
     for key in ("methods", "peft"):
         recipe[key] = without_numbers(recipe.get(key) or None)
     settings = {key: v for key, v in _configuration(record.settings).items() if key != "lr"}
-    return json.dumps([recipe, settings], sort_keys=True, default=str)
+    return json.dumps([recipe, settings, _before(record)], sort_keys=True, default=str)
 
 
 def _group(

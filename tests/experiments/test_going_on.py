@@ -43,7 +43,7 @@ def last_home(folder: Path) -> dict[str, str]:
 
 def without_history(folder: Path) -> dict[str, Any]:
     record = told(folder)
-    for key in ("from", "created"):
+    for key in ("from", "began", "created"):
         record.pop(key, None)
     for task in record["tasks"]:
         task.pop("chosen", None)
@@ -129,6 +129,7 @@ def test_another_recipe_remembers_the_old_tasks(place: Path, tmp_path: Path) -> 
     run(place, tmp_path / "a", TOPICS[:2], **plain)
     ewc = Recipe(methods=[EWC(rows=1000, labels="expected")])
     record = go_on(tmp_path / "a", TOPICS[2], tmp_path / "b", place=place, recipe=ewc)
+    assert [each["name"] for each in record.extra["began"]] == ["plain"]
     assert record.scores[:2] == [[*row, None] for row in Record.load(tmp_path / "a").scores]
     state = checkpoints.read_state(tmp_path / "b" / "tasks" / f"2-{TOPICS[1]}")
     assert state["meta"]["finished"] == list(TOPICS[:2])
@@ -271,6 +272,7 @@ def test_a_classifier_in_use_is_protected(place: Path, tmp_path: Path, classifie
     assert torch.equal(head.cpu(), model.classifier.weight)  # its own, still
 
     assert record.model["hash"] and record.rates and record.extra["from"] == str(classifier)
+    assert record.extra["began"] == [None]  # what it learned with is not known
     assert 0 <= (record.seconds[0] or 0) < 600
     gate.judge_run(tmp_path / "b", max_forgetting=1.0)  # though its order is not the rows'
     go_on(tmp_path / "b", TOPICS[2], tmp_path / "d", place=place)

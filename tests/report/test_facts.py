@@ -477,3 +477,20 @@ def test_nothing_measured_gives_empty_facts() -> None:
     assert found.fronts == [] and found.groups[1].failed is None and not found.nothing_learned
     (found,) = comparisons(equal)
     assert found.groups[1].judged["new"].p == 1 and found.fronts[1].more == 0
+
+
+def test_what_went_on_from_another_recipe_is_a_configuration_of_its_own() -> None:
+    """Plain on the last task, after another recipe on those before, is not plain on all."""
+    plain = two(0.8, 0.9, 0.7)
+    after = two(0.9, 0.9, 0.8, seed=1)
+    after.extra |= {"from": "runs/dps", "began": [{"name": "dps", "methods": {"dps": {}}}]}
+    again = two(0.8, 0.9, 0.7, seed=2)
+    again.extra |= {"from": "runs/plain", "began": [again.recipe | {"name": "plain@1"}]}
+    older = two(0.8, 0.9, 0.7, seed=3)  # of before it was noted
+    older.extra["from"] = "runs/unknown"
+    (found,) = comparisons([plain, after, again, older])
+    told = {g.label: g.seeds for g in found.groups}
+    assert told == {"plain": [0, 2], "plain, after dps": [1], "plain, after others": [3]}
+    assert found.control == "plain"  # not the best of them: it is no flat rate of plain
+    after.extra["began"] = "damaged"
+    assert comparisons([after])[0].groups[0].label == "plain, after others"
