@@ -13,7 +13,6 @@ from holdfast.experiments import metrics
 from holdfast.experiments.metrics import Cell
 from holdfast.experiments.record import Record
 from holdfast.experiments.scenario import APART
-from holdfast.experiments.settings import defaults
 from holdfast.experiments.statistics import (
     Difference,
     Repeats,
@@ -23,7 +22,7 @@ from holdfast.experiments.statistics import (
     paired_difference,
     repeats,
 )
-from holdfast.report import judge
+from holdfast.report import alike, judge
 from holdfast.report.judge import Choice, FrontFacts, Judged, PooledFacts, pool
 from holdfast.report.run import RunFacts, TaskFacts, recipe_name, run_facts, run_label
 from holdfast.report.words import DASH, clean
@@ -36,10 +35,6 @@ __all__ = [
 
 CONTROL = "plain"
 _CONTROL = re.compile(CONTROL + r"(?:[\s@:_,(=-]+(?:lr[\s=_:-]*)?[\d.e+-]+\)?)?")
-# settings in which runs of one configuration may differ
-PER_RUN = frozenset(
-    {"seed", "data_seed", "output", "output_dir", "out", "device", "resume", "alone", "save_steps"}
-)
 # what a comparison shows of each run: name -> function of the score matrix
 COLUMNS = {
     "new": lambda scores: metrics.square(scores)[-1][-1],
@@ -66,6 +61,7 @@ class GroupFacts:
     points: dict[str, list[Cell]]  # by COLUMNS, one value a run
     difference: dict[str, Difference]  # to the control, by PAIRED; empty where there is none; the
     # interval of a recipe accounts for the choice of the control (see `judged`)
+    kin: str  # equal for the same recipe on the same network, whatever the tasks
     mean_scores: list[list[Cell]]
     sd_scores: list[list[Cell]]
     failed: int | None  # runs in which a task was not learned; None where no constant is known
@@ -112,7 +108,7 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
     """
     studies: dict[tuple[str, str | None], list[Record]] = {}
     for record in records:
-        studies.setdefault((_study_key(record), record.scenario), []).append(record)
+        studies.setdefault((alike.study_key(record), record.scenario), []).append(record)
     found = [_comparison(group) for group in studies.values()]
     for (key, scenario), study in zip(studies, found, strict=True):
         if others := [str(s) for k, s in studies if k == key and s != scenario]:
@@ -120,26 +116,11 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
     return found
 
 
-def _study_key(record: Record) -> str:
-    # Training and selection rows differ by seed; what is compared is scored on the same rows.
-    tasks = [
-        [task["name"], task.get("evaluation_hash", task.get("hash")), task.get("metric")]
-        for task in record.tasks
-    ]
-    return json.dumps([record.model.get("name"), record.model.get("hash"), tasks], default=str)
-
-
-def _configuration(settings: dict[str, Any]) -> dict[str, Any]:
-    """What runs are compared by; a setting that came later than a run has its default."""
-    known = {**defaults(), **settings}
-    return {key: value for key, value in known.items() if key not in PER_RUN}
-
-
 def _comparison(records: list[Record]) -> Comparison:
     by_key: dict[str, list[Record]] = {}
     warnings = []
     for record in records:
-        configuration = [record.recipe, _configuration(record.settings), _before(record)]
+        configuration = [record.recipe, alike.configuration(record.settings), alike.before(record)]
         key = json.dumps(configuration, sort_keys=True, default=str)
         by_key.setdefault(key, []).append(record)
     labels = _labels([group[0] for group in by_key.values()])
@@ -208,33 +189,17 @@ def _comparison(records: list[Record]) -> Comparison:
     )  # fmt: skip
 
 
-def _before(record: Record) -> list[Any]:
-    """The recipes that learned tasks before a run went on from there, if they were not its own.
-
-    With its own it ends as one that learned all of them. None: of a model, or not known.
-    """
-    known = "began" in record.extra or "from" not in record.extra
-    told = record.extra.get("began", []) if known else [None]
-    recipes = told if isinstance(told, list) else [None]
-    return [] if all(_nameless(each) == _nameless(record.recipe) for each in recipes) else recipes
-
-
-def _nameless(recipe: Any) -> Any:
-    """A recipe but for what it is called."""
-    return {k: v for k, v in recipe.items() if k != "name"} if isinstance(recipe, dict) else None
-
-
 def _labels(records: list[Record]) -> list[str]:
     """Recipe names, with what they came after and the settings in which those of a name differ."""
     labels, bodies = [], [record.to_dict() for record in records]
     for record, body in zip(records, bodies, strict=True):
         name = recipe_name(body)
-        same = [_configuration(b["settings"]) for b in bodies if recipe_name(b) == name]
-        mine = _configuration(body["settings"])
+        same = [alike.configuration(b["settings"]) for b in bodies if recipe_name(b) == name]
+        mine = alike.configuration(body["settings"])
         differing = [key for key in mine if any(other.get(key) != mine[key] for other in same)]
         told = [name, *(f"{clean(k)} {_short(mine[k])}" for k in differing)]
-        if before := _before(record):
-            named = [recipe_name({"recipe": r}) if _nameless(r) else "others" for r in before]
+        if before := alike.before(record):
+            named = [recipe_name({"recipe": r}) if alike.nameless(r) else "others" for r in before]
             told.append(f"after {' and '.join(dict.fromkeys(named))}")
         labels.append(", ".join(told))
     seen: dict[str, int] = {}
@@ -271,7 +236,7 @@ def _control(
     """The control's label, how it was chosen, and by which scores: label -> seed -> score."""
     names = [label for label, records in picked.items() if is_control(records[0].recipe)]
     # Plain after another recipe is a control of runs that all came after one.
-    names = [label for label in names if not _before(picked[label][0])] or names
+    names = [label for label in names if not alike.before(picked[label][0])] or names
     if not names:
         return None, None, {}
     single = len(picked[names[0]][0].scores) == 1
@@ -303,7 +268,7 @@ def _fronts(
         return []
     families: dict[str, list[str]] = {}
     for label, records in picked.items():
-        families.setdefault(_family(records[0]), []).append(label)
+        families.setdefault(alike.family(records[0]), []).append(label)
     settings: dict[str, list[judge.Setting]] = {}
     for labels in sorted(families.values(), key=lambda labels: chosen not in labels):
         names = dict.fromkeys(recipe_name({"recipe": picked[label][0].recipe}) for label in labels)
@@ -312,23 +277,6 @@ def _fronts(
             (label, scores[label]["new"], scores[label]["old_after"]) for label in labels
         ]
     return judge.fronts(settings, CONTROL)
-
-
-def _family(record: Record) -> str:
-    """What settings of one recipe have in common: all but its name, its rate and its strengths."""
-
-    def without_numbers(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_numbers(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [without_numbers(item) for item in value]
-        return None if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-    recipe = {key: value for key, value in record.recipe.items() if key != "name"}
-    for key in ("methods", "peft"):
-        recipe[key] = without_numbers(recipe.get(key) or None)
-    settings = {key: v for key, v in _configuration(record.settings).items() if key != "lr"}
-    return json.dumps([recipe, settings, _before(record)], sort_keys=True, default=str)
 
 
 def _group(
@@ -349,7 +297,7 @@ def _group(
     return GroupFacts(
         label=label,
         recipe=recipe_name(first),
-        settings=_configuration(first["settings"]),
+        settings=alike.configuration(first["settings"]),
         control=label == chosen,
         plain=is_control(first["recipe"]),
         runs=runs,
@@ -357,6 +305,7 @@ def _group(
         spread={name: mean_spread(values) for name, values in points_.items()},
         points=points_,
         difference=difference,
+        kin=alike.kin(records[0]),
         mean_scores=[[cell.mean for cell in row] for row in cells],
         sd_scores=[[cell.sd for cell in row] for row in cells],
         failed=sum(failed) if failed else None,

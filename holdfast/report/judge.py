@@ -233,10 +233,10 @@ def _more(mine: Sequence[Setting], theirs: Sequence[Setting]) -> tuple[Cell, Cel
 def pool(studies: Sequence[Comparison]) -> list[PooledFacts]:
     """Each recipe over the sequences of tasks that have it, by model and scenario.
 
-    Only recipes of two sequences or more: for one, its own table says it. Sequences of which
-    nothing was learned tell no difference.
+    Only recipes of two sequences or more: for one, its own table says it. Another recipe, or
+    network, of the same name is another. Sequences of which nothing was learned tell no difference.
     """
-    found: dict[tuple[str, str | None], dict[str, list[tuple[str, float, float]]]] = {}
+    found: dict[tuple[str, str | None], dict[tuple[str, str], list[tuple[str, float, float]]]] = {}
     for study in studies:
         if study.nothing_learned:
             continue
@@ -245,14 +245,16 @@ def pool(studies: Sequence[Comparison]) -> list[PooledFacts]:
         for group in study.groups:
             gap, sure = group.difference.get(study.main), group.judged.get(study.main)
             if gap is not None and gap.mean is not None and sure is not None:
-                here.setdefault(group.label, []).append((order, gap.mean, sure.se or 0.0))
+                here.setdefault((group.label, group.kin), []).append(
+                    (order, gap.mean, sure.se or 0.0)
+                )
     made = []
     for (model, scenario), recipes in found.items():
-        several = {label: parts for label, parts in recipes.items() if len(parts) > 1}
-        over = {label: pooled([part[1:] for part in parts]) for label, parts in several.items()}
+        several = {key: parts for key, parts in recipes.items() if len(parts) > 1}
+        over = {key: pooled([part[1:] for part in parts]) for key, parts in several.items()}
         corrected = holm([p.p for p in over.values()])
-        for (label, parts), value in zip(several.items(), corrected, strict=True):
-            p = over[label]
-            made.append(PooledFacts(label, model, scenario, [part[0] for part in parts],
+        for (key, parts), value in zip(several.items(), corrected, strict=True):
+            p = over[key]
+            made.append(PooledFacts(key[0], model, scenario, [part[0] for part in parts],
                                     p.mean, p.low, p.high, p.p, value))  # fmt: skip
     return made

@@ -494,3 +494,31 @@ def test_what_went_on_from_another_recipe_is_a_configuration_of_its_own() -> Non
     assert found.control == "plain"  # not the best of them: it is no flat rate of plain
     after.extra["began"] = "damaged"
     assert comparisons([after])[0].groups[0].label == "plain, after others"
+
+
+def test_what_only_has_the_name_of_another_is_not_pooled_with_it() -> None:
+    def runs(names: list[str], **more: Any) -> list[Record]:
+        return [dataclasses.replace(two(0.8 + gap * (1 + s), 0.9, 0.7, names=names, seed=s,
+                                        recipe=recipe), **(more if gap or "model" in more else {}))
+                for s in range(2) for recipe, gap in (("plain", 0.0), ("dps", 0.05))]  # fmt: skip
+
+    first, name = runs(["a", "b"]), {"name": "dps"}
+    weights = {"model": {"name": "minilm", "hash": "sha256:bb"}}
+    method = {"recipe": name | {"methods": {"ewc": {"strength": 1.0}}}}
+    weaker = {"recipe": name | {"methods": {"dps": {"drop": 0.9}}, "max_grad_norm": 1.0}}
+    for other in (weights, method, weaker):
+        assert pool(comparisons(first + runs(["b", "c"], **other))) == []
+    assert len(pool(comparisons(first + runs(["b", "c"])))) == 1
+    tuned = [{"extra": {"tuned": {}}, "recipe": name | {"methods": {"dps": {"drop": drop}}}}
+             for drop in (0.1, 0.9)]  # fmt: skip
+    both = [run for i, one in enumerate(tuned) for run in runs([f"a{i}", f"b{i}"], **one)]
+    assert len(pool(comparisons(both))) == 1  # each sequence's budget chose its own
+    curves = [{"multipliers": [1.0, m], "provenance": {"by": "a probe"}} for m in (0.1, 0.9)]
+    found = [{"recipe": name | {"rates": curve}} for curve in curves]
+    both = [run for i, one in enumerate(found) for run in runs([f"a{i}", f"b{i}"], **one)]
+    assert len(pool(comparisons(both))) == 1
+
+
+def test_commits_of_one_hub_id_are_other_models() -> None:
+    one, two_ = ({"name": "org/model", "hash": None, "revision": r} for r in ("aa", "bb"))
+    assert len(comparisons([two(0.8, 0.9, 0.7, model=one), two(0.8, 0.9, 0.7, model=two_)])) == 2
