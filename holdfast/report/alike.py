@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from holdfast.experiments.record import Record
-from holdfast.experiments.settings import defaults
+from holdfast.experiments.settings import SIZES, defaults
+from holdfast.report.words import clean
 
 # settings in which runs of one configuration may differ
 PER_RUN = frozenset(
@@ -22,6 +24,26 @@ def study_key(record: Record) -> str:
         for task in record.tasks
     ]
     return json.dumps([*_network(record.model), tasks], default=str)
+
+
+def rows_of(record: Record) -> list[Any]:
+    """The hash of all rows of each task: equal for runs of one seed that asked for as many."""
+    return [task.get("hash") for task in record.tasks]
+
+
+def other_rows(records: Sequence[Record]) -> list[str]:
+    """A line for each seed of which runs learned other rows, as where files were changed."""
+    first: dict[str, Record] = {}
+    found: dict[int | None, dict[str, None]] = {}
+    for record in records:
+        asked = json.dumps([record.seed, [record.settings.get(key) for key in SIZES]], default=str)
+        pairs = zip(record.names, rows_of(first.setdefault(asked, record)), rows_of(record),
+                    strict=True)  # fmt: skip
+        differ = {name: None for name, one, two in pairs if one and two and one != two}
+        if differ and record.seed is not None:
+            found.setdefault(record.seed, {}).update(differ)
+    return [f"Seed {seed}: runs learned other rows of {', '.join(map(clean, names))}. They differ "
+            "in more than the recipe." for seed, names in found.items()]  # fmt: skip
 
 
 def _network(model: dict[str, Any]) -> list[Any]:

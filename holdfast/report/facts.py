@@ -118,7 +118,7 @@ def comparisons(records: Sequence[Record]) -> list[Comparison]:
 
 def _comparison(records: list[Record]) -> Comparison:
     by_key: dict[str, list[Record]] = {}
-    warnings = []
+    warnings = alike.other_rows(records)
     for record in records:
         configuration = [record.recipe, alike.configuration(record.settings), alike.before(record)]
         key = json.dumps(configuration, sort_keys=True, default=str)
@@ -130,11 +130,12 @@ def _comparison(records: list[Record]) -> Comparison:
         for i, record in enumerate(sorted(group, key=lambda record: str(record.created))):
             one = i if record.seed is None else ("seed", record.seed)
             older = newest.get(one)
-            if older is not None and (older.created, older.seconds) != (
-                record.created,
-                record.seconds,
-            ):
-                again_pairs.append((older, record))  # no copy of one file
+            if (
+                older is not None
+                and alike.rows_of(older) == alike.rows_of(record)
+                and ((older.created, older.seconds) != (record.created, record.seconds))
+            ):  # no copy of one file
+                again_pairs.append((older, record))
             newest[one] = record
         if len(newest) < len(group):
             again = len(group) - len(newest)

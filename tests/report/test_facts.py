@@ -522,3 +522,22 @@ def test_what_only_has_the_name_of_another_is_not_pooled_with_it() -> None:
 def test_commits_of_one_hub_id_are_other_models() -> None:
     one, two_ = ({"name": "org/model", "hash": None, "revision": r} for r in ("aa", "bb"))
     assert len(comparisons([two(0.8, 0.9, 0.7, model=one), two(0.8, 0.9, 0.7, model=two_)])) == 2
+
+
+def test_other_rows_with_one_seed_are_told_and_are_no_noise() -> None:
+    """The training file was changed between two runs, the evaluation rows were not."""
+    one = two(0.8, 0.9, 0.7, created="2026-01-01T00:00:00+00:00")
+    changed = two(0.9, 0.9, 0.7, recipe="dps", created="2026-01-02T00:00:00+00:00")
+    for run in (one, changed):
+        for task in run.tasks:
+            task["evaluation_hash"] = "sha256:same"
+    changed.tasks[0]["hash"] = "sha256:changed"
+    said = "Seed 0: runs learned other rows of trec6. They differ in more than the recipe."
+    (found,) = comparisons([one, changed])
+    assert said in found.warnings
+    again = dataclasses.replace(changed, recipe=one.recipe)
+    (found,) = comparisons([one, again])
+    assert said in found.warnings and found.repeats["new"].pairs == 0
+    fewer = dataclasses.replace(changed, settings={**changed.settings, "train_size": 100})
+    (found,) = comparisons([one, fewer, dataclasses.replace(one, seed=1)])
+    assert said not in found.warnings  # it says so itself
