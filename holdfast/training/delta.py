@@ -24,8 +24,7 @@ import json
 import os
 import shutil
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,6 +48,7 @@ from holdfast.training.weights import (
     digest,
     open_model,
     open_tensors,
+    prefixes,
     print_of,
 )
 
@@ -118,7 +118,7 @@ def save(base: Path, tuned: Path, file: Path) -> Size:
     found and noted. `Refused` where a folder holds no safetensors, or the models share no tensor.
     """
     one, two = open_model(base), open_model(tuned)
-    before, after = _prefixes(one.specs, two.specs)
+    before, after = prefixes(one.specs, two.specs)
     pairs = {n: m for n in one.specs
              if n.startswith(before) and (m := after + n.removeprefix(before)) in two.specs
              and alike(one.specs[n], two.specs[m])}  # fmt: skip
@@ -342,25 +342,12 @@ def _merged(base: Tensor, found: Sequence[Tensor], rule: Rule, name: str) -> Ten
     for d in found:
         value = (bits(base) ^ d).view(base.dtype)[at].double()
         total += torch.where(d[at] != 0, value - start, 0.0)
-    value = start + (total / moves[at] if rule == "mean" else total)
-    last[at] = bits(base)[at] ^ bits(value.to(base.dtype))
+    value = (start + (total / moves[at] if rule == "mean" else total)).to(base.dtype)
+    if wrong := int((~value.double().isfinite()).sum()):  # such as a sum beyond float16
+        raise Refused(f"{wrong:,} entries are NaN or infinite as a {rule}", where=name,
+                      remedy="say --on-conflict last, or leave out a file")  # fmt: skip
+    last[at] = bits(base)[at] ^ bits(value)
     return last
-
-
-def _prefixes(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> tuple[str, str]:
-    """What stands before each name in the base and in the tuned model; one of them is empty.
-
-    A model with a head calls `bert.x` what its base model calls `x`: the prefix by which the most
-    tensors find one of their shape and dtype.
-    """
-    found: Counter[tuple[str, str]] = Counter({("", ""): 0})
-    for longer, shorter in ((tuned, base), (base, tuned)):
-        for name, spec in longer.items():
-            for cut in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
-                rest = name[cut:]
-                if rest in shorter and alike(spec, shorter[rest]) and (cut or longer is tuned):
-                    found[("", name[:cut]) if longer is tuned else (name[:cut], "")] += 1
-    return max(found, key=found.__getitem__)  # the first of equals: no prefix
 
 
 def _about(folder: Path, weights: Weights, prefix: str, files: dict[str, str]) -> dict[str, Any]:

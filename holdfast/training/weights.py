@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,22 @@ def open_tensors(files: Sequence[Path]) -> tuple[Weights, dict[str, str]]:
 def alike(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors have one shape and dtype."""
     return one.shape == two.shape and one.dtype == two.dtype
+
+
+def prefixes(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> tuple[str, str]:
+    """What stands before each name in the base and in the tuned model; one of them is empty.
+
+    A model with a head calls `bert.x` what its base model calls `x`: the prefix by which the most
+    tensors find one of their shape and dtype.
+    """
+    found: Counter[tuple[str, str]] = Counter({("", ""): 0})
+    for longer, shorter in ((tuned, base), (base, tuned)):
+        for name, spec in longer.items():
+            for cut in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
+                rest = name[cut:]
+                if rest in shorter and alike(spec, shorter[rest]) and (cut or longer is tuned):
+                    found[("", name[:cut]) if longer is tuned else (name[:cut], "")] += 1
+    return max(found, key=found.__getitem__)  # the first of equals: no prefix
 
 
 def belongs(path: Path) -> bool:

@@ -366,6 +366,25 @@ def test_where_files_differ_the_rule_decides(tmp_path: Path, dtype: torch.dtype)
         assert torch.equal(found["w"], torch.tensor(expected, dtype=torch.float64).to(dtype))
 
 
+@pytest.mark.parametrize(("start", "moved", "rule"), [
+    (40000.0, (60000.0, 61000.0), "sum"),  # beyond float16
+    (float("nan"), (1.0, 2.0), "sum"),
+    (1.0, (float("inf"), -float("inf")), "mean"),
+])  # fmt: skip
+def test_what_would_not_be_finite_is_not_merged(
+    tmp_path: Path, start: float, moved: tuple[float, ...], rule: Any
+) -> None:
+    tensors = [torch.full((40,), 1.0, dtype=torch.float16) for _ in range(3)]
+    for tensor, value in zip(tensors, (start, *moved), strict=True):
+        tensor[7] = value
+    base, files = deltas(tmp_path, *({"w": t} for t in tensors))
+    out = tmp_path / "m.safetensors"
+    with pytest.raises(Refused, match=f"w: 1 entries are NaN or infinite as a {rule}; say --on"):
+        delta.merge(base, files, out, on_conflict=rule)
+    assert not out.exists()
+    delta.merge(base, files, out, on_conflict="last")  # as somebody made it
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     one = {"w": torch.zeros(50), "n": torch.zeros(2, dtype=torch.int64), "head": torch.zeros(2)}
     count = {**one, "n": torch.tensor([0, 1])}
