@@ -359,6 +359,8 @@ def _about(folder: Path, weights: Weights, prefix: str, files: dict[str, str]) -
 def _make(source: Path, file: Path, out: Path, to: Side) -> None:
     """A folder of side `to`, of the other side's."""
     change = open_delta(file)
+    if out.name in ("", ".."):  # the folder one is in, as of a variable that is not set
+        raise Refused("names no folder of its own", where=str(out), remedy="name a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Refused("is not empty", where=str(out), remedy="name a new folder")
     weights = change.checked(open_model(source), "base" if to == "tuned" else "tuned", source)

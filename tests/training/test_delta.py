@@ -429,3 +429,17 @@ def test_the_command_says_how_small_the_file_is(
     assert capsys.readouterr().out.endswith(f"{out}\n")
     assert main(["delta", "apply", base, f"{file}.2", out]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_out_needs_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, files = deltas(tmp_path, {"w": torch.zeros(9)}, {"w": torch.ones(9)})
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", ""):
+        assert main(["delta", "apply", str(base), str(files[0]), out]) == 2
+        assert capsys.readouterr().err == (
+            "holdfast: .: names no folder of its own; name a new folder\n"
+        )
+    assert not [*Path().iterdir()]
