@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import Refused
-from holdfast.files import MODEL, inflated
+from holdfast.files import MODEL, inflated, sync_folder
 from holdfast.training.manifest import commit
 from holdfast.training.tensors import bytes_of, write_tensors
 from holdfast.training.weights import (
@@ -249,7 +249,10 @@ def _write(file: Path, change: Change, base: Weights) -> Size:
         return _encoded(change.difference(name, base.specs[name]))[kind]
 
     header = json.dumps({"schema": SCHEMA, **change.about}, sort_keys=True)
-    size, _ = write_tensors(file, specs | packed, read=read, metadata={HEADER: header})
+    # The tuned model may be deleted for it, and what it is written over was a delta, too.
+    size, _ = write_tensors(
+        file, specs | packed, read=read, metadata={HEADER: header}, durable=True
+    )
     result = change.made(base, "tuned").specs.values()
     whole = sum(len(weights.specs) for weights in change.whole.values())
     return Size(moved, sum(t.numel() for t in result), whole, size, sum(t.nbytes for t in result))
@@ -383,6 +386,7 @@ def _make(source: Path, file: Path, out: Path, to: Side) -> None:
                           remedy="save it again")  # fmt: skip
         commit(unfinished, {MODEL: written})
         unfinished.rename(out)
+        sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

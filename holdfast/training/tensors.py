@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from holdfast.errors import Refused
+from holdfast.files import sync_folder
 
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -32,12 +33,14 @@ def write_tensors(
     *,
     read: Callable[[str], Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
+    durable: bool = False,
 ) -> tuple[int, str]:
     """Write a safetensors file and return its size in bytes and its SHA-256 in hexadecimal.
 
     The library's own writer refuses tensors that share memory and copies all others; this one
     copies one tensor at a time, and no contiguous tensor on the CPU. Temporary file and rename: a
-    hard link to an older file of this name keeps its content. Not yet durable: `manifest.commit`.
+    hard link to an older file of this name keeps its content. Durable only if asked for: a
+    checkpoint's files are so by `manifest.commit`.
 
     read: gives each tensor by its name when it is written; of `tensors`, which may be on the device
         meta, only dtypes and shapes are used then. metadata: for the file's header.
@@ -65,11 +68,15 @@ def write_tensors(
                 digest.update(piece)
                 while len(piece):  # one call writes 2 GiB at most
                     piece = piece[file.write(piece) :]
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
+    if durable:
+        sync_folder(path.parent)
     return size, digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -443,3 +444,26 @@ def test_out_needs_a_name(
             "holdfast: .: names no folder of its own; name a new folder\n"
         )
     assert not [*Path().iterdir()]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash of the machine leaves the delta of before or this one, never an empty file."""
+    base, files = deltas(tmp_path, {"w": torch.zeros(9)}, {"w": torch.ones(9)})
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        fsync(handle)
+        done.append(("sync", os.fstat(handle).st_ino))
+
+    def replaced(one: Path, two: Path) -> None:
+        replace(one, two)
+        done.append(("name", os.stat(two).st_ino))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    delta.save(base, tmp_path / "tuned0", files[0])
+    file, folder = files[0].stat().st_ino, files[0].parent.stat().st_ino
+    assert done == [("sync", file), ("name", file), ("sync", folder)]
