@@ -26,12 +26,13 @@ import numpy as np
 
 from holdfast import __version__
 from holdfast.errors import Refused
-from holdfast.files import write_yaml
-from holdfast.search.trials import ReadStudy, read_study
+from holdfast.files import LARGEST, check_seal, parse_json, read_plain, write_yaml
+from holdfast.search.trials import NAME, ReadStudy, read_study
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+FACTS = "search.json"  # beside a search's trials, with their SHA-256
 BASE = 1.8
 TIED = 1e-9  # rewards closer than this are equal: one sum computed two ways differs by rounding
 FORMULA = "exp(sum base^-rank ln lr / sum base^-rank) a study, log average over studies"
@@ -176,9 +177,31 @@ def combine(
     out = Path(out)
     if out.suffix.lower() not in (".yaml", ".yml"):
         raise Refused("a rates file ends in .yaml", where=str(out))
-    fusion = fuse([read_study(path) for path in paths], base=base, layers=layers)
+    fusion = fuse([_as_written(path) for path in paths], base=base, layers=layers)
     write_yaml(out, fusion.to_dict())
     return fusion
+
+
+def _as_written(path: str | Path) -> ReadStudy:
+    """The study of a path; `Refused` where the search beside it wrote other trials."""
+    study, home = read_study(path), Path(path)
+    home = home if home.is_dir() else home.parent
+    if Path(study.source).name != NAME or not (home / FACTS).is_file():
+        return study
+    try:
+        body = parse_json(read_plain(home / FACTS, 16 * LARGEST))
+        check_seal(body, where=str(home / FACTS))
+        wrote = body.get("files", {}).get(NAME)
+    except Refused:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise Refused("cannot be read", where=str(home / FACTS),
+                      remedy="`holdfast verify` tells more") from None  # fmt: skip
+    if wrote not in (None, study.sha256):
+        raise Refused("is not as its search wrote it", where=study.source,
+                      remedy="run the search's command again; if you changed it, name a copy "
+                      "in another folder")  # fmt: skip
+    return study
 
 
 def notes(fusion: Fusion) -> list[str]:

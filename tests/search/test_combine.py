@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from made_studies import GOOD, OTHER, csv, logs, study, write
 
 from holdfast.cli import build_parser, main
 from holdfast.errors import Refused
+from holdfast.files import sealed
 from holdfast.network.rates import Rates
 from holdfast.search import combine as module
 from holdfast.search.combine import Fusion, combine, fuse, rank_weights, table
@@ -197,3 +200,26 @@ def test_combining_imports_neither_torch_nor_optuna() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_trials_that_are_not_as_their_search_wrote_them_are_refused(tmp_path: Path) -> None:
+    """A digit of a rate has no reward beside it that would not agree."""
+    file = csv(tmp_path, GOOD)
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()
+    facts = tmp_path / "search.json"
+    facts.write_text(json.dumps(sealed({"files": {"trials.csv": sha}})))
+    out = tmp_path / "rates.yaml"
+    for path in (tmp_path, file):
+        combine([path], out=out)
+    whole, text = out.read_bytes(), file.read_text()
+    file.write_text(text.replace("2e-5", "8e-5"))
+    assert file.read_text() != text
+    for path in (tmp_path, file):
+        with pytest.raises(Refused, match=r"trials\.csv: is not as its search wrote it"):
+            combine([path], out=out)
+    assert out.read_bytes() == whole
+    facts.write_text("{")
+    with pytest.raises(Refused, match=r"search\.json: cannot be read"):
+        combine([tmp_path], out=out)
+    facts.unlink()
+    combine([tmp_path], out=out)  # of a search that ended before it was whole, or a copy
