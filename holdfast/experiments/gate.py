@@ -18,6 +18,7 @@ import numpy as np
 from holdfast.errors import Refused
 from holdfast.experiments.origin import FromRun, again
 from holdfast.experiments.serving import Served, load
+from holdfast.files import write_text_atomic
 from holdfast.tasks import Task
 from holdfast.tasks.kinds import Measured, kind_of
 
@@ -125,7 +126,9 @@ def write_junit(verdicts: Sequence[Verdict], file: Path) -> None:
             kind = "failure" if each.verdict == "lost" else "skipped"
             ElementTree.SubElement(case, kind, message=line(each))
     file.parent.mkdir(parents=True, exist_ok=True)
-    ElementTree.ElementTree(suite).write(file, encoding="utf-8", xml_declaration=True)
+    write_text_atomic(
+        file, f"<?xml version='1.0' encoding='utf-8'?>\n{ElementTree.tostring(suite, 'unicode')}"
+    )
 
 
 def line(verdict: Verdict) -> str:

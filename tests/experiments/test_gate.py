@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sequences import run
 
+from holdfast.errors import Refused
 from holdfast.experiments import gate
 from holdfast.experiments.record import Record
 from holdfast.tasks import Row, Task
@@ -100,6 +101,26 @@ def test_junit(tmp_path: Path) -> None:
     inside = [[each.tag for each in case] for case in root]
     assert inside == [[], ["failure"], ["skipped"]]
     assert "accuracy 1.000 before, 0.940 after" in str(root[1][0].get("message"))
+
+
+def test_junit_is_written_whole_and_through_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, file = tmp_path / "record.json", tmp_path / "x.xml"
+    record.write_text("kept")
+    file.symlink_to(record)
+    gate.write_junit([judged(100, set(), set())], file)
+    assert record.read_text() == "kept" and not file.is_symlink()
+    before = file.read_bytes()
+    assert ElementTree.parse(file).getroot().get("tests") == "1"
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(Refused, match="No space left on device"):
+        gate.write_junit([judged(100, set(), set())] * 9, file)
+    assert file.read_bytes() == before and len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_run_is_judged_by_what_it_had_just_learned(place: Path, tmp_path: Path) -> None:
