@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from holdfast.errors import Refused, nearest
+from holdfast.errors import NotFinite, Refused, nearest
 from holdfast.experiments.runs import FINAL, RECORD
 from holdfast.files import no_archive, write_text_atomic
 from holdfast.network.parts import named_parameters
@@ -209,9 +209,12 @@ class Served:
             few = slice(at, at + 16 * batch)
             second = None if pairs is None else list(pairs[few])
             with answering(kind, self.models[task]) as asked:
-                found = asked.predict(self.models[task], about, list(texts[few]), second,
-                                      self.processor, max_length=self.max_length,
-                                      batch=batch)  # fmt: skip
+                try:
+                    found = asked.predict(self.models[task], about, list(texts[few]), second,
+                                          self.processor, max_length=self.max_length,
+                                          batch=batch)  # fmt: skip
+                except NotFinite as error:
+                    raise error.within(task) from None
             yield from found
 
     def add_classes(self, rows: Mapping[str, Sequence[Any]]) -> Served:

@@ -331,6 +331,17 @@ def test_final_serves_every_task_with_one_encoder(place: Path, whole: Path) -> N
     assert size < 1.2 * (whole / "final" / "model.safetensors").stat().st_size
 
 
+def test_no_class_is_said_of_outputs_that_are_not_finite(whole: Path) -> None:
+    """As of a word that only the rows of now have: the largest of NaNs is the first class."""
+    served, topic = load(whole), TOPICS[0]
+    embedded = served.models[topic].base_model.get_input_embeddings().weight
+    (token,) = served.processor("sad", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        embedded[token] = float("nan")
+    with pytest.raises(Refused, match=f"^{topic}: the model's outputs are not finite"):
+        served.predict(topic, ["sad"])
+
+
 def test_final_is_no_second_copy_and_needs_no_holdfast(whole: Path) -> None:
     home, final = max((whole / "tasks").iterdir()), whole / "final"
     one, two = (folder / "model.safetensors" for folder in (home, final))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from holdfast.engine.forwarding import in_mode
-from holdfast.errors import Refused, TrainingDiverged
+from holdfast.errors import NotFinite, Refused, TrainingDiverged
 from holdfast.tasks.kinds.levi import LeviConfig
 from holdfast.tasks.kinds.packed import Packed, alike, lengths, values
 from holdfast.tasks.kinds.pretrained import check_length
@@ -137,6 +137,7 @@ class Classification(Headed):
         """What a model says of encoded rows, in their order."""
         found: list[Any] = [None] * len(rows)
         for chosen, logits in outputs(model, rows, collate, batch=batch):
+            check_finite(logits)
             for i, row in zip(chosen, logits, strict=True):
                 found[i] = self.prediction(row, labels)
         return found
@@ -147,6 +148,12 @@ class Classification(Headed):
             return Prediction(float(logits[0]), {})
         shares = logits.cpu().double().softmax(0).tolist()
         return Prediction(labels[int(logits.argmax())], dict(zip(labels, shares, strict=True)))
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse outputs of which the largest is none: the first class would be the answer."""
+    if not bool(logits.isfinite().all()):
+        raise NotFinite("the model's outputs are not finite", remedy="train it again, --lr lower")
 
 
 def _tokens(rows: Sequence[Row], task: Task, tokenizer: Any, **limit: Any) -> Any:

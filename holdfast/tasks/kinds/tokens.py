@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from holdfast.errors import Refused, TrainingDiverged
-from holdfast.tasks.kinds.classification import outputs
+from holdfast.tasks.kinds.classification import check_finite, outputs
 from holdfast.tasks.kinds.packed import Packed
 from holdfast.tasks.kinds.pretrained import check_length
 from holdfast.tasks.kinds.sharing import Headed
@@ -111,6 +111,7 @@ class Tokens(Headed):
         check_texts(made["input_ids"], model)
         found: list[Any] = [None] * len(texts)
         for chosen, logits in outputs(model, rows, self.collator(tokenizer), batch=batch):
+            check_finite(logits)
             for i, said in zip(chosen, logits.argmax(-1).tolist(), strict=True):
                 told = _by_word(said, _begun(made.word_ids(i)), len(words[i]) or 1)
                 spans = _entities(told[: len(words[i])], about["labels"])
