@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,8 @@ def find_records(paths: Iterable[str | Path]) -> list[Record]:
     for path in map(Path, paths):
         if path.is_dir():
             below = sorted(
-                p for p in path.rglob("record.json")
-                if not (p.is_symlink() or _of_a_sequence(p, path))
-            )  # fmt: skip
+                p for p in _named_records(path) if not (p.is_symlink() or _of_a_sequence(p, path))
+            )
             if not below:
                 raise Refused("no record.json in it", where=str(path), remedy="pass a run's folder")
             found += below
@@ -60,6 +60,18 @@ def find_records(paths: Iterable[str | Path]) -> list[Record]:
     unique = {path.resolve(): path for path in found}
     records = [Record.load(path) for path in unique.values()]
     return [record for record in records if "serves" not in record.extra] or records
+
+
+def _named_records(folder: Path) -> Iterator[Path]:
+    """Every `record.json` below a folder; `Refused` where a folder in it cannot be read."""
+
+    def stop(error: OSError) -> None:  # `rglob` would leave its runs out without a word
+        raise Refused(error.strerror or str(error), where=str(error.filename),
+                      remedy="name the folders of the runs that you may read")  # fmt: skip
+
+    for home, _, files in os.walk(folder, onerror=stop):
+        if "record.json" in files:
+            yield Path(home, "record.json")
 
 
 def _of_a_sequence(record: Path, asked: Path) -> bool:

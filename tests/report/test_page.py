@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import hashlib
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -321,6 +322,25 @@ def test_half_a_formula_is_still_a_name() -> None:
 def test_the_same_records_give_the_same_page() -> None:
     made = [two(0.8, 0.9, 0.7)]
     assert render(made) == render(made)
+
+
+def test_a_folder_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its runs would be missing from every mean."""
+    for name in ("mine", "theirs"):
+        two(0.8, 0.9, 0.7).save(tmp_path / name / "record.json")
+    scan = os.scandir
+
+    def closed(path: Any) -> Any:
+        if Path(path).name == "theirs":
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(Refused, match="theirs: Permission denied; name the folders of the runs"):
+        find_records([tmp_path])
+    assert len(find_records([tmp_path / "mine"])) == 1
 
 
 def test_find_records(tmp_path: Path) -> None:
