@@ -265,8 +265,15 @@ class Served:
                           "holdfast nothing loads it", where=task,
                           remedy="serve it with holdfast.load")  # fmt: skip
         export = _exporter() if onnx else None
-        model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        except (
+            BaseException
+        ):  # such as a full disk: a part would pass for a model, and is in the way
+            for left in [*folder.iterdir()] if folder.is_dir() else ():
+                left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
+            raise
         if export is not None:
             again = kind_named(self.tasks[task]["kind"]).open_saved(str(folder))  # on the CPU
             try:

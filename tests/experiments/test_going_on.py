@@ -331,6 +331,23 @@ def test_final_serves_every_task_with_one_encoder(place: Path, whole: Path) -> N
     assert size < 1.2 * (whole / "final" / "model.safetensors").stat().st_size
 
 
+def test_a_full_disk_leaves_no_part_of_an_exported_model(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, out = load(whole), tmp_path / "model"
+
+    def full(folder: Path) -> None:
+        assert (Path(folder) / "model.safetensors").is_file()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(served.processor, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        served.save(TOPICS[0], out)
+    assert not [*out.iterdir()]
+    monkeypatch.undo()
+    served.save(TOPICS[0], out)  # the same command again
+
+
 def test_no_class_is_said_of_outputs_that_are_not_finite(whole: Path) -> None:
     """As of a word that only the rows of now have: the largest of NaNs is the first class."""
     served, topic = load(whole), TOPICS[0]
