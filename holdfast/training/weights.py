@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.errors import Refused
-from holdfast.files import only_plain, weight_files
+from holdfast.files import INDEX, MODEL, only_plain, weight_files
 from holdfast.training.manifest import MANIFEST
 from holdfast.training.tensors import NAMES, bytes_of
 
@@ -42,7 +43,13 @@ def open_model(folder: Path) -> Weights:
         raise Refused(f"no {files[0].name}", where=str(folder),
                       remedy="name a saved model's folder; `hf download ID --local-dir DIR` "
                       "fetches one from the Hub")  # fmt: skip
-    return open_tensors(files)[0]
+    found = open_tensors(files)[0]
+    if files != [folder / MODEL]:  # of an index, which `weight_files` could read
+        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if lost := sorted(named.keys() - found.specs.keys()):
+            raise Refused(f"{lost[0]} is not in the file that {INDEX} names", where=str(folder),
+                          remedy="save the model again")  # fmt: skip
+    return found
 
 
 def digest(weights: Weights) -> str:
@@ -83,6 +90,9 @@ def open_tensors(files: Sequence[Path]) -> tuple[Weights, dict[str, str]]:
             if (dtype := DTYPES.get(found.get_dtype())) is None:
                 raise Refused(f"{name} is of {found.get_dtype()}", where=str(file),
                               remedy=f"known are {', '.join(DTYPES)}")  # fmt: skip
+            if name in home:
+                raise Refused(f"{name} is in another of the model's files too", where=str(file),
+                              remedy="save the model again")  # fmt: skip
             home[name] = handle
             specs[name] = torch.empty(found.get_shape(), dtype=dtype, device="meta")
     return Weights(specs, lambda name: home[name].get_tensor(name)), metadata

@@ -467,3 +467,22 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     delta.save(base, tmp_path / "tuned0", files[0])
     file, folder = files[0].stat().st_ino, files[0].parent.stat().st_ino
     assert done == [("sync", file), ("name", file), ("sync", folder)]
+
+
+@pytest.mark.parametrize(("second", "says"), [
+    ({"y": 1.0, "x": 1.0}, r"2\.safetensors: x is in another of the model's files too"),
+    ({"z": 1.0}, r"y is not in the file that model\.safetensors\.index\.json names"),
+])  # fmt: skip
+def test_shards_that_are_not_as_their_index_says_are_refused(
+    tmp_path: Path, second: dict[str, float], says: str
+) -> None:
+    """As where one of them is of another model: which weights are meant is not known."""
+    base, tuned = write(tmp_path / "base", {"x": torch.zeros(9)}), tmp_path / "tuned"
+    tuned.mkdir()
+    save_file({"x": torch.zeros(9)}, tuned / "1.safetensors")
+    save_file({n: torch.full((9,), v) for n, v in second.items()}, tuned / "2.safetensors")
+    index = {"weight_map": {"x": "1.safetensors", "y": "2.safetensors"}}
+    (tuned / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(Refused, match=says):
+        delta.save(base, tuned, tmp_path / "d.safetensors")
+    assert not (tmp_path / "d.safetensors").exists()
