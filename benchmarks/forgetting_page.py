@@ -177,10 +177,14 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """A panel a sequence, and one pooled: up is more learned, right is more kept."""
+    """A panel a sequence, and one pooled: up is more learned, right is more kept.
+
+    Variants of `default` lie on it, nearly, and are left to the tables.
+    """
     from matplotlib.figure import Figure
 
-    found = {s: a for s, a in cells(runs).items()
+    found = {s: {n: c for n, c in a.items() if "default" not in a or not _variant(n)}
+             for s, a in cells(runs).items()
              if ">" in s and any(map(rate, a)) and learned(a)}  # fmt: skip
     if not found:
         return
@@ -196,17 +200,20 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     sums: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for axes, (sequence, arms) in zip(panels, found.items(), strict=False):
         flat = best_flat(arms, "new")
-        for arm, cell in arms.items():
+        for arm, cell in arms.items() if sequence.count(">") == 1 else ():
             base = flat[1] if flat else 0.0
             sums[arm].append((statistics.fmean(cell.kept), statistics.fmean(cell.new) - base))
         points = {a: (statistics.fmean(c.kept), statistics.fmean(c.new)) for a, c in arms.items()}
         _panel(axes, points, style)
-        axes.set_title(sequence.replace(">", " → "), fontsize=8)
-    every = max(len(v) for v in sums.values())
+        tasks = sequence.split(">")
+        shown = tasks if len(tasks) < 5 else [tasks[0], f"{len(tasks) - 2} more", tasks[-1]]
+        axes.set_title(" → ".join(shown), fontsize=8 if len(shown) < 4 else 7)
+    every = max(map(len, sums.values()), default=0)
     means = {a: (statistics.fmean(x for x, _ in v), statistics.fmean(y for _, y in v))
              for a, v in sums.items() if len(v) == every}  # fmt: skip
     _panel(pooled, means, style)
-    pooled.set_title(f"mean of {every}; up: above the best flat rate", fontsize=8)
+    pooled.set_title(f"mean of {every} pairs; up: above the best flat rate", fontsize=8)
+    pooled.set_visible(bool(every))
     for axes in panels[len(found) :]:
         axes.set_visible(False)
     handles, labels = [], []
@@ -220,6 +227,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         "up: the new task's score;  right: old tasks' scores after / before", fontsize=9
     )
     figure.savefig(path, metadata={"Date": None})
+
+
+def _variant(arm: str) -> bool:
+    return arm != "default" and arm.startswith("default")
 
 
 def _panel(axes: Any, points: dict[str, tuple[float, float]], style: dict[str, Any]) -> None:
