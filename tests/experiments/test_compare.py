@@ -308,7 +308,8 @@ def test_what_is_of_one_run_of_a_comparison_is_not_of_those_that_go_on_from_it(
     last = next(shared.glob(run))
     record = run_sequence(None, [place / "question.jsonl"], from_run=last, out=tmp_path,
                           progress=False, epochs=0.1)  # fmt: skip
-    assert record.extra == {"from": str(last)} and len(find_records([tmp_path])) == 1
+    assert record.extra.keys() == {"from", "began"} and record.extra["from"] == str(last)
+    assert len(find_records([tmp_path])) == 1
 
 
 def test_equal_configurations_are_told() -> None:
