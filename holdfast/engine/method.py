@@ -84,8 +84,8 @@ class Method(Checked):
     changes_weights: ClassVar[bool] = False  # end_task may change weights: scores are taken after
     per_task: ClassVar[bool] = False  # `state.weights` is of one task: not saved after it
     excludes: ClassVar[Mapping[str, str]] = {}  # methods it cannot stand beside, and why
-    # Fields that do not change what the remembered state means: they may change between tasks.
-    tunable: ClassVar[tuple[str, ...]] = ()
+    holds: ClassVar[bool] = False  # after_step puts entries back, which no later method may move
+    tunable: ClassVar[tuple[str, ...]] = ()  # fields that may change between tasks: state stays
 
     @classmethod
     def where(cls, name: str) -> str:

@@ -268,9 +268,8 @@ class Served:
         try:
             model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
-        except (
-            BaseException
-        ):  # such as a full disk: a part would pass for a model, and is in the way
+        except BaseException:
+            # Such as a full disk: a part would pass for a model, and is in the way.
             for left in [*folder.iterdir()] if folder.is_dir() else ():
                 left.unlink() if left.is_file() else shutil.rmtree(left, ignore_errors=True)
             raise

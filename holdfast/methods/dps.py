@@ -60,6 +60,7 @@ from holdfast.methods.common.mixing import (
     refuse_unseen,
     widened,
 )
+from holdfast.methods.common.order import earlier
 from holdfast.methods.common.subnetwork import (
     Freeze,
     Modules,
@@ -104,6 +105,7 @@ class DPS(Method):
         "Dense 4 (the sum of squares turns into the values to keep); Mix 8.125 with column noise, "
         "9 with weight noise (12 where a stage is longer than 255 steps); retention 12"
     )
+    holds: ClassVar[bool] = True
     shares: ClassVar[tuple[str, ...]] = ("stage",)
     ranges: ClassVar[Mapping[str, Range]] = {
         "drop": Range(0.1, 0.9),
@@ -299,8 +301,10 @@ class DPS(Method):
         return mixed(w, base, keep, self.drop, gain=None if self.masking(view) else 1.0)
 
     def _first_to_mix(self, view: View) -> bool:
-        methods = view.bound.methods
-        return not any(m.defines("weights") for m in methods[: methods.index(self)])
+        cache = view.state.cache  # asked for every weight in every forward pass
+        if "first" not in cache:
+            cache["first"] = not any(m.defines("weights") for m in earlier(view, self))
+        return bool(cache["first"])
 
     def draw(self, view: View, name: str) -> Tensor:
         """N ~ Bernoulli(1 − drop), True where the trained weight is used."""

@@ -25,7 +25,7 @@ from holdfast.engine.method import Range, View
 from holdfast.errors import Refused
 from holdfast.methods.common.anchor import remember
 from holdfast.methods.common.importance import wide
-from holdfast.methods.common.order import holds
+from holdfast.methods.common.order import later
 from holdfast.methods.common.subnetwork import Modules, Subnetwork, restore_
 from holdfast.ops.distributed import like, local
 from holdfast.ops.selection import top
@@ -57,9 +57,8 @@ class DynamicSubset(Subnetwork):
 
     def begin_task(self, view: View) -> None:
         super().begin_task(view)
-        methods = view.bound.methods
-        if later := [m.name for m in methods[methods.index(self) + 1 :] if holds(m)]:
-            raise Refused(f"{', '.join(later)} would hold entries that have to go back",
+        if holding := [m.name for m in later(view, self) if m.holds]:
+            raise Refused(f"{', '.join(holding)} would hold entries that have to go back",
                           where="dynamic_subset", remedy="list it after them")  # fmt: skip
         names = view.state.numbers["covered"]
         view.state.weights["start"] = remember({n: view.weights[n] for n in names})

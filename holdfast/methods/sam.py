@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from holdfast.engine.batches import Whole, loss_of, rows_in
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused
+from holdfast.methods.common.order import earlier
 from holdfast.ops import distributed
 
 
@@ -57,8 +58,7 @@ class SAM(Method):
         if adding := [m.name for m in others if m.defines("penalty") or m.defines("penalty_grad_")]:
             raise Refused(f"the second gradient would lack the penalty of {', '.join(adding)}",
                           where="sam", remedy="leave one of them out")  # fmt: skip
-        before = view.bound.methods[: view.bound.methods.index(self)]
-        if masking := [m.name for m in before if m.defines("before_step")]:
+        if masking := [m.name for m in earlier(view, self) if m.defines("before_step")]:
             raise Refused(f"it would replace the gradient that {', '.join(masking)} changed",
                           where="sam", remedy="list sam before it")  # fmt: skip
         if any(map(distributed.sharded, view.weights.values())):

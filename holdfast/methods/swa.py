@@ -26,7 +26,7 @@ from holdfast.config import Share, count
 from holdfast.engine.method import Method, Range, View
 from holdfast.errors import Refused, tell_once
 from holdfast.methods.common.importance import wide
-from holdfast.methods.common.order import holds
+from holdfast.methods.common.order import later
 from holdfast.ops.distributed import local
 
 
@@ -58,10 +58,10 @@ class SWA(Method):
     every: Annotated[int, Field(gt=0)] = 5
 
     def begin_task(self, view: View) -> None:
-        for later in view.bound.methods[view.bound.methods.index(self) :]:
+        for method in later(view, self):
             # It takes back what a step did, in `after_step`.
-            if later.needs_previous or holds(later):
-                raise Refused(f"{later.name} changes weights after swa took them",
+            if method.needs_previous or method.holds:
+                raise Refused(f"{method.name} changes weights after swa took them",
                               where="recipe.methods", remedy="name swa after it")  # fmt: skip
         view.state.weights.clear()
         view.state.numbers.clear()

@@ -90,7 +90,7 @@ def _without_strengths(recipe: dict[str, Any]) -> dict[str, Any]:
             return [without_numbers(item) for item in value]
         return None if isinstance(value, int | float) and not isinstance(value, bool) else value
 
-    plain = {key: value for key, value in recipe.items() if key != "name"}
+    plain: dict[str, Any] = nameless(recipe)
     return plain | {key: without_numbers(plain.get(key) or None) for key in ("methods", "peft")}
 
 

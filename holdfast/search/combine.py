@@ -27,12 +27,11 @@ import numpy as np
 from holdfast import __version__
 from holdfast.errors import Refused
 from holdfast.files import LARGEST, check_seal, parse_json, read_plain, write_yaml
-from holdfast.search.trials import NAME, ReadStudy, read_study
+from holdfast.search.trials import FACTS, NAME, ReadStudy, read_study
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-FACTS = "search.json"  # beside a search's trials, with their SHA-256
 BASE = 1.8
 TIED = 1e-9  # rewards closer than this are equal: one sum computed two ways differs by rounding
 FORMULA = "exp(sum base^-rank ln lr / sum base^-rank) a study, log average over studies"

@@ -24,10 +24,10 @@ from holdfast.search.final import Contender, Result
 from holdfast.search.plan import Plan
 from holdfast.search.rows import TrialRow, as_trials, best, best_of, front, importance, noise
 from holdfast.search.space import MULTIPLIER, Ancestor
-from holdfast.search.trials import NAME, part_names, write_trials
+from holdfast.search.trials import FACTS, NAME, part_names, write_trials
 
 SCHEMA = 1
-FACTS, RATES, RECIPE = "search.json", "rates.yaml", "recipe.yaml"
+RATES, RECIPE = "rates.yaml", "recipe.yaml"
 STATES = ("complete", "pruned", "fail", "running", "waiting")
 
 Results = Mapping[tuple[str, int], Result]

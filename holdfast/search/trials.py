@@ -31,7 +31,7 @@ from holdfast.files import LARGEST, only_keys, write_text_atomic
 from holdfast.tasks.files import label, must_exist, parse_json
 from holdfast.tasks.table import shown
 
-NAME = "trials.csv"
+NAME, FACTS = "trials.csv", "search.json"  # the latter holds the SHA-256 of the former
 COLUMNS = ("number", "state", "old", "new", "old_after", "reward", "steps", "study")
 IDENTITY = ("study", "model", "tasks", "shift")  # equal in all rows; all but study optional
 OPTIONAL = ("layers", *IDENTITY[1:])

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -73,6 +73,8 @@ class Subnetwork(Method):
     modules: what is covered, see `covered`.
     head: whether the task's own head trains whole; if not, it is covered as other weights are.
     """
+
+    holds: ClassVar[bool] = True
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     modules: Modules = "linear"
